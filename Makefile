@@ -1,0 +1,60 @@
+# slora: `make help` lists what can be done here. CI and the README call only these targets.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PROTOS := $(shell cd protos && find slora -name '*.proto' | sort)
+STAMP := $(VENV)/.installed
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+# uv does not look into pip's local wheel folder by itself; without it torch would bring gigabytes of CUDA.
+export UV_FIND_LINKS := $(PIP_FIND_LINKS)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup proto lint format test bench demo up down clean
+
+help: ## Show this help
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(STAMP) ## Make .venv and install the project with everything needed to develop and run it
+
+$(STAMP): pyproject.toml
+	@echo "Setting up $(VENV) (once; some seconds to a few minutes) ..."
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install -q --disable-pip-version-check uv
+	@$(BIN)/python -m uv pip install -q --python $(BIN)/python -e '.[dev]'
+	@touch $@
+
+proto: setup ## Generate gen/python from protos/
+	@rm -rf gen/python/slora
+	@python -m grpc_tools.protoc -I protos --python_out=gen/python --pyi_out=gen/python \
+		--grpc_python_out=gen/python $(PROTOS)
+
+format: setup ## Format the code and the protos
+	@ruff check -q --fix --unsafe-fixes . ; ruff format -q . && buf format -w
+
+lint: setup ## Check style, types, protos, generated code and who imports whom
+	ruff check .
+	ruff format --check .
+	buf lint
+	buf format -d --exit-code
+	mypy
+	lint-imports
+	python -m pytest -q tests/architecture
+
+test: setup ## Run every test that needs no accelerator
+	python -m pytest tests
+
+bench: setup ## Measure the engine against transformers + PEFT on this machine's CPU
+	python -m benchmarks.bench_cpu_throughput
+
+demo: setup ## The whole path on this machine: S3, adapter store, engine, gateway, many adapters; ends by itself
+	@python -m services.local demo
+
+up: setup ## Keep it running: make up CHECKPOINT=dir ADAPTERS=dir-or-s3-uri
+	@python -m services.local up $(if $(CHECKPOINT),--checkpoint $(CHECKPOINT)) $(if $(ADAPTERS),--adapters $(ADAPTERS))
+
+down: setup ## Stop what `make up` started
+	@python -m services.local down
+
+clean: ## Remove the environment and what the demo cached
+	rm -rf $(VENV) .slora out

@@ -1,0 +1,93 @@
+"""Every error a caller can see: a reason, the gRPC status it maps to, and a message that says what would be right.
+
+Domain code raises `SloraError`; only `services.common.grpc_errors` knows how it travels. Each reason is explained
+in docs/errors.md (a test keeps the two lists equal).
+"""
+
+from __future__ import annotations
+
+import enum
+
+
+class Status(enum.Enum):
+    """The gRPC status codes that errors map to, by their canonical names."""
+
+    INVALID_ARGUMENT = "INVALID_ARGUMENT"
+    NOT_FOUND = "NOT_FOUND"
+    FAILED_PRECONDITION = "FAILED_PRECONDITION"
+    RESOURCE_EXHAUSTED = "RESOURCE_EXHAUSTED"
+    DATA_LOSS = "DATA_LOSS"
+    UNAVAILABLE = "UNAVAILABLE"
+    DEADLINE_EXCEEDED = "DEADLINE_EXCEEDED"
+    INTERNAL = "INTERNAL"
+
+
+class Reason(enum.Enum):
+    """Machine-readable reasons (`ErrorInfo.reason`), each with its status."""
+
+    # The request.
+    REQUEST_INVALID = ("REQUEST_INVALID", Status.INVALID_ARGUMENT)
+    PROMPT_MISSING = ("PROMPT_MISSING", Status.INVALID_ARGUMENT)
+    PROMPT_EMPTY = ("PROMPT_EMPTY", Status.INVALID_ARGUMENT)
+    PROMPT_TOO_LONG = ("PROMPT_TOO_LONG", Status.INVALID_ARGUMENT)
+    TOKEN_OUT_OF_VOCABULARY = ("TOKEN_OUT_OF_VOCABULARY", Status.INVALID_ARGUMENT)
+    SAMPLING_INVALID = ("SAMPLING_INVALID", Status.INVALID_ARGUMENT)
+    STOPPING_INVALID = ("STOPPING_INVALID", Status.INVALID_ARGUMENT)
+    LOGPROBS_INVALID = ("LOGPROBS_INVALID", Status.INVALID_ARGUMENT)
+    PAGE_INVALID = ("PAGE_INVALID", Status.INVALID_ARGUMENT)
+    MODEL_NOT_FOUND = ("MODEL_NOT_FOUND", Status.NOT_FOUND)
+
+    # The adapter.
+    ADAPTER_NAME_INVALID = ("ADAPTER_NAME_INVALID", Status.INVALID_ARGUMENT)
+    ADAPTER_DIGEST_INVALID = ("ADAPTER_DIGEST_INVALID", Status.INVALID_ARGUMENT)
+    SOURCE_URI_INVALID = ("SOURCE_URI_INVALID", Status.INVALID_ARGUMENT)
+    UPLOAD_INVALID = ("UPLOAD_INVALID", Status.INVALID_ARGUMENT)
+    RESUME_TOKEN_INVALID = ("RESUME_TOKEN_INVALID", Status.INVALID_ARGUMENT)
+    ADAPTER_NOT_FOUND = ("ADAPTER_NOT_FOUND", Status.NOT_FOUND)
+    SOURCE_NOT_FOUND = ("SOURCE_NOT_FOUND", Status.NOT_FOUND)
+    ADAPTER_FILE_INVALID = ("ADAPTER_FILE_INVALID", Status.FAILED_PRECONDITION)
+    ADAPTER_CONFIG_INVALID = ("ADAPTER_CONFIG_INVALID", Status.FAILED_PRECONDITION)
+    ADAPTER_UNSUPPORTED = ("ADAPTER_UNSUPPORTED", Status.FAILED_PRECONDITION)
+    ADAPTER_RANK_INVALID = ("ADAPTER_RANK_INVALID", Status.FAILED_PRECONDITION)
+    ADAPTER_TENSORS_INVALID = ("ADAPTER_TENSORS_INVALID", Status.FAILED_PRECONDITION)
+    ADAPTER_NOT_FINITE = ("ADAPTER_NOT_FINITE", Status.FAILED_PRECONDITION)
+    ADAPTER_BASE_MISMATCH = ("ADAPTER_BASE_MISMATCH", Status.FAILED_PRECONDITION)
+    ADAPTER_INCOMPATIBLE = ("ADAPTER_INCOMPATIBLE", Status.FAILED_PRECONDITION)
+    ADAPTER_CHANGED = ("ADAPTER_CHANGED", Status.DATA_LOSS)
+    ADAPTER_TOO_LARGE = ("ADAPTER_TOO_LARGE", Status.RESOURCE_EXHAUSTED)
+
+    # Capacity.
+    QUEUE_FULL = ("QUEUE_FULL", Status.RESOURCE_EXHAUSTED)
+    REQUEST_TOO_LARGE = ("REQUEST_TOO_LARGE", Status.RESOURCE_EXHAUSTED)
+    POOL_EXHAUSTED = ("POOL_EXHAUSTED", Status.RESOURCE_EXHAUSTED)
+    HOST_CACHE_FULL = ("HOST_CACHE_FULL", Status.RESOURCE_EXHAUSTED)
+
+    # Faults around us.
+    CATALOGUE_UNAVAILABLE = ("CATALOGUE_UNAVAILABLE", Status.UNAVAILABLE)
+    BLOB_STORE_UNAVAILABLE = ("BLOB_STORE_UNAVAILABLE", Status.UNAVAILABLE)
+    ADAPTER_STORE_UNAVAILABLE = ("ADAPTER_STORE_UNAVAILABLE", Status.UNAVAILABLE)
+    ENGINE_UNAVAILABLE = ("ENGINE_UNAVAILABLE", Status.UNAVAILABLE)
+    ENGINE_CORE_DEAD = ("ENGINE_CORE_DEAD", Status.UNAVAILABLE)
+    DRAINING = ("DRAINING", Status.UNAVAILABLE)
+    DEADLINE_EXCEEDED = ("DEADLINE_EXCEEDED", Status.DEADLINE_EXCEEDED)
+    INTERNAL = ("INTERNAL", Status.INTERNAL)
+
+    @property
+    def status(self) -> Status:
+        """The gRPC status this reason maps to."""
+        status: Status = self.value[1]
+        return status
+
+
+class SloraError(Exception):
+    """An error meant for the caller.
+
+    `metadata` names what is wrong (a field, a tensor, a limit and the value) in strings a program can read; it
+    travels as `ErrorInfo.metadata`.
+    """
+
+    def __init__(self, reason: Reason, message: str, **metadata: object) -> None:
+        super().__init__(message)
+        self.reason = reason
+        self.message = message
+        self.metadata = {key: str(value) for key, value in metadata.items()}

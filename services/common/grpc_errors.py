@@ -1,0 +1,71 @@
+"""The one place where errors become gRPC statuses, and statuses from a peer become errors again.
+
+A status carries `google.rpc.ErrorInfo{reason, domain, metadata}` in its details.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import grpc
+from google.protobuf import any_pb2
+from google.rpc import code_pb2, error_details_pb2, status_pb2
+from grpc_status import rpc_status
+
+from services.common.errors import Reason, SloraError, Status
+
+DOMAIN = "slora"
+
+logger = logging.getLogger(__name__)
+
+
+def to_grpc_status(error: SloraError) -> grpc.Status:
+    """The status, with details, that `error` travels as."""
+    detail = any_pb2.Any()
+    detail.Pack(
+        error_details_pb2.ErrorInfo(reason=error.reason.name, domain=DOMAIN, metadata=error.metadata)
+    )
+    return rpc_status.to_status(
+        status_pb2.Status(
+            code=code_pb2.Code.Value(error.reason.status.value), message=error.message, details=[detail]
+        )
+    )
+
+
+async def abort(context: grpc.aio.ServicerContext, error: BaseException) -> None:
+    """Ends an RPC with `error`; one that is not a `SloraError` is logged and becomes INTERNAL."""
+    if not isinstance(error, SloraError):
+        logger.error("an RPC failed unexpectedly", exc_info=error)
+        error = SloraError(Reason.INTERNAL, f"internal error: {type(error).__name__}; the server's log has more")
+    status = to_grpc_status(error)
+    await context.abort(status.code, status.details, status.trailing_metadata)
+
+
+def from_rpc_error(error: grpc.RpcError, unavailable: Reason) -> SloraError:
+    """What a peer's status means here; one without our details keeps its message under `unavailable` or its code.
+
+    Works for both grpc.RpcError of the synchronous API and grpc.aio.AioRpcError.
+    """
+    status = rpc_status.from_call(error)
+    for detail in status.details if status is not None else ():
+        info = error_details_pb2.ErrorInfo()
+        if detail.Is(info.DESCRIPTOR) and detail.Unpack(info) and info.domain == DOMAIN:
+            reason = Reason.__members__.get(info.reason)
+            if reason is not None:
+                return SloraError(reason, status.message, **dict(info.metadata))
+    return SloraError(_reason_of_bare_code(error.code(), unavailable), error.details() or str(error.code()))
+
+
+def _reason_of_bare_code(code: grpc.StatusCode, unavailable: Reason) -> Reason:
+    if code is grpc.StatusCode.DEADLINE_EXCEEDED:
+        return Reason.DEADLINE_EXCEEDED
+    if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED):
+        return unavailable
+    if code is grpc.StatusCode.INVALID_ARGUMENT:
+        return Reason.REQUEST_INVALID
+    if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
+        return Reason.REQUEST_TOO_LARGE
+    return Reason.INTERNAL
+
+
+__all__ = ["DOMAIN", "Status", "abort", "from_rpc_error", "to_grpc_status"]

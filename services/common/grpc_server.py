@@ -1,0 +1,76 @@
+"""An asyncio gRPC server the way every slora service runs one: health, reflection, graceful drain on SIGTERM."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+from collections.abc import Awaitable, Callable, Sequence
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1.health import aio as health_aio
+from grpc_reflection.v1alpha import reflection
+
+logger = logging.getLogger(__name__)
+
+# Prompts and single answers are small; the largest messages are adapter chunks of about 1 MiB.
+MAX_MESSAGE_BYTES = 16 * 2**20
+
+SERVER_OPTIONS: tuple[tuple[str, int], ...] = (
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.so_reuseport", 0),
+    ("grpc.http2.max_frame_size", 16777215),
+    ("grpc.http2.lookahead_bytes", 64 * 2**20),
+    ("grpc.http2.write_buffer_size", 64 * 2**20),
+    ("grpc.http2.bdp_probe", 0),
+    # Clients may ping idle connections every few seconds, to notice a dead host.
+    ("grpc.http2.min_ping_interval_without_data_ms", 5000),
+    ("grpc.http2.max_ping_strikes", 0),
+)
+
+
+class GrpcServer:
+    """A grpc.aio server with health and reflection.
+
+    Use: `add_*Servicer_to_server(servicer, server.grpc)`, `await server.start()`, then `await server.serve()`.
+    """
+
+    def __init__(self, address: str, service_names: Sequence[str]) -> None:
+        self.grpc = grpc.aio.server(options=SERVER_OPTIONS)
+        self.port = self.grpc.add_insecure_port(address)
+        self._service_names = tuple(service_names)
+        self._health = health_aio.HealthServicer()
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self.grpc)
+        names = (*self._service_names, "grpc.health.v1.Health", reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(names, self.grpc)
+
+    async def start(self, serving: bool = True) -> None:
+        """Starts to listen; health says SERVING or, until `set_serving`, NOT_SERVING."""
+        await self.set_serving(serving)
+        await self.grpc.start()
+
+    async def set_serving(self, serving: bool) -> None:
+        """Sets health of the whole server and of each service."""
+        values = health_pb2.HealthCheckResponse
+        status = values.SERVING if serving else values.NOT_SERVING
+        for name in ("", *self._service_names):
+            await self._health.set(name, status)
+
+    async def serve(self, drain: Callable[[], Awaitable[None]], drain_seconds: float) -> None:
+        """Serves until SIGTERM or SIGINT, then goes NOT_SERVING, awaits `drain` and lets running RPCs end.
+
+        `drain` makes the service refuse new work; RPCs that still run after `drain_seconds` are cancelled.
+        """
+        stop = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, stop.set)
+        await stop.wait()
+        logger.info("draining for at most %g s", drain_seconds)
+        await self.set_serving(False)
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(drain(), drain_seconds)
+        await self.grpc.stop(drain_seconds)

@@ -1,0 +1,84 @@
+"""Settings: frozen dataclasses filled from the command line, then the environment, then their defaults.
+
+A field `max_running: int = setting(64, "most sequences that run at once")` of the engine is `--max-running` on the
+command line and `SLORA_ENGINE_MAX_RUNNING` in the environment. A field without default is required.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+_TRUE, _FALSE = {"1", "true", "yes", "on"}, {"0", "false", "no", "off"}
+
+
+def setting(default: Any = dataclasses.MISSING, help: str = "") -> Any:
+    """A dataclass field with its help text; without a default the setting is required."""
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
+def parse_settings(
+    cls: type[T], program: str, argv: Sequence[str] | None = None, environ: Mapping[str, str] | None = None
+) -> T:
+    """Fills `cls` for `program` (such as `engine`); ends the process with a usage message on bad input."""
+    environ = os.environ if environ is None else environ
+    parser = argparse.ArgumentParser(prog=program, description=cls.__doc__, allow_abbrev=False)
+    hints = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):  # type: ignore[arg-type]
+        _add_argument(parser, program, field, hints[field.name], environ)
+    return cls(**vars(parser.parse_args(argv)))
+
+
+def _add_argument(
+    parser: argparse.ArgumentParser,
+    program: str,
+    field: dataclasses.Field[Any],
+    hint: Any,
+    environ: Mapping[str, str],
+) -> None:
+    variable = f"SLORA_{program}_{field.name}".replace("-", "_").upper()
+    convert = _converter(hint)
+    default = field.default
+    required = default is dataclasses.MISSING
+    if variable in environ:
+        try:
+            default, required = convert(environ[variable]), False
+        except (ValueError, argparse.ArgumentTypeError) as error:
+            parser.error(f"environment variable {variable}: {error}")
+    described = field.metadata.get("help", "")
+    shown = "" if required or default in (None, "", ()) else f" (default {default})"
+    parser.add_argument(
+        f"--{field.name.replace('_', '-')}",
+        type=convert,
+        default=None if required else default,
+        required=required,
+        metavar=field.name.upper(),
+        help=f"{described}{shown} [{variable}]".replace("%", "%%"),
+    )
+
+
+def _converter(hint: Any) -> Any:
+    arguments = [a for a in typing.get_args(hint) if a is not types.NoneType]
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        hint = arguments[0]
+    if hint is bool:
+        return _parse_bool
+    if typing.get_origin(hint) is tuple:
+        item = _converter(typing.get_args(hint)[0])
+        return lambda text: tuple(item(part.strip()) for part in text.split(",") if part.strip())
+    return hint
+
+
+def _parse_bool(text: str) -> bool:
+    if text.lower() in _TRUE:
+        return True
+    if text.lower() in _FALSE:
+        return False
+    raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")

@@ -1,0 +1,74 @@
+"""Logs as one JSON object a line, and metrics over HTTP, with bounded label sets."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import threading
+import time
+from wsgiref.simple_server import WSGIServer
+
+from prometheus_client import REGISTRY, CollectorRegistry, start_http_server
+
+OTHER = "other"
+
+
+class JsonFormatter(logging.Formatter):
+    """One JSON object a line: time, level, service, logger, message, error, and what `extra=` adds."""
+
+    _KNOWN = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
+
+    def __init__(self, service: str) -> None:
+        super().__init__()
+        self._service = service
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The record as one line."""
+        seconds = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
+        line = {
+            "time": f"{seconds}.{int(record.msecs):03d}Z",
+            "level": record.levelname,
+            "service": self._service,
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        line |= {key: value for key, value in vars(record).items() if key not in self._KNOWN}
+        if record.exc_info:
+            line["error"] = self.formatException(record.exc_info)
+        return json.dumps(line, default=str, ensure_ascii=False)
+
+
+def configure_logging(service: str, level: str = "INFO") -> None:
+    """Sends all logs of this process to standard error as JSON lines."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonFormatter(service))
+    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+
+
+def serve_metrics(
+    address: str, registry: CollectorRegistry = REGISTRY
+) -> tuple[WSGIServer, threading.Thread] | None:
+    """Serves `/metrics` at `host:port` on a thread of its own; an empty address serves nothing."""
+    if not address:
+        return None
+    host, _, port = address.rpartition(":")
+    server, thread = start_http_server(int(port), addr=host or "127.0.0.1", registry=registry)
+    return server, thread
+
+
+class BoundedLabels:
+    """Keeps a label's number of values bounded: the first `max_values` seen keep their names, the rest are `other`."""
+
+    def __init__(self, max_values: int = 100) -> None:
+        self._max_values = max_values
+        self._values: set[str] = set()
+
+    def __call__(self, value: str) -> str:
+        """`value`, or `other` once there are too many different ones."""
+        if value in self._values:
+            return value
+        if len(self._values) >= self._max_values:
+            return OTHER
+        self._values.add(value)
+        return value
