@@ -1,0 +1,1 @@
+"""Measurements, one file a claim; results lie in benchmarks/results."""

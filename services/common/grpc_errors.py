@@ -22,13 +22,9 @@ logger = logging.getLogger(__name__)
 def to_grpc_status(error: SloraError) -> grpc.Status:
     """The status, with details, that `error` travels as."""
     detail = any_pb2.Any()
-    detail.Pack(
-        error_details_pb2.ErrorInfo(reason=error.reason.name, domain=DOMAIN, metadata=error.metadata)
-    )
+    detail.Pack(error_details_pb2.ErrorInfo(reason=error.reason.name, domain=DOMAIN, metadata=error.metadata))
     return rpc_status.to_status(
-        status_pb2.Status(
-            code=code_pb2.Code.Value(error.reason.status.value), message=error.message, details=[detail]
-        )
+        status_pb2.Status(code=code_pb2.Code.Value(error.reason.status.value), message=error.message, details=[detail])
     )
 
 

@@ -46,9 +46,7 @@ def configure_logging(service: str, level: str = "INFO") -> None:
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
 
 
-def serve_metrics(
-    address: str, registry: CollectorRegistry = REGISTRY
-) -> tuple[WSGIServer, threading.Thread] | None:
+def serve_metrics(address: str, registry: CollectorRegistry = REGISTRY) -> tuple[WSGIServer, threading.Thread] | None:
     """Serves `/metrics` at `host:port` on a thread of its own; an empty address serves nothing."""
     if not address:
         return None

@@ -1,0 +1,1 @@
+"""The engine: batches requests for different adapters over one base model."""

@@ -1,0 +1,1 @@
+"""All of slora on one host, supervised: `make demo` and `make up`."""

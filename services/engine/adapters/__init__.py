@@ -1,0 +1,1 @@
+"""Adapters inside an engine: their layout in pages, their life, their loading."""

@@ -1,0 +1,1 @@
+"""The engine's core process: the step loop that owns the device."""

@@ -1,0 +1,1 @@
+"""Runs a planned step on the device: batch tensors, forward pass, sampling."""

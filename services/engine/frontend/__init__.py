@@ -1,0 +1,1 @@
+"""The engine's asyncio process: gRPC, tokenizer, streams. Speaks to the core by messages."""

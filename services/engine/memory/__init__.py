@@ -1,0 +1,1 @@
+"""The unified pool of pages for KV and adapter weights."""

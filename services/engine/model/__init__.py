@@ -1,0 +1,1 @@
+"""The base model: configuration, checkpoint, decoder."""

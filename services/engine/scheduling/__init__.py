@@ -1,0 +1,1 @@
+"""Which sequences run in a step, and with what memory. No tensors here."""

@@ -1,0 +1,52 @@
+"""How an adapter's packed weights are laid out: the engine's own view of the store's manifest (no protos here).
+
+The packed array is `[num_layers, layer_elems]`. In each layer a module has `rank` rows of A (d_in elements each) and
+`rank` rows of B transposed (d_out each, scaling folded in); a row is padded to a multiple of `tile_elems`. Cut at
+multiples of the pool's page_elems, column block p of the array becomes page p of the adapter in every layer at once.
+S-LoRA section 5 (Unified Paging).
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+
+class TargetModule(enum.IntEnum):
+    """Linear layers that an adapter may change, in the fixed order of packing; the value indexes device tables."""
+
+    Q = 0
+    K = 1
+    V = 2
+    O = 3  # noqa: E741
+    GATE = 4
+    UP = 5
+    DOWN = 6
+
+
+@dataclass(frozen=True, slots=True)
+class ModulePlacement:
+    """One module's rows in one layer. Offsets are elements from the layer's start, multiples of tile_elems."""
+
+    module: TargetModule
+    rank: int
+    in_features: int
+    out_features: int
+    lora_a_offset: int
+    lora_b_offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterLayout:
+    """Where everything lies in an adapter's packed array. `dtype` is float32, float16 or bfloat16."""
+
+    digest: str
+    dtype: str
+    tile_elems: int
+    num_layers: int
+    layer_elems: int
+    layers: tuple[tuple[ModulePlacement, ...], ...]
+
+    def num_pages(self, page_elems: int) -> int:
+        """Pages that the adapter takes; at most the last one is partly filled."""
+        return -(-self.layer_elems // page_elems)

@@ -1,0 +1,61 @@
+"""The engine's settings, and the small frozen values they are cut into for those who use them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from services.common.settings import setting
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """A slora engine: one base model and the adapters that its pool holds just now."""
+
+    checkpoint: str = setting(help="directory of a Hugging Face checkpoint")
+    adapter_store: str = setting(help="host:port of the adapter store")
+    listen: str = setting("127.0.0.1:50061", "host:port to serve gRPC on; port 0 takes a free one")
+    metrics: str = setting("", "host:port to serve Prometheus metrics on; empty for none")
+    base_model: str = setting("", "the base model's served name; empty: the checkpoint directory's name")
+    engine_id: str = setting("", "unique name; empty: made from host, port and time")
+    device: str = setting("cpu", "torch device: cpu or cuda")
+    dtype: str = setting("auto", "auto (the checkpoint's), float32, bfloat16 or float16")
+    num_threads: int = setting(0, "CPU threads of the core; 0: torch's own choice")
+    pool_bytes: int = setting(512 * 2**20, "bytes of the pool that KV and adapters share")
+    num_pages: int = setting(0, "pages of the pool; 0: as many as pool_bytes holds")
+    tokens_per_page: int = setting(16, "tokens whose K and V one page holds")
+    max_adapters: int = setting(1024, "most adapters resident at once (rows of the device's adapter table)")
+    max_running: int = setting(64, "most sequences that run at once")
+    max_step_tokens: int = setting(512, "most tokens computed in a step, prefill and decode together")
+    max_model_len: int = setting(0, "longest sequence in tokens; 0: the checkpoint's")
+    max_waiting: int = setting(4096, "most requests in the queue; further ones are refused")
+    load_timeout_seconds: float = setting(30.0, "an adapter load that takes longer fails")
+    drain_seconds: float = setting(30.0, "on SIGTERM running requests have this long to end")
+    log_level: str = setting("INFO", "DEBUG, INFO, WARNING or ERROR")
+
+
+@dataclass(frozen=True)
+class SchedulerConfig:
+    """The limits of a step and of the queue."""
+
+    max_running: int
+    max_step_tokens: int
+    max_model_len: int
+    max_waiting: int
+    tokens_per_page: int
+    eos_token_ids: frozenset[int]
+
+
+@dataclass(frozen=True)
+class PoolConfig:
+    """The pool's shape: `[num_layers, num_pages, page_elems]`."""
+
+    num_layers: int
+    num_pages: int
+    tokens_per_page: int
+    num_kv_heads: int
+    head_dim: int
+
+    @property
+    def page_elems(self) -> int:
+        """Elements of one layer's page: K and V of tokens_per_page tokens."""
+        return 2 * self.num_kv_heads * self.tokens_per_page * self.head_dim

@@ -1,0 +1,155 @@
+"""What frontend and core say to each other, over one socket pair, as length-prefixed MessagePack.
+
+The frontend sends `Generate`, `Abort` and `Prefetch`; the core sends `CoreReady` once and then one `StepReport` a
+step (all tokens of the step together), also when something other than tokens changed. End of file means that the
+other process is gone.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import TypeAlias
+
+import msgspec
+
+
+class Adapter(msgspec.Struct, frozen=True):
+    """One immutable version of an adapter; memory is keyed by the digest, never by the name."""
+
+    adapter_id: str
+    digest: str
+
+
+class SamplingParams(msgspec.Struct, frozen=True):
+    """How tokens are drawn; validated by the frontend. `seed` is always set (at random if the caller gave none)."""
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int = 0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    # None: no log-probabilities; 0: the chosen token's only; n: the n most likely ones too.
+    num_logprobs: int | None = None
+
+
+class StopParams(msgspec.Struct, frozen=True):
+    """When a sequence ends, as far as token ids tell; stop strings are the frontend's."""
+
+    max_tokens: int
+    min_tokens: int = 0
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+
+
+class Generate(msgspec.Struct, frozen=True, tag=True):
+    """Frontend to core: a new request. `request_id` is unique in the frontend's life."""
+
+    request_id: int
+    prompt_ids: list[int]
+    sampling: SamplingParams
+    stop: StopParams
+    adapter: Adapter | None = None
+
+
+class Abort(msgspec.Struct, frozen=True, tag=True):
+    """Frontend to core: forget a request and free what it holds. Unknown ids are ignored: it may just have ended."""
+
+    request_id: int
+
+
+class Prefetch(msgspec.Struct, frozen=True, tag=True):
+    """Frontend to core: load an adapter; answered in `StepReport.prefetched` or as a failure with this id."""
+
+    request_id: int
+    adapter: Adapter
+
+
+ToCore: TypeAlias = Generate | Abort | Prefetch
+
+
+class CoreReady(msgspec.Struct, frozen=True, tag=True):
+    """Core to frontend: the model is loaded and requests may come."""
+
+    num_pages: int
+    max_model_len: int
+    max_running: int
+    vocab_size: int
+
+
+class TokenEvent(msgspec.Struct, frozen=True):
+    """A request's next token. `finish` is set on its last one: `stop` or `length`."""
+
+    request_id: int
+    token_id: int
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+    finish: str | None = None
+    # Set with finish == "stop": the end-of-sequence or stop id that did it.
+    stop_token_id: int | None = None
+
+
+class RequestFailed(msgspec.Struct, frozen=True):
+    """A request (or prefetch) ended in an error; `reason` names a `services.common.errors.Reason`."""
+
+    request_id: int
+    reason: str
+    message: str
+    metadata: dict[str, str] = {}
+
+
+class AdapterLoaded(msgspec.Struct, frozen=True):
+    """An adapter became resident."""
+
+    adapter: Adapter
+    load_seconds: float
+    packed_bytes: int
+
+
+class CoreLoad(msgspec.Struct, frozen=True):
+    """How busy the core is, at the end of a step. Counts since the core's start end in `_total`."""
+
+    num_running: int = 0
+    num_waiting: int = 0
+    num_free_pages: int = 0
+    num_kv_pages: int = 0
+    num_adapter_pages: int = 0
+    num_evictable_pages: int = 0
+    num_preemptions_total: int = 0
+    num_steps_total: int = 0
+    num_adapter_hits_total: int = 0
+    num_adapter_misses_total: int = 0
+    num_adapter_load_failures_total: int = 0
+    step_seconds_total: float = 0.0
+
+
+class StepReport(msgspec.Struct, frozen=True, tag=True):
+    """Core to frontend: all that happened in one step."""
+
+    load: CoreLoad
+    tokens: list[TokenEvent] = []
+    failures: list[RequestFailed] = []
+    loaded: list[AdapterLoaded] = []
+    evicted: list[str] = []
+    # Ids of `Prefetch` requests whose adapter is resident now, with how long its load took (0: it was already).
+    prefetched: list[tuple[int, float]] = []
+
+
+ToFrontend: TypeAlias = CoreReady | StepReport
+
+LENGTH = struct.Struct("!I")
+"""Each message is its length in bytes, then its MessagePack."""
+
+MAX_MESSAGE_BYTES = 256 * 2**20
+
+encoder = msgspec.msgpack.Encoder()
+to_core_decoder: msgspec.msgpack.Decoder[ToCore] = msgspec.msgpack.Decoder(ToCore)
+to_frontend_decoder: msgspec.msgpack.Decoder[ToFrontend] = msgspec.msgpack.Decoder(ToFrontend)
+
+
+def frame(message: ToCore | ToFrontend) -> bytes:
+    """A message as it travels."""
+    body = encoder.encode(message)
+    return LENGTH.pack(len(body)) + body
