@@ -6,6 +6,7 @@ A status carries `google.rpc.ErrorInfo{reason, domain, metadata}` in its details
 from __future__ import annotations
 
 import logging
+from typing import Any, cast
 
 import grpc
 from google.protobuf import any_pb2
@@ -23,12 +24,13 @@ def to_grpc_status(error: SloraError) -> grpc.Status:
     """The status, with details, that `error` travels as."""
     detail = any_pb2.Any()
     detail.Pack(error_details_pb2.ErrorInfo(reason=error.reason.name, domain=DOMAIN, metadata=error.metadata))
-    return rpc_status.to_status(
+    status = rpc_status.to_status(
         status_pb2.Status(code=code_pb2.Code.Value(error.reason.status.value), message=error.message, details=[detail])
     )
+    return cast(grpc.Status, status)
 
 
-async def abort(context: grpc.aio.ServicerContext, error: BaseException) -> None:
+async def abort(context: grpc.aio.ServicerContext[Any, Any], error: BaseException) -> None:
     """Ends an RPC with `error`; one that is not a `SloraError` is logged and becomes INTERNAL."""
     if not isinstance(error, SloraError):
         logger.error("an RPC failed unexpectedly", exc_info=error)
