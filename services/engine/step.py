@@ -65,3 +65,5 @@ class SampledToken:
     # Set when the request asked for log-probabilities.
     logprob: float | None = None
     top: tuple[tuple[int, float], ...] = ()
+    # No token could be drawn (such as logits that are not finite): why. Only this request fails; token_id is void.
+    error: str | None = None
