@@ -78,7 +78,9 @@ def running_s3(data_dir: Path, port: int = 0, environment: Mapping[str, str] | N
     """An S3 server for the length of a `with` block; port 0 takes a free one. Its log is `data_dir`.log."""
     server = EmbeddedS3(data_dir, port or free_port())
     log = data_dir.with_name(data_dir.name + ".log")
-    with run_until_ready("s3", server.command(), server.is_ready, log, {**server.server_environment(), **(environment or {})}):
+    with run_until_ready(
+        "s3", server.command(), server.is_ready, log, {**server.server_environment(), **(environment or {})}
+    ):
         yield server
 
 

@@ -1,0 +1,48 @@
+"""What has to be known of a checkpoint before anything is started."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+SERVED_DTYPES = ("float32", "bfloat16", "float16")
+
+
+class BadInput(ValueError):  # noqa: N818 - it is what the user gave
+    """What the user named cannot be used; the message is one line that says why."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A Hugging Face checkpoint directory that looks complete."""
+
+    path: Path
+    model_type: str
+    dtype: str
+
+    @property
+    def name(self) -> str:
+        """What the base model is called unless told otherwise."""
+        return self.path.name
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Looks at the directory; raises BadInput if it cannot be a checkpoint. The engine checks the rest."""
+    if not path.is_dir():
+        raise BadInput(f"{path} is not a directory; give the directory of a Hugging Face checkpoint")
+    for needed, example in (
+        ("config.json", "config.json"),
+        ("*.safetensors", "model.safetensors"),
+        ("tokenizer.json",) * 2,
+    ):
+        if not any(path.glob(needed)):
+            raise BadInput(f"{path} is not a Hugging Face checkpoint: it has no {example}")
+    try:
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        model_type = str(config["model_type"])
+        # Newer versions of transformers write `dtype`, older ones `torch_dtype`.
+        dtype = str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise BadInput(f"{path / 'config.json'} is not the configuration of a model") from None
+    return Checkpoint(path.resolve(), model_type, dtype if dtype in SERVED_DTYPES else "float32")

@@ -1,0 +1,306 @@
+"""Starts processes in order, keeps them running, and stops them in reverse.
+
+Each process has a readiness check and a log file of its own. One that dies is started again after a delay that doubles
+from 0.2 to 5 seconds, on the same ports. All of them die with this process, also when it is killed with -9.
+"""
+
+from __future__ import annotations
+
+import enum
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from services.local.child_process import ChildProcess, StartFailed, log_tail
+
+FIRST_DELAY_SECONDS = 0.2
+LONGEST_DELAY_SECONDS = 5.0
+# A process that served this long has recovered: its next death counts as its first.
+RECOVERED_AFTER_SECONDS = 10.0
+# A process that says of itself, for this long, that it does not serve is started anew if its spec asks for it.
+REFUSING_LIMIT_SECONDS = 5.0
+_TICK_SECONDS = 0.05
+_HEALTH_PERIOD_SECONDS = 1.0
+
+
+class Health(enum.Enum):
+    """What a readiness check found."""
+
+    SERVING = "serving"
+    REFUSING = "answers, but says that it does not serve"
+    SILENT = "does not answer"
+
+
+@dataclass(frozen=True)
+class ProcessSpec:
+    """How one process is run. `check` answers within a second and never raises."""
+
+    name: str
+    command: tuple[str, ...]
+    check: Callable[[], Health]
+    environment: Mapping[str, str] = field(default_factory=dict)
+    start_timeout_seconds: float = 90.0
+    stop_timeout_seconds: float = 15.0
+    restart_when_refusing: bool = False
+
+
+class _Managed:
+    """A spec and what has become of it. Guarded by the supervisor's lock."""
+
+    def __init__(self, spec: ProcessSpec) -> None:
+        self.spec = spec
+        self.child: ChildProcess | None = None
+        self.wanted = False
+        self.ready = False
+        self.ever_ready = False
+        self.ready_since = 0.0
+        self.refusing_since: float | None = None
+        self.next_check = 0.0
+        self.not_before = 0.0
+        self.num_deaths_in_a_row = 0
+        self.num_starts = 0
+        self.last_exit_code: int | None = None
+
+
+class Supervisor:
+    """Runs stages of processes; a stage starts when the one before it is ready.
+
+    Use it as a context manager, or call `start` and `stop`. `report` gets one line for people on each death and
+    recovery; it is called on the supervisor's thread. All methods may be called from any thread.
+    """
+
+    def __init__(
+        self,
+        stages: Sequence[Sequence[ProcessSpec]],
+        log_dir: Path,
+        report: Callable[[str], None] = lambda line: None,
+    ) -> None:
+        self._stages = tuple(tuple(_Managed(spec) for spec in stage) for stage in stages)
+        self._managed = {managed.spec.name: managed for stage in self._stages for managed in stage}
+        self._log_dir = log_dir
+        self._report = report
+        self._changed = threading.Condition()
+        self._stopping = False
+        # Every process is started on this thread: the kernel kills a child when the thread that started it ends.
+        self._thread = threading.Thread(target=self._supervise, name="supervisor", daemon=True)
+
+    def __enter__(self) -> Supervisor:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The processes, in the order of their start."""
+        return tuple(self._managed)
+
+    def start(self) -> None:
+        """Starts everything, stage by stage. Raises StartFailed (all stopped again) when something does not come up."""
+        self._thread.start()
+        try:
+            for stage in self._stages:
+                with self._changed:
+                    for managed in stage:
+                        managed.wanted = True
+                for managed in stage:
+                    self._wait_first_start(managed)
+        except BaseException:
+            self.stop()
+            raise
+
+    def stop(self) -> None:
+        """Stops everything in reverse order; idempotent. An interrupt while it waits makes it kill at once."""
+        with self._changed:
+            self._stopping = True
+            self._changed.notify_all()
+        while self._thread.is_alive():
+            try:
+                self._thread.join()
+            except KeyboardInterrupt:
+                for managed in self._managed.values():
+                    if managed.child is not None:
+                        managed.child.send_signal(signal.SIGKILL)
+
+    def pid(self, name: str) -> int:
+        """The process id. Raises LookupError while it is down."""
+        with self._changed:
+            child = self._managed[name].child
+            if child is None:
+                raise LookupError(f"{name} is not running")
+            return child.pid
+
+    def child_pids(self, name: str) -> list[int]:
+        """Ids of the processes that `name` itself started (an engine's core); empty while it is down."""
+        try:
+            tasks = list(Path(f"/proc/{self.pid(name)}/task").iterdir())
+            return [int(pid) for task in tasks for pid in (task / "children").read_text().split()]
+        except (LookupError, OSError):
+            return []
+
+    def num_starts(self, name: str) -> int:
+        """How often it was started: 1 if it never died."""
+        with self._changed:
+            return self._managed[name].num_starts
+
+    def kill(self, name: str, number: int = signal.SIGKILL) -> None:
+        """Sends it a signal; returns, after SIGKILL, when it is dead. It is started again like after any death."""
+        with self._changed:
+            managed = self._managed[name]
+            if managed.child is None:
+                return
+            managed.child.send_signal(number)
+            if number == signal.SIGKILL:
+                managed.child.kill()
+                self._note_death(managed)
+
+    def take_down(self, name: str, number: int = signal.SIGKILL) -> None:
+        """Ends it by a signal and leaves it down until `bring_up`; returns when it has ended."""
+        with self._changed:
+            managed = self._managed[name]
+            managed.wanted = False
+            child = managed.child
+            if child is None:
+                return
+            child.send_signal(number)
+        deadline = time.monotonic() + managed.spec.stop_timeout_seconds
+        while child.exit_code is None and time.monotonic() < deadline:
+            time.sleep(_TICK_SECONDS)
+        with self._changed:
+            if managed.child is child:
+                child.kill()
+                self._note_death(managed)
+
+    def bring_up(self, name: str) -> None:
+        """Lets it run again after `take_down`; `wait_ready` waits for it."""
+        with self._changed:
+            managed = self._managed[name]
+            managed.wanted = True
+            managed.not_before = 0.0
+            self._changed.notify_all()
+
+    def wait_ready(self, name: str, timeout_seconds: float = 90.0) -> None:
+        """Returns when it is up and ready. Raises StartFailed, with the end of its log, after `timeout_seconds`."""
+        managed = self._managed[name]
+        with self._changed:
+            if not self._changed.wait_for(lambda: managed.ready, timeout_seconds):
+                raise StartFailed(self._not_up(managed, f"was not ready after {timeout_seconds:g} s"))
+
+    def log_path(self, name: str) -> Path:
+        """Where it writes its log."""
+        return self._log_dir / f"{name}.log"
+
+    def _wait_first_start(self, managed: _Managed) -> None:
+        timeout = managed.spec.start_timeout_seconds
+        with self._changed:
+            self._changed.wait_for(lambda: managed.ready or managed.last_exit_code is not None, timeout)
+            if managed.ready:
+                return
+            if managed.last_exit_code is not None:
+                raise StartFailed(self._not_up(managed, _how_it_ended(managed.last_exit_code)))
+            raise StartFailed(self._not_up(managed, f"was not ready after {timeout:g} s"))
+
+    def _not_up(self, managed: _Managed, what: str) -> str:
+        path = self.log_path(managed.spec.name)
+        return f"{managed.spec.name} {what}; the end of {path}:\n{log_tail(path)}"
+
+    def _supervise(self) -> None:
+        try:
+            while True:
+                with self._changed:
+                    if self._changed.wait_for(lambda: self._stopping, _TICK_SECONDS):
+                        return
+                    for managed in self._managed.values():
+                        self._look_after(managed)
+                for managed in self._managed.values():
+                    self._check(managed)
+        finally:
+            self._stop_all()
+
+    def _look_after(self, managed: _Managed) -> None:
+        if managed.child is not None and managed.child.exit_code is not None:
+            self._note_death(managed)
+        if managed.wanted and managed.child is None and time.monotonic() >= managed.not_before:
+            managed.num_starts += 1
+            managed.refusing_since = None
+            spec = managed.spec
+            try:
+                managed.child = ChildProcess(spec.name, spec.command, self.log_path(spec.name), spec.environment)
+            except OSError as error:  # Out of memory, processes or disk: try again later, like after a death.
+                self._report(f"{spec.name} cannot be started: {error}")
+                managed.not_before = time.monotonic() + LONGEST_DELAY_SECONDS
+
+    def _note_death(self, managed: _Managed) -> None:
+        child = managed.child
+        assert child is not None
+        child.kill()  # What it started itself must not outlive it.
+        now = time.monotonic()
+        if managed.ready and now - managed.ready_since > RECOVERED_AFTER_SECONDS:
+            managed.num_deaths_in_a_row = 0
+        delay = min(FIRST_DELAY_SECONDS * 2**managed.num_deaths_in_a_row, LONGEST_DELAY_SECONDS)
+        managed.num_deaths_in_a_row += 1
+        managed.last_exit_code = child.exit_code
+        managed.not_before = now + delay
+        managed.child, managed.ready = None, False
+        if managed.ever_ready and managed.wanted:
+            self._report(f"{managed.spec.name} {_how_it_ended(managed.last_exit_code)}; restart in {delay:g} s")
+        self._changed.notify_all()
+
+    def _check(self, managed: _Managed) -> None:
+        now = time.monotonic()
+        with self._changed:
+            child, was_ready = managed.child, managed.ready
+            watched = not was_ready or managed.spec.restart_when_refusing
+            if child is None or not watched or now < managed.next_check:
+                return
+        health = managed.spec.check()
+        with self._changed:
+            if managed.child is not child:
+                return  # It died, or was restarted, while we asked.
+            managed.next_check = time.monotonic() + (_HEALTH_PERIOD_SECONDS if managed.ready else 0.0)
+            if health is Health.SERVING:
+                managed.refusing_since = None
+                if not managed.ready:
+                    self._note_ready(managed)
+            elif health is Health.REFUSING and managed.ready:
+                self._note_refusal(managed)
+
+    def _note_ready(self, managed: _Managed) -> None:
+        managed.ready, managed.ready_since = True, time.monotonic()
+        if managed.ever_ready:
+            self._report(f"{managed.spec.name} is ready again")
+        managed.ever_ready = True
+        self._changed.notify_all()
+
+    def _note_refusal(self, managed: _Managed) -> None:
+        now = time.monotonic()
+        managed.refusing_since = managed.refusing_since or now
+        if now - managed.refusing_since > REFUSING_LIMIT_SECONDS and managed.child is not None:
+            self._report(f"{managed.spec.name} says that it no longer serves; it is started anew")
+            managed.child.send_signal(signal.SIGKILL)
+
+    def _stop_all(self) -> None:
+        for stage in reversed(self._stages):
+            for _, child in self._children_of(stage):
+                child.send_signal(signal.SIGTERM)
+            for spec, child in self._children_of(stage):
+                child.stop(spec.stop_timeout_seconds)
+            with self._changed:
+                for stopped in stage:
+                    stopped.child, stopped.ready = None, False
+                self._changed.notify_all()
+
+    def _children_of(self, stage: Sequence[_Managed]) -> Iterator[tuple[ProcessSpec, ChildProcess]]:
+        for managed in stage:
+            if managed.child is not None:
+                yield managed.spec, managed.child
+
+
+def _how_it_ended(exit_code: int | None) -> str:
+    if exit_code is not None and exit_code < 0:
+        return f"was ended by signal {-exit_code}"
+    return f"ended with exit code {exit_code}"
