@@ -1,0 +1,188 @@
+"""Brings adapters from a source into the pool on threads of its own, so that no step ever waits for a load.
+
+A load has two parts. First the manifest is fetched and checked, which tells how many pages are needed; then the core,
+which owns all pages, grants them and a slot on its own thread, in arrival order; then the weights are streamed,
+verified and installed. A job that waits long for its grant holds no thread and no connection, so that loads which
+wait for memory never keep others from being loaded.
+"""
+
+from __future__ import annotations
+
+import collections
+import hashlib
+import logging
+import queue
+import threading
+from collections.abc import Callable
+
+from services.common.errors import Reason, SloraError
+from services.engine.adapters.device import AdapterDevice
+from services.engine.adapters.load_job import Grant, LoadEnded, LoadEvent, LoadInstalled, LoadJob, LoadSized
+from services.engine.adapters.source import AdapterManifest, AdapterSource, FetchCancelled
+from services.engine.messages import Adapter
+
+logger = logging.getLogger(__name__)
+
+NUM_LOADER_THREADS = 8
+"""Loads at once. A few keep the link busy while others wait for the store to read from S3; each thread keeps a host
+buffer of the largest adapter it has loaded, so their number bounds that memory."""
+
+GRANT_GRACE_SECONDS = 0.25
+"""How long a sized load keeps its stream open for its grant, which mostly comes with the next step."""
+
+JOIN_SECONDS = 5.0
+
+
+class AdapterLoader:
+    """The core calls `start`, `grant`, `cancel` and `poll`; none of them blocks. `wake` says that `poll` has news.
+
+    `device.check` and `device.install` run on the loader's threads, one `install` at a time.
+    """
+
+    def __init__(
+        self,
+        source: AdapterSource,
+        device: AdapterDevice,
+        page_elems: int,
+        load_timeout_seconds: float,
+        wake: Callable[[], None],
+    ) -> None:
+        self._source = source
+        self._device = device
+        self._page_elems = page_elems
+        self._load_timeout_seconds = load_timeout_seconds
+        self._wake = wake
+        self._jobs: queue.SimpleQueue[LoadJob | None] = queue.SimpleQueue()
+        self._events: collections.deque[LoadEvent] = collections.deque()
+        self._install_lock = threading.Lock()
+        self._threads = [
+            threading.Thread(target=self._work, name=f"adapter-loader-{i}", daemon=True)
+            for i in range(NUM_LOADER_THREADS)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def start(self, adapter: Adapter) -> LoadJob:
+        """Begins a load; `poll` tells its size."""
+        job = LoadJob(adapter, self._source.open(adapter.digest), self._load_timeout_seconds)
+        self._jobs.put(job)
+        return job
+
+    def grant(self, job: LoadJob, grant: Grant) -> None:
+        """Lets a load go on into these pages, also before its size was told; they are its own until its last event."""
+        if job.give(grant):
+            self._jobs.put(job)
+
+    def cancel(self, job: LoadJob) -> None:
+        """Gives a load up. Its last event still comes: `LoadEnded`, or `LoadInstalled` if it was too late."""
+        if job.cancel():
+            self._events.append(LoadEnded(job, None))
+            self._wake()
+
+    def poll(self) -> list[LoadEvent]:
+        """What has happened since the last call, in order."""
+        events = []
+        while self._events:
+            events.append(self._events.popleft())
+        return events
+
+    def close(self) -> None:
+        """Ends all loads and threads; events not polled are lost."""
+        self._source.close()
+        for _ in self._threads:
+            self._jobs.put(None)
+        for thread in self._threads:
+            thread.join(JOIN_SECONDS)
+
+    def _work(self) -> None:
+        buffer = _HostBuffer()
+        while (job := self._jobs.get()) is not None:
+            if not job.begin():
+                continue
+            event = self._carry(job, buffer)
+            if event is not None:
+                self._post(event)
+
+    def _post(self, event: LoadEvent) -> None:
+        self._events.append(event)
+        self._wake()
+
+    def _carry(self, job: LoadJob, buffer: _HostBuffer) -> LoadEvent | None:
+        """Takes a job as far as it goes; None if it waits for its grant."""
+        try:
+            manifest = self._size(job)
+            grant = self._await_grant(job)
+            if grant is None:
+                return None
+            return self._load(job, manifest, grant, buffer)
+        except FetchCancelled:
+            return LoadEnded(job, None)
+        except SloraError as error:
+            return LoadEnded(job, None if job.cancelled else error)
+        except Exception as error:
+            logger.exception("loading adapter %s failed unexpectedly", job.adapter.adapter_id)
+            message = f"loading adapter {job.adapter.adapter_id} failed: {type(error).__name__}"
+            return LoadEnded(job, SloraError(Reason.INTERNAL, message, adapter_id=job.adapter.adapter_id))
+
+    def _size(self, job: LoadJob) -> AdapterManifest:
+        manifest = job.fetch.manifest(job.deadline)
+        if not job.sized:
+            if manifest.layout.digest != job.adapter.digest:
+                raise _changed(job, f"the store sent {manifest.layout.digest} for {job.adapter.digest}")
+            self._device.check(manifest.layout)
+            job.sized = True
+            job.stop_clock()
+            self._post(LoadSized(job, manifest.layout.num_pages(self._page_elems)))
+        return manifest
+
+    def _await_grant(self, job: LoadJob) -> Grant | None:
+        grant = job.wait_for_grant(GRANT_GRACE_SECONDS)
+        if grant is None and not job.cancelled:
+            job.fetch.pause()
+            if job.park():
+                return None
+            grant = job.wait_for_grant(0.0)
+        if grant is None or job.cancelled:
+            raise FetchCancelled
+        return grant
+
+    def _load(self, job: LoadJob, manifest: AdapterManifest, grant: Grant, buffer: _HostBuffer) -> LoadInstalled:
+        num_pages = manifest.layout.num_pages(self._page_elems)
+        if num_pages != len(grant.pages):
+            raise _changed(job, f"it takes {num_pages} pages and was known with {len(grant.pages)}")
+        weights = buffer.view(manifest.packed_bytes)
+        received, packed_digest = 0, hashlib.sha256()
+        for chunk in job.fetch.chunks(job.deadline):
+            if received + len(chunk) > manifest.packed_bytes:
+                raise _changed(job, f"more than its {manifest.packed_bytes} bytes were sent")
+            weights[received : received + len(chunk)] = chunk
+            packed_digest.update(chunk)
+            received += len(chunk)
+        if received != manifest.packed_bytes:
+            raise _changed(job, f"{received} of its {manifest.packed_bytes} bytes were sent")
+        if f"sha256:{packed_digest.hexdigest()}" != manifest.packed_digest:
+            raise _changed(job, "the bytes that were sent do not have the manifest's digest")
+        with self._install_lock:
+            if job.cancelled:
+                raise FetchCancelled
+            self._device.install(grant.slot, manifest.layout, grant.pages, weights)
+        return LoadInstalled(job, job.load_seconds, manifest.packed_bytes)
+
+
+class _HostBuffer:
+    """A thread's buffer, kept between loads: fresh memory would cost a page fault every 4 KiB."""
+
+    def __init__(self) -> None:
+        self._bytes = bytearray()
+
+    def view(self, num_bytes: int) -> memoryview:
+        """The first `num_bytes` of it; what an earlier load left there is overwritten or never looked at."""
+        if len(self._bytes) < num_bytes:
+            self._bytes = bytearray(num_bytes)
+        return memoryview(self._bytes)[:num_bytes]
+
+
+def _changed(job: LoadJob, what: str) -> SloraError:
+    adapter = job.adapter
+    message = f"adapter {adapter.adapter_id} is not what was registered: {what}"
+    return SloraError(Reason.ADAPTER_CHANGED, message, adapter_id=adapter.adapter_id, digest=adapter.digest)

@@ -1,0 +1,112 @@
+"""Memory is granted in arrival order and taken back in reverse: whose pages may go to whom.
+
+Every page that an idle or loading adapter holds counts as held by the earliest waiting sequence that needs the adapter,
+and by nobody if none does. A sequence may take pages from nobody and from those that arrived after it, never from
+those before it. So what became resident for the head of the queue cannot be lost to a sequence behind it, nor to loads.
+"""
+
+from __future__ import annotations
+
+from services.engine.adapters.residency import Residency
+from services.engine.memory.page_allocator import PageAllocator, PageOwner
+from services.engine.scheduling.waiting_queue import WaitingQueue
+
+NOBODY = 2**63
+"""The arrival of pages that no sequence needs: after everybody's."""
+
+BEHIND_ALL = NOBODY - 1
+"""The arrival of one who may take only what nobody needs."""
+
+
+class MemoryOrder:
+    """Asks what can be had, and evicts what must be. Preempting running sequences is the scheduler's."""
+
+    def __init__(self, allocator: PageAllocator, residency: Residency, queue: WaitingQueue) -> None:
+        self._allocator = allocator
+        self._residency = residency
+        self._queue = queue
+        self._evicted: list[str] = []
+
+    def obtainable(self, num_pages: int, arrival: int) -> bool:
+        """Whether `num_pages` are free or held by adapters that one who came at `arrival` may evict."""
+        short = num_pages - self._allocator.num_free
+        if short <= 0:
+            return True
+        if short > self._residency.num_idle_pages:
+            return False
+        for digest, held in self._residency.idle():
+            if self._needed_at(digest) > arrival:
+                short -= held
+                if short <= 0:
+                    return True
+        return False
+
+    def allocate_kv(self, num_pages: int, wanted: int, arrival: int) -> list[int] | None:
+        """`num_pages` for KV, if `wanted` pages in all can be had: it leaves the rest for others."""
+        if not self.obtainable(wanted, arrival):
+            return None
+        self._make_room(num_pages, arrival)
+        return self._allocator.allocate(num_pages, PageOwner.KV)
+
+    def grant_adapter(self, digest: str, wanted: int, arrival: int) -> bool:
+        """Gives a sized adapter its pages and a slot, if `wanted` pages in all can be had."""
+        if not self.obtainable(wanted, arrival) or not self._slot_obtainable(arrival):
+            return False
+        self._make_room(self._residency.num_pages(digest) or 0, arrival)
+        while not self._residency.num_free_slots and self._evict_for(arrival):
+            pass
+        return self._residency.grant(digest)
+
+    def evict_unneeded(self) -> bool:
+        """Evicts the least recently used adapter that no waiting sequence needs; False if there is none."""
+        for digest, _ in self._residency.idle():
+            if not self.is_needed(digest):
+                self.evict(digest)
+                return True
+        return False
+
+    def evict(self, digest: str) -> None:
+        """Evicts an idle adapter."""
+        self._residency.evict(digest)
+        self._queue.adapter_went(digest)
+        self._evicted.append(digest)
+
+    def is_needed(self, digest: str) -> bool:
+        """Whether a waiting sequence needs an adapter."""
+        return self._queue.earliest_user(digest) is not None
+
+    def latest_idle(self) -> tuple[int, str]:
+        """When the idle adapter that is needed last is needed, and which it is; (-1, "") if none is idle."""
+        return max(((self._needed_at(digest), digest) for digest, _ in self._residency.idle()), default=(-1, ""))
+
+    def latest_loading(self) -> tuple[int, str]:
+        """The same among adapters that are being loaded into their pages."""
+        return max(((self._needed_at(digest), digest) for digest in self._residency.loading()), default=(-1, ""))
+
+    def take_evicted(self) -> list[str]:
+        """Digests evicted since the last call."""
+        evicted, self._evicted = self._evicted, []
+        return evicted
+
+    def _slot_obtainable(self, arrival: int) -> bool:
+        if self._residency.num_free_slots:
+            return True
+        return any(self._needed_at(digest) > arrival for digest, _ in self._residency.idle())
+
+    def _make_room(self, num_pages: int, arrival: int) -> None:
+        while self._allocator.num_free < num_pages and self._evict_for(arrival):
+            pass
+
+    def _evict_for(self, arrival: int) -> bool:
+        """Evicts one adapter for one who came at `arrival`, if it can be one that nobody needs."""
+        if self.evict_unneeded():
+            return True
+        needed_at, digest = self.latest_idle()
+        if needed_at <= arrival:
+            return False
+        self.evict(digest)
+        return True
+
+    def _needed_at(self, digest: str) -> int:
+        earliest = self._queue.earliest_user(digest)
+        return NOBODY if earliest is None else earliest

@@ -1,0 +1,115 @@
+"""A request's state inside the engine: its tokens, its pages, how far it is computed, and when it ends."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+
+from services.engine.messages import Generate
+from services.engine.step import BASE_SLOT, SampleRequest
+
+
+class SequenceState(enum.Enum):
+    """Waiting sequences hold no KV pages and pin nothing; running ones do; those that have ended are forgotten."""
+
+    WAITING = enum.auto()
+    RUNNING = enum.auto()
+    ENDED = enum.auto()
+
+
+@dataclass(frozen=True, slots=True)
+class Finish:
+    """Why a sequence ended: `stop` (with the token that did it) or `length`."""
+
+    reason: str
+    stop_token_id: int | None = None
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """`arrival` numbers requests in the order in which they came; it stays through preemption."""
+
+    request: Generate
+    arrival: int
+    max_tokens: int
+    stop_ids: frozenset[int]
+    # Prompt and output; what has to be computed again after a preemption.
+    token_ids: list[int]
+    output_ids: list[int] = field(default_factory=list)
+    state: SequenceState = SequenceState.WAITING
+    block_table: list[int] = field(default_factory=list)
+    # KV of so many tokens is in the pages.
+    num_computed: int = 0
+    adapter_slot: int = BASE_SLOT
+    _sample_request: SampleRequest | None = None
+
+    @classmethod
+    def of(cls, request: Generate, arrival: int, max_model_len: int, eos_token_ids: frozenset[int]) -> Sequence:
+        """A waiting sequence for `request`, whose prompt is shorter than `max_model_len`."""
+        stop_ids = frozenset(request.stop.stop_token_ids)
+        if not request.stop.ignore_eos:
+            stop_ids |= eos_token_ids
+        max_tokens = min(request.stop.max_tokens, max_model_len - len(request.prompt_ids))
+        return cls(request, arrival, max_tokens, stop_ids, list(request.prompt_ids))
+
+    @property
+    def request_id(self) -> int:
+        """Names the sequence everywhere."""
+        return self.request.request_id
+
+    @property
+    def digest(self) -> str | None:
+        """The adapter's digest; None without one."""
+        return None if self.request.adapter is None else self.request.adapter.digest
+
+    @property
+    def num_uncomputed(self) -> int:
+        """Tokens to compute before the next one can be drawn; 1 in decode."""
+        return len(self.token_ids) - self.num_computed
+
+    def num_pages(self, tokens_per_page: int) -> int:
+        """Pages that let a waiting sequence run: those of its tokens and of one more."""
+        return -(-(len(self.token_ids) + 1) // tokens_per_page)
+
+    def max_pages(self, tokens_per_page: int) -> int:
+        """Pages it takes at most in its life."""
+        return -(-(len(self.request.prompt_ids) + self.max_tokens) // tokens_per_page)
+
+    def run(self, block_table: list[int], adapter_slot: int) -> None:
+        """Begins to run, from the first token on, in these pages."""
+        self.state = SequenceState.RUNNING
+        self.block_table = block_table
+        self.adapter_slot = adapter_slot
+
+    def leave(self, state: SequenceState) -> list[int]:
+        """Stops to run; gives back the pages. Its tokens stay, to be computed again."""
+        pages, self.block_table = self.block_table, []
+        self.state = state
+        self.num_computed = 0
+        self.adapter_slot = BASE_SLOT
+        return pages
+
+    def sample_request(self) -> SampleRequest:
+        """How to draw its next token. One object serves many steps: it refers to the lists that grow."""
+        if self._sample_request is None:
+            early = len(self.output_ids) < self.request.stop.min_tokens
+            self._sample_request = SampleRequest(
+                self.request.sampling,
+                self.request.prompt_ids,
+                self.output_ids,
+                tuple(sorted(self.stop_ids)) if early else (),
+            )
+        return self._sample_request
+
+    def append(self, token_id: int) -> Finish | None:
+        """Takes the token that was drawn; how the sequence ends with it, None if it goes on."""
+        self.token_ids.append(token_id)
+        self.output_ids.append(token_id)
+        num_output, min_tokens = len(self.output_ids), self.request.stop.min_tokens
+        if num_output == min_tokens:
+            self._sample_request = None  # from here on nothing is forbidden
+        if token_id in self.stop_ids and num_output > min_tokens:
+            return Finish("stop", token_id)
+        if num_output >= self.max_tokens:
+            return Finish("length")
+        return None

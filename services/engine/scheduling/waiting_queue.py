@@ -1,0 +1,95 @@
+"""The sequences that wait, in arrival order, with those at hand whose adapter is resident (or that have none)."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterator
+from operator import attrgetter
+
+from services.engine.scheduling.sequence import Sequence
+
+_ARRIVAL = attrgetter("arrival")
+
+
+class WaitingQueue:
+    """Finding what may run next takes time in proportion to what is looked at, not to the queue's length.
+
+    A preempted sequence comes back at the place of its arrival.
+    """
+
+    def __init__(self) -> None:
+        self._all: list[Sequence] = []
+        self._ready: list[Sequence] = []
+        self._by_digest: dict[str, list[Sequence]] = {}
+
+    def __len__(self) -> int:
+        return len(self._all)
+
+    def add(self, sequence: Sequence, ready: bool) -> None:
+        """Enters a sequence; `ready`: its adapter is resident, or it has none."""
+        _insert(self._all, sequence)
+        if ready:
+            _insert(self._ready, sequence)
+        if sequence.digest is not None:
+            _insert(self._by_digest.setdefault(sequence.digest, []), sequence)
+
+    def remove(self, sequence: Sequence) -> None:
+        """Takes a sequence out."""
+        _discard(self._all, sequence)
+        _discard(self._ready, sequence)
+        if sequence.digest is not None:
+            users = self._by_digest[sequence.digest]
+            _discard(users, sequence)
+            if not users:
+                del self._by_digest[sequence.digest]
+
+    def adapter_came(self, digest: str) -> None:
+        """An adapter became resident: those that wait for it are ready."""
+        for sequence in self._by_digest.get(digest, ()):
+            _insert(self._ready, sequence)
+
+    def adapter_went(self, digest: str) -> None:
+        """An adapter was evicted."""
+        for sequence in self._by_digest.get(digest, ()):
+            _discard(self._ready, sequence)
+
+    def users(self, digest: str) -> list[Sequence]:
+        """Those that wait with this adapter, in arrival order."""
+        return list(self._by_digest.get(digest, ()))
+
+    def earliest_user(self, digest: str) -> int | None:
+        """Arrival of the first that waits with this adapter."""
+        users = self._by_digest.get(digest)
+        return users[0].arrival if users else None
+
+    def window(self, num_sequences: int) -> list[Sequence]:
+        """The first `num_sequences` of all."""
+        return self._all[:num_sequences]
+
+    def candidates(self, num_sequences: int) -> Iterator[Sequence]:
+        """In arrival order: the first `num_sequences` of all, then those that are ready.
+
+        The queue may lose the sequence just given, and only it, while this goes on.
+        """
+        first = self._all[:num_sequences]
+        yield from first
+        if len(first) < num_sequences:
+            return
+        index = bisect_left(self._ready, first[-1].arrival + 1, key=_ARRIVAL)
+        while index < len(self._ready):
+            sequence = self._ready[index]
+            yield sequence
+            if index < len(self._ready) and self._ready[index] is sequence:
+                index += 1
+
+
+def _insert(sequences: list[Sequence], sequence: Sequence) -> None:
+    index = bisect_left(sequences, sequence.arrival, key=_ARRIVAL)
+    if index == len(sequences) or sequences[index] is not sequence:
+        sequences.insert(index, sequence)
+
+
+def _discard(sequences: list[Sequence], sequence: Sequence) -> None:
+    index = bisect_left(sequences, sequence.arrival, key=_ARRIVAL)
+    if index < len(sequences) and sequences[index] is sequence:
+        del sequences[index]

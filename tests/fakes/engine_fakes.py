@@ -1,0 +1,370 @@
+"""Stand-ins for the engine's device and for its adapter source, strict enough that faults show as failures.
+
+The device keeps what every page holds. A token's KV is a link in a chain of hashes over (adapter, tokens so far), so
+that reading KV of another sequence, of another adapter or of an earlier life of a page breaks the chain; the next token
+is a function of the chain, hence of prompt, output and adapter only.
+"""
+
+from __future__ import annotations
+
+import collections
+import hashlib
+import random
+import threading
+import time
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from services.common.errors import Reason, SloraError
+from services.engine.adapters.layout import AdapterLayout
+from services.engine.adapters.load_job import Grant, LoadEnded, LoadEvent, LoadInstalled, LoadJob, LoadSized
+from services.engine.adapters.source import AdapterManifest, FetchCancelled
+from services.engine.config import PoolConfig
+from services.engine.messages import Adapter, Generate, SamplingParams, StopParams
+from services.engine.step import BASE_SLOT, SampledToken, ScheduledChunk, StepPlan
+
+VOCAB_SIZE = 101
+EOS = 0
+NUM_LAYERS = 2
+BASE = zlib.crc32(b"base model")
+
+
+def digest_of(name: str) -> str:
+    """A digest for the adapter `name`."""
+    return "sha256:" + hashlib.sha256(name.encode()).hexdigest()
+
+
+def adapter(name: str | None) -> Adapter | None:
+    """The adapter `name`, version 1."""
+    return None if name is None else Adapter(f"{name}@1", digest_of(name))
+
+
+def generate(
+    request_id: int,
+    prompt: Sequence[int],
+    max_tokens: int,
+    adapter_name: str | None = None,
+    **stop: object,
+) -> Generate:
+    """A request."""
+    return Generate(
+        request_id,
+        list(prompt),
+        SamplingParams(seed=request_id),
+        StopParams(max_tokens, **stop),  # type: ignore[arg-type]
+        adapter(adapter_name),
+    )
+
+
+def _seed_of(digest: str | None) -> int:
+    return BASE if digest is None else zlib.crc32(digest.encode())
+
+
+def _next_token(link: int, prompt: Sequence[int], output: Sequence[int], forbidden: Sequence[int]) -> int:
+    token = hash((link, tuple(prompt), tuple(output))) % VOCAB_SIZE
+    while token in forbidden:
+        token = (token + 1) % VOCAB_SIZE
+    return token
+
+
+def expected_output(request: Generate, max_model_len: int, eos: frozenset[int] = frozenset({EOS})) -> list[int]:
+    """What `request` must give, whatever else runs, computed the slow way."""
+    link = seed = _seed_of(request.adapter.digest if request.adapter else None)
+    for token in request.prompt_ids:
+        link = hash((link, token, seed))
+    output: list[int] = []
+    stops = set(request.stop.stop_token_ids) | (set() if request.stop.ignore_eos else eos)
+    while True:
+        early = len(output) < request.stop.min_tokens
+        token = _next_token(link, request.prompt_ids, output, sorted(stops) if early else ())
+        output.append(token)
+        link = hash((link, token, seed))
+        if token in stops and not early:
+            return output
+        if len(output) == request.stop.max_tokens or len(request.prompt_ids) + len(output) == max_model_len:
+            return output
+
+
+def layout_of(digest: str, num_pages: int, page_elems: int, dtype: str = "float32") -> AdapterLayout:
+    """A layout that takes exactly `num_pages`."""
+    return AdapterLayout(digest, dtype, 1, NUM_LAYERS, num_pages * page_elems, ((),) * NUM_LAYERS)
+
+
+class FakeDevice:
+    """An `AdapterDevice` that knows which adapter's block each page holds."""
+
+    def __init__(self, num_pages: int) -> None:
+        self.contents: list[object] = [None] * num_pages
+        self.installed: dict[int, tuple[str, tuple[int, ...]]] = {}
+        self.weights: dict[str, bytes] = {}
+        self.num_installs = 0
+        self.on_install: object = None
+
+    def check(self, layout: AdapterLayout) -> None:
+        if layout.dtype != "float32":
+            raise SloraError(Reason.ADAPTER_INCOMPATIBLE, f"dtype {layout.dtype} is not float32", dtype=layout.dtype)
+
+    def install(self, slot: int, layout: AdapterLayout, pages: Sequence[int], weights: memoryview) -> None:
+        assert slot not in self.installed, f"slot {slot} is taken"
+        if callable(self.on_install):
+            self.on_install(layout.digest)
+        self.weights[layout.digest] = bytes(weights)
+        for index, page in enumerate(pages):
+            self.contents[page] = (layout.digest, index)
+        self.installed[slot] = (layout.digest, tuple(pages))
+        self.num_installs += 1
+
+    def remove(self, slot: int) -> None:
+        del self.installed[slot]
+
+    def digest_at(self, slot: int) -> str | None:
+        """The adapter at `slot`, all of whose pages must be as they were installed."""
+        if slot == BASE_SLOT:
+            return None
+        digest, pages = self.installed[slot]
+        assert [self.contents[page] for page in pages] == [(digest, i) for i in range(len(pages))], (
+            "weights overwritten"
+        )
+        return digest
+
+
+@dataclass
+class FakeRunner:
+    """A runner whose tokens are `expected_output` as long as pages, slots and positions are right."""
+
+    num_pages: int
+    tokens_per_page: int = 4
+    max_model_len: int = 64
+    max_step_tokens: int = 1 << 30
+    vocab_size: int = VOCAB_SIZE
+    eos_token_ids: frozenset[int] = frozenset({EOS})
+    step_seconds: float = 0.0
+    # Called with each plan before it is computed; may raise.
+    before: object = None
+    steps: list[tuple[tuple[int, int], ...]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.pool_config = PoolConfig(NUM_LAYERS, self.num_pages, self.tokens_per_page, 1, 4)
+        self.adapter_device = FakeDevice(self.num_pages)
+
+    def execute(self, plan: StepPlan) -> list[SampledToken]:
+        self._check_shape(plan)
+        if callable(self.before):
+            self.before(plan)
+        if self.step_seconds:
+            time.sleep(self.step_seconds)
+        tokens = [token for chunk in plan.chunks if (token := self._compute(chunk)) is not None]
+        self.steps.append(tuple((c.sequence_id, len(c.token_ids)) for c in plan.chunks))
+        return tokens
+
+    def _check_shape(self, plan: StepPlan) -> None:
+        assert plan.chunks
+        assert plan.num_tokens <= self.max_step_tokens
+        ids = [chunk.sequence_id for chunk in plan.chunks]
+        assert len(set(ids)) == len(ids), "a sequence is in a step twice"
+        pages = [page for chunk in plan.chunks for page in chunk.block_table]
+        assert len(set(pages)) == len(pages), "two sequences share a page"
+
+    def _compute(self, chunk: ScheduledChunk) -> SampledToken | None:
+        digest = self.adapter_device.digest_at(chunk.adapter_slot)
+        seed = _seed_of(digest)
+        link = self._read_chain(chunk, seed)
+        assert chunk.token_ids
+        for position, token in enumerate(chunk.token_ids, chunk.start):
+            previous, link = link, hash((link, token, seed))
+            self._write(chunk.block_table, position, (previous, link))
+        if chunk.sample is None:
+            return None
+        sample = chunk.sample
+        assert chunk.start + len(chunk.token_ids) == len(sample.prompt_ids) + len(sample.output_ids)
+        token = _next_token(link, sample.prompt_ids, sample.output_ids, sample.forbidden_ids)
+        return SampledToken(chunk.sequence_id, token)
+
+    def _read_chain(self, chunk: ScheduledChunk, seed: int) -> int:
+        link = seed
+        for position in range(chunk.start):
+            page = self.adapter_device.contents[chunk.block_table[position // self.tokens_per_page]]
+            assert isinstance(page, list), f"position {position} lies in a page without KV"
+            previous, following = page[position % self.tokens_per_page]
+            assert previous == link, f"stale or foreign KV at position {position}"
+            link = following
+        return link
+
+    def _write(self, block_table: Sequence[int], position: int, link: tuple[int, int]) -> None:
+        contents = self.adapter_device.contents
+        page = block_table[position // self.tokens_per_page]
+        if not isinstance(contents[page], list) or position % self.tokens_per_page == 0:
+            contents[page] = [(0, 0)] * self.tokens_per_page
+        contents[page][position % self.tokens_per_page] = link
+
+
+class ScriptedLoader:
+    """A `Loader` without threads: `advance` moves its jobs, each at the pace and to the end that the test says."""
+
+    def __init__(self, device: FakeDevice, page_elems: int, rng: random.Random, num_threads: int = 4) -> None:
+        self._device = device
+        self._page_elems = page_elems
+        self._rng = rng
+        self._num_threads = num_threads
+        self._events: collections.deque[LoadEvent] = collections.deque()
+        self._jobs: dict[LoadJob, list[object]] = {}  # job: [ticks left, sized, grant, cancelled]
+        self.sizes: dict[str, int] = {}
+        self.failing: dict[str, SloraError] = {}
+        self.max_ticks = 3
+        self.num_started = 0
+
+    def start(self, adapter: Adapter) -> LoadJob:
+        job = LoadJob(adapter, None, 1.0)  # type: ignore[arg-type]
+        self._jobs[job] = [self._ticks(), False, None, False]
+        self.num_started += 1
+        return job
+
+    def grant(self, job: LoadJob, grant: Grant) -> None:
+        self._jobs[job][2] = grant
+
+    def cancel(self, job: LoadJob) -> None:
+        if job in self._jobs:
+            self._jobs[job][3] = True
+            self._jobs[job][0] = min(int(self._jobs[job][0]), 1)  # type: ignore[call-overload]
+
+    def poll(self) -> list[LoadEvent]:
+        events = list(self._events)
+        self._events.clear()
+        return events
+
+    def advance(self) -> None:
+        """One tick for each of the first few jobs that need not wait for pages."""
+        busy = [job for job, (_, sized, grant, off) in self._jobs.items() if off or not sized or grant is not None]
+        for job in busy[: self._num_threads]:
+            entry = self._jobs[job]
+            entry[0] -= 1  # type: ignore[operator]
+            if entry[0] <= 0:  # type: ignore[operator]
+                self._get_on(job)
+
+    @property
+    def num_busy(self) -> int:
+        return len(self._jobs) + len(self._events)
+
+    def _ticks(self) -> int:
+        return self._rng.randint(0, self.max_ticks)
+
+    def _get_on(self, job: LoadJob) -> None:
+        _, sized, grant, cancelled = self._jobs[job]
+        digest = job.adapter.digest
+        if cancelled and self._rng.random() < 0.8:  # else it was too late
+            self._finish(job, LoadEnded(job, None))
+        elif digest in self.failing and (sized or self._rng.random() < 0.5):
+            self._finish(job, LoadEnded(job, self.failing[digest]))
+        elif not sized:
+            self._jobs[job][:2] = [self._ticks(), True]
+            self._events.append(LoadSized(job, self.sizes[digest]))
+        elif isinstance(grant, Grant):
+            assert len(grant.pages) == self.sizes[digest]
+            layout = layout_of(digest, self.sizes[digest], self._page_elems)
+            self._device.install(grant.slot, layout, grant.pages, memoryview(b""))
+            self._finish(job, LoadInstalled(job, 0.25, 4096))
+        else:
+            self._finish(job, LoadEnded(job, None))
+
+    def _finish(self, job: LoadJob, event: LoadEvent) -> None:
+        del self._jobs[job]
+        self._events.append(event)
+
+
+@dataclass
+class FakeAdapter:
+    """An adapter that a `FakeSource` serves, and what goes wrong with it."""
+
+    num_pages: int = 1
+    dtype: str = "float32"
+    error: SloraError | None = None
+    # Raised between the first and the last byte.
+    error_midway: SloraError | None = None
+    corrupt: bool = False
+    truncate: bool = False
+    seconds: float = 0.0
+    # Blocks until set (or cancelled), before the manifest or before the weights.
+    manifest_gate: threading.Event | None = None
+    weights_gate: threading.Event | None = None
+
+
+class FakeSource:
+    """An `AdapterSource` out of a dictionary."""
+
+    def __init__(self, page_elems: int) -> None:
+        self.page_elems = page_elems
+        self.adapters: dict[str, FakeAdapter] = {}
+        self.num_opened = 0
+        self.num_paused = 0
+        self.closed = False
+        self.fetches: list[FakeFetch] = []
+
+    def add(self, name: str, **what: object) -> FakeAdapter:
+        self.adapters[digest_of(name)] = made = FakeAdapter(**what)  # type: ignore[arg-type]
+        return made
+
+    def weights(self, digest: str) -> bytes:
+        size = NUM_LAYERS * self.adapters[digest].num_pages * self.page_elems * 4
+        return random.Random(digest).randbytes(size)
+
+    def open(self, digest: str) -> FakeFetch:
+        self.num_opened += 1
+        fetch = FakeFetch(self, digest)
+        self.fetches.append(fetch)
+        return fetch
+
+    def close(self) -> None:
+        self.closed = True
+        for fetch in self.fetches:
+            fetch.cancel()
+
+
+class FakeFetch:
+    """A fetch from a `FakeSource`."""
+
+    def __init__(self, source: FakeSource, digest: str) -> None:
+        self._source = source
+        self._digest = digest
+        self.cancelled = threading.Event()
+
+    def manifest(self, deadline: float) -> AdapterManifest:
+        found = self._source.adapters.get(self._digest)
+        if found is None:
+            raise SloraError(Reason.ADAPTER_NOT_FOUND, f"no adapter {self._digest}", digest=self._digest)
+        self._wait(found.manifest_gate, deadline)
+        if found.error is not None:
+            raise found.error
+        weights = self._source.weights(self._digest)
+        layout = layout_of(self._digest, found.num_pages, self._source.page_elems, found.dtype)
+        return AdapterManifest(layout, len(weights), "sha256:" + hashlib.sha256(weights).hexdigest())
+
+    def chunks(self, deadline: float) -> Iterator[bytes]:
+        found = self._source.adapters[self._digest]
+        self._wait(found.weights_gate, deadline)
+        if found.seconds and self.cancelled.wait(found.seconds):
+            raise FetchCancelled
+        weights = self._source.weights(self._digest)
+        if found.corrupt:
+            weights = bytes([weights[0] ^ 1]) + weights[1:]
+        half = len(weights) // 2
+        yield weights[:half]
+        if found.error_midway is not None:
+            raise found.error_midway
+        if not found.truncate:
+            yield weights[half:]
+
+    def pause(self) -> None:
+        self._source.num_paused += 1
+
+    def cancel(self) -> None:
+        self.cancelled.set()
+
+    def _wait(self, gate: threading.Event | None, deadline: float) -> None:
+        while True:
+            if self.cancelled.is_set():
+                raise FetchCancelled
+            if gate is None or gate.wait(0.002):
+                return
+            if time.monotonic() > deadline:
+                raise SloraError(Reason.ADAPTER_STORE_UNAVAILABLE, "the store did not answer in time")

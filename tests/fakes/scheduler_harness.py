@@ -1,0 +1,189 @@
+"""A scheduler with its memory, a fake device and a scripted loader, stepped by hand and checked after every step."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+
+from services.common.errors import SloraError
+from services.engine.adapters.residency import AdapterState, Residency
+from services.engine.config import SchedulerConfig
+from services.engine.memory.page_allocator import PageAllocator
+from services.engine.messages import Generate, Prefetch, RequestFailed, TokenEvent
+from services.engine.scheduling.scheduler import Scheduler
+from services.engine.scheduling.sequence import Sequence, SequenceState
+from services.engine.step import StepPlan
+from tests.fakes.engine_fakes import EOS, FakeRunner, ScriptedLoader, adapter, digest_of, expected_output
+
+
+@dataclass
+class Harness:
+    """Everything but threads and processes."""
+
+    num_pages: int = 16
+    tokens_per_page: int = 4
+    max_running: int = 8
+    max_step_tokens: int = 16
+    max_model_len: int = 64
+    max_waiting: int = 1000
+    max_adapters: int = 8
+    seed: int = 0
+    check: bool = True
+    tokens: dict[int, list[int]] = field(default_factory=dict)
+    finishes: dict[int, TokenEvent] = field(default_factory=dict)
+    failures: dict[int, RequestFailed] = field(default_factory=dict)
+    prefetched: dict[int, float] = field(default_factory=dict)
+    evicted: list[str] = field(default_factory=list)
+    loaded: list[str] = field(default_factory=list)
+    requests: dict[int, Generate] = field(default_factory=dict)
+    aborted: set[int] = field(default_factory=set)
+    plans: list[StepPlan] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.rng = random.Random(self.seed)
+        self.runner = FakeRunner(
+            self.num_pages, self.tokens_per_page, self.max_model_len, max_step_tokens=self.max_step_tokens
+        )
+        self.device = self.runner.adapter_device
+        self.loader = ScriptedLoader(self.device, self.runner.pool_config.page_elems, self.rng)
+        self.allocator = PageAllocator(self.num_pages)
+        self.residency = Residency(self.allocator, self.device, self.loader, self.max_adapters)
+        config = SchedulerConfig(
+            self.max_running,
+            self.max_step_tokens,
+            self.max_model_len,
+            self.max_waiting,
+            self.tokens_per_page,
+            frozenset({EOS}),
+        )
+        self.scheduler = Scheduler(config, self.allocator, self.residency)
+
+    def adapters(self, **sizes: int) -> None:
+        """Names adapters and the pages they take."""
+        self.loader.sizes |= {digest_of(name): size for name, size in sizes.items()}
+
+    def add(self, request: Generate) -> SloraError | None:
+        """Adds a request; why it was refused, if it was."""
+        try:
+            self.scheduler.add(request)
+        except SloraError as error:
+            return error
+        self.requests[request.request_id] = request
+        return None
+
+    def prefetch(self, request_id: int, name: str) -> None:
+        wanted = adapter(name)
+        assert wanted is not None
+        self.scheduler.prefetch(Prefetch(request_id, wanted))
+
+    def abort(self, request_id: int) -> None:
+        self.scheduler.abort(request_id)
+        self.aborted.add(request_id)
+
+    def plan(self) -> StepPlan | None:
+        waited = {s.request_id for s in self.waiting()}
+        plan = self.scheduler.plan()
+        if self.check:
+            self.check_order(waited)
+            self.check_whole()
+        return plan
+
+    def commit(self, plan: StepPlan) -> None:
+        events = self.scheduler.commit(plan, self.runner.execute(plan))
+        for event in events:
+            assert event.request_id not in self.finishes
+            self.tokens.setdefault(event.request_id, []).append(event.token_id)
+            if event.finish is not None:
+                self.finishes[event.request_id] = event
+
+    def step(self, advance: bool = True) -> bool:
+        """A whole step; False if nothing could run."""
+        if advance:
+            self.loader.advance()
+        plan = self.plan()
+        if plan is not None:
+            self.plans.append(plan)
+            self.commit(plan)
+        self.hear()
+        if self.check:
+            self.check_whole()
+            stuck = plan is None and self.scheduler.num_open and not self.residency.num_in_flight
+            assert not stuck or self.loader.num_busy or self.prefetches_only(), "nothing runs and nothing will come"
+        return plan is not None
+
+    def hear(self) -> None:
+        news = self.scheduler.take_news()
+        self.failures |= {failure.request_id: failure for failure in news.failures}
+        self.prefetched |= dict(news.prefetched)
+        self.evicted += news.evicted
+        self.loaded += [loaded.adapter.digest for loaded in news.loaded]
+
+    def run(self, max_steps: int = 20000) -> None:
+        """Until every request has ended."""
+        for _ in range(max_steps):
+            if not self.scheduler.num_open:
+                return
+            self.step()
+        raise AssertionError(f"not done after {max_steps} steps: {[s.request_id for s in self.waiting()]} wait")
+
+    def settle(self) -> None:
+        """Lets loads that nobody waits for come to their end."""
+        for _ in range(100):
+            if not self.loader.num_busy:
+                return
+            self.step()
+        raise AssertionError("loads do not end")
+
+    def waiting(self) -> list[Sequence]:
+        return self.scheduler._queue.window(1 << 30)
+
+    def running(self) -> list[Sequence]:
+        return list(self.scheduler._running)
+
+    def ids_running(self) -> list[int]:
+        return [s.request_id for s in self.running()]
+
+    def prefetches_only(self) -> bool:
+        return not self.scheduler.num_running and not self.scheduler.num_waiting
+
+    def check_order(self, waited: set[int]) -> None:
+        """Nobody who lacks pages was passed: those behind a sequence run only if it waits for bytes."""
+        started = [s.arrival for s in self.running() if s.request_id in waited]
+        for sequence in self.waiting():
+            state = AdapterState.RESIDENT if sequence.digest is None else self.residency.state(sequence.digest)
+            if state in (AdapterState.RESIDENT, AdapterState.SIZED, AdapterState.LEAVING):
+                passed = [arrival for arrival in started if arrival > sequence.arrival]
+                assert not passed, f"{sequence.request_id} ({state}) was passed by arrivals {passed}"
+
+    def check_whole(self) -> None:
+        self.scheduler.check_integrity()
+        for sequence in self.running():
+            assert sequence.state is SequenceState.RUNNING
+            assert len(sequence.block_table) * self.tokens_per_page >= sequence.num_computed
+            if sequence.digest is not None:
+                assert self.device.installed[sequence.adapter_slot][0] == sequence.digest
+        for sequence in self.waiting():
+            assert sequence.state is SequenceState.WAITING
+            assert not sequence.block_table
+
+    def check_answers(self) -> None:
+        """Every request that was neither refused nor aborted gave exactly the tokens it must give."""
+        for request_id, request in self.requests.items():
+            got = self.tokens.get(request_id, [])
+            wanted = expected_output(request, self.max_model_len)
+            if request_id in self.aborted or request_id in self.failures:
+                assert got == wanted[: len(got)]
+            else:
+                assert got == wanted, request_id
+                assert request_id in self.finishes
+
+    def check_empty(self) -> None:
+        """After everything has ended only idle adapters hold pages; without them every page is free."""
+        self.settle()
+        assert self.allocator.num_kv == 0
+        for digest in [digest for digest, _ in self.residency.idle()]:
+            self.residency.evict(digest)
+        assert self.allocator.num_free == self.num_pages
+        assert self.residency.num_free_slots == self.max_adapters
+        assert not self.device.installed
+        self.scheduler.check_integrity()
