@@ -1,0 +1,81 @@
+"""Carries out steps: one forward pass over all tokens of a StepPlan, then a token for each chunk that wants one."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import torch
+
+from services.engine.config import EngineSettings, PoolConfig
+from services.engine.execution.adapter_device import PagedAdapterDevice
+from services.engine.execution.lora_batch import LoraBatchCache
+from services.engine.execution.sampler import sample_tokens
+from services.engine.execution.step_batch import StepBatchBuilder
+from services.engine.memory.pool import Pool
+from services.engine.model.checkpoint import Checkpoint
+from services.engine.model.config import ModelConfig, load_model_config
+from services.engine.model.decoder import Decoder
+from services.engine.model.forward_batch import module_groups
+from services.engine.step import SampledToken, StepPlan
+
+logger = logging.getLogger(__name__)
+
+
+class ModelRunner:
+    """The model, the pool and the adapters' tables on one device. Owned by the core's thread.
+
+    Only `adapter_device.install` may be called from another thread while a step runs.
+    """
+
+    def __init__(self, settings: EngineSettings) -> None:
+        """Loads the checkpoint and allocates the pool. Raises CheckpointError, or ValueError for unusable settings."""
+        if settings.num_threads > 0:
+            torch.set_num_threads(settings.num_threads)
+        device = torch.device(settings.device)
+        directory = Path(settings.checkpoint)
+        self.config = load_model_config(directory, settings.dtype)
+        self.max_model_len = self.config.resolve_max_model_len(settings.max_model_len)
+        self.vocab_size = self.config.vocab_size
+        self.eos_token_ids = self.config.eos_token_ids
+        self.pool_config = _pool_config(self.config, settings)
+        checkpoint = Checkpoint(directory, self.config.dtype)
+        self._decoder = Decoder(self.config, checkpoint, self.max_model_len, device)
+        self._pool = Pool(self.pool_config, self.config.dtype, device)
+        groups = module_groups(self.config)
+        self.adapter_device = PagedAdapterDevice(self._pool, groups, settings.max_adapters)
+        lora = LoraBatchCache(self.adapter_device, groups, self._pool)
+        self._batches = StepBatchBuilder(self.config, self._pool, self.max_model_len, lora)
+        logger.info(
+            "loaded %s: %s in %s on %s, %d pages of %d tokens",
+            directory,
+            self.config.family,
+            self.config.dtype,
+            device,
+            self.pool_config.num_pages,
+            self.pool_config.tokens_per_page,
+        )
+
+    @torch.inference_mode()
+    def execute(self, plan: StepPlan) -> list[SampledToken]:
+        """Computes a step: KV of all its tokens is in the pool afterwards.
+
+        Returns one entry for each chunk with a `sample`, in the plan's order; one whose logits are not finite carries
+        an error. Raises ValueError for a plan that leaves the pool, the vocabulary or the model's length.
+        """
+        logits = self._decoder.forward(self._batches.build(plan), self._pool)
+        sampled = [(chunk.sequence_id, chunk.sample) for chunk in plan.chunks if chunk.sample is not None]
+        if not sampled:
+            return []
+        return sample_tokens(logits, [request for _, request in sampled], [number for number, _ in sampled])
+
+
+def _pool_config(config: ModelConfig, settings: EngineSettings) -> PoolConfig:
+    if settings.tokens_per_page < 1:
+        raise ValueError(f"tokens_per_page must be positive, not {settings.tokens_per_page}")
+    one_page = PoolConfig(config.num_layers, 1, settings.tokens_per_page, config.num_kv_heads, config.head_dim)
+    page_bytes = config.num_layers * one_page.page_elems * config.dtype.itemsize
+    num_pages = settings.num_pages or settings.pool_bytes // page_bytes
+    if num_pages < 1:
+        raise ValueError(f"pool_bytes {settings.pool_bytes} hold no page: one takes {page_bytes} bytes in all layers")
+    return PoolConfig(config.num_layers, num_pages, settings.tokens_per_page, config.num_kv_heads, config.head_dim)
