@@ -1,0 +1,40 @@
+"""The adapter store's settings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from services.common.settings import setting
+
+
+@dataclass(frozen=True)
+class AdapterStoreSettings:
+    """A slora adapter store: the adapters of one base model, from S3, in host RAM.
+
+    Credentials and region of S3 come the AWS way: environment, shared files, instance roles.
+    """
+
+    base_model_config: str = setting(help="a checkpoint directory, or its config.json")
+    base_model: str = setting("", "the base model's served name; empty: the checkpoint directory's name")
+    dtype: str = setting("auto", "type of packed elements: auto (the checkpoint's), float32, bfloat16 or float16")
+    listen: str = setting("127.0.0.1:50051", "host:port to serve gRPC on; port 0 takes a free one")
+    metrics: str = setting("", "host:port to serve Prometheus metrics on; empty for none")
+    redis_url: str = setting("redis://127.0.0.1:6379/0", "Redis that holds the catalogue")
+    catalogue_prefix: str = setting("slora", "first part of every Redis key; one catalogue a base model")
+    redis_timeout_seconds: float = setting(2.0, "a Redis command that takes longer counts as Redis being away")
+    max_events: int = setting(10_000, "catalogue changes kept for watchers that resume")
+    s3_endpoint: str = setting("", "URL of the S3 service; empty: AWS")
+    s3_bucket: str = setting("", "bucket for uploads; empty: uploads are refused")
+    s3_prefix: str = setting("adapters", "prefix of uploads in that bucket")
+    s3_timeout_seconds: float = setting(5.0, "silence of S3 for longer than this counts as S3 being away")
+    s3_threads: int = setting(8, "most S3 objects read or written at once")
+    arena_bytes: int = setting(2**30, "bytes of shared memory that hold packed adapters")
+    arena_dir: str = setting("/dev/shm", "directory (a tmpfs) of the shared memory segment")
+    max_adapter_bytes: int = setting(2 * 2**30, "largest adapter_model.safetensors that is taken")
+    max_preparing: int = setting(4, "most adapters read, validated and packed at once")
+    upload_dir: str = setting("", "directory for files being uploaded; empty: the system's temporary directory")
+    orphan_seconds: float = setting(3600.0, "files of an upload that never ended are removed after this long")
+    sweep_seconds: float = setting(30.0, "how often files that no version uses are looked for")
+    stall_seconds: float = setting(60.0, "a fetch whose reader takes nothing for this long is ended")
+    drain_seconds: float = setting(30.0, "on SIGTERM running calls have this long to end")
+    log_level: str = setting("INFO", "DEBUG, INFO, WARNING or ERROR")

@@ -1,0 +1,69 @@
+"""What the store measures, for Prometheus. No label has an unbounded set of values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from services.adapter_store.host_cache import CacheFigures
+
+_PREFIX = "slora_adapter_store_"
+_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+
+
+class StoreMetrics:
+    """The store's counters, gauges and histograms. Hears of look-ups and reads as the residency's observer."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._registry = registry
+        self._lookups = self._counter(
+            "lookups", "Fetches by where the adapter was: hit (memory) or miss (S3)", "result"
+        )
+        self.fetched_bytes = self._counter("fetched_bytes", "Packed bytes sent to readers")
+        self.evictions = self._counter("evictions", "Adapters evicted from the arena to make room")
+        self._reads = self._counter("reads", "Adapters whose files were read from S3, to fetch or to register")
+        self.registrations = self._counter(
+            "registrations", "Registrations and uploads: created, exists or the error's reason", "outcome"
+        )
+        self.calls = self._counter("calls", "Calls: OK, CANCELLED or the error's reason", "method", "outcome")
+        self._reads_in_flight = self._gauge("reads_in_flight", "Adapters whose files are being read from S3")
+        self.watchers = self._gauge("watchers", "Open watches of the catalogue")
+        self.fetch_seconds = Histogram(
+            _PREFIX + "fetch_seconds",
+            "Seconds from a fetch's arrival until its adapter was in memory",
+            buckets=_SECONDS,
+            registry=registry,
+        )
+
+    def observe_cache(self, figures: Callable[[], CacheFigures]) -> None:
+        """Shows the cache's figures from now on, each read when it is asked for."""
+        shown: dict[str, tuple[str, Callable[[CacheFigures], int]]] = {
+            "arena_capacity_bytes": ("Bytes of the arena", lambda f: f.capacity_bytes),
+            "arena_used_bytes": ("Bytes of the arena that hold adapters", lambda f: f.capacity_bytes - f.free_bytes),
+            "arena_free_bytes": ("Bytes of the arena that nothing holds", lambda f: f.free_bytes),
+            "arena_largest_free_bytes": ("Bytes of the arena's largest free extent", lambda f: f.largest_free_bytes),
+            "resident_adapters": ("Adapters in memory", lambda f: f.num_adapters),
+            "pinned_adapters": ("Adapters in memory that are being sent", lambda f: f.num_pinned),
+        }
+        for name, (description, read) in shown.items():
+            self._gauge(name, description).set_function(lambda read=read: read(figures()))  # type: ignore[misc]
+
+    def on_lookup(self, hit: bool) -> None:
+        """An adapter was asked for, and was in memory or not."""
+        self._lookups.labels("hit" if hit else "miss").inc()
+
+    def on_read_begin(self) -> None:
+        """A read of an adapter's files from S3 begins."""
+        self._reads.inc()
+        self._reads_in_flight.inc()
+
+    def on_read_end(self) -> None:
+        """It ended, well or not."""
+        self._reads_in_flight.dec()
+
+    def _counter(self, name: str, description: str, *labels: str) -> Counter:
+        return Counter(_PREFIX + name, description, labels, registry=self._registry)
+
+    def _gauge(self, name: str, description: str) -> Gauge:
+        return Gauge(_PREFIX + name, description, registry=self._registry)

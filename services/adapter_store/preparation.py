@@ -1,0 +1,76 @@
+"""From an adapter's two files to packed weights: read, validate, pack. There is no other way into the cache."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from services.adapter_store.base_model import BaseModel
+from services.adapter_store.blob_store import BlobStore
+from services.adapter_store.identifiers import CONFIG_FILE, WEIGHTS_FILE, ObjectPrefix, content_digest
+from services.adapter_store.manifest import PackedLayout, PackedManifest
+from services.adapter_store.packing import Bytes, digest_of, pack, plan_layout
+from services.adapter_store.peft_config import MAX_CONFIG_BYTES, parse_lora_config
+from services.adapter_store.safetensors_reader import read_tensor_entries
+from services.adapter_store.target_resolution import resolve_targets
+from services.adapter_store.validation import LoraPair, match_tensors
+from services.common.errors import Reason, SloraError
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterFiles:
+    """The bytes of adapter_config.json and adapter_model.safetensors, their SHA-256 (hexadecimal) and ETags."""
+
+    config: memoryview
+    weights: memoryview
+    config_sha256: str
+    weights_sha256: str
+    config_etag: str = ""
+    weights_etag: str = ""
+
+    @property
+    def digest(self) -> str:
+        """Digest of the content."""
+        return content_digest(self.config_sha256, len(self.config), self.weights_sha256, len(self.weights))
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedAdapter:
+    """A validated adapter: what remains is to pack it."""
+
+    digest: str
+    layout: PackedLayout
+    pairs: tuple[LoraPair, ...]
+    weights: memoryview
+
+
+async def read_files(blob_store: BlobStore, place: ObjectPrefix, max_adapter_bytes: int) -> AdapterFiles:
+    """Both files from S3. Errors: SOURCE_NOT_FOUND, ADAPTER_TOO_LARGE, BLOB_STORE_UNAVAILABLE."""
+    config = await blob_store.read(place, CONFIG_FILE, MAX_CONFIG_BYTES)
+    try:
+        weights = await blob_store.read(place, WEIGHTS_FILE, max_adapter_bytes)
+    except SloraError as error:
+        if error.reason is not Reason.SOURCE_NOT_FOUND:
+            raise
+        message = (
+            f"{error.message}; a file adapter_model.bin is a pickle and never read: save the adapter as safetensors"
+        )
+        raise SloraError(error.reason, message, **error.metadata) from error
+    return AdapterFiles(config.content, weights.content, config.sha256, weights.sha256, config.etag, weights.etag)
+
+
+def prepare(files: AdapterFiles, base: BaseModel) -> PreparedAdapter:
+    """Validates everything but the values of the weights. Takes milliseconds to seconds: for a thread.
+
+    Errors: every reason that begins with ADAPTER_ and means that it cannot be served.
+    """
+    config = parse_lora_config(bytes(files.config))
+    entries = read_tensor_entries(files.weights)
+    targets = resolve_targets(config, base)
+    pairs = match_tensors(targets, entries, base)
+    return PreparedAdapter(files.digest, plan_layout(targets, base), pairs, files.weights)
+
+
+def pack_into(adapter: PreparedAdapter, out: Bytes) -> PackedManifest:
+    """Packs into `out` (layout.packed_bytes bytes) and describes it; ADAPTER_NOT_FINITE. For a thread."""
+    pack(adapter.pairs, adapter.layout, adapter.weights, out)
+    return PackedManifest(adapter.digest, digest_of(out), adapter.layout)

@@ -1,0 +1,185 @@
+"""slora.adapter_store.v1.AdapterStoreService over grpc.aio: messages in, messages out, errors mapped."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, TypeVar
+
+import grpc
+from slora.adapter_store.v1 import adapter_store_pb2 as pb
+from slora.adapter_store.v1 import adapter_store_pb2_grpc
+
+from services.adapter_store.catalogue import Registration
+from services.adapter_store.codec import adapter_message, event_message, manifest_message
+from services.adapter_store.metrics import StoreMetrics
+from services.adapter_store.registry import AdapterRegistry
+from services.adapter_store.upload_spool import UploadSpool
+from services.common.errors import Reason, SloraError
+from services.common.grpc_errors import abort
+
+# Larger messages are no faster, smaller ones are slower.
+CHUNK_BYTES = 2**20
+
+Context = grpc.aio.ServicerContext[Any, Any]
+T = TypeVar("T")
+
+
+class AdapterStoreServicer(adapter_store_pb2_grpc.AdapterStoreServiceServicer):
+    """Answers the store's RPCs. After `drain` it refuses new ones."""
+
+    def __init__(
+        self,
+        registry: AdapterRegistry,
+        metrics: StoreMetrics,
+        open_spool: Callable[[], UploadSpool],
+        stall_seconds: float,
+    ) -> None:
+        self._registry = registry
+        self._metrics = metrics
+        self._open_spool = open_spool
+        self._stall_seconds = stall_seconds
+        self._draining = False
+
+    async def drain(self) -> None:
+        """Refuses new calls from now on; running ones end as they began, watches within a second."""
+        self._draining = True
+
+    async def RegisterAdapter(self, request: pb.RegisterAdapterRequest, context: Context) -> pb.RegisterAdapterResponse:  # noqa: N802
+        """Registers an adapter that lies in S3."""
+        registered = self._registry.register
+        done = await self._answer(
+            "RegisterAdapter",
+            context,
+            lambda: self._count_registration(registered(request.name, request.source_uri, request.tenant)),
+        )
+        return pb.RegisterAdapterResponse(adapter=adapter_message(done.record), created=done.created)
+
+    async def UploadAdapter(  # noqa: N802
+        self, requests: AsyncIterator[pb.UploadAdapterRequest], context: Context
+    ) -> pb.UploadAdapterResponse:
+        """Takes an adapter's files, stores and registers them."""
+        done = await self._answer(
+            "UploadAdapter", context, lambda: self._count_registration(self._receive_upload(requests))
+        )
+        return pb.UploadAdapterResponse(adapter=adapter_message(done.record), created=done.created)
+
+    async def GetAdapter(self, request: pb.GetAdapterRequest, context: Context) -> pb.GetAdapterResponse:  # noqa: N802
+        """Looks one adapter up."""
+        record = await self._answer("GetAdapter", context, lambda: self._registry.get(request.adapter_id))
+        return pb.GetAdapterResponse(adapter=adapter_message(record))
+
+    async def ListAdapters(self, request: pb.ListAdaptersRequest, context: Context) -> pb.ListAdaptersResponse:  # noqa: N802
+        """Lists a page of adapters."""
+        tenant = request.tenant if request.HasField("tenant") else None
+        listed = self._registry.list_page
+        records, token = await self._answer(
+            "ListAdapters",
+            context,
+            lambda: listed(request.page_size, request.page_token, request.name_prefix, tenant),
+        )
+        return pb.ListAdaptersResponse(adapters=[adapter_message(r) for r in records], next_page_token=token)
+
+    async def DeleteAdapter(self, request: pb.DeleteAdapterRequest, context: Context) -> pb.DeleteAdapterResponse:  # noqa: N802
+        """Deletes one version or all of a name."""
+        count = await self._answer("DeleteAdapter", context, lambda: self._registry.delete(request.adapter_id))
+        return pb.DeleteAdapterResponse(num_deleted=count)
+
+    async def FetchAdapter(self, request: pb.FetchAdapterRequest, context: Context) -> None:  # noqa: N802
+        """Streams packed weights."""
+        await self._answer("FetchAdapter", context, lambda: self._send_weights(request, context))
+
+    async def WatchAdapters(self, request: pb.WatchAdaptersRequest, context: Context) -> None:  # noqa: N802
+        """Streams the catalogue and its changes."""
+        await self._answer("WatchAdapters", context, lambda: self._send_events(request, context))
+
+    async def _receive_upload(self, requests: AsyncIterator[pb.UploadAdapterRequest]) -> Registration:
+        header: pb.UploadAdapterHeader | None = None
+        with self._open_spool() as spool:
+            async for request in requests:
+                part = request.WhichOneof("part")
+                if (part == "header") != (header is None):
+                    raise SloraError(Reason.UPLOAD_INVALID, "the first message must be the header, and only it")
+                if part == "header":
+                    header = request.header
+                    self._registry.check_upload(header.name, header.tenant)
+                elif part == "config_chunk":
+                    spool.add_config(request.config_chunk)
+                elif part == "weights_chunk":
+                    await spool.add_weights(request.weights_chunk)
+                else:
+                    raise SloraError(Reason.UPLOAD_INVALID, "a message has no part")
+            if header is None:
+                raise SloraError(Reason.UPLOAD_INVALID, "the upload ended before its header")
+            return await self._registry.upload(header.name, header.tenant, spool)
+
+    async def _send_weights(self, request: pb.FetchAdapterRequest, context: Context) -> None:
+        began = time.perf_counter()
+        with await self._registry.pin(request.digest) as pin:
+            self._metrics.fetch_seconds.observe(time.perf_counter() - began)
+            size = len(pin.content)
+            if request.offset > size:
+                raise SloraError(
+                    Reason.REQUEST_INVALID,
+                    f"offset is {request.offset}; the packed weights have {size} bytes",
+                    field="offset",
+                    packed_bytes=size,
+                )
+            await self._send(context, pb.FetchAdapterResponse(manifest=manifest_message(pin.manifest)))
+            for begin in range(request.offset, size, CHUNK_BYTES):
+                chunk = bytes(pin.content[begin : begin + CHUNK_BYTES])
+                await self._send(context, pb.FetchAdapterResponse(chunk=chunk))
+                self._metrics.fetched_bytes.inc(len(chunk))
+
+    async def _send(self, context: Context, message: pb.FetchAdapterResponse) -> None:
+        """Sends when the reader's flow control lets it; a reader that stands still must not pin memory for ever."""
+        try:
+            await asyncio.wait_for(context.write(message), self._stall_seconds)
+        except TimeoutError:
+            raise SloraError(
+                Reason.DEADLINE_EXCEEDED,
+                f"the reader took nothing for {self._stall_seconds:g} s; fetch again from the offset reached",
+            ) from None
+
+    async def _send_events(self, request: pb.WatchAdaptersRequest, context: Context) -> None:
+        with self._metrics.watchers.track_inprogress():
+            async for event in self._registry.watch(request.resume_token, stopped=lambda: self._draining):
+                await context.write(event_message(event))
+        raise _draining()
+
+    async def _count_registration(self, registration: Awaitable[Registration]) -> Registration:
+        outcome = "CANCELLED"
+        try:
+            done = await registration
+            outcome = "created" if done.created else "exists"
+            return done
+        except Exception as error:
+            outcome = _outcome(error)
+            raise
+        finally:
+            self._metrics.registrations.labels(outcome).inc()
+
+    async def _answer(self, method: str, context: Context, call: Callable[[], Awaitable[T]]) -> T:
+        """`call()`, or its error as the RPC's status."""
+        outcome = "CANCELLED"
+        try:
+            if self._draining:
+                raise _draining()
+            result = await call()
+            outcome = "OK"
+            return result
+        except Exception as error:
+            outcome = _outcome(error)
+            await abort(context, error)
+            raise AssertionError("abort returned") from error
+        finally:
+            self._metrics.calls.labels(method, outcome).inc()
+
+
+def _draining() -> SloraError:
+    return SloraError(Reason.DRAINING, "the adapter store is shutting down; retry with another, or soon")
+
+
+def _outcome(error: Exception) -> str:
+    return error.reason.name if isinstance(error, SloraError) else Reason.INTERNAL.name
