@@ -13,6 +13,7 @@ import hashlib
 import logging
 import queue
 import threading
+import time
 from collections.abc import Callable
 
 from services.common.errors import Reason, SloraError
@@ -30,7 +31,8 @@ buffer of the largest adapter it has loaded, so their number bounds that memory.
 GRANT_GRACE_SECONDS = 0.25
 """How long a sized load keeps its stream open for its grant, which mostly comes with the next step."""
 
-JOIN_SECONDS = 5.0
+JOIN_SECONDS = 2.0
+"""How long `close` waits for all threads together: one may be in the middle of a copy."""
 
 
 class AdapterLoader:
@@ -87,12 +89,13 @@ class AdapterLoader:
         return events
 
     def close(self) -> None:
-        """Ends all loads and threads; events not polled are lost."""
+        """Ends all loads and threads; what `poll` gives after that is final."""
         self._source.close()
         for _ in self._threads:
             self._jobs.put(None)
+        deadline = time.monotonic() + JOIN_SECONDS
         for thread in self._threads:
-            thread.join(JOIN_SECONDS)
+            thread.join(max(deadline - time.monotonic(), 0.0))
 
     def _work(self) -> None:
         buffer = _HostBuffer()

@@ -71,6 +71,11 @@ class MemoryOrder:
         self._queue.adapter_went(digest)
         self._evicted.append(digest)
 
+    def evict_all(self) -> None:
+        """Evicts every idle adapter."""
+        for digest, _ in list(self._residency.idle()):
+            self.evict(digest)
+
     def is_needed(self, digest: str) -> bool:
         """Whether a waiting sequence needs an adapter."""
         return self._queue.earliest_user(digest) is not None

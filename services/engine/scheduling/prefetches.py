@@ -35,6 +35,10 @@ class Prefetches:
         """Takes a request out; None if it is not there."""
         return self._open.pop(request_id, None)
 
+    def ids(self) -> list[int]:
+        """Ids of all of them."""
+        return list(self._open)
+
     def asking_for(self, digest: str) -> list[int]:
         """Ids of the requests for an adapter."""
         return [request_id for request_id, request in self._open.items() if request.adapter.digest == digest]

@@ -39,7 +39,7 @@ from services.engine.memory.page_allocator import PageAllocator, PageIntegrityEr
 from services.engine.messages import Adapter, Generate, Prefetch, RequestFailed, TokenEvent
 from services.engine.scheduling.memory_order import MemoryOrder
 from services.engine.scheduling.prefetches import Prefetches
-from services.engine.scheduling.sequence import Sequence, SequenceState
+from services.engine.scheduling.sequence import Sequence, SequenceState, check_request
 from services.engine.scheduling.step_draft import SchedulerNews, StepDraft
 from services.engine.scheduling.waiting_queue import WaitingQueue
 from services.engine.step import BASE_SLOT, SampledToken, StepPlan
@@ -90,19 +90,12 @@ class Scheduler:
     # Requests come and go.
 
     def add(self, request: Generate) -> None:
-        """Queues a request; SloraError if it can never run (too long, too large) or the queue is full."""
+        """Queues a request; SloraError if it can never run (malformed, too long, too large) or the queue is full."""
         self._require_new(request.request_id)
-        limit = self._config.max_model_len
-        if len(request.prompt_ids) >= limit:
-            raise SloraError(
-                Reason.PROMPT_TOO_LONG,
-                f"a prompt of {len(request.prompt_ids)} tokens leaves no room for output within {limit} tokens",
-                num_prompt_tokens=len(request.prompt_ids),
-                max_model_len=limit,
-            )
+        check_request(request, self._config.max_model_len)
         if len(self._queue) >= self._config.max_waiting:
             raise self._queue_full()
-        sequence = Sequence.of(request, self._next_arrival, limit, self._config.eos_token_ids)
+        sequence = Sequence.of(request, self._next_arrival, self._config.max_model_len, self._config.eos_token_ids)
         error = self._too_large(sequence)
         if error is not None:
             raise error
@@ -141,6 +134,13 @@ class Scheduler:
                 self.abort(request_id)
                 failed = RequestFailed(request_id, error.reason.name, error.message, error.metadata)
                 self._news.failures.append(failed)
+
+    def close(self) -> None:
+        """Forgets all requests, without a word, and evicts every idle adapter; loads are cancelled."""
+        for request_id in [*self._sequences, *self._prefetches.ids()]:
+            self.abort(request_id)
+        self._residency.poll()
+        self._order.evict_all()
 
     def take_news(self) -> SchedulerNews:
         """What has happened since the last call."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass, field
 
+from services.common.errors import Reason, SloraError
 from services.engine.messages import Generate
 from services.engine.step import BASE_SLOT, SampleRequest
 
@@ -23,6 +24,23 @@ class Finish:
 
     reason: str
     stop_token_id: int | None = None
+
+
+def check_request(request: Generate, max_model_len: int) -> None:
+    """Raises SloraError unless the request has a prompt, wants output, and the model's length has room for both."""
+    num_prompt_tokens = len(request.prompt_ids)
+    if num_prompt_tokens == 0:
+        raise SloraError(Reason.PROMPT_EMPTY, "the prompt has no tokens; send at least one")
+    if num_prompt_tokens >= max_model_len:
+        raise SloraError(
+            Reason.PROMPT_TOO_LONG,
+            f"a prompt of {num_prompt_tokens} tokens leaves no room for output within {max_model_len} tokens",
+            num_prompt_tokens=num_prompt_tokens,
+            max_model_len=max_model_len,
+        )
+    if request.stop.max_tokens < 1:
+        message = f"max_tokens is at least 1, not {request.stop.max_tokens}"
+        raise SloraError(Reason.STOPPING_INVALID, message, field="max_tokens")
 
 
 @dataclass(slots=True, eq=False)
@@ -45,7 +63,7 @@ class Sequence:
 
     @classmethod
     def of(cls, request: Generate, arrival: int, max_model_len: int, eos_token_ids: frozenset[int]) -> Sequence:
-        """A waiting sequence for `request`, whose prompt is shorter than `max_model_len`."""
+        """A waiting sequence for a `request` that `check_request` lets pass."""
         stop_ids = frozenset(request.stop.stop_token_ids)
         if not request.stop.ignore_eos:
             stop_ids |= eos_token_ids

@@ -1,0 +1,203 @@
+"""The core without its process: takes messages in, makes steps, says what happened. One thread, no clock, no socket."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+from services.common.errors import Reason, SloraError
+from services.engine.adapters.device import AdapterDevice
+from services.engine.adapters.loader import AdapterLoader
+from services.engine.adapters.residency import Residency
+from services.engine.adapters.source import AdapterSource
+from services.engine.config import EngineSettings, PoolConfig, SchedulerConfig
+from services.engine.memory.page_allocator import PageAllocator, PageIntegrityError
+from services.engine.messages import (
+    Abort,
+    CoreLoad,
+    CoreReady,
+    Generate,
+    RequestFailed,
+    StepReport,
+    ToCore,
+    TokenEvent,
+)
+from services.engine.scheduling.scheduler import Scheduler
+from services.engine.step import SampledToken, StepPlan
+
+logger = logging.getLogger(__name__)
+
+MAX_FAILED_STEPS = 3
+"""Steps that may fail one after the other. A request that trips a fault fails alone with its step; a device that is
+broken fails all of them."""
+
+
+class CoreFault(RuntimeError):  # noqa: N818 - a state of the core, not an error for a caller
+    """The core cannot trust its state, or cannot get on: its process has to end."""
+
+
+class Runner(Protocol):
+    """What carries steps out; `services.engine.execution.model_runner.ModelRunner`."""
+
+    @property
+    def pool_config(self) -> PoolConfig:
+        """The pool's shape."""
+
+    @property
+    def adapter_device(self) -> AdapterDevice:
+        """Where adapters are installed."""
+
+    @property
+    def max_model_len(self) -> int:
+        """Longest sequence in tokens."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Token ids are below it."""
+
+    @property
+    def eos_token_ids(self) -> frozenset[int]:
+        """Tokens that end a sequence."""
+
+    def execute(self, plan: StepPlan) -> list[SampledToken]:
+        """Computes a step; one token for each chunk with a `sample`."""
+
+
+class EngineCore:
+    """`handle` messages, then `step`, for ever; `needs_event` says when there is nothing to do but wait."""
+
+    def __init__(
+        self, settings: EngineSettings, runner: Runner, source: AdapterSource, wake: Callable[[], None]
+    ) -> None:
+        """`wake` is called, on another thread, when a load has news: `step` again."""
+        pool = runner.pool_config
+        self._runner = runner
+        self._allocator = PageAllocator(pool.num_pages)
+        self._loader = AdapterLoader(
+            source, runner.adapter_device, pool.page_elems, settings.load_timeout_seconds, wake
+        )
+        self._residency = Residency(self._allocator, runner.adapter_device, self._loader, settings.max_adapters)
+        config = SchedulerConfig(
+            max_running=settings.max_running,
+            max_step_tokens=settings.max_step_tokens,
+            max_model_len=runner.max_model_len,
+            max_waiting=settings.max_waiting,
+            tokens_per_page=pool.tokens_per_page,
+            eos_token_ids=runner.eos_token_ids,
+        )
+        self._scheduler = Scheduler(config, self._allocator, self._residency)
+        self._max_running = config.max_running
+        self._refused: list[RequestFailed] = []
+        self._num_steps = 0
+        self._num_failed_in_a_row = 0
+        self._step_seconds = 0.0
+        self.needs_event = True
+
+    def ready(self) -> CoreReady:
+        """What the frontend has to know."""
+        runner = self._runner
+        return CoreReady(runner.pool_config.num_pages, runner.max_model_len, self._max_running, runner.vocab_size)
+
+    def handle(self, message: ToCore) -> None:
+        """Takes a message in; `step` after that."""
+        self.needs_event = False
+        try:
+            if isinstance(message, Generate):
+                self._check_vocabulary(message)
+                self._scheduler.add(message)
+            elif isinstance(message, Abort):
+                self._scheduler.abort(message.request_id)
+            else:
+                self._scheduler.prefetch(message)
+        except SloraError as error:
+            self._refused.append(RequestFailed(message.request_id, error.reason.name, error.message, error.metadata))
+
+    def step(self) -> StepReport | None:
+        """Makes one step, if anything can run; what happened, None if nothing did.
+
+        Raises CoreFault or PageIntegrityError: the core is not to be used any more.
+        """
+        began = time.perf_counter()
+        plan = self._scheduler.plan()
+        tokens = [] if plan is None else self._compute(plan)
+        news = self._scheduler.take_news()
+        failures, self._refused = [*self._refused, *news.failures], []
+        if plan is None:
+            # News may have made room: only a round without any means that something has to come from outside.
+            self.needs_event = not news
+            if self.needs_event:
+                self._check_rest()
+        else:
+            self.needs_event = False
+            self._num_steps += 1
+            self._step_seconds += time.perf_counter() - began
+        if plan is None and not news and not failures:
+            return None
+        return StepReport(self._load(), tokens, failures, news.loaded, news.evicted, news.prefetched)
+
+    def close(self) -> bool:
+        """Drops everything and ends the loader's threads; whether every page came back."""
+        self._scheduler.close()
+        self._loader.close()
+        self._scheduler.close()
+        num_free, num_pages = self._allocator.num_free, self._allocator.num_pages
+        if num_free != num_pages:
+            logger.error("only %d of %d pages came back", num_free, num_pages)
+            return False
+        self._scheduler.check_integrity()
+        logger.info("every page is back: %d of %d", num_free, num_pages)
+        return True
+
+    def _compute(self, plan: StepPlan) -> list[TokenEvent]:
+        """Carries a step out. If that fails, so do its sequences, and no other."""
+        try:
+            tokens = self._scheduler.commit(plan, self._runner.execute(plan))
+        except PageIntegrityError:
+            raise
+        except Exception as error:
+            self._num_failed_in_a_row += 1
+            logger.exception("a step of %d sequences failed", len(plan.chunks))
+            if self._num_failed_in_a_row >= MAX_FAILED_STEPS:
+                raise CoreFault(f"{MAX_FAILED_STEPS} steps failed in a row, the last with {error!r}") from error
+            failure = SloraError(Reason.INTERNAL, f"computing a step failed: {type(error).__name__}")
+            self._scheduler.fail([chunk.sequence_id for chunk in plan.chunks], failure)
+            self._scheduler.check_integrity()
+            return []
+        self._num_failed_in_a_row = 0
+        return tokens
+
+    def _check_vocabulary(self, request: Generate) -> None:
+        """One bad id would fail the whole step that it is in."""
+        ids = request.prompt_ids
+        if ids and not (min(ids) >= 0 and max(ids) < self._runner.vocab_size):
+            raise SloraError(
+                Reason.TOKEN_OUT_OF_VOCABULARY,
+                f"token ids {min(ids)} to {max(ids)} are not all in [0, {self._runner.vocab_size})",
+                vocab_size=self._runner.vocab_size,
+            )
+
+    def _check_rest(self) -> None:
+        """Nothing runs: a good moment to see that all pages are where they belong, and that something will come."""
+        if self._scheduler.num_open and not self._residency.num_in_flight:
+            raise CoreFault(f"{self._scheduler.num_open} requests wait for something that will never come")
+        if not self._scheduler.num_open:
+            self._scheduler.check_integrity()
+
+    def _load(self) -> CoreLoad:
+        scheduler, allocator = self._scheduler, self._allocator
+        return CoreLoad(
+            num_running=scheduler.num_running,
+            num_waiting=scheduler.num_waiting,
+            num_free_pages=allocator.num_free,
+            num_kv_pages=allocator.num_kv,
+            num_adapter_pages=allocator.num_adapter,
+            num_evictable_pages=self._residency.num_idle_pages,
+            num_preemptions_total=scheduler.num_preemptions,
+            num_steps_total=self._num_steps,
+            num_adapter_hits_total=scheduler.num_adapter_hits,
+            num_adapter_misses_total=scheduler.num_adapter_misses,
+            num_adapter_load_failures_total=scheduler.num_load_failures,
+            step_seconds_total=self._step_seconds,
+        )

@@ -1,0 +1,41 @@
+"""How a frontend starts a core. Imports nothing heavy: the frontend stays without torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import socket
+import subprocess
+import sys
+
+import msgspec
+
+from services.engine.config import EngineSettings
+
+USAGE_EXIT_CODE = 2
+"""Settings or checkpoint are wrong: another try would end the same way."""
+
+FAULT_EXIT_CODE = 1
+"""The core no longer trusts its own state; its log has the reason. A new one may take over."""
+
+
+def core_command(settings: EngineSettings, fd: int) -> list[str]:
+    """The command line of a core that speaks `services.engine.messages` over the inherited socket `fd`.
+
+    Start it from a thread that lives as long as the core should: the kernel kills the core when that thread ends.
+    """
+    as_json = msgspec.json.encode(dataclasses.asdict(settings)).decode()
+    return [sys.executable, "-m", "services.engine.core", "--fd", str(fd), "--settings", as_json]
+
+
+def settings_from_json(text: str) -> EngineSettings:
+    """The settings in a `core_command`; msgspec.ValidationError if they are not such."""
+    return msgspec.json.decode(text, type=EngineSettings)
+
+
+def spawn_core(settings: EngineSettings) -> tuple[subprocess.Popen[bytes], socket.socket]:
+    """Starts a core; its process and this side of the socket. Closing the socket ends the core."""
+    ours, theirs = socket.socketpair()
+    with theirs:
+        fd = theirs.fileno()
+        process = subprocess.Popen(core_command(settings, fd), pass_fds=(fd,), stdin=subprocess.DEVNULL)
+    return process, ours
