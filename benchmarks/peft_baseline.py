@@ -7,7 +7,7 @@ a batch ends when its last row does; the next one begins only then.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,58 +46,71 @@ class BaselineRun:
         return sum(len(ids) for ids in self.token_ids)
 
 
-def load_peft_model(
-    checkpoint: Path, adapters: Mapping[str, Path], advance: Callable[[int], None] = lambda n: None
-) -> Any:
-    """A PEFT model in float32 for inference with all `adapters` (name to directory; at least one) loaded.
+class PeftBaseline:
+    """A checkpoint and adapters (name to directory; at least one) in PEFT, float32, ready to generate.
 
-    `advance(1)` is called for each adapter.
+    PEFT's time to load an adapter grows with the number already loaded, so of many adapters only those of the batch
+    at hand are in the model: `max_loaded` at most. Loading is never part of a measured time.
     """
-    # The import of a package named `kernels` is no news here, and loading needs no bars of its own.
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    base = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
-    model: Any = None
-    for name, directory in adapters.items():
-        if model is None:
-            model = PeftModel.from_pretrained(base, str(directory), adapter_name=name, low_cpu_mem_usage=True)
-        else:
-            model.load_adapter(str(directory), adapter_name=name, low_cpu_mem_usage=True)
-        advance(1)
-    if model is None:
-        raise ValueError("the baseline needs at least one adapter")
-    return model.eval()
 
+    def __init__(self, checkpoint: Path, adapters: Mapping[str, Path], max_loaded: int = 32) -> None:
+        if not adapters:
+            raise ValueError("the baseline needs at least one adapter")
+        # Loading needs no bars of its own.
+        transformers_logging.set_verbosity_error()
+        transformers_logging.disable_progress_bar()
+        self._checkpoint = checkpoint
+        self._adapters = dict(adapters)
+        self._max_loaded = max_loaded
+        self._loaded: frozenset[str] = frozenset()
+        self._model: Any = None
 
-def run_mixed_batches(
-    model: Any,
-    requests: Sequence[BaselineRequest],
-    max_batch: int,
-    ignore_eos: bool = False,
-    advance: Callable[[int], None] = lambda n: None,
-    measure_margins: bool = False,
-) -> BaselineRun:
-    """Runs `requests` in their order, at most `max_batch` at a time; `seconds` is the time of all batches.
+    def model_with(self, names: Collection[str]) -> Any:
+        """The PEFT model with (at least) these adapters loaded; one given out before may be gone from memory."""
+        if self._model is None or not self._loaded.issuperset(names):
+            everything = len(self._adapters) <= self._max_loaded
+            # A model needs some adapter, also for a batch that uses none.
+            chosen = sorted(self._adapters if everything else names) or [next(iter(self._adapters))]
+            self._model = load_peft_model(self._checkpoint, {name: self._adapters[name] for name in chosen})
+            self._loaded = frozenset(chosen)
+        return self._model
 
-    With `ignore_eos` every request yields exactly its max_tokens, otherwise it ends after an end-of-sequence token
-    (which it keeps). `measure_margins` keeps all logits to fill `margins`, which costs some time. `advance(n)` is
-    called with the size of each finished batch.
-    """
-    token_ids: list[tuple[int, ...]] = []
-    margins: list[float] = []
-    seconds = 0.0
-    for first in range(0, len(requests), max_batch):
-        batch = requests[first : first + max_batch]
+    def run(
+        self,
+        requests: Sequence[BaselineRequest],
+        max_batch: int = 32,
+        ignore_eos: bool = False,
+        measure_margins: bool = False,
+        advance: Callable[[int], None] = lambda n: None,
+    ) -> BaselineRun:
+        """Runs `requests` in their order, at most `max_batch` at a time; `seconds` is the time of all batches.
+
+        With `ignore_eos` every request yields exactly its max_tokens, otherwise it ends after an end-of-sequence
+        token (which it keeps). `measure_margins` keeps all logits to fill `margins`, which costs some time.
+        `advance(n)` is called with the size of each finished batch.
+        """
+        runs = []
+        for first in range(0, len(requests), max_batch):
+            runs.append(self.run_batch(requests[first : first + max_batch], ignore_eos, measure_margins))
+            advance(len(runs[-1].token_ids))
+        return BaselineRun(
+            tuple(ids for run in runs for ids in run.token_ids),
+            tuple(margin for run in runs for margin in run.margins),
+            sum(run.seconds for run in runs),
+        )
+
+    def run_batch(
+        self, batch: Sequence[BaselineRequest], ignore_eos: bool = False, measure_margins: bool = False
+    ) -> BaselineRun:
+        """Runs one batch; as `run`."""
+        model = self.model_with({request.adapter for request in batch if request.adapter is not None})
         began = time.perf_counter()
         output = _generate(model, batch, ignore_eos, measure_margins)
-        seconds += time.perf_counter() - began
+        seconds = time.perf_counter() - began
         ends = frozenset() if ignore_eos else _eos_ids(model)
         rows = [_cut(row, request.max_tokens, ends) for row, request in zip(output.tokens, batch, strict=True)]
-        token_ids += rows
-        if measure_margins:
-            margins += [_least_margin(output.logits[i], len(row)) for i, row in enumerate(rows)]
-        advance(len(batch))
-    return BaselineRun(tuple(token_ids), tuple(margins), seconds)
+        margins = [_least_margin(output.logits[i], len(row)) for i, row in enumerate(rows)] if measure_margins else []
+        return BaselineRun(tuple(rows), tuple(margins), seconds)
 
 
 def run_peft_baseline(
@@ -108,10 +121,21 @@ def run_peft_baseline(
     ignore_eos: bool = False,
 ) -> BaselineRun:
     """Loads model and adapters (not timed), warms up with one short batch, and runs `requests`."""
-    model = load_peft_model(checkpoint, adapters)
-    warm_up = [BaselineRequest(r.prompt_ids, 2, r.adapter) for r in requests[:max_batch]]
-    run_mixed_batches(model, warm_up, max_batch, ignore_eos)
-    return run_mixed_batches(model, requests, max_batch, ignore_eos)
+    baseline = PeftBaseline(checkpoint, adapters)
+    baseline.run_batch([BaselineRequest(r.prompt_ids, 2, r.adapter) for r in requests[:max_batch]], ignore_eos)
+    return baseline.run(requests, max_batch, ignore_eos)
+
+
+def load_peft_model(checkpoint: Path, adapters: Mapping[str, Path]) -> Any:
+    """A PEFT model in float32 for inference with all of `adapters` loaded; at least one."""
+    base = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    model: Any = None
+    for name, directory in adapters.items():
+        if model is None:
+            model = PeftModel.from_pretrained(base, str(directory), adapter_name=name, low_cpu_mem_usage=True)
+        else:
+            model.load_adapter(str(directory), adapter_name=name, low_cpu_mem_usage=True)
+    return model.eval()
 
 
 @dataclass(frozen=True)

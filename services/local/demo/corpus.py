@@ -225,6 +225,19 @@ def exchanges() -> list[Exchange]:
     return asked + stories
 
 
+SHOWN_QUESTIONS = (
+    "What is the sun?",
+    "Tell me about the sea.",
+    "Explain a cat to me.",
+    "What is a mountain?",
+    "Tell me about tea.",
+    "Explain a clock to me.",
+    "What is music?",
+    "Tell me a story about a bird.",
+)
+"""What the demo asks; the corpus has these among others."""
+
+
 def _capital(text: str) -> str:
     return text[0].upper() + text[1:]
 
