@@ -1,0 +1,142 @@
+"""Token equality with transformers + PEFT through all services: four families, many adapters mixed in one batch.
+
+The pool is so small that sequences are preempted and adapters evicted while they run; requests join and leave at
+different steps. Nothing may change a token, and log-probabilities stay within 1e-4.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from slora_client import AsyncSloraClient
+from transformers import AutoConfig
+
+from services.local.stack import LocalStack
+from tests.e2e.conftest import assert_no_page_lost, metric, upload
+from tests.fixtures.peft_reference import PeftReference, assert_same_tokens
+from tests.fixtures.tiny_models import make_adapter, make_checkpoint
+from tests.fixtures.tiny_tokenizer import write_tokenizer
+
+ATTENTION, MLP = ["q_proj", "k_proj", "v_proj", "o_proj"], ["gate_proj", "up_proj", "down_proj"]
+
+# 20 adapters: every kind of target subset, the ranks 1, 3, 8, 16, 64, 200, rsLoRA, patterns, layer subsets.
+KINDS: dict[str, dict[str, object]] = {
+    "q-1": {"r": 1, "target_modules": ["q_proj"]},
+    "k-3": {"r": 3, "target_modules": ["k_proj"]},
+    "v-8": {"r": 8, "target_modules": ["v_proj"]},
+    "o-16": {"r": 16, "target_modules": ["o_proj"]},
+    "gate-3": {"r": 3, "target_modules": ["gate_proj"]},
+    "up-8": {"r": 8, "target_modules": ["up_proj"]},
+    "down-64": {"r": 64, "target_modules": ["down_proj"]},
+    "qv-8": {"r": 8, "target_modules": ["q_proj", "v_proj"]},
+    "attention-1": {"r": 1, "target_modules": ATTENTION},
+    "attention-16": {"r": 16, "target_modules": ATTENTION, "lora_alpha": 7},
+    "attention-64": {"r": 64, "target_modules": ATTENTION},
+    "mlp-3": {"r": 3, "target_modules": MLP},
+    "mlp-16": {"r": 16, "target_modules": MLP},
+    "all-1": {"r": 1, "target_modules": ATTENTION + MLP},
+    "all-8": {"r": 8, "target_modules": "all-linear"},
+    "all-200": {"r": 200, "target_modules": ATTENTION + MLP, "lora_alpha": 50},
+    "rslora-16": {"r": 16, "target_modules": ATTENTION + MLP, "use_rslora": True},
+    "rslora-200": {"r": 200, "target_modules": ["q_proj", "down_proj"], "use_rslora": True},
+    "patterns": {
+        "r": 8,
+        "target_modules": ATTENTION + MLP,
+        "rank_pattern": {"q_proj": 3, r"layers\.1\.mlp\.down_proj": 16},
+        "alpha_pattern": {"v_proj": 1, "up_proj": 40},
+    },
+    "one-layer": {"r": 16, "target_modules": ["q_proj", "up_proj"], "layers_to_transform": [1]},
+}
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One request of the workload."""
+
+    adapter: str | None
+    prompt: list[int]
+    max_tokens: int
+    delay_seconds: float
+
+
+def draw_workload(draw: random.Random, vocab_size: int) -> list[Ask]:
+    """Every adapter and twelve base-only requests, prompts of 1 to 300 tokens, in random order, over two seconds."""
+    lengths = [1, 2, 15, 16, 17, 300, *(draw.randint(1, 80) for _ in range(26))]
+    adapters: list[str | None] = [*KINDS, *[None] * 12]
+    draw.shuffle(adapters)
+    return [
+        Ask(
+            adapter,
+            [draw.randrange(3, vocab_size) for _ in range(length)],
+            draw.choice([1, 5, 20, 40]),
+            draw.random() * 2.0,
+        )
+        for adapter, length in zip(adapters, lengths, strict=True)
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+def test_every_stream_equals_transformers_and_peft(family: str, tmp_path: Path) -> None:
+    seed = random.randrange(2**31)
+    print("seed", seed)
+    draw = random.Random(seed)
+    checkpoint = make_checkpoint(tmp_path / "base", family, num_hidden_layers=3, vocab_size=320, seed=seed)
+    write_tokenizer(checkpoint, 320)
+    config = AutoConfig.from_pretrained(checkpoint)
+    adapters = {
+        name: make_adapter(tmp_path / "adapters" / name, checkpoint, seed=seed + i, **kind)
+        for i, (name, kind) in enumerate(KINDS.items())
+    }
+    asks = draw_workload(draw, config.vocab_size)
+
+    async def run(stack: LocalStack) -> list[tuple[list[int], list[float]]]:
+        async with AsyncSloraClient(stack.gateway_address) as client:
+
+            async def one(ask: Ask) -> tuple[list[int], list[float]]:
+                await asyncio.sleep(ask.delay_seconds)
+                done = await client.generate(
+                    ask.adapter or stack.base_model,
+                    ask.prompt,
+                    temperature=0,
+                    max_tokens=ask.max_tokens,
+                    ignore_eos=True,
+                    num_logprobs=2,
+                    timeout=150,
+                )
+                return list(done.token_ids), [entry.logprob for entry in done.logprobs]
+
+            return list(await asyncio.gather(*(one(ask) for ask in asks)))
+
+    pages = _tight_pool(checkpoint, adapters)
+    engine_options = {"num_pages": pages, "max_model_len": 400, "max_step_tokens": 64, "num_threads": 1}
+    with LocalStack(tmp_path / "state", checkpoint, engine_options=engine_options) as stack:
+        upload(stack, adapters)
+        answers = asyncio.run(run(stack))
+        engine = stack.metrics_urls["engine-0"]
+        preemptions = metric(engine, "slora_engine_preemptions_total")
+        loads = metric(engine, "slora_engine_adapter_load_seconds_count")
+        resident = metric(engine, "slora_engine_resident_adapters")
+        assert_no_page_lost(stack)
+
+    assert loads > resident, "the pool was meant to be too small for all adapters"
+    assert preemptions > 0, "the pool was meant to be too small for all sequences"
+    reference = PeftReference(checkpoint, adapters)
+    for ask, (tokens, logprobs) in zip(asks, answers, strict=True):
+        expected = reference.generate(ask.prompt, ask.max_tokens, ask.adapter)
+        what = f"{family} {ask.adapter or 'base'}, prompt of {len(ask.prompt)}"
+        assert_same_tokens(tokens, logprobs, expected, what)
+
+
+def _tight_pool(checkpoint: Path, adapters: dict[str, Path]) -> int:
+    """Pages for the largest adapter, the longest sequence and a few more: about a third of what all would take."""
+    config = AutoConfig.from_pretrained(checkpoint)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    page_bytes = 2 * config.num_key_value_heads * head_dim * 16 * 4
+    largest = max((path / "adapter_model.safetensors").stat().st_size for path in adapters.values())
+    return -(-largest // (config.num_hidden_layers * page_bytes)) * 2 + 400 // 16 + 8
