@@ -33,7 +33,11 @@ def _shrink_rows(x: torch.Tensor, tiles: torch.Tensor, plan: RowsPlan) -> torch.
     x_tiles = x.reshape(plan.num_tokens, plan.num_in_tiles, plan.tile_elems).transpose(0, 1)
     if plan.pattern is not None:
         products = sampled_product(x_tiles.reshape(-1, plan.tile_elems), tiles, plan.pattern)
-        return products.view(plan.num_in_tiles, -1).sum(0)
+        # Added tile by tile: the order of a reduction depends on where an element lies, and with it the last bit.
+        first, *others = products.view(plan.num_in_tiles, -1).unbind(0)
+        for part in others:
+            first.add_(part)
+        return first
     weights = tiles.index_select(0, plan.a_tiles.flatten()).view(*plan.a_tiles.shape, plan.tile_elems)
     return (weights.float() * x_tiles.index_select(1, plan.owner).float()).sum((0, 2))
 
