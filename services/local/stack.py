@@ -25,9 +25,9 @@ from pathlib import Path
 from services.local.checkpoint import open_checkpoint
 from services.local.embedded_redis import EmbeddedRedis
 from services.local.embedded_s3 import EmbeddedS3
-from services.local.health_client import grpc_health
+from services.local.health_client import is_serving
 from services.local.ports import LOOPBACK, free_port
-from services.local.supervisor import Health, ProcessSpec, Supervisor
+from services.local.supervisor import ProcessSpec, Supervisor
 
 REDIS, S3, ADAPTER_STORE, GATEWAY = "redis", "s3", "adapter-store", "gateway"
 DRAIN_SECONDS = 5
@@ -162,10 +162,10 @@ class LocalStack:
         return f"{LOOPBACK}:{self._ports[name]}"
 
     def _redis_spec(self) -> ProcessSpec:
-        return ProcessSpec(REDIS, self.redis.command(), _as_health(self.redis.is_ready))
+        return ProcessSpec(REDIS, self.redis.command(), self.redis.is_ready)
 
     def _s3_spec(self, s3: EmbeddedS3) -> ProcessSpec:
-        return ProcessSpec(S3, s3.command(), _as_health(s3.is_ready), s3.server_environment())
+        return ProcessSpec(S3, s3.command(), s3.is_ready, s3.server_environment())
 
     def _store_settings(self) -> dict[str, object]:
         settings: dict[str, object] = {
@@ -207,16 +207,10 @@ class LocalStack:
         return ProcessSpec(
             name,
             (sys.executable, "-m", f"services.{module}", *options),
-            lambda: grpc_health(address),
+            lambda: is_serving(address),
             self.client_s3_environment if module == "adapter_store" else {},
-            # An engine whose core died says so; one that cannot get a new core by itself is started anew.
-            restart_when_refusing=module == "engine",
         )
 
 
 def _metrics(name: str) -> str:
     return f"{name}-metrics"
-
-
-def _as_health(is_ready: Callable[[], bool]) -> Callable[[], Health]:
-    return lambda: Health.SERVING if is_ready() else Health.SILENT

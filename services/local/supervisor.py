@@ -6,7 +6,6 @@ from 0.2 to 5 seconds, on the same ports. All of them die with this process, als
 
 from __future__ import annotations
 
-import enum
 import signal
 import threading
 import time
@@ -20,31 +19,19 @@ FIRST_DELAY_SECONDS = 0.2
 LONGEST_DELAY_SECONDS = 5.0
 # A process that served this long has recovered: its next death counts as its first.
 RECOVERED_AFTER_SECONDS = 10.0
-# A process that says of itself, for this long, that it does not serve is started anew if its spec asks for it.
-REFUSING_LIMIT_SECONDS = 5.0
 _TICK_SECONDS = 0.05
-_HEALTH_PERIOD_SECONDS = 1.0
-
-
-class Health(enum.Enum):
-    """What a readiness check found."""
-
-    SERVING = "serving"
-    REFUSING = "answers, but says that it does not serve"
-    SILENT = "does not answer"
 
 
 @dataclass(frozen=True)
 class ProcessSpec:
-    """How one process is run. `check` answers within a second and never raises."""
+    """How one process is run. `is_ready` answers within a second and never raises."""
 
     name: str
     command: tuple[str, ...]
-    check: Callable[[], Health]
+    is_ready: Callable[[], bool]
     environment: Mapping[str, str] = field(default_factory=dict)
     start_timeout_seconds: float = 90.0
     stop_timeout_seconds: float = 15.0
-    restart_when_refusing: bool = False
 
 
 class _Managed:
@@ -57,8 +44,6 @@ class _Managed:
         self.ready = False
         self.ever_ready = False
         self.ready_since = 0.0
-        self.refusing_since: float | None = None
-        self.next_check = 0.0
         self.not_before = 0.0
         self.num_deaths_in_a_row = 0
         self.num_starts = 0
@@ -226,7 +211,6 @@ class Supervisor:
             self._note_death(managed)
         if managed.wanted and managed.child is None and time.monotonic() >= managed.not_before:
             managed.num_starts += 1
-            managed.refusing_since = None
             spec = managed.spec
             try:
                 managed.child = ChildProcess(spec.name, spec.command, self.log_path(spec.name), spec.environment)
@@ -251,37 +235,20 @@ class Supervisor:
         self._changed.notify_all()
 
     def _check(self, managed: _Managed) -> None:
-        now = time.monotonic()
         with self._changed:
-            child, was_ready = managed.child, managed.ready
-            watched = not was_ready or managed.spec.restart_when_refusing
-            if child is None or not watched or now < managed.next_check:
+            child = managed.child
+            if child is None or managed.ready:
                 return
-        health = managed.spec.check()
+        is_ready = managed.spec.is_ready()
         with self._changed:
-            if managed.child is not child:
-                return  # It died, or was restarted, while we asked.
-            managed.next_check = time.monotonic() + (_HEALTH_PERIOD_SECONDS if managed.ready else 0.0)
-            if health is Health.SERVING:
-                managed.refusing_since = None
-                if not managed.ready:
-                    self._note_ready(managed)
-            elif health is Health.REFUSING and managed.ready:
-                self._note_refusal(managed)
-
-    def _note_ready(self, managed: _Managed) -> None:
-        managed.ready, managed.ready_since = True, time.monotonic()
-        if managed.ever_ready:
-            self._report(f"{managed.spec.name} is ready again")
-        managed.ever_ready = True
-        self._changed.notify_all()
-
-    def _note_refusal(self, managed: _Managed) -> None:
-        now = time.monotonic()
-        managed.refusing_since = managed.refusing_since or now
-        if now - managed.refusing_since > REFUSING_LIMIT_SECONDS and managed.child is not None:
-            self._report(f"{managed.spec.name} says that it no longer serves; it is started anew")
-            managed.child.send_signal(signal.SIGKILL)
+            # It may have died, or been started again, while we asked.
+            if not is_ready or managed.child is not child:
+                return
+            managed.ready, managed.ready_since = True, time.monotonic()
+            if managed.ever_ready:
+                self._report(f"{managed.spec.name} is ready again")
+            managed.ever_ready = True
+            self._changed.notify_all()
 
     def _stop_all(self) -> None:
         for stage in reversed(self._stages):

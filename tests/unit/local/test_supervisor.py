@@ -15,7 +15,7 @@ import pytest
 
 from services.local.child_process import StartFailed
 from services.local.ports import free_port
-from services.local.supervisor import Health, ProcessSpec, Supervisor
+from services.local.supervisor import ProcessSpec, Supervisor
 
 # Listens on a port, writes when it starts and when it is told to end.
 LISTENER = """
@@ -41,14 +41,14 @@ while True:
 def listener(name: str, journal: Path, **options: object) -> ProcessSpec:
     port = free_port()
 
-    def check() -> Health:
+    def is_ready() -> bool:
         try:
             with socket.create_connection(("127.0.0.1", port), timeout=1.0):
-                return Health.SERVING
+                return True
         except OSError:
-            return Health.SILENT
+            return False
 
-    options.setdefault("check", check)
+    options.setdefault("is_ready", is_ready)
     command = (sys.executable, "-c", LISTENER, name, str(port), str(journal))
     return ProcessSpec(name=name, command=command, **options)  # type: ignore[arg-type]
 
@@ -129,7 +129,7 @@ def test_taken_down_it_stays_down_until_brought_up(tmp_path: Path) -> None:
 
 def test_what_fails_at_its_first_start_fails_the_start(tmp_path: Path) -> None:
     journal = tmp_path / "journal"
-    broken = ProcessSpec("broken", (sys.executable, "-c", "raise SystemExit('no such model')"), lambda: Health.SILENT)
+    broken = ProcessSpec("broken", (sys.executable, "-c", "raise SystemExit('no such model')"), lambda: False)
     supervisor = Supervisor([[listener("good", journal)], [broken], [listener("never", journal)]], tmp_path)
     with pytest.raises(StartFailed, match=r"(?s)broken ended with exit code 1; .*broken\.log:\nno such model"):
         supervisor.start()
@@ -137,37 +137,9 @@ def test_what_fails_at_its_first_start_fails_the_start(tmp_path: Path) -> None:
 
 
 def test_what_is_not_ready_in_time_fails_the_start(tmp_path: Path) -> None:
-    slow = listener("slow", tmp_path / "journal", check=lambda: Health.SILENT, start_timeout_seconds=0.3)
+    slow = listener("slow", tmp_path / "journal", is_ready=lambda: False, start_timeout_seconds=0.3)
     with pytest.raises(StartFailed, match=r"slow was not ready after 0\.3 s"):
         Supervisor([[slow]], tmp_path).start()
-
-
-def test_one_that_refuses_for_long_is_started_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("services.local.supervisor.REFUSING_LIMIT_SECONDS", 0.1)
-    monkeypatch.setattr("services.local.supervisor._HEALTH_PERIOD_SECONDS", 0.02)
-    answers = [Health.SERVING] + [Health.SILENT] * 3 + [Health.REFUSING] * 1000
-    supervisor: Supervisor
-
-    def check() -> Health:
-        return answers.pop(0) if supervisor.num_starts("one") == 1 else Health.SERVING
-
-    spec = listener("one", tmp_path / "journal", check=check, restart_when_refusing=True)
-    lines: list[str] = []
-    supervisor = Supervisor([[spec]], tmp_path, lines.append)
-    with supervisor:
-        wait_until(lambda: supervisor.num_starts("one") == 2)
-        supervisor.wait_ready("one", 20)
-    assert lines[0] == "one says that it no longer serves; it is started anew"
-
-
-def test_one_that_refuses_is_left_alone_by_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("services.local.supervisor.REFUSING_LIMIT_SECONDS", 0.0)
-    monkeypatch.setattr("services.local.supervisor._HEALTH_PERIOD_SECONDS", 0.01)
-    answers = iter([Health.SERVING])
-    spec = listener("one", tmp_path / "journal", check=lambda: next(answers, Health.REFUSING))
-    with Supervisor([[spec]], tmp_path) as supervisor:
-        time.sleep(0.4)
-        assert supervisor.num_starts("one") == 1
 
 
 def test_children_of_a_process_are_named(tmp_path: Path) -> None:
@@ -176,7 +148,7 @@ def test_children_of_a_process_are_named(tmp_path: Path) -> None:
         "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
         "time.sleep(600)\n"
     )
-    spec = ProcessSpec("parent", (sys.executable, "-c", code), lambda: Health.SERVING)
+    spec = ProcessSpec("parent", (sys.executable, "-c", code), lambda: True)
     with Supervisor([[spec]], tmp_path) as supervisor:
         wait_until(lambda: len(supervisor.child_pids("parent")) == 1)
         (grandchild,) = supervisor.child_pids("parent")
@@ -188,9 +160,9 @@ def test_children_of_a_process_are_named(tmp_path: Path) -> None:
 def test_nothing_is_left_when_the_supervisor_itself_is_killed(tmp_path: Path) -> None:
     code = (
         "import pathlib, sys, time\n"
-        "from services.local.supervisor import Health, ProcessSpec, Supervisor\n"
+        "from services.local.supervisor import ProcessSpec, Supervisor\n"
         "sleep = (sys.executable, '-c', 'import time; time.sleep(600)')\n"
-        "specs = [ProcessSpec(name, sleep, lambda: Health.SERVING) for name in ('a', 'b')]\n"
+        "specs = [ProcessSpec(name, sleep, lambda: True) for name in ('a', 'b')]\n"
         "supervisor = Supervisor([specs], pathlib.Path(sys.argv[1]))\n"
         "supervisor.start()\n"
         "time.sleep(0.5)\n"
