@@ -13,6 +13,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health_aio
 from grpc_reflection.v1alpha import reflection
 
+from services.common.malformed_requests import MalformedRequests
+
 logger = logging.getLogger(__name__)
 
 # Prompts and single answers are small; the largest messages are adapter chunks of about 1 MiB.
@@ -39,7 +41,7 @@ class GrpcServer:
     """
 
     def __init__(self, address: str, service_names: Sequence[str]) -> None:
-        self.grpc = grpc.aio.server(options=SERVER_OPTIONS)
+        self.grpc = grpc.aio.server(options=SERVER_OPTIONS, interceptors=[MalformedRequests()])
         self.port = self.grpc.add_insecure_port(address)
         self._service_names = tuple(service_names)
         self._health = health_aio.HealthServicer()
@@ -52,11 +54,11 @@ class GrpcServer:
         await self.set_serving(serving)
         await self.grpc.start()
 
-    async def set_serving(self, serving: bool) -> None:
-        """Sets health of the whole server and of each service."""
+    async def set_serving(self, serving: bool, service_name: str | None = None) -> None:
+        """Sets health of the whole server and of each service, or of the one service named."""
         values = health_pb2.HealthCheckResponse
         status = values.SERVING if serving else values.NOT_SERVING
-        for name in ("", *self._service_names):
+        for name in ("", *self._service_names) if service_name is None else (service_name,):
             await self._health.set(name, status)
 
     async def serve(self, drain: Callable[[], Awaitable[None]], drain_seconds: float) -> None:

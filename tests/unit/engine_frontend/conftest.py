@@ -1,12 +1,41 @@
-"""Checkpoint directories with small but real tokenizers."""
+"""Small but real tokenizers, and an engine's frontend whose core is played by the test."""
 
 from __future__ import annotations
 
+import asyncio
+import itertools
 import json
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
+import grpc
+import msgspec
 import pytest
+from prometheus_client import generate_latest
+from slora.engine.v1 import engine_pb2_grpc
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+from services.common.errors import SloraError
+from services.common.grpc_client import open_channel
+from services.common.grpc_server import GrpcServer
+from services.engine.frontend.metrics import EngineMetrics
+from services.engine.frontend.serving import Frontend
+from services.engine.frontend.tokenizer import TextTokenizer, load_tokenizer
+from services.engine.messages import (
+    CoreLoad,
+    CoreReady,
+    StepReport,
+    ToCore,
+    TokenEvent,
+    encoder,
+    to_core_decoder,
+    to_frontend_decoder,
+)
+from services.engine.servicer import SERVICE_NAME, EngineServicer
+
+T = TypeVar("T")
 
 CORPUS = [
     "The adapters share one base model, and each of them answers in its own voice.",
@@ -108,3 +137,98 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         ),
         "words": write_checkpoint(root / "words", word_tokenizer(), {"tokenizer_class": "PreTrainedTokenizerFast"}),
     }
+
+
+class FakeCore:
+    """Stands where CoreClient does, in this process: a test reads what was sent and reports steps by hand."""
+
+    def __init__(self, frontend: Frontend) -> None:
+        self.frontend = frontend
+        self.sent: list[ToCore] = []
+        self.load = CoreLoad(num_free_pages=100)
+        self.disconnected = False
+        self.room_error: SloraError | None = None
+        self._arrived = asyncio.Event()
+
+    def send(self, message: ToCore) -> None:
+        self.sent.append(to_core_decoder.decode(encoder.encode(message)))
+        self._arrived.set()
+
+    def check_room(self) -> None:
+        if self.room_error is not None:
+            raise self.room_error
+
+    def disconnect(self) -> None:
+        self.disconnected = True
+        self.frontend.core_lost("given up", expected=False)
+
+    def become_ready(self, vocab_size: int = 600, max_model_len: int = 256) -> None:
+        ready = CoreReady(num_pages=100, max_model_len=max_model_len, max_running=8, vocab_size=vocab_size)
+        self.frontend.core_ready(self, ready)  # type: ignore[arg-type]
+
+    async def take(self, kind: type[T], timeout: float = 5.0) -> T:
+        """The next message, which must be a `kind`."""
+        async with asyncio.timeout(timeout):
+            while not self.sent:
+                self._arrived.clear()
+                await self._arrived.wait()
+        message = self.sent.pop(0)
+        assert isinstance(message, kind), message
+        return message
+
+    def report(self, *tokens: TokenEvent, **changes: Any) -> None:
+        """A step in which these tokens came."""
+        self.load = msgspec.structs.replace(self.load, num_steps_total=self.load.num_steps_total + 1)
+        report = StepReport(load=changes.pop("load", self.load), tokens=list(tokens), **changes)
+        self.frontend.core_report(to_frontend_decoder.decode(encoder.encode(report)))  # type: ignore[arg-type]
+
+    def tokens(self, core_id: int, ids: Sequence[int], finish: str | None = None) -> None:
+        """One step a token; `finish` comes with the last."""
+        for position, token_id in enumerate(ids):
+            is_last = position == len(ids) - 1
+            self.report(TokenEvent(core_id, token_id, finish=finish if is_last else None))
+
+
+@dataclass
+class Engine:
+    """An engine whose core is the test; real gRPC on loopback."""
+
+    tokenizer: TextTokenizer
+    metrics: EngineMetrics
+    frontend: Frontend
+    core: FakeCore
+    server: GrpcServer
+    channel: grpc.aio.Channel
+    stub: engine_pb2_grpc.EngineServiceStub
+
+
+@pytest.fixture
+def tokenizer(checkpoints: dict[str, Path]) -> TextTokenizer:
+    return load_tokenizer(checkpoints["byte-level"])
+
+
+@pytest.fixture
+async def engine(tokenizer: TextTokenizer) -> AsyncIterator[Engine]:
+    metrics = EngineMetrics()
+    ids = (f"engine-{n}" for n in itertools.count(1))
+    frontend = Frontend(tokenizer, metrics, "tiny", ids.__next__)
+    core = FakeCore(frontend)
+    server = GrpcServer("127.0.0.1:0", [SERVICE_NAME])
+    engine_pb2_grpc.add_EngineServiceServicer_to_server(EngineServicer(frontend), server.grpc)
+    await server.start()
+    core.become_ready()
+    async with open_channel(f"127.0.0.1:{server.port}") as channel:
+        stub = engine_pb2_grpc.EngineServiceStub(channel)
+        yield Engine(tokenizer, metrics, frontend, core, server, channel, stub)
+    await server.grpc.stop(0)
+
+
+@pytest.fixture
+def sample(engine: Engine) -> Callable[[str], float]:
+    """Reads one metric: `name{label="value"}`; 0 if nothing was counted."""
+
+    def read(text: str) -> float:
+        lines = generate_latest(engine.metrics.registry).decode().splitlines()
+        return next((float(line.rpartition(" ")[2]) for line in lines if line.rpartition(" ")[0] == text), 0.0)
+
+    return read

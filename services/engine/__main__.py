@@ -1,0 +1,89 @@
+"""`python -m services.engine`: the frontend process of an engine; it starts the core as its child."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from slora.engine.v1 import engine_pb2_grpc
+
+from services.common.grpc_server import GrpcServer
+from services.common.settings import parse_settings
+from services.common.telemetry import configure_logging, serve_metrics
+from services.engine.config import EngineSettings
+from services.engine.core.launch import USAGE_EXIT_CODE, core_command
+from services.engine.frontend.metrics import EngineMetrics
+from services.engine.frontend.serving import Frontend
+from services.engine.frontend.supervisor import CoreStartError, CoreSupervisor
+from services.engine.frontend.tokenizer import TextTokenizer, TokenizerFileError, load_tokenizer
+from services.engine.servicer import SERVICE_NAME, EngineServicer
+
+logger = logging.getLogger("services.engine")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs an engine until SIGTERM; 0 after a drain, 1 if its core cannot be kept, 2 if it cannot start at all."""
+    settings = parse_settings(EngineSettings, "engine", argv)
+    configure_logging("engine", settings.log_level)
+    try:
+        tokenizer = load_tokenizer(Path(settings.checkpoint))
+        return asyncio.run(serve(settings, tokenizer, lambda fd: core_command(settings, fd)))
+    except (TokenizerFileError, OSError, RuntimeError) as error:
+        # A checkpoint that is none, an address that is taken: what the person who started this has to change.
+        logger.error("the engine cannot start: %s", error)
+        return USAGE_EXIT_CODE
+
+
+async def serve(settings: EngineSettings, tokenizer: TextTokenizer, command: Callable[[int], Sequence[str]]) -> int:
+    """Serves with cores started by `command(fd)`; returns the process's exit code."""
+    metrics = EngineMetrics()
+    server = GrpcServer(settings.listen, [SERVICE_NAME])
+    frontend = Frontend(tokenizer, metrics, _base_model(settings), _engine_ids(settings, server.port).__next__)
+    engine_pb2_grpc.add_EngineServiceServicer_to_server(EngineServicer(frontend), server.grpc)
+    metrics_server = serve_metrics(settings.metrics, metrics.registry)
+    await server.start(serving=False)
+    ports = {"port": server.port} | ({"metrics_port": metrics_server[0].server_port} if metrics_server else {})
+    logger.info("listening", extra=ports)
+
+    async def set_serving(serving: bool) -> None:
+        await server.set_serving(serving and not frontend.state.draining)
+
+    supervisor = CoreSupervisor(command, frontend, set_serving)
+    supervising = asyncio.create_task(supervisor.run())
+    serving = asyncio.create_task(server.serve(frontend.drain, settings.drain_seconds))
+    try:
+        await asyncio.wait([supervising, serving], return_when=asyncio.FIRST_COMPLETED)
+        if serving.done():
+            serving.result()
+            return 0
+        reason = supervising.exception()
+        logger.critical("the engine gives up: %s", reason)
+        return USAGE_EXIT_CODE if isinstance(reason, CoreStartError) and reason.is_usage else 1
+    finally:
+        serving.cancel()
+        await supervisor.stop()
+        await asyncio.wait([supervising, serving])
+        await server.grpc.stop(0)
+        if metrics_server:
+            metrics_server[0].shutdown()
+            metrics_server[0].server_close()
+
+
+def _base_model(settings: EngineSettings) -> str:
+    return settings.base_model or Path(settings.checkpoint).resolve().name
+
+
+def _engine_ids(settings: EngineSettings, port: int) -> Iterator[str]:
+    """The engine's id, and one more for each core that follows the first: its memory starts empty."""
+    first = settings.engine_id or f"{socket.gethostname()}:{port}-{time.time_ns() // 1000:x}"
+    return itertools.chain([first], (f"{first}.{number}" for number in itertools.count(2)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,186 @@
+"""The engine's Prometheus metrics, `slora_engine_*`; by adapter where that helps, with a bounded number of names."""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Callable, Iterable, Iterator, Mapping
+
+from prometheus_client import CollectorRegistry, Counter
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+from prometheus_client.registry import Collector
+
+from services.common.telemetry import OTHER, BoundedLabels
+from services.engine.messages import Adapter, AdapterLoaded, CoreLoad
+
+BASE = "base"
+"""The label of requests without an adapter; an adapter's own name has an `@`."""
+
+MAX_ADAPTER_LABELS = 100
+
+TTFT_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+INTER_TOKEN_BUCKETS = (0.0025, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.25, 0.5, 1, 5)
+REQUEST_BUCKETS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+LOAD_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 10, 30)
+
+
+class AdapterHistogram(Collector):
+    """A histogram by adapter that takes many equal observations for the price of one.
+
+    All tokens of a step came at the same moment, and most of them follow tokens of the same step before.
+    """
+
+    def __init__(self, name: str, documentation: str, buckets: tuple[float, ...], registry: CollectorRegistry) -> None:
+        self._name = name
+        self._documentation = documentation
+        self._bounds = buckets
+        self._counts: dict[str, list[int]] = {}
+        self._sums: dict[str, float] = {}
+        registry.register(self)
+
+    def observe(self, adapter: str, seconds: float, count: int = 1) -> None:
+        """`count` observations of `seconds`."""
+        counts = self._counts.get(adapter)
+        if counts is None:
+            self._sums[adapter] = 0.0
+            counts = self._counts[adapter] = [0] * (len(self._bounds) + 1)
+        counts[bisect.bisect_left(self._bounds, seconds)] += count
+        self._sums[adapter] += seconds * count
+
+    def collect(self) -> Iterator[HistogramMetricFamily]:
+        """Called by the registry, on the thread that serves metrics."""
+        family = HistogramMetricFamily(self._name, self._documentation, labels=["adapter"])
+        names = [*(str(float(bound)) for bound in self._bounds), "+Inf"]
+        for adapter, counts in list(self._counts.items()):
+            cumulative, total = [], 0
+            for name, count in zip(names, list(counts), strict=True):
+                total += count
+                cumulative.append((name, total))
+            family.add_metric([adapter], cumulative, self._sums[adapter])
+        yield family
+
+
+class CoreCollector(Collector):
+    """What the core counts itself, read from its latest report when somebody asks."""
+
+    def __init__(
+        self, load: Callable[[], CoreLoad], num_resident: Callable[[], int], is_up: Callable[[], bool]
+    ) -> None:
+        self._load = load
+        self._num_resident = num_resident
+        self._is_up = is_up
+
+    def collect(self) -> Iterator[GaugeMetricFamily | CounterMetricFamily]:
+        """Called by the registry, on the thread that serves metrics."""
+        load = self._load()
+        pages = GaugeMetricFamily(
+            "slora_engine_pool_pages",
+            "Pages of the pool: of kv, of adapters, free; evictable ones are among those of adapters.",
+            labels=["state"],
+        )
+        by_state = {
+            "kv": load.num_kv_pages,
+            "adapter": load.num_adapter_pages,
+            "free": load.num_free_pages,
+            "evictable": load.num_evictable_pages,
+        }
+        for state, count in by_state.items():
+            pages.add_metric([state], count)
+        yield pages
+        yield from (
+            GaugeMetricFamily(f"slora_engine_{name}", documentation, value=value)
+            for name, documentation, value in (
+                ("core_up", "1 while a core is ready.", int(self._is_up())),
+                ("resident_adapters", "Adapters in the pool.", self._num_resident()),
+                ("running_sequences", "Sequences that hold KV pages.", load.num_running),
+                ("waiting_sequences", "Sequences in the queue.", load.num_waiting),
+            )
+        )
+        yield from (
+            CounterMetricFamily(f"slora_engine_{name}", documentation, value=value)
+            for name, documentation, value in (
+                ("steps", "Steps of the core.", load.num_steps_total),
+                ("step_seconds", "Time spent in steps.", load.step_seconds_total),
+                ("preemptions", "Sequences whose pages were taken away.", load.num_preemptions_total),
+                ("adapter_hits", "Sequences whose adapter was resident.", load.num_adapter_hits_total),
+                ("adapter_misses", "Sequences whose adapter had to be loaded.", load.num_adapter_misses_total),
+                ("adapter_load_failures", "Loads of adapters that failed.", load.num_adapter_load_failures_total),
+            )
+        )
+
+
+class EngineMetrics:
+    """Counts and times of requests, in a registry of its own. Changed on the event loop only."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self._label = BoundedLabels(MAX_ADAPTER_LABELS)
+        self._claimed = {self._label(BASE)}
+        by_adapter = ("adapter",)
+        self._requests = Counter(
+            "slora_engine_requests",
+            "Requests that ended, by how: stop, length, cancelled, or an error's reason.",
+            ("adapter", "outcome"),
+            registry=self.registry,
+        )
+        self._prompt_tokens = Counter(
+            "slora_engine_prompt_tokens", "Tokens of prompts.", by_adapter, registry=self.registry
+        )
+        self._generation_tokens = Counter(
+            "slora_engine_generation_tokens", "Tokens generated.", by_adapter, registry=self.registry
+        )
+        self.core_deaths = Counter("slora_engine_core_deaths", "Cores that died.", registry=self.registry)
+        self.time_to_first_token = self._histogram(
+            "time_to_first_token_seconds", "From a request's arrival to its first token.", TTFT_BUCKETS
+        )
+        self.inter_token = self._histogram(
+            "inter_token_latency_seconds", "From one token of a request to its next.", INTER_TOKEN_BUCKETS
+        )
+        self.request_seconds = self._histogram(
+            "request_seconds", "From a request's arrival to its end.", REQUEST_BUCKETS
+        )
+        self._adapter_load = self._histogram(
+            "adapter_load_seconds", "Time until an adapter was resident.", LOAD_BUCKETS
+        )
+
+    def _histogram(self, name: str, documentation: str, buckets: tuple[float, ...]) -> AdapterHistogram:
+        return AdapterHistogram(f"slora_engine_{name}", documentation, buckets, self.registry)
+
+    def watch_core(
+        self, load: Callable[[], CoreLoad], num_resident: Callable[[], int], is_up: Callable[[], bool]
+    ) -> None:
+        """Exposes what the core counts itself."""
+        self.registry.register(CoreCollector(load, num_resident, is_up))
+
+    def label(self, adapter: Adapter | None) -> str:
+        """The adapter's label if it has one, else `other`: a name that nobody has seen at work earns none."""
+        name = BASE if adapter is None else adapter.adapter_id
+        return name if name in self._claimed else OTHER
+
+    def claim_label(self, adapter: Adapter | None) -> str:
+        """The label of an adapter that is known to exist, given to it now if there is one left."""
+        label = self._label(BASE if adapter is None else adapter.adapter_id)
+        if label != OTHER:
+            self._claimed.add(label)
+        return label
+
+    def adapter_loaded(self, event: AdapterLoaded) -> None:
+        """An adapter became resident."""
+        self._adapter_load.observe(self.claim_label(event.adapter), event.load_seconds)
+
+    def tokens_came(self, intervals: Mapping[tuple[str, float], int], firsts: Iterable[str], now: float) -> None:
+        """A step's tokens: counts by label and the moment of the token before, and the labels of first tokens."""
+        for (label, previous), count in intervals.items():
+            self.inter_token.observe(label, now - previous, count)
+            self._generation_tokens.labels(label).inc(count)
+        for label in firsts:
+            self._generation_tokens.labels(label).inc()
+
+    def request_ended(self, label: str, outcome: str, num_prompt_tokens: int, seconds: float) -> None:
+        """A request that the core had is over, however it ended."""
+        self._requests.labels(label, outcome).inc()
+        self._prompt_tokens.labels(label).inc(num_prompt_tokens)
+        self.request_seconds.observe(label, seconds)
+
+    def request_refused(self, label: str, outcome: str) -> None:
+        """A request ended before the core heard of it."""
+        self._requests.labels(label, outcome).inc()

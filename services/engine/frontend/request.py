@@ -1,0 +1,79 @@
+"""A request for a generation as the frontend checks it and hands it to the core."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from services.common.errors import Reason, SloraError
+from services.engine.messages import Adapter, Generate, SamplingParams, StopParams
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationRequest:
+    """What a caller asks for; each field is valid by itself, ids are not compared with the vocabulary yet."""
+
+    request_id: str
+    # Text, or token ids taken as they are.
+    prompt: str | Sequence[int]
+    sampling: SamplingParams
+    adapter: Adapter | None = None
+    # None: as many as fit in the model's length.
+    max_tokens: int | None = None
+    min_tokens: int = 0
+    stop_strings: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ModelLimits:
+    """What bounds every request to this model, in tokens."""
+
+    vocab_size: int
+    max_model_len: int
+
+
+def core_request(request: GenerationRequest, core_id: int, prompt_ids: Sequence[int], limits: ModelLimits) -> Generate:
+    """The message that starts `request` in the core, after the checks that need ids and limits.
+
+    Raises PROMPT_EMPTY, PROMPT_TOO_LONG, TOKEN_OUT_OF_VOCABULARY.
+    """
+    check_ids(prompt_ids, "prompt", limits)
+    check_ids(request.stop_token_ids, "stop_token_ids", limits)
+    if not prompt_ids:
+        raise SloraError(Reason.PROMPT_EMPTY, "the prompt holds no token; give at least one")
+    room = limits.max_model_len - len(prompt_ids)
+    if room < 1:
+        raise SloraError(
+            Reason.PROMPT_TOO_LONG,
+            f"the prompt has {len(prompt_ids)} tokens, but prompt and output together have room for "
+            f"{limits.max_model_len}: at most {limits.max_model_len - 1} prompt tokens can be taken",
+            num_prompt_tokens=len(prompt_ids),
+            max_model_len=limits.max_model_len,
+        )
+    max_tokens = room if request.max_tokens is None else min(request.max_tokens, room)
+    stop = StopParams(
+        max_tokens=max_tokens,
+        # Where the model's length ends a generation before min_tokens, it ends.
+        min_tokens=min(request.min_tokens, max_tokens),
+        stop_token_ids=request.stop_token_ids,
+        ignore_eos=request.ignore_eos,
+    )
+    return Generate(core_id, list(prompt_ids), request.sampling, stop, request.adapter)
+
+
+def check_ids(token_ids: Sequence[int], field: str, limits: ModelLimits) -> None:
+    """Raises TOKEN_OUT_OF_VOCABULARY, naming the first id that the model does not have."""
+    if not token_ids or max(token_ids) < limits.vocab_size:
+        return
+    position = next(n for n, token_id in enumerate(token_ids) if token_id >= limits.vocab_size)
+    raise SloraError(
+        Reason.TOKEN_OUT_OF_VOCABULARY,
+        f"token {token_ids[position]} at position {position} of {field} is not in the vocabulary: ids are below "
+        f"{limits.vocab_size}",
+        field=field,
+        position=position,
+        token_id=token_ids[position],
+        vocab_size=limits.vocab_size,
+    )
