@@ -212,6 +212,8 @@ class ScriptedLoader:
         self.sizes: dict[str, int] = {}
         self.failing: dict[str, SloraError] = {}
         self.max_ticks = 3
+        self.too_late_rate = 0.2  # share of cancelled loads that end as if they had not been
+        self.fails_early = False
         self.num_started = 0
 
     def start(self, adapter: Adapter) -> LoadJob:
@@ -252,9 +254,9 @@ class ScriptedLoader:
     def _get_on(self, job: LoadJob) -> None:
         _, sized, grant, cancelled = self._jobs[job]
         digest = job.adapter.digest
-        if cancelled and self._rng.random() < 0.8:  # else it was too late
+        if cancelled and (grant is None or self._rng.random() >= self.too_late_rate):
             self._finish(job, LoadEnded(job, None))
-        elif digest in self.failing and (sized or self._rng.random() < 0.5):
+        elif digest in self.failing and (sized or self.fails_early or self._rng.random() < 0.5):
             self._finish(job, LoadEnded(job, self.failing[digest]))
         elif not sized:
             self._jobs[job][:2] = [self._ticks(), True]
@@ -264,8 +266,6 @@ class ScriptedLoader:
             layout = layout_of(digest, self.sizes[digest], self._page_elems)
             self._device.install(grant.slot, layout, grant.pages, memoryview(b""))
             self._finish(job, LoadInstalled(job, 0.25, 4096))
-        else:
-            self._finish(job, LoadEnded(job, None))
 
     def _finish(self, job: LoadJob, event: LoadEvent) -> None:
         del self._jobs[job]

@@ -1,0 +1,360 @@
+"""Fetching adapters over real gRPC from a store that is played by the test: resume, retry, time limits, bad answers."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent import futures
+
+import grpc
+import pytest
+from slora.adapter_store.v1 import adapter_pb2, adapter_store_pb2, adapter_store_pb2_grpc
+
+from services.common.errors import Reason, SloraError
+from services.common.grpc_errors import to_grpc_status
+from services.common.grpc_server import SERVER_OPTIONS
+from services.engine.adapters.layout import AdapterLayout, ModulePlacement, TargetModule
+from services.engine.adapters.source import FetchCancelled
+from services.engine.adapters.store_client import StoreClient, StoreFetch
+from tests.fakes.engine_fakes import digest_of
+
+DIGEST = digest_of("a")
+CHUNK = 1000
+SEED = random.SystemRandom().randrange(1 << 32)
+
+
+def weights_and_manifest() -> tuple[bytes, adapter_pb2.PackedManifest]:
+    layer_elems = 3 * 8 * 16 + 3 * 8 * 32 + 5 * 32 * 2
+    weights = random.Random(SEED).randbytes(2 * layer_elems * 4)
+    modules = [
+        adapter_pb2.PackedModule(
+            target_module=adapter_pb2.TARGET_MODULE_Q,
+            rank=24,
+            in_features=15,
+            out_features=32,
+            lora_a_offset=0,
+            lora_b_offset=24 * 16,
+        ),
+        adapter_pb2.PackedModule(
+            target_module=adapter_pb2.TARGET_MODULE_DOWN,
+            rank=5,
+            in_features=32,
+            out_features=32,
+            lora_a_offset=24 * 48,
+            lora_b_offset=24 * 48 + 5 * 32,
+        ),
+    ]
+    manifest = adapter_pb2.PackedManifest(
+        digest=DIGEST,
+        packed_digest="sha256:" + hashlib.sha256(weights).hexdigest(),
+        element_type=adapter_pb2.ELEMENT_TYPE_FLOAT32,
+        tile_elems=16,
+        num_layers=2,
+        layer_elems=layer_elems,
+        packed_bytes=len(weights),
+        layers=[adapter_pb2.PackedLayer(modules=modules), adapter_pb2.PackedLayer()],
+    )
+    return weights, manifest
+
+
+Answer = Callable[[adapter_store_pb2.FetchAdapterRequest, grpc.ServicerContext], Iterator[object]]
+
+
+class FakeStore(adapter_store_pb2_grpc.AdapterStoreServiceServicer):
+    """Answers call number n with `script[n]`, and rightly when the script is over."""
+
+    def __init__(self) -> None:
+        self.weights, self.manifest = weights_and_manifest()
+        self.script: list[Answer] = []
+        self.requests: list[adapter_store_pb2.FetchAdapterRequest] = []
+        self.ended = threading.Semaphore(0)
+
+    def FetchAdapter(self, request, context):  # type: ignore[no-untyped-def]
+        self.requests.append(request)
+        context.add_callback(self.ended.release)
+        number = len(self.requests) - 1
+        answer = self.script[number] if number < len(self.script) else self.right
+        for part in answer(request, context):
+            if isinstance(part, SloraError):
+                context.abort_with_status(to_grpc_status(part))
+            elif isinstance(part, adapter_pb2.PackedManifest):
+                yield adapter_store_pb2.FetchAdapterResponse(manifest=part)
+            else:
+                yield adapter_store_pb2.FetchAdapterResponse(chunk=part)
+
+    def right(self, request, context):  # type: ignore[no-untyped-def]
+        yield self.manifest
+        for start in range(request.offset, len(self.weights), CHUNK):
+            yield self.weights[start : start + CHUNK]
+
+    def cut_after(self, num_bytes: int, how: SloraError | None) -> Answer:
+        def answer(request, context):  # type: ignore[no-untyped-def]
+            yield self.manifest
+            sent = 0
+            for start in range(request.offset, len(self.weights), CHUNK):
+                if sent >= num_bytes:
+                    break
+                yield self.weights[start : start + CHUNK]
+                sent += CHUNK
+            if how is not None:
+                yield how
+
+        return answer
+
+
+UNAVAILABLE = SloraError(Reason.BLOB_STORE_UNAVAILABLE, "S3 is away", bucket="b")
+
+
+def hang(request: object, context: grpc.ServicerContext) -> Iterator[object]:
+    ended = threading.Event()
+    context.add_callback(ended.set)
+    ended.wait(20)
+    return iter(())
+
+
+@pytest.fixture
+def store() -> FakeStore:
+    return FakeStore()
+
+
+@pytest.fixture
+def address(store: FakeStore) -> Iterator[str]:
+    server = grpc.server(futures.ThreadPoolExecutor(8), options=SERVER_OPTIONS)
+    adapter_store_pb2_grpc.add_AdapterStoreServiceServicer_to_server(store, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    yield f"127.0.0.1:{port}"
+    server.stop(0).wait()
+
+
+@pytest.fixture
+def client(address: str) -> Iterator[StoreClient]:
+    client = StoreClient(address)
+    yield client
+    client.close()
+
+
+def soon(seconds: float = 10.0) -> float:
+    return time.monotonic() + seconds
+
+
+def fetch_all(fetch: StoreFetch, seconds: float = 10.0) -> bytes:
+    fetch.manifest(soon(seconds))
+    return b"".join(fetch.chunks(soon(seconds)))
+
+
+def failure(call: Callable[[], object]) -> SloraError:
+    with pytest.raises(SloraError) as raised:
+        call()
+    return raised.value
+
+
+def test_a_fetch_takes_one_call_and_gives_layout_and_bytes(store: FakeStore, client: StoreClient) -> None:
+    fetch = client.open(DIGEST)
+    manifest = fetch.manifest(soon())
+    assert fetch.manifest(soon()) is manifest
+    placements = (
+        ModulePlacement(TargetModule.Q, 24, 15, 32, 0, 384),
+        ModulePlacement(TargetModule.DOWN, 5, 32, 32, 1152, 1312),
+    )
+    assert manifest.layout == AdapterLayout(DIGEST, "float32", 16, 2, store.manifest.layer_elems, (placements, ()))
+    assert (manifest.packed_bytes, manifest.packed_digest) == (len(store.weights), store.manifest.packed_digest)
+    assert b"".join(fetch.chunks(soon())) == store.weights
+    assert [(r.digest, r.offset) for r in store.requests] == [(DIGEST, 0)]
+
+
+@pytest.mark.parametrize("how", [None, UNAVAILABLE, SloraError(Reason.HOST_CACHE_FULL, "full")])
+def test_a_cut_stream_goes_on_where_it_broke(store: FakeStore, client: StoreClient, how: SloraError | None) -> None:
+    store.script = [store.cut_after(3000, how), store.cut_after(2000, how), store.cut_after(0, how)]
+    assert fetch_all(client.open(DIGEST)) == store.weights, SEED
+    assert [request.offset for request in store.requests] == [0, 3000, 5000, 5000]
+
+
+def test_a_paused_fetch_lets_go_of_its_call_and_goes_on_later(store: FakeStore, client: StoreClient) -> None:
+    store.script = [lambda request, context: iter_then_hang([store.manifest], request, context)]
+    fetch = client.open(DIGEST)
+    fetch.manifest(soon())
+    fetch.pause()
+    assert store.ended.acquire(timeout=5), "the store still serves a fetch that waits"
+    assert b"".join(fetch.chunks(soon())) == store.weights
+
+
+def test_a_store_that_comes_up_later_is_found(store: FakeStore) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    client = StoreClient(f"127.0.0.1:{port}")
+    servers = []
+
+    def come_up() -> None:
+        time.sleep(0.4)
+        server = grpc.server(futures.ThreadPoolExecutor(2), options=SERVER_OPTIONS)
+        adapter_store_pb2_grpc.add_AdapterStoreServiceServicer_to_server(store, server)
+        assert server.add_insecure_port(f"127.0.0.1:{port}") == port
+        server.start()
+        servers.append(server)
+
+    thread = threading.Thread(target=come_up)
+    thread.start()
+    assert fetch_all(client.open(DIGEST)) == store.weights
+    thread.join()
+    client.close()
+    servers[0].stop(0).wait()
+
+
+def test_a_store_that_stays_away_is_reported_in_time() -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    client = StoreClient(address)
+    began = time.monotonic()
+    error = failure(lambda: client.open(DIGEST).manifest(soon(0.5)))
+    assert error.reason is Reason.ADAPTER_STORE_UNAVAILABLE
+    assert address in error.message
+    assert time.monotonic() - began < 2
+    client.close()
+
+
+def test_the_reason_of_a_lasting_fault_passes_through(store: FakeStore, client: StoreClient) -> None:
+    store.script = [lambda *_: iter([UNAVAILABLE])] * 100
+    error = failure(lambda: client.open(DIGEST).manifest(soon(0.4)))
+    assert error.reason is Reason.BLOB_STORE_UNAVAILABLE
+    assert "S3 is away" in error.message
+    assert error.metadata == {"bucket": "b"}
+    assert 2 <= len(store.requests) < 20, "asked again, but not in a hurry"
+
+
+@pytest.mark.parametrize("reason", [Reason.ADAPTER_NOT_FOUND, Reason.ADAPTER_CHANGED, Reason.ADAPTER_DIGEST_INVALID])
+def test_what_cannot_pass_is_told_at_once(store: FakeStore, client: StoreClient, reason: Reason) -> None:
+    store.script = [lambda *_: iter([SloraError(reason, "no", digest="d")])]
+    error = failure(lambda: client.open(DIGEST).manifest(soon()))
+    assert (error.reason, error.message, error.metadata) == (reason, "no", {"digest": "d"})
+    assert len(store.requests) == 1
+
+
+@pytest.mark.parametrize("where", ["manifest", "weights"])
+def test_a_store_that_hangs_ends_in_an_error_in_time(store: FakeStore, client: StoreClient, where: str) -> None:
+    before: list[object] = [] if where == "manifest" else [store.manifest, store.weights[:CHUNK]]
+    store.script = [lambda request, context: iter_then_hang(before, request, context)] * 9
+    began = time.monotonic()
+    error = failure(lambda: fetch_all(client.open(DIGEST), 0.5))
+    assert error.reason is Reason.ADAPTER_STORE_UNAVAILABLE
+    assert "in time" in error.message
+    assert time.monotonic() - began < 3
+
+
+def iter_then_hang(
+    parts: list[object], request: adapter_store_pb2.FetchAdapterRequest, context: grpc.ServicerContext
+) -> Iterator[object]:
+    yield from parts
+    hang(request, context)
+
+
+@pytest.mark.parametrize("how", ["cancel", "close"])
+@pytest.mark.parametrize("where", ["manifest", "weights", "pause"])
+def test_cancel_from_another_thread_ends_a_blocked_call(
+    store: FakeStore, client: StoreClient, how: str, where: str
+) -> None:
+    before: list[object] = [] if where == "manifest" else [store.manifest, store.weights[:CHUNK]]
+    if where == "pause":
+        store.script = [lambda *_: iter([UNAVAILABLE])] * 100
+    else:
+        store.script = [lambda request, context: iter_then_hang(before, request, context)]
+    fetch = client.open(DIGEST)
+    seen: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            fetch_all(fetch, 60)
+        except BaseException as error:
+            seen.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    time.sleep(0.2)
+    fetch.cancel() if how == "cancel" else client.close()
+    thread.join(3)
+    assert not thread.is_alive()
+    assert [type(error) for error in seen] == [FetchCancelled]
+
+
+def test_after_close_nothing_is_fetched(client: StoreClient) -> None:
+    client.close()
+    with pytest.raises(FetchCancelled):
+        client.open(DIGEST).manifest(soon())
+
+
+def test_weights_packed_anew_between_two_attempts_are_never_mixed(store: FakeStore, client: StoreClient) -> None:
+    other = adapter_pb2.PackedManifest()
+    other.CopyFrom(store.manifest)
+    other.packed_digest = "sha256:" + "0" * 64
+    store.script = [store.cut_after(2000, UNAVAILABLE), lambda *_: iter([other, store.weights[2000:]])]
+    error = failure(lambda: fetch_all(client.open(DIGEST)))
+    assert error.reason is Reason.ADAPTER_CHANGED
+    assert "anew" in error.message
+
+
+def test_a_stream_without_manifest_or_with_two_is_refused(store: FakeStore, client: StoreClient) -> None:
+    store.script = [lambda *_: iter([b"weights"]), lambda *_: iter([store.manifest, store.manifest])]
+    assert failure(lambda: client.open(DIGEST).manifest(soon())).reason is Reason.INTERNAL
+    assert failure(lambda: fetch_all(client.open(DIGEST))).reason is Reason.INTERNAL
+
+
+def _edit_module(**fields: object) -> Callable[[adapter_pb2.PackedManifest], None]:
+    def edit(manifest: adapter_pb2.PackedManifest) -> None:
+        for name, value in fields.items():
+            setattr(manifest.layers[0].modules[0], name, value)
+
+    return edit
+
+
+def _edit(**fields: object) -> Callable[[adapter_pb2.PackedManifest], None]:
+    def edit(manifest: adapter_pb2.PackedManifest) -> None:
+        for name, value in fields.items():
+            setattr(manifest, name, value)
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    ("edit", "says"),
+    [
+        (_edit(element_type=0), "element type"),
+        (_edit(tile_elems=0), "power of two"),
+        (_edit(tile_elems=24), "power of two"),
+        (_edit(layer_elems=1471), "whole tiles"),
+        (_edit(num_layers=3), "layers"),
+        (_edit(packed_bytes=12), "12 bytes"),
+        (_edit_module(target_module=0), "target module"),
+        (_edit_module(rank=0), "rank 0"),
+        (_edit_module(rank=257), "rank 257"),
+        (_edit_module(lora_a_offset=8), "rows"),
+        (_edit_module(lora_b_offset=1472), "rows"),
+        (_edit_module(in_features=0), "rows"),
+        (_edit_module(out_features=4000), "rows"),
+        (_edit_module(target_module=adapter_pb2.TARGET_MODULE_DOWN), "twice"),
+    ],
+)
+def test_a_manifest_that_contradicts_itself_is_refused(
+    store: FakeStore, client: StoreClient, edit: Callable[[adapter_pb2.PackedManifest], None], says: str
+) -> None:
+    edit(store.manifest)
+    error = failure(lambda: client.open(DIGEST).manifest(soon()))
+    assert error.reason is Reason.ADAPTER_INCOMPATIBLE
+    assert says in error.message
+
+
+def test_a_manifest_of_another_adapter_is_refused(store: FakeStore, client: StoreClient) -> None:
+    store.manifest.digest = digest_of("b")
+    assert failure(lambda: client.open(DIGEST).manifest(soon())).reason is Reason.ADAPTER_CHANGED
+
+
+def test_an_empty_adapter_has_no_chunks(store: FakeStore, client: StoreClient) -> None:
+    store.weights = b""
+    store.manifest.layer_elems = store.manifest.packed_bytes = 0
+    del store.manifest.layers[0].modules[:]
+    assert fetch_all(client.open(DIGEST)) == b""
