@@ -1,0 +1,79 @@
+"""What the gateway asks of the adapter store, and the loop that keeps the catalogue fed from it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncGenerator
+from typing import Protocol
+
+from services.common.errors import Reason, SloraError
+from services.gateway.catalogue import AdapterEntry, Catalogue, CatalogueEvent
+
+logger = logging.getLogger(__name__)
+
+_FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.1, 1.0
+
+
+class AdapterSource(Protocol):
+    """The adapter store as the gateway sees it; `store_client.StoreClient` is the real one."""
+
+    async def find(self, adapter_id: str, timeout: float | None) -> AdapterEntry | None:
+        """The adapter `name` (newest version) or `name@version`, None if there is none.
+
+        Raises `SloraError` with an UNAVAILABLE reason when the store cannot tell.
+        """
+        ...
+
+    def watch(self, resume_token: str) -> AsyncGenerator[CatalogueEvent, None]:
+        """The catalogue's events after `resume_token`; with an empty one everything first.
+
+        Never ends by itself; raises `SloraError` when the store is gone or the token is refused.
+        """
+        ...
+
+
+class CatalogueFeed:
+    """Keeps `catalogue` equal to the store's: watches, and resumes after what was seen when the watch breaks."""
+
+    def __init__(self, catalogue: Catalogue, source: AdapterSource) -> None:
+        self._catalogue = catalogue
+        self._source = source
+        self._resume_token = ""
+        self.is_connected = False
+
+    async def run(self) -> None:
+        """Runs until cancelled."""
+        pause = _FIRST_PAUSE_SECONDS
+        while True:
+            try:
+                await self._follow()
+            except SloraError as error:
+                if error.reason is Reason.RESUME_TOKEN_INVALID:
+                    self._resume_token = ""
+                if self.is_connected:
+                    logger.warning("the adapter store's watch broke: %s", error.message)
+                    pause = _FIRST_PAUSE_SECONDS
+            except Exception:
+                # An event that cannot be understood must not end the feed; everything is asked for again.
+                logger.exception("the adapter store's watch failed")
+                self._resume_token = ""
+            self.is_connected = False
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
+
+    async def _follow(self) -> None:
+        if self._catalogue.is_syncing:
+            # Broken in the middle of the whole catalogue: what was left out is unknown, so from the beginning.
+            self._resume_token = ""
+        if not self._resume_token:
+            self._catalogue.begin_sync()
+        async with contextlib.aclosing(self._source.watch(self._resume_token)) as events:
+            async for event in events:
+                if not self.is_connected:
+                    self.is_connected = True
+                    logger.info("following the adapter store's catalogue")
+                self._catalogue.apply(event)
+                self._resume_token = event.resume_token
+        raise SloraError(Reason.ADAPTER_STORE_UNAVAILABLE, "the adapter store ended its watch")

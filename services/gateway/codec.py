@@ -1,0 +1,86 @@
+"""Between the gateway's messages, the engine's, and plain values."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+
+from slora.engine.v1 import engine_pb2
+from slora.gateway.v1 import inference_pb2
+
+from services.common.errors import Reason, SloraError
+from services.gateway.models import ListedModel, ListPosition, ResolvedModel
+
+DEFAULT_PAGE_SIZE, MAX_PAGE_SIZE = 100, 1000
+
+_POSITION_KINDS = {b"b:": False, b"a:": True}
+
+
+def to_engine_request(
+    request: inference_pb2.GenerateRequest, request_id: str, model: ResolvedModel
+) -> engine_pb2.GenerateRequest:
+    """What is asked of an engine; what the caller left out stays left out."""
+    result = engine_pb2.GenerateRequest(request_id=request_id, prompt=request.prompt)
+    if model.adapter is not None:
+        result.adapter.adapter_id = model.adapter.adapter_id
+        result.adapter.digest = model.adapter.digest
+    if request.HasField("sampling"):
+        result.sampling.CopyFrom(request.sampling)
+    if request.HasField("stopping"):
+        result.stopping.CopyFrom(request.stopping)
+    if request.HasField("num_logprobs"):
+        result.num_logprobs = request.num_logprobs
+    return result
+
+
+def to_gateway_response(message: engine_pb2.GenerateResponse) -> inference_pb2.GenerateResponse:
+    """An engine's message as the caller gets it; about a microsecond."""
+    response = inference_pb2.GenerateResponse(text=message.text, token_ids=message.token_ids)
+    if message.logprobs:
+        response.logprobs.MergeFrom(message.logprobs)
+    if message.HasField("completion"):
+        response.completion.CopyFrom(message.completion)
+    return response
+
+
+def to_model(listed: ListedModel) -> inference_pb2.Model:
+    """A model as it is listed."""
+    adapter = listed.model.adapter
+    model = inference_pb2.Model(
+        name=listed.model.name,
+        base_model=listed.model.base_model,
+        num_resident_engines=listed.num_resident_engines,
+    )
+    if adapter is not None:
+        model.adapter_id = adapter.adapter_id
+        model.rank = adapter.rank
+        model.create_time.seconds, model.create_time.nanos = adapter.created_at
+    return model
+
+
+def to_page_size(page_size: int) -> int:
+    """The page size meant by a request. Raises PAGE_INVALID."""
+    if not 0 <= page_size <= MAX_PAGE_SIZE:
+        message = f"page_size is {page_size}; it must be in [1, {MAX_PAGE_SIZE}], or 0 for {DEFAULT_PAGE_SIZE}"
+        raise SloraError(Reason.PAGE_INVALID, message, field="page_size", value=page_size)
+    return page_size or DEFAULT_PAGE_SIZE
+
+
+def to_page_token(position: ListPosition | None) -> str:
+    """Opaque to callers; empty for None. It names a place in the order, so it outlives changes of the list."""
+    if position is None:
+        return ""
+    kind = b"a:" if position.is_adapter else b"b:"
+    return base64.urlsafe_b64encode(kind + position.name.encode()).decode().rstrip("=")
+
+
+def from_page_token(token: str) -> ListPosition | None:
+    """The reverse of `to_page_token`. Raises PAGE_INVALID."""
+    if not token:
+        return None
+    try:
+        raw = base64.b64decode(token + "=" * (-len(token) % 4), altchars=b"-_", validate=True)
+        return ListPosition(_POSITION_KINDS[raw[:2]], raw[2:].decode())
+    except (binascii.Error, ValueError, KeyError):
+        message = "page_token is not one that was given out; begin again with an empty one"
+        raise SloraError(Reason.PAGE_INVALID, message, field="page_token") from None

@@ -1,0 +1,58 @@
+"""The gateway's settings, and the small frozen values they are cut into for those who use them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from services.common.settings import setting
+
+
+@dataclass(frozen=True)
+class GatewaySettings:
+    """A slora gateway: takes requests for any adapter and routes each to an engine."""
+
+    engines: tuple[str, ...] = setting(help="host:port of each engine, separated by commas")
+    adapter_store: str = setting(help="host:port of the adapter store")
+    listen: str = setting("127.0.0.1:50051", "host:port to serve gRPC on; port 0 takes a free one")
+    metrics: str = setting("", "host:port to serve Prometheus metrics on; empty for none")
+    max_concurrent: int = setting(4096, "most requests in flight; further ones are refused")
+    max_attempts: int = setting(3, "most engines a request is sent to before its first token")
+    engine_wait_seconds: float = setting(2.0, "how long a request waits for an engine that is expected back")
+    engine_grace_seconds: float = setting(10.0, "an engine heard of this recently is expected back")
+    engine_silence_seconds: float = setting(3.0, "an engine whose state stream is silent this long gets no requests")
+    spill_share: float = setting(0.25, "an adapter's engine may be fuller than the emptiest by this share of it")
+    spill_requests: int = setting(4, "... or by this many requests, whichever is more")
+    loading_seconds: float = setting(10.0, "an adapter sent to an engine this recently is thought to be loading there")
+    store_timeout_seconds: float = setting(5.0, "how long a look-up in the adapter store may take")
+    max_model_labels: int = setting(100, "most models with metrics of their own; the rest count as `other`")
+    drain_seconds: float = setting(30.0, "on SIGTERM running requests have this long to end")
+    log_level: str = setting("INFO", "DEBUG, INFO, WARNING or ERROR")
+
+
+@dataclass(frozen=True)
+class RoutingPolicy:
+    """How much fuller than the emptiest engine one may be and still be chosen for what it holds."""
+
+    spill_share: float = 0.25
+    spill_requests: int = 4
+    loading_seconds: float = 10.0
+    avoid_seconds: float = 1.0
+
+
+@dataclass(frozen=True)
+class RetryPolicy:
+    """When to try another engine, and how long to wait where there is none."""
+
+    max_attempts: int = 3
+    engine_wait_seconds: float = 2.0
+    engine_grace_seconds: float = 10.0
+
+
+def routing_policy(settings: GatewaySettings) -> RoutingPolicy:
+    """The part of `settings` that routing needs."""
+    return RoutingPolicy(settings.spill_share, settings.spill_requests, settings.loading_seconds)
+
+
+def retry_policy(settings: GatewaySettings) -> RetryPolicy:
+    """The part of `settings` that dispatching needs."""
+    return RetryPolicy(settings.max_attempts, settings.engine_wait_seconds, settings.engine_grace_seconds)

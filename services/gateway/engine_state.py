@@ -1,0 +1,138 @@
+"""What the gateway knows of one engine, as plain values: what the engine reported and what was sent to it since.
+
+Nothing here speaks to anyone; `EnginePool` keeps these states up to date and the router reads them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class EngineProfile:
+    """What does not change while an engine lives; a restarted engine has a new `engine_id`."""
+
+    engine_id: str
+    base_model: str
+    max_running: int
+    num_pages: int
+
+
+@dataclass(frozen=True)
+class EngineLoad:
+    """How busy an engine said it is."""
+
+    num_running: int = 0
+    num_waiting: int = 0
+    num_free_pages: int = 0
+    num_evictable_pages: int = 0
+    draining: bool = False
+
+
+@dataclass(frozen=True)
+class StateUpdate:
+    """One message of an engine's state stream; the profile comes with the first one only, and with every resident
+    adapter in `loaded`. Adapters are named by digest."""
+
+    load: EngineLoad
+    profile: EngineProfile | None = None
+    loaded: Sequence[str] = ()
+    evicted: Sequence[str] = ()
+
+
+@dataclass(eq=False)
+class EngineState:
+    """One engine, by its address.
+
+    Reports come at most ten times a second, so requests sent since the last one are counted here: otherwise every
+    request of a burst would go to the engine that was emptiest at the last report.
+    """
+
+    address: str
+    profile: EngineProfile | None = None
+    """The last one known; stays when the engine is lost, so that its base model's name is still understood."""
+    load: EngineLoad = EngineLoad()
+    is_up: bool = False
+    heard_at: float = float("-inf")
+    """When it last reported, in seconds of the monotonic clock."""
+    resident: set[str] = field(default_factory=set)
+    """Digests of the adapters in its memory."""
+    num_in_flight: int = 0
+    """This gateway's requests there."""
+    failed_at: float = float("-inf")
+    """When it last refused a request because it could not work at all."""
+    _num_lives: int = 0
+    _num_in_flight_reported: int = 0
+    _sent_at: dict[str, float] = field(default_factory=dict)
+
+    def report(self, update: StateUpdate, now: float) -> None:
+        """Takes in a message of the engine's state stream."""
+        if update.profile is not None:
+            self.profile = update.profile
+            self._num_lives += 1
+            self.failed_at = float("-inf")
+            self.resident.clear()
+            self._sent_at.clear()
+        self.resident.difference_update(update.evicted)
+        self.resident.update(update.loaded)
+        for digest in (*update.evicted, *update.loaded):
+            self._sent_at.pop(digest, None)
+        self.load = update.load
+        self._num_in_flight_reported = self.num_in_flight
+        self.heard_at = now
+        self.is_up = True
+
+    def lost(self) -> None:
+        """The engine is gone or silent: nothing it said is believed any more."""
+        self.is_up = False
+        self.resident.clear()
+        self._sent_at.clear()
+
+    def started(self, digest: str | None, now: float) -> None:
+        """A request was sent there, for the adapter of this digest or for the base model."""
+        self.num_in_flight += 1
+        if digest is not None and digest not in self.resident:
+            self._sent_at[digest] = now
+
+    def ended(self) -> None:
+        """A request that was sent there is over."""
+        self.num_in_flight -= 1
+
+    def is_loading(self, digest: str, since: float) -> bool:
+        """Whether a request for this adapter was sent there after `since`, and the adapter is not known resident."""
+        return self._sent_at.get(digest, float("-inf")) > since
+
+    def failed(self, now: float) -> None:
+        """It refused a request with a status that says that it cannot work."""
+        self.failed_at = now
+
+    @property
+    def life(self) -> tuple[str, int]:
+        """Tells this stretch of being up from the next: an engine that failed a request may be tried again after it
+        was lost and is back."""
+        return self.address, self._num_lives
+
+    @property
+    def max_running(self) -> int:
+        """Most sequences that run at once there; at least 1."""
+        return max(1, self.profile.max_running if self.profile is not None else 1)
+
+    @property
+    def fullness(self) -> float:
+        """How full it is: the fuller of its sequence slots and its pool, plus its queue, all as shares of what it
+        can run at once. 0 is idle, 1 full, more means that a new request waits."""
+        load = self.load
+        reported = load.num_running + load.num_waiting
+        since_report = self.num_in_flight - self._num_in_flight_reported
+        num_requests = max(reported + since_report, self.num_in_flight, 0)
+        num_running = min(load.num_running, num_requests)
+        num_waiting = num_requests - num_running
+        share_of_slots = num_running / self.max_running
+        return max(share_of_slots, self._share_of_pages_in_use()) + num_waiting / self.max_running
+
+    def _share_of_pages_in_use(self) -> float:
+        num_pages = self.profile.num_pages if self.profile is not None else 0
+        if num_pages <= 0 or self.load.num_running == 0:
+            return 0.0
+        return max(0.0, 1.0 - (self.load.num_free_pages + self.load.num_evictable_pages) / num_pages)

@@ -1,0 +1,132 @@
+"""The models a caller can name: what a name means now, and the list of all of them."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from services.common.errors import Reason, SloraError
+from services.gateway.adapter_source import AdapterSource
+from services.gateway.catalogue import AdapterEntry, Catalogue
+from services.gateway.engine_pool import EnginePool
+
+_NAME_SHOWN = 128
+
+
+@dataclass(frozen=True)
+class ResolvedModel:
+    """What answers a request. Fixed when the request begins: later changes of the catalogue do not touch it."""
+
+    base_model: str
+    adapter: AdapterEntry | None
+
+    @property
+    def public_id(self) -> str:
+        """The base model's name, or the adapter's `name@version`."""
+        return self.base_model if self.adapter is None else self.adapter.adapter_id
+
+    @property
+    def name(self) -> str:
+        """The base model's or the adapter's name, without a version."""
+        return self.base_model if self.adapter is None else self.adapter.name
+
+
+@dataclass(frozen=True)
+class ListedModel:
+    """A model and how many engines hold it; for the base model, how many serve."""
+
+    model: ResolvedModel
+    num_resident_engines: int
+
+
+@dataclass(frozen=True, order=True)
+class ListPosition:
+    """A model's place in the list; stays meaningful when that model is gone."""
+
+    is_adapter: bool
+    name: str
+
+
+class Models:
+    """Base models as the engines say, adapters as the catalogue says; the store is asked for what neither knows."""
+
+    def __init__(self, pool: EnginePool, catalogue: Catalogue, source: AdapterSource, store_timeout: float) -> None:
+        self._pool = pool
+        self._catalogue = catalogue
+        self._source = source
+        self._store_timeout = store_timeout
+
+    async def resolve(self, model: str, time_remaining: Callable[[], float | None]) -> ResolvedModel:
+        """What `model` means: a base model's name, an adapter's name (its newest version) or `name@version`.
+
+        A base model's name wins over an adapter of the same name. An adapter that the catalogue does not know is
+        asked of the store, so that one registered a moment ago is found.
+
+        Raises MODEL_NOT_FOUND, ADAPTER_BASE_MISMATCH (no engine has its base model), ADAPTER_STORE_UNAVAILABLE or
+        another UNAVAILABLE reason (the store cannot tell), ENGINE_UNAVAILABLE (no engine was heard of yet).
+        """
+        if not model:
+            message = "model is required: a base model's name, an adapter's name or name@version"
+            raise SloraError(Reason.REQUEST_INVALID, message, field="model")
+        base_models = self._pool.base_models()
+        if model in base_models:
+            return ResolvedModel(model, None)
+        adapter = self._catalogue.find(model)
+        if adapter is None:
+            remaining = time_remaining()
+            timeout = self._store_timeout if remaining is None else min(self._store_timeout, remaining)
+            adapter = await self._source.find(model, timeout)
+            base_models = self._pool.base_models()
+        if not base_models:
+            raise SloraError(Reason.ENGINE_UNAVAILABLE, "no engine has been reached yet; retry later")
+        if adapter is None:
+            raise self._not_found(model, base_models)
+        if adapter.base_model not in base_models and self._is_every_engine_known():
+            raise SloraError(
+                Reason.ADAPTER_BASE_MISMATCH,
+                f"adapter {adapter.adapter_id} is for base model {adapter.base_model!r}, "
+                f"but the engines serve {_quoted(base_models)}",
+                adapter_id=adapter.adapter_id,
+                base_model=adapter.base_model,
+            )
+        return ResolvedModel(adapter.base_model, adapter)
+
+    def page(self, after: ListPosition | None, page_size: int) -> tuple[list[ListedModel], ListPosition | None]:
+        """At most `page_size` models after `after`, base models first, then adapters, by name; and where the next
+        page begins, None if there is none.
+
+        Raises ADAPTER_STORE_UNAVAILABLE until the catalogue was seen whole: half a list would look like all of it.
+        """
+        if not self._catalogue.is_complete:
+            message = "the adapter store has not told all adapters yet; retry later"
+            raise SloraError(Reason.ADAPTER_STORE_UNAVAILABLE, message)
+        found = list(itertools.islice(self._after(after), page_size + 1))
+        page = found[:page_size]
+        if len(found) == len(page):
+            return page, None
+        last = page[-1].model
+        return page, ListPosition(last.adapter is not None, last.name)
+
+    def _after(self, after: ListPosition | None) -> Iterator[ListedModel]:
+        if after is None or not after.is_adapter:
+            for name in sorted(self._pool.base_models()):
+                if after is None or name > after.name:
+                    yield ListedModel(ResolvedModel(name, None), self._pool.num_serving(name))
+        for adapter in self._catalogue.newest_after(after.name if after is not None and after.is_adapter else ""):
+            yield ListedModel(ResolvedModel(adapter.base_model, adapter), self._pool.num_resident(adapter.digest))
+
+    def _is_every_engine_known(self) -> bool:
+        return all(state.profile is not None for state in self._pool.states)
+
+    def _not_found(self, model: str, base_models: set[str]) -> SloraError:
+        shown = model if len(model) <= _NAME_SHOWN else model[:_NAME_SHOWN] + "…"
+        message = (
+            f"no model {shown!r}: there are the base model {_quoted(base_models)} and {len(self._catalogue)} adapters "
+            f"(by name, or name@version); ListModels lists them"
+        )
+        return SloraError(Reason.MODEL_NOT_FOUND, message, model=shown)
+
+
+def _quoted(names: set[str]) -> str:
+    return ", ".join(repr(name) for name in sorted(names))
