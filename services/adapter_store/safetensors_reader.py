@@ -56,13 +56,13 @@ def read_tensor_entries(file: memoryview) -> dict[str, TensorEntry]:
 
 
 def _header_length(file: memoryview) -> int:
-    opening = bytes(file[:4])
-    if opening[:1] == b"\x80" or opening == b"PK\x03\x04":
-        _refuse("it is a pickle (torch.save), which is never read; save the adapter as safetensors")
     if len(file) < _LENGTH_BYTES + 2:
         _refuse(f"it has {len(file)} bytes, too few for a header")
     length = int.from_bytes(file[:_LENGTH_BYTES], "little")
     if length > MAX_HEADER_BYTES:
+        # A sound header's length may begin with the same byte as a pickle, but is never that large.
+        if bytes(file[:1]) == b"\x80" or bytes(file[:4]) == b"PK\x03\x04":
+            _refuse("it is a pickle (torch.save), which is never read; save the adapter as safetensors")
         _refuse(f"its header claims {length} bytes; at most {MAX_HEADER_BYTES} are read")
     if length > len(file) - _LENGTH_BYTES:
         _refuse(f"its header claims {length} bytes, but only {len(file) - _LENGTH_BYTES} follow: it is truncated")

@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from services.adapter_store.arena import SEGMENT_PREFIX, Arena
+
+SHARED = "/dev/shm"
+
+
+def segments(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir())
+
+
+def test_views_are_shared_memory_and_the_segment_goes_with_close(tmp_path: Path) -> None:
+    arena = Arena(3 * 4096 + 5, str(tmp_path))
+    assert arena.extents.capacity == 3 * 4096
+    assert segments(tmp_path) == [arena.path.name]
+    arena.view(4096, 3)[:] = (1, 2, 3)
+    with arena.path.open("rb") as other:
+        other.seek(4096)
+        assert other.read(3) == bytes((1, 2, 3))
+    arena.close()
+    arena.close()
+    assert segments(tmp_path) == []
+
+
+def test_a_killed_owners_segment_is_removed_and_a_living_ones_kept(tmp_path: Path) -> None:
+    living = Arena(4096, str(tmp_path))
+    code = (
+        "import sys, os, time; from services.adapter_store.arena import Arena\n"
+        f"a = Arena(4096, {str(tmp_path)!r}); print(a.path.name, flush=True); time.sleep(60)"
+    )
+    child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert child.stdout is not None
+    orphan = child.stdout.readline().strip()
+    assert segments(tmp_path) == sorted([living.path.name, orphan])
+    os.kill(child.pid, signal.SIGKILL)
+    child.wait()
+    child.stdout.close()
+    assert orphan in segments(tmp_path), "nobody has removed it yet"
+
+    fresh = Arena(4096, str(tmp_path))
+    assert segments(tmp_path) == sorted([living.path.name, fresh.path.name])
+    living.close()
+    fresh.close()
+
+
+def test_an_arena_that_cannot_be_had_says_which_setting_is_wrong(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="arena_bytes is 100"):
+        Arena(100, str(tmp_path))
+    with pytest.raises(ValueError, match="arena_dir"):
+        Arena(4096, str(tmp_path / "nowhere"))
+
+
+def test_more_than_the_memory_file_system_holds_is_refused_at_the_start() -> None:
+    room = os.statvfs(SHARED)
+    before = set(segments(Path(SHARED)))
+    with pytest.raises(ValueError, match="has no room"):
+        Arena((room.f_bavail + 1) * room.f_frsize + 2**20, SHARED)
+    assert {name for name in set(segments(Path(SHARED))) - before if SEGMENT_PREFIX in name} == set()
