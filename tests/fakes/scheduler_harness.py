@@ -126,6 +126,14 @@ class Harness:
             self.step()
         raise AssertionError(f"not done after {max_steps} steps: {[s.request_id for s in self.waiting()]} wait")
 
+    def until(self, name: str, state: AdapterState) -> None:
+        """Steps until the adapter `name` is in `state`."""
+        for _ in range(100):
+            if self.residency.state(digest_of(name)) is state:
+                return
+            self.step()
+        raise AssertionError(f"{name} is {self.residency.state(digest_of(name))}, not {state}")
+
     def settle(self) -> None:
         """Lets loads that nobody waits for come to their end."""
         for _ in range(100):

@@ -67,9 +67,9 @@ class WaitingQueue:
         return self._all[:num_sequences]
 
     def candidates(self, num_sequences: int) -> Iterator[Sequence]:
-        """In arrival order: the first `num_sequences` of all, then those that are ready.
+        """In arrival order: the first `num_sequences` (at least 1) of all, then those that are ready.
 
-        The queue may lose the sequence just given, and only it, while this goes on.
+        While this goes on the queue may lose the sequence just given, and later ones may cease to be ready.
         """
         first = self._all[:num_sequences]
         yield from first
