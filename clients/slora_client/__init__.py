@@ -1,26 +1,32 @@
-"""A Python client of slora: generate through the gateway, administer adapters at the adapter store.
+"""A Python client of slora.
 
-from slora_client import SloraClient
+    with SloraClient("localhost:50051") as client:
+        print(client.generate("my-adapter", "Hello", max_tokens=20).text)
 
-with SloraClient("127.0.0.1:50051") as client:
-    print(client.generate("pirate", "Where is the harbour?", temperature=0, max_tokens=32).text)
+It needs grpcio and protobuf (with googleapis-common-protos), nothing else.
 """
 
-from slora_client.adapter_client import AdapterClient, AdapterVersion
+from slora_client.adapter_client import AdapterClient
+from slora_client.async_adapter_client import AsyncAdapterClient
 from slora_client.async_client import AsyncSloraClient
 from slora_client.errors import SloraRequestError
-from slora_client.generation import Generation, GenerationChunk, ModelEntry, TokenLogprob, Usage
+from slora_client.options import GenerationOptions
 from slora_client.sync_client import SloraClient
+from slora_client.values import Adapter, Chunk, FinishReason, Generation, Model, TokenLogprob, TopLogprob, Usage
 
 __all__ = [
+    "Adapter",
     "AdapterClient",
-    "AdapterVersion",
+    "AsyncAdapterClient",
     "AsyncSloraClient",
+    "Chunk",
+    "FinishReason",
     "Generation",
-    "GenerationChunk",
-    "ModelEntry",
+    "GenerationOptions",
+    "Model",
     "SloraClient",
     "SloraRequestError",
     "TokenLogprob",
+    "TopLogprob",
     "Usage",
 ]

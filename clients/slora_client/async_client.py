@@ -1,44 +1,29 @@
-"""The asyncio client of the gateway."""
+"""The client for asyncio."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from typing import Unpack
 
 import grpc
 from slora.gateway.v1 import inference_pb2, inference_pb2_grpc
 
-from slora_client.codec import (
-    CHANNEL_OPTIONS,
-    GenerationOptions,
-    chunk_of,
-    error_of,
-    generate_request,
-    model_of,
-    stream_ended_early,
-)
-from slora_client.generation import Generation, GenerationChunk, ModelEntry
+from slora_client.codec import PAGE_SIZE, ChunkReader, join_chunks, to_generate_request, to_model
+from slora_client.grpc_errors import CHANNEL_OPTIONS, to_request_error
+from slora_client.options import GenerationOptions
+from slora_client.values import Chunk, Generation, Model
 
 
 class AsyncSloraClient:
-    """Speaks to a gateway at `host:port` on one event loop; an async context manager.
+    """Speaks to a gateway at `host:port`, any number of requests at a time; close it, or use it in an `async with`.
 
-    Every call raises SloraRequestError on failure. `timeout` is in seconds; None waits as long as it takes.
+    Failed calls raise `SloraRequestError`. `timeout` is in seconds, for the whole call; None waits for ever.
+    Cancelling a task that awaits a call stops the generation.
     """
 
     def __init__(self, address: str) -> None:
         self._channel = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
         self._stub = inference_pb2_grpc.InferenceServiceStub(self._channel)
-
-    async def __aenter__(self) -> AsyncSloraClient:
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        await self.close()
-
-    async def close(self) -> None:
-        """Ends the connection, and calls under way with it."""
-        await self._channel.close()
 
     async def generate(
         self,
@@ -48,42 +33,58 @@ class AsyncSloraClient:
         timeout: float | None = None,
         **options: Unpack[GenerationOptions],
     ) -> Generation:
-        """Generates and returns the whole answer. `prompt` is text or token ids."""
-        return Generation.of([chunk async for chunk in self.stream(model, prompt, timeout=timeout, **options)])
+        """Generates from a text or token ids and returns the whole answer.
 
-    async def stream(
+        `model` is the base model's name, an adapter's name (its newest version) or `name@version`.
+        """
+        return join_chunks([chunk async for chunk in self.stream(model, prompt, timeout=timeout, **options)])
+
+    def stream(
         self,
         model: str,
         prompt: str | Sequence[int],
         *,
         timeout: float | None = None,
         **options: Unpack[GenerationOptions],
-    ) -> AsyncIterator[GenerationChunk]:
-        """Generates and yields the answer as it comes. Closing the iterator cancels the request."""
-        call = self._stub.Generate(generate_request(model, prompt, options), timeout=timeout)
-        finished = False
+    ) -> AsyncGenerator[Chunk, None]:
+        """Like `generate`, but gives the answer in chunks as it comes. Closing the generator stops the generation."""
+        return self._chunks(to_generate_request(model, prompt, options), timeout)
+
+    async def list_models(self, *, timeout: float | None = None) -> tuple[Model, ...]:
+        """The base model and every adapter, the base model first, then by name. `timeout` holds for each page."""
+        models: list[Model] = []
+        page_token = ""
+        while True:
+            request = inference_pb2.ListModelsRequest(page_size=PAGE_SIZE, page_token=page_token)
+            try:
+                response = await self._stub.ListModels(request, timeout=timeout)
+            except grpc.aio.AioRpcError as error:
+                raise to_request_error(error) from None
+            models += map(to_model, response.models)
+            page_token = response.next_page_token
+            if not page_token:
+                return tuple(models)
+
+    async def close(self) -> None:
+        """Closes the connection; running calls are cancelled."""
+        await self._channel.close()
+
+    async def __aenter__(self) -> AsyncSloraClient:
+        return self
+
+    async def __aexit__(self, *exception: object) -> None:
+        await self.close()
+
+    async def _chunks(
+        self, request: inference_pb2.GenerateRequest, timeout: float | None
+    ) -> AsyncGenerator[Chunk, None]:
+        call = self._stub.Generate(request, timeout=timeout)
+        reader = ChunkReader()
         try:
-            async for message in call:
-                chunk = chunk_of(message)
-                finished = chunk.finish_reason is not None
-                yield chunk
-        except grpc.RpcError as error:
-            raise error_of(error) from None
+            async for response in call:
+                yield reader.read(response)
+        except grpc.aio.AioRpcError as error:
+            raise to_request_error(error) from None
         finally:
             call.cancel()
-        if not finished:
-            raise stream_ended_early()
-
-    async def list_models(self, *, timeout: float | None = None) -> list[ModelEntry]:
-        """The base model, then all adapters by name."""
-        models: list[ModelEntry] = []
-        request = inference_pb2.ListModelsRequest(page_size=1000)
-        try:
-            while True:
-                page = await self._stub.ListModels(request, timeout=timeout)
-                models += map(model_of, page.models)
-                if not page.next_page_token:
-                    return models
-                request.page_token = page.next_page_token
-        except grpc.RpcError as error:
-            raise error_of(error) from None
+        reader.check_complete()

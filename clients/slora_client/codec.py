@@ -1,127 +1,177 @@
-"""Between this package's values and the generated messages."""
+"""Between the services' messages and this package's values."""
 
 from __future__ import annotations
 
-import datetime
-from collections.abc import Sequence
-from typing import Any, TypedDict
+from collections.abc import Iterable, Iterator, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import BinaryIO
 
-import grpc
-from google.rpc import error_details_pb2
-from grpc_status import rpc_status
+from google.protobuf.timestamp_pb2 import Timestamp
+from slora.adapter_store.v1 import adapter_pb2, adapter_store_pb2
 from slora.engine.v1 import generation_pb2
 from slora.gateway.v1 import inference_pb2
 
 from slora_client.errors import SloraRequestError
-from slora_client.generation import GenerationChunk, ModelEntry, TokenLogprob, Usage
+from slora_client.options import REQUEST_OPTIONS, SAMPLING_OPTIONS, STOPPING_OPTIONS, GenerationOptions
+from slora_client.values import Adapter, Chunk, FinishReason, Generation, Model, TokenLogprob, TopLogprob, Usage
 
-MAX_MESSAGE_BYTES = 16 * 2**20
-CHANNEL_OPTIONS = (
-    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-)
-_UTC = datetime.UTC
-_FINISH_REASONS = {generation_pb2.FINISH_REASON_STOP: "stop", generation_pb2.FINISH_REASON_LENGTH: "length"}
+UPLOAD_CHUNK_BYTES = 2**20
+PAGE_SIZE = 1000
 
-
-class GenerationOptions(TypedDict, total=False):
-    """What `generate` and `stream` take beside model and prompt; what is left out has the server's default."""
-
-    temperature: float
-    top_k: int
-    top_p: float
-    min_p: float
-    seed: int
-    repetition_penalty: float
-    presence_penalty: float
-    frequency_penalty: float
-    max_tokens: int
-    min_tokens: int
-    stop: Sequence[str]
-    stop_token_ids: Sequence[int]
-    ignore_eos: bool
-    num_logprobs: int
-    request_id: str
+_FINISH_REASONS: dict[int, FinishReason] = {
+    generation_pb2.FINISH_REASON_STOP: "stop",
+    generation_pb2.FINISH_REASON_LENGTH: "length",
+}
+_TARGET_PREFIX = "TARGET_MODULE_"
 
 
-def generate_request(
+def to_generate_request(
     model: str, prompt: str | Sequence[int], options: GenerationOptions
 ) -> inference_pb2.GenerateRequest:
-    """The request as it travels. Raises TypeError for an unknown option, ValueError for a value that cannot travel."""
-    fields: dict[str, Any] = dict(options)
-    stopping = generation_pb2.StoppingCriteria(
-        stop_strings=fields.pop("stop", ()), stop_token_ids=fields.pop("stop_token_ids", ())
-    )
-    for name in ("max_tokens", "min_tokens", "ignore_eos"):
-        if name in fields:
-            setattr(stopping, name, fields.pop(name))
-    request = inference_pb2.GenerateRequest(model=model, stopping=stopping, request_id=fields.pop("request_id", ""))
-    if "num_logprobs" in fields:
-        request.num_logprobs = fields.pop("num_logprobs")
+    """The request. Raises ValueError or TypeError for what cannot be put into one, such as a negative count."""
+    given = {key: value for key, value in options.items() if value is not None}
+    unknown = given.keys() - SAMPLING_OPTIONS - STOPPING_OPTIONS - REQUEST_OPTIONS
+    if unknown:
+        raise TypeError(f"unknown options: {', '.join(sorted(unknown))}")
+    sampling = {key: value for key, value in given.items() if key in SAMPLING_OPTIONS}
+    stopping = {key: value for key, value in given.items() if key in STOPPING_OPTIONS}
+    stop = stopping.pop("stop", ())
     if isinstance(prompt, str):
-        request.prompt.text = prompt
+        prompt_message = generation_pb2.Prompt(text=prompt)
     else:
-        request.prompt.token_ids.ids.extend(prompt)
-    for name, value in fields.items():
-        if name not in generation_pb2.SamplingParameters.DESCRIPTOR.fields_by_name:
-            raise TypeError(
-                f"unknown option {name!r}; known are {', '.join(sorted(GenerationOptions.__annotations__))}"
-            )
-        setattr(request.sampling, name, value)
-    return request
-
-
-def chunk_of(message: inference_pb2.GenerateResponse) -> GenerationChunk:
-    """One message of a stream."""
-    done = message.completion if message.HasField("completion") else None
-    return GenerationChunk(
-        text=message.text,
-        token_ids=tuple(message.token_ids),
-        logprobs=tuple(
-            TokenLogprob(
-                entry.token_id,
-                entry.logprob,
-                entry.text,
-                tuple((top.token_id, top.logprob, top.text) for top in entry.top),
-            )
-            for entry in message.logprobs
+        prompt_message = generation_pb2.Prompt(token_ids=generation_pb2.TokenIds(ids=prompt))
+    return inference_pb2.GenerateRequest(
+        model=model,
+        prompt=prompt_message,
+        sampling=generation_pb2.SamplingParameters(**sampling),  # type: ignore[arg-type]
+        stopping=generation_pb2.StoppingCriteria(
+            stop_strings=[stop] if isinstance(stop, str) else stop,  # type: ignore[arg-type]
+            **stopping,  # type: ignore[arg-type]
         ),
-        request_id=message.request_id,
-        model=message.model,
-        finish_reason=_FINISH_REASONS.get(done.finish_reason, "unknown") if done else None,
-        stop_string=done.stop_string if done and done.HasField("stop_string") else None,
-        stop_token_id=done.stop_token_id if done and done.HasField("stop_token_id") else None,
-        usage=Usage(done.usage.num_prompt_tokens, done.usage.num_completion_tokens) if done else None,
+        **{key: value for key, value in given.items() if key in REQUEST_OPTIONS},  # type: ignore[arg-type]
     )
 
 
-def model_of(message: inference_pb2.Model) -> ModelEntry:
-    """One entry of ListModels."""
-    created = message.create_time.ToDatetime(tzinfo=_UTC) if message.HasField("create_time") else None
-    return ModelEntry(
-        message.name,
-        message.adapter_id,
-        message.base_model,
-        message.rank,
-        created,
-        message.num_resident_engines,
+class ChunkReader:
+    """Turns a stream's messages into chunks; each carries the model and request id of the first message."""
+
+    def __init__(self) -> None:
+        self._model = ""
+        self._request_id = ""
+        self.is_complete = False
+
+    def read(self, response: inference_pb2.GenerateResponse) -> Chunk:
+        """The next message as a chunk."""
+        self._model = response.model or self._model
+        self._request_id = response.request_id or self._request_id
+        logprobs = tuple(map(_to_token_logprob, response.logprobs)) if response.logprobs else ()
+        if not response.HasField("completion"):
+            return Chunk(response.text, tuple(response.token_ids), logprobs, self._model, self._request_id)
+        self.is_complete = True
+        completion = response.completion
+        return Chunk(
+            response.text,
+            tuple(response.token_ids),
+            logprobs,
+            self._model,
+            self._request_id,
+            finish_reason=_FINISH_REASONS.get(completion.finish_reason),
+            stop_string=completion.stop_string if completion.HasField("stop_string") else None,
+            stop_token_id=completion.stop_token_id if completion.HasField("stop_token_id") else None,
+            usage=Usage(completion.usage.num_prompt_tokens, completion.usage.num_completion_tokens),
+        )
+
+    def check_complete(self) -> None:
+        """Raises `SloraRequestError` if the stream ended without saying how the generation ended."""
+        if not self.is_complete:
+            raise SloraRequestError("INTERNAL", "", "the stream ended before the generation was complete")
+
+
+def join_chunks(chunks: Sequence[Chunk]) -> Generation:
+    """The whole answer of a stream that ended well."""
+    last = chunks[-1]
+    if last.finish_reason is None or last.usage is None:
+        raise SloraRequestError("INTERNAL", "", "the generation ended for a reason that this client does not know")
+    return Generation(
+        text="".join(chunk.text for chunk in chunks),
+        token_ids=tuple(token_id for chunk in chunks for token_id in chunk.token_ids),
+        logprobs=tuple(entry for chunk in chunks for entry in chunk.logprobs),
+        model=last.model,
+        request_id=last.request_id,
+        finish_reason=last.finish_reason,
+        stop_string=last.stop_string,
+        stop_token_id=last.stop_token_id,
+        usage=last.usage,
     )
 
 
-def error_of(error: grpc.RpcError) -> SloraRequestError:
-    """What a failed call means; works for errors of both the blocking and the asyncio API."""
-    code = error.code().name
-    try:
-        status = rpc_status.from_call(error)
-    except ValueError:  # Details that contradict the status itself: keep what gRPC says.
-        status = None
-    for detail in status.details if status is not None else ():
-        described = error_details_pb2.ErrorInfo()
-        if detail.Is(described.DESCRIPTOR) and detail.Unpack(described):
-            return SloraRequestError(code, described.reason, status.message, described.metadata)
-    return SloraRequestError(code, "", error.details() or "", {})
+def to_model(model: inference_pb2.Model) -> Model:
+    """A model of ListModels."""
+    return Model(
+        name=model.name,
+        adapter_id=model.adapter_id,
+        base_model=model.base_model,
+        rank=model.rank,
+        create_time=_to_datetime(model.create_time) if model.HasField("create_time") else None,
+        num_resident_engines=model.num_resident_engines,
+    )
 
 
-def stream_ended_early() -> SloraRequestError:
-    """A stream that closed well but lacks its last message: never to be taken for a whole answer."""
-    return SloraRequestError("UNAVAILABLE", "", "the stream ended without a finish reason", {})
+def to_adapter(adapter: adapter_pb2.Adapter) -> Adapter:
+    """An adapter of the store."""
+    return Adapter(
+        name=adapter.name,
+        version=adapter.version,
+        adapter_id=adapter.adapter_id,
+        digest=adapter.digest,
+        rank=adapter.rank,
+        target_modules=tuple(
+            adapter_pb2.TargetModule.Name(module).removeprefix(_TARGET_PREFIX).lower()
+            for module in adapter.target_modules
+        ),
+        packed_bytes=adapter.packed_bytes,
+        source_bytes=adapter.source_bytes,
+        source_uri=adapter.source_uri,
+        tenant=adapter.tenant,
+        base_model=adapter.base_model,
+        create_time=_to_datetime(adapter.create_time),
+    )
+
+
+class UploadSource:
+    """An adapter directory in PEFT's layout, as the messages of an upload.
+
+    Raises FileNotFoundError, naming the file, if `directory` lacks one of the two.
+    """
+
+    def __init__(self, name: str, directory: str | Path, tenant: str) -> None:
+        self._header = adapter_store_pb2.UploadAdapterHeader(name=name, tenant=tenant)
+        self._config = Path(directory) / "adapter_config.json"
+        self._weights = Path(directory) / "adapter_model.safetensors"
+        for path in (self._config, self._weights):
+            if not path.is_file():
+                raise FileNotFoundError(f"{path} is missing; save the adapter with PEFT's save_pretrained")
+
+    def messages(self) -> Iterator[adapter_store_pb2.UploadAdapterRequest]:
+        """The header, then the configuration, then the weights, in chunks of about 1 MiB."""
+        request = adapter_store_pb2.UploadAdapterRequest
+        yield request(header=self._header)
+        with self._config.open("rb") as config:
+            yield from (request(config_chunk=chunk) for chunk in _chunks(config))
+        with self._weights.open("rb") as weights:
+            yield from (request(weights_chunk=chunk) for chunk in _chunks(weights))
+
+
+def _chunks(file: BinaryIO) -> Iterable[bytes]:
+    while chunk := file.read(UPLOAD_CHUNK_BYTES):
+        yield chunk
+
+
+def _to_token_logprob(entry: generation_pb2.TokenLogprobs) -> TokenLogprob:
+    top = tuple(TopLogprob(t.token_id, t.logprob, t.text) for t in entry.top)
+    return TokenLogprob(entry.token_id, entry.logprob, entry.text, top)
+
+
+def _to_datetime(timestamp: Timestamp) -> datetime:
+    return timestamp.ToDatetime(tzinfo=UTC)

@@ -1,8 +1,4 @@
-"""The one exception of this package. docs/errors.md lists the reasons.
-
-Exception
-└── SloraRequestError    a call failed: gRPC code, reason, message, metadata
-"""
+"""The one error that calls raise."""
 
 from __future__ import annotations
 
@@ -10,15 +6,25 @@ from collections.abc import Mapping
 
 
 class SloraRequestError(Exception):
-    """A call failed.
+    """A request failed.
 
-    `code` is the gRPC status code's name (such as `NOT_FOUND`), `reason` slora's own (such as `MODEL_NOT_FOUND`; empty
-    if the failure is gRPC's, like a refused connection), `metadata` what the server adds for programs.
+    `code` is the gRPC status by its name, such as `NOT_FOUND`. `reason` is the machine-readable reason, such as
+    `MODEL_NOT_FOUND` (docs/errors.md lists them), empty where the failure did not come from a slora service.
+    `message` says what is wrong and what would be right; `metadata` names the field, the limit, the value.
     """
 
-    def __init__(self, code: str, reason: str, message: str, metadata: Mapping[str, str]) -> None:
-        super().__init__(f"{code}{f' ({reason})' if reason else ''}: {message}")
+    def __init__(self, code: str, reason: str, message: str, metadata: Mapping[str, str] | None = None) -> None:
+        super().__init__(code, reason, message, dict(metadata or {}))
         self.code = code
         self.reason = reason
         self.message = message
-        self.metadata = dict(metadata)
+        self.metadata: dict[str, str] = dict(metadata or {})
+
+    def __str__(self) -> str:
+        return f"{self.reason or self.code}: {self.message}"
+
+    @property
+    def is_worth_retrying(self) -> bool:
+        """Whether the same request may succeed a little later: a service was away or full, nothing was wrong with
+        the request."""
+        return self.code == "UNAVAILABLE" or self.reason in ("QUEUE_FULL", "HOST_CACHE_FULL")

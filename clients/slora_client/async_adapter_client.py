@@ -1,0 +1,106 @@
+"""Administration of adapters, for asyncio."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable
+from pathlib import Path
+from typing import TypeVar
+
+import grpc
+from slora.adapter_store.v1 import adapter_store_pb2, adapter_store_pb2_grpc
+
+from slora_client.codec import PAGE_SIZE, UploadSource, to_adapter
+from slora_client.grpc_errors import CHANNEL_OPTIONS, to_request_error
+from slora_client.values import Adapter
+
+T = TypeVar("T")
+
+
+class AsyncAdapterClient:
+    """Speaks to an adapter store at `host:port`; close it, or use it in an `async with`.
+
+    Failed calls raise `SloraRequestError`. `timeout` is in seconds, for the whole call; None waits for ever.
+    """
+
+    def __init__(self, address: str) -> None:
+        self._channel = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+        self._stub = adapter_store_pb2_grpc.AdapterStoreServiceStub(self._channel)
+
+    async def register(
+        self,
+        name: str,
+        source_uri: str,
+        *,
+        tenant: str = "",
+        timeout: float | None = None,
+    ) -> Adapter:
+        """Registers the adapter whose files lie under `s3://bucket/prefix/`; the version that exists if it has the
+        same content."""
+        request = adapter_store_pb2.RegisterAdapterRequest(name=name, source_uri=source_uri, tenant=tenant)
+        return to_adapter((await _answer(self._stub.RegisterAdapter(request, timeout=timeout))).adapter)
+
+    async def upload(
+        self,
+        name: str,
+        directory: str | Path,
+        *,
+        tenant: str = "",
+        timeout: float | None = None,
+    ) -> Adapter:
+        """Uploads and registers an adapter directory as PEFT saves it (adapter_config.json and
+        adapter_model.safetensors)."""
+        source = await asyncio.to_thread(UploadSource, name, directory, tenant)
+        call = self._stub.UploadAdapter(_without_blocking(source), timeout=timeout)
+        return to_adapter((await _answer(call)).adapter)
+
+    async def get(self, adapter_id: str, *, timeout: float | None = None) -> Adapter:
+        """The adapter `name` (its newest version) or `name@version`."""
+        request = adapter_store_pb2.GetAdapterRequest(adapter_id=adapter_id)
+        return to_adapter((await _answer(self._stub.GetAdapter(request, timeout=timeout))).adapter)
+
+    async def list(
+        self,
+        *,
+        name_prefix: str = "",
+        tenant: str | None = None,
+        timeout: float | None = None,
+    ) -> tuple[Adapter, ...]:
+        """Every version of every adapter, by name, then version. `timeout` holds for each page."""
+        request = adapter_store_pb2.ListAdaptersRequest(page_size=PAGE_SIZE, name_prefix=name_prefix, tenant=tenant)
+        adapters: tuple[Adapter, ...] = ()
+        while True:
+            response = await _answer(self._stub.ListAdapters(request, timeout=timeout))
+            adapters += tuple(map(to_adapter, response.adapters))
+            request.page_token = response.next_page_token
+            if not request.page_token:
+                return adapters
+
+    async def delete(self, adapter_id: str, *, timeout: float | None = None) -> int:
+        """Deletes `name@version`, or every version of `name`; returns how many."""
+        request = adapter_store_pb2.DeleteAdapterRequest(adapter_id=adapter_id)
+        response = await _answer(self._stub.DeleteAdapter(request, timeout=timeout))
+        return int(response.num_deleted)
+
+    async def close(self) -> None:
+        """Closes the connection."""
+        await self._channel.close()
+
+    async def __aenter__(self) -> AsyncAdapterClient:
+        return self
+
+    async def __aexit__(self, *exception: object) -> None:
+        await self.close()
+
+
+async def _answer(call: Awaitable[T]) -> T:
+    try:
+        return await call
+    except grpc.aio.AioRpcError as error:
+        raise to_request_error(error) from None
+
+
+async def _without_blocking(source: UploadSource) -> AsyncIterator[adapter_store_pb2.UploadAdapterRequest]:
+    messages = source.messages()
+    while (message := await asyncio.to_thread(next, messages, None)) is not None:
+        yield message

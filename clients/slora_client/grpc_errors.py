@@ -1,0 +1,50 @@
+"""How channels are opened, and how a failed call becomes a `SloraRequestError`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import grpc
+from google.protobuf.message import DecodeError
+from google.rpc import error_details_pb2, status_pb2
+
+from slora_client.errors import SloraRequestError
+
+_MAX_MESSAGE_BYTES = 16 * 2**20
+_DOMAIN = "slora"
+_DETAILS_KEY = "grpc-status-details-bin"
+
+CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
+    ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", _MAX_MESSAGE_BYTES),
+    # A server whose host vanished is noticed within 15 s, not after the kernel's hours.
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.http2.ping_timeout_ms", 5_000),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1_000),
+)
+
+
+def to_request_error(error: grpc.RpcError) -> SloraRequestError:
+    """The error that `error`, of grpc's synchronous or asyncio API, stands for."""
+    code, message = error.code(), error.details() or ""
+    reason, metadata = "", dict[str, str]()
+    for status in _statuses(error.trailing_metadata() or ()):
+        message = status.message or message
+        for detail in status.details:
+            described = error_details_pb2.ErrorInfo()
+            if detail.Is(described.DESCRIPTOR) and detail.Unpack(described) and described.domain == _DOMAIN:
+                reason, metadata = described.reason, dict(described.metadata)
+    return SloraRequestError(code.name, reason, message, metadata)
+
+
+def _statuses(trailing_metadata: Iterable[Any]) -> Iterable[status_pb2.Status]:
+    for key, value in trailing_metadata:
+        if key == _DETAILS_KEY and isinstance(value, bytes):
+            try:
+                yield status_pb2.Status.FromString(value)
+            except DecodeError:
+                continue
