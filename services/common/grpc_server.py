@@ -72,7 +72,9 @@ class GrpcServer:
             loop.add_signal_handler(number, stop.set)
         await stop.wait()
         logger.info("draining for at most %g s", drain_seconds)
+        deadline = loop.time() + drain_seconds
         await self.set_serving(False)
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(drain(), drain_seconds)
-        await self.grpc.stop(drain_seconds)
+        # What `drain` ended last has yet to reach its callers.
+        await self.grpc.stop(max(deadline - loop.time(), 1.0))

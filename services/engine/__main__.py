@@ -34,19 +34,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         tokenizer = load_tokenizer(Path(settings.checkpoint))
         return asyncio.run(serve(settings, tokenizer, lambda fd: core_command(settings, fd)))
-    except (TokenizerFileError, OSError, RuntimeError) as error:
-        # A checkpoint that is none, an address that is taken: what the person who started this has to change.
-        logger.error("the engine cannot start: %s", error)
+    except (TokenizerFileError, AddressError) as error:
+        logger.critical("the engine cannot start: %s", error)
         return USAGE_EXIT_CODE
+
+
+class AddressError(Exception):
+    """An address of the settings cannot be served on; the message says which and why."""
 
 
 async def serve(settings: EngineSettings, tokenizer: TextTokenizer, command: Callable[[int], Sequence[str]]) -> int:
     """Serves with cores started by `command(fd)`; returns the process's exit code."""
     metrics = EngineMetrics()
-    server = GrpcServer(settings.listen, [SERVICE_NAME])
+    try:
+        server = GrpcServer(settings.listen, [SERVICE_NAME])
+    except RuntimeError as error:
+        raise AddressError(f"--listen {settings.listen}: {error}") from error
     frontend = Frontend(tokenizer, metrics, _base_model(settings), _engine_ids(settings, server.port).__next__)
     engine_pb2_grpc.add_EngineServiceServicer_to_server(EngineServicer(frontend), server.grpc)
-    metrics_server = serve_metrics(settings.metrics, metrics.registry)
+    try:
+        metrics_server = serve_metrics(settings.metrics, metrics.registry)
+    except (OSError, ValueError, OverflowError) as error:
+        raise AddressError(f"--metrics {settings.metrics}: {error}") from error
     await server.start(serving=False)
     ports = {"port": server.port} | ({"metrics_port": metrics_server[0].server_port} if metrics_server else {})
     logger.info("listening", extra=ports)

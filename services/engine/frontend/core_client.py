@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import collections
 import contextlib
+import json
 import os
 import signal
 import socket
@@ -125,7 +126,7 @@ class CoreClient:
         _, unfinished = await asyncio.wait(self._tasks, timeout=1.0)
         for task in unfinished:
             task.cancel()
-        return CoreDeath(exit_code, self._closed_because, "\n".join(self._last_words))
+        return CoreDeath(exit_code, self._closed_because, "\n".join(map(_plain, self._last_words)))
 
     async def stop(self) -> CoreDeath:
         """Closes the socket, which tells the core to end, and waits for that; kills it if it takes too long."""
@@ -182,3 +183,14 @@ class CoreClient:
         self._last_words.extend(line[:1000] for line in lines.decode(errors="replace").splitlines())
         with contextlib.suppress(OSError):
             os.write(2, lines)
+
+
+def _plain(line: str) -> str:
+    """What a line of the log says, without the JSON around it."""
+    try:
+        entry = json.loads(line)
+    except ValueError:
+        return line
+    if not isinstance(entry, dict) or "message" not in entry:
+        return line
+    return "\n".join(str(entry[key]) for key in ("message", "error") if key in entry)

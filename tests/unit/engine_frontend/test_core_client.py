@@ -166,6 +166,15 @@ async def test_a_dead_core_whose_socket_lives_on_is_noticed() -> None:
     assert len(listener.lost) == 1
 
 
+async def test_last_words_of_a_json_log_are_its_messages() -> None:
+    text = (
+        'import sys\nsys.stderr.write(\'{"message": "no weights", "level": "CRITICAL"}\\n[1]\\n7\\n\')\n'
+        'sys.stderr.write(\'{"message": "bad", "error": "Traceback"}\\n\')\nsys.exit(3)'
+    )
+    core = await CoreClient.start(script(text), Listener())
+    assert (await core.until_dead()).last_words.splitlines() == ["no weights", "[1]", "7", "bad", "Traceback"]
+
+
 async def test_last_words_are_kept_and_passed_on(capfd: pytest.CaptureFixture[str]) -> None:
     text = "import sys\nfor n in range(100): print('line', n, file=sys.stderr)\nsys.stderr.write('no end')\nsys.exit(3)"
     core = await CoreClient.start(script(text), Listener())

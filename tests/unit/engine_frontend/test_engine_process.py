@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -260,6 +261,23 @@ def test_drain_cuts_what_takes_too_long(launch: Any, connect: Any) -> None:
     assert not [line for line in process.lines if line["level"] in ("ERROR", "CRITICAL")]
 
 
+def test_a_reader_that_stands_still_does_not_hold_up_the_end(launch: Any) -> None:
+    process = launch("echo", 0.0, "--drain-seconds", "0.5")
+    options = [("grpc.http2.lookahead_bytes", 1024), ("grpc.http2.bdp_probe", 0)]
+    with grpc.insecure_channel(f"127.0.0.1:{process.logged('listening')['port']}", options=options) as channel:
+        process.logged("the core is ready")
+        call = engine_pb2_grpc.EngineServiceStub(channel).Generate(
+            engine_pb2.GenerateRequest(request_id="x", prompt={"token_ids": {"ids": [300]}}), timeout=60
+        )
+        next(call)
+        time.sleep(0.5)  # by now what may be under way is under way, and the rest waits here
+        start = time.monotonic()
+        process.process.send_signal(signal.SIGTERM)
+        assert process.exit_code() == 0
+        assert time.monotonic() - start < 4
+        call.cancel()
+
+
 def test_sigterm_while_idle_ends_at_once_without_errors(launch: Any, connect: Any) -> None:
     process = launch()
     client = connect(process)
@@ -314,6 +332,23 @@ def test_requests_before_the_core_is_ready(launch: Any, connect: Any) -> None:
         assert "loading its model" in error.message
     wait_for(client.is_serving, "health SERVING")
     assert len(list(client.generate(1))) == 1
+
+
+@pytest.mark.parametrize(
+    ("option", "address"),
+    [("--listen", "taken"), ("--metrics", "taken"), ("--metrics", "nonsense"), ("--listen", "x:y")],
+)
+def test_an_address_that_cannot_be_served_is_named(checkpoints: dict[str, Path], option: str, address: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        if address == "taken":
+            address = f"127.0.0.1:{taken.getsockname()[1]}"
+        argv = ["--checkpoint", str(checkpoints["byte-level"]), "--adapter-store", "none:1"]
+        argv += ["--listen", "127.0.0.1:0", option, address]
+        command = [sys.executable, "-m", "services.engine", *argv]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
+    assert done.returncode == 2
+    message = json.loads(done.stderr.splitlines()[-1])["message"]
+    assert f"{option} {address}" in message
 
 
 def test_no_checkpoint_is_said_clearly(tmp_path: Path) -> None:
