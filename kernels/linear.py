@@ -17,6 +17,8 @@ from torch.nn import functional
 
 # Rows that the packed layout is chosen for; the layout for 8 and more rows serves a single row as well.
 _PACKING_ROWS = 32
+# Rows from which `product` is faster with a kernel made for its shape, even if it is the first of that shape.
+_MIN_COMPILED_ROWS = 128
 _PACKED_DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -46,3 +48,11 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
         product: torch.Tensor = torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
         return product
     return functional.linear(x, weight, bias)
+
+
+def product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """`x weight^T` for a weight that was put together for this step alone."""
+    # oneDNN compiles a kernel for each new shape (0.5 ms): few rows are done before that.
+    if x.shape[0] >= _MIN_COMPILED_ROWS:
+        return linear(x, weight)
+    return torch.mm(x, weight.t())

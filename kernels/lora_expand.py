@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import torch
 
+from kernels.linear import product
 from kernels.lora_plan import LoraPlan, RowsPlan, SegmentPlan
 from kernels.sparse import weighted_bags
 
@@ -46,4 +47,4 @@ def _expand_segment(y: torch.Tensor, u: torch.Tensor, tiles: torch.Tensor, plan:
     for part in plan.outputs:
         ranks = u[:, part.rank_begin : part.rank_end]
         lora_b = tiles.index_select(0, part.b_tiles).view(ranks.shape[1], -1)[:, : part.size]
-        y[:, part.begin : part.begin + part.size].addmm_(ranks.to(lora_b.dtype), lora_b)
+        y[:, part.begin : part.begin + part.size] += product(ranks.to(lora_b.dtype), lora_b.t())

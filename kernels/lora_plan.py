@@ -17,6 +17,7 @@ Source: S-LoRA section 6 (arXiv 2311.03285), Punica (arXiv 2310.18547).
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -75,7 +76,6 @@ class RowsPlan:
     bag_starts: torch.Tensor
     b_tiles: torch.Tensor
     b_ranks: torch.Tensor
-    num_out_tiles: int
     slices: tuple[OutputSlice, ...]
 
 
@@ -106,7 +106,7 @@ class SegmentOutput:
 
 @dataclass(frozen=True, slots=True)
 class LoraPlan:
-    """One group's plan: what lora_shrink and lora_expand need."""
+    """One group's plan: what lora_shrink and lora_expand need. At least one of rows and segments is there."""
 
     tile_elems: int
     in_features: int
@@ -131,51 +131,77 @@ class _Lists:
     b_ranks: torch.Tensor
 
 
-def plan_lora(
+def plan_rows(
+    tables: AdapterTables, layer: int, group: ModuleGroup, slots: Sequence[int], tiles: torch.Tensor
+) -> RowsPlan | None:
+    """Plans one group in one layer for tokens `[0, len(slots))`, each with the adapter at its slot.
+
+    None where no adapter changes the group. tiles: any layer's pool `[num_pages, tiles a page, tile_elems]`, tile_elems
+    at most that of any adapter of the batch.
+    """
+    narrowed = _narrow(tables, layer, group, slots, tiles.shape[2])
+    if narrowed is None:
+        return None
+    group, slices = narrowed
+    lists = _list_rows(tables, layer, group, slots, tiles)
+    num_in_tiles = lists.a_tiles.shape[0]
+    pattern = None
+    if tiles.device.type == "cpu" and tiles.dtype == torch.float32:
+        starts, _, _ = ragged_arange(lists.ranks.sum(1).repeat(num_in_tiles))
+        pattern = empty_pattern(starts, lists.a_tiles.flatten(), tiles.shape[0] * tiles.shape[1])
+    return RowsPlan(
+        num_tokens=len(slots),
+        tile_elems=tiles.shape[2],
+        num_in_tiles=num_in_tiles,
+        a_tiles=lists.a_tiles,
+        owner=lists.owner,
+        pattern=pattern,
+        bag_starts=lists.bag_starts,
+        b_tiles=lists.b_tiles,
+        b_ranks=lists.b_ranks,
+        slices=_merge(slices, tiles.shape[2]),
+    )
+
+
+def plan_segments(
     tables: AdapterTables,
     layer: int,
     group: ModuleGroup,
-    row_slots: Sequence[int],
     segments: Sequence[tuple[int, int, int]],
     tiles: torch.Tensor,
-) -> LoraPlan | None:
-    """Plans one group in one layer; None where no token's adapter changes it.
+) -> tuple[SegmentPlan, ...]:
+    """Plans one group in one layer for the runs of tokens `segments` `(begin, end, slot)`; as `plan_rows`."""
+    slots = [slot for _, _, slot in segments]
+    narrowed = _narrow(tables, layer, group, slots, tiles.shape[2])
+    if narrowed is None:
+        return ()
+    group, slices = narrowed
+    return _cut_segments(_list_rows(tables, layer, group, slots, tiles), segments, slices, tiles.shape[2])
 
-    row_slots: the adapter slot of each of the first tokens, all resident (tokens without an adapter come later);
-    segments: `(begin, end, slot)`; tiles: the layer's pool `[num_pages, tiles a page, tile_elems]`, tile_elems at
-    most that of any adapter in the batch.
-    """
-    slots = torch.tensor([*row_slots, *(slot for _, _, slot in segments)], device=tables.rank.device)
-    present = tables.rank[slots, layer][:, list(group.modules)].amax(0) > 0
+
+def _narrow(
+    tables: AdapterTables, layer: int, group: ModuleGroup, slots: Sequence[int], tile_elems: int
+) -> tuple[ModuleGroup, list[OutputSlice]] | None:
+    """The part of `group` that some adapter at `slots` changes, and where its outputs lie; None if there is none."""
+    present = (tables.rank[slots, layer][:, list(group.modules)] > 0).any(0)
     used = [i for i, keep in enumerate(present.tolist()) if keep]
     if not used:
         return None
-    tile_elems = tiles.shape[2]
-    columns, slices, first_tile = [0], [], 0
-    for size in group.out_features:
-        columns.append(columns[-1] + size)
+    begins = list(itertools.accumulate(group.out_features, initial=0))
+    slices, first_tile = [], 0
     for i in used:
-        slices.append(OutputSlice(columns[i], group.out_features[i], first_tile))
+        slices.append(OutputSlice(begins[i], group.out_features[i], first_tile))
         first_tile += -(-group.out_features[i] // tile_elems)
-    narrowed = ModuleGroup(
-        tuple(group.modules[i] for i in used), group.in_features, tuple(group.out_features[i] for i in used)
-    )
-    rows = None
-    if row_slots:
-        lists = _list_rows(tables, layer, narrowed, slots[: len(row_slots)], tiles)
-        rows = _plan_rows(lists, len(row_slots), slices, tiles) if lists.owner.numel() else None
-    planned: tuple[SegmentPlan, ...] = ()
-    if segments:
-        lists = _list_rows(tables, layer, narrowed, slots[len(row_slots) :], tiles)
-        planned = _plan_segments(lists, segments, slices, tile_elems)
-    return LoraPlan(tile_elems, group.in_features, rows, planned)
+    modules = tuple(group.modules[i] for i in used)
+    return ModuleGroup(modules, group.in_features, tuple(group.out_features[i] for i in used)), slices
 
 
 def _list_rows(
-    tables: AdapterTables, layer: int, group: ModuleGroup, slots: torch.Tensor, tiles: torch.Tensor
+    tables: AdapterTables, layer: int, group: ModuleGroup, owner_slots: Sequence[int], tiles: torch.Tensor
 ) -> _Lists:
-    """The rows of every owner's adapter; `slots` `[num_owners]`."""
-    device = slots.device
+    """The rows of every owner's adapter."""
+    device = tables.rank.device
+    slots = torch.tensor(owner_slots, device=device)
     _, page_tiles, tile_elems = tiles.shape
     modules = list(group.modules)
     ranks = tables.rank[slots, layer][:, modules]
@@ -205,27 +231,6 @@ def _list_rows(
     return _Lists(ranks, rank_starts, owner, a_tiles, bag_starts, b_tiles, rank_starts[pair] + row)
 
 
-def _plan_rows(lists: _Lists, num_tokens: int, slices: Sequence[OutputSlice], tiles: torch.Tensor) -> RowsPlan:
-    num_in_tiles = lists.a_tiles.shape[0]
-    pattern = None
-    if tiles.device.type == "cpu" and tiles.dtype == torch.float32:
-        starts, _, _ = ragged_arange(lists.ranks.sum(1).repeat(num_in_tiles))
-        pattern = empty_pattern(starts, lists.a_tiles.flatten(), tiles.shape[0] * tiles.shape[1])
-    return RowsPlan(
-        num_tokens=num_tokens,
-        tile_elems=tiles.shape[2],
-        num_in_tiles=num_in_tiles,
-        a_tiles=lists.a_tiles,
-        owner=lists.owner,
-        pattern=pattern,
-        bag_starts=lists.bag_starts,
-        b_tiles=lists.b_tiles,
-        b_ranks=lists.b_ranks,
-        num_out_tiles=(lists.bag_starts.numel() - 1) // num_tokens,
-        slices=_merge(slices, tiles.shape[2]),
-    )
-
-
 def _merge(slices: Sequence[OutputSlice], tile_elems: int) -> tuple[OutputSlice, ...]:
     """Joins slices that follow each other in the output and in the bags: they are added in one go."""
     merged: list[OutputSlice] = []
@@ -242,7 +247,7 @@ def _merge(slices: Sequence[OutputSlice], tile_elems: int) -> tuple[OutputSlice,
     return tuple(merged)
 
 
-def _plan_segments(
+def _cut_segments(
     lists: _Lists, segments: Sequence[tuple[int, int, int]], slices: Sequence[OutputSlice], tile_elems: int
 ) -> tuple[SegmentPlan, ...]:
     num_modules = len(slices)

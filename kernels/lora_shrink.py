@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional
 
+from kernels.linear import product
 from kernels.lora_plan import LoraPlan, RowsPlan, SegmentPlan
 from kernels.sparse import sampled_product
 
@@ -44,4 +45,4 @@ def _shrink_rows(x: torch.Tensor, tiles: torch.Tensor, plan: RowsPlan) -> torch.
 
 def _shrink_segment(x: torch.Tensor, tiles: torch.Tensor, plan: SegmentPlan) -> torch.Tensor:
     lora_a = tiles.index_select(0, plan.a_tiles).view(plan.rank, -1)[:, : x.shape[1]]
-    return torch.mm(x, lora_a.t()).flatten().float()
+    return product(x, lora_a).flatten().float()

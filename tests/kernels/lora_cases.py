@@ -1,4 +1,4 @@
-"""Random adapters in random pages, for the LoRA ops' tests. Whatever no adapter owns is NaN, so that a stray read shows."""
+"""Random adapters in random pages, for the LoRA ops' tests. What no adapter owns is NaN: a stray read shows."""
 
 from __future__ import annotations
 

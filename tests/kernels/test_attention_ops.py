@@ -106,7 +106,7 @@ def test_prefill_matches_the_reference(rng: random.Random, shape: tuple[int, int
         q = torch.randn(sum(counts), num_heads, head_dim).to(dtype)
         spans, begin, token_tables, positions = [], 0, [], []
         for start, count, table in zip(starts, counts, tables, strict=True):
-            spans.append((begin, begin + count, start, table + [0]))  # a reserved page more than needed
+            spans.append((begin, begin + count, start, [*table, 0]))  # a reserved page more than needed
             begin += count
             token_tables += [table] * count
             positions += range(start, start + count)

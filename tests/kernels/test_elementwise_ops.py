@@ -65,9 +65,7 @@ def test_rope(rng: random.Random, head_dim: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("packed", [False, True])
 def test_linear(rng: random.Random, packed: bool, dtype: torch.dtype) -> None:
     for tokens, inputs, outputs in [(1, 1, 1), (1, 48, 96), (3, 37, 19), (33, 80, 211), (100, 17, 64)]:
-        x, weight, bias = (
-            torch.randn(tokens, inputs).to(dtype), torch.randn(outputs, inputs).to(dtype), torch.randn(outputs).to(dtype)
-        )  # fmt: skip
+        x, weight, bias = (torch.randn(*shape).to(dtype) for shape in [(tokens, inputs), (outputs, inputs), (outputs,)])
         expected = x.double() @ weight.double().T
         for b in (None, bias):
             out = linear(x, pack_weight(weight) if packed else weight, b).double()

@@ -9,7 +9,7 @@ import torch
 
 from kernels import reference
 from kernels.lora_expand import lora_expand
-from kernels.lora_plan import ModuleGroup, plan_lora
+from kernels.lora_plan import LoraPlan, ModuleGroup, plan_rows, plan_segments
 from kernels.lora_shrink import lora_shrink
 from tests.kernels.lora_cases import LoraCase, random_case
 
@@ -34,7 +34,7 @@ def tokens_of(rng: random.Random, slots: list[int], pattern: str) -> tuple[list[
     begin, segments = len(rows) + rng.randint(0, 2), []
     if pattern != "rows":
         for slot in rng.sample(slots, rng.randint(1, len(slots))):
-            end = begin + rng.randint(1, 12)
+            end = begin + rng.choice([rng.randint(1, 12), rng.randint(128, 140)])
             segments.append((begin, end, slot))
             begin = end + rng.choice([0, 0, 3])
     return sorted(rows), segments, begin + 2
@@ -54,8 +54,16 @@ def expected_output(case: LoraCase, x: torch.Tensor, y: torch.Tensor, slot_of: l
     return out
 
 
+def plan_group(
+    case: LoraCase, group: ModuleGroup, rows: list[int], segments: list[tuple[int, int, int]]
+) -> LoraPlan | None:
+    by_row = plan_rows(case.tables, 0, group, rows, case.tiles) if rows else None
+    by_segment = plan_segments(case.tables, 0, group, segments, case.tiles) if segments else ()
+    return LoraPlan(case.tile_elems, group.in_features, by_row, by_segment) if by_row or by_segment else None
+
+
 def run(case: LoraCase, x: torch.Tensor, y: torch.Tensor, rows: list[int], segments: list[tuple[int, int, int]]):
-    plan = plan_lora(case.tables, 0, case.group, rows, segments, case.tiles)
+    plan = plan_group(case, case.group, rows, segments)
     out = y.clone()
     if plan is not None:
         flat = case.tiles.flatten(0, 1)
@@ -124,6 +132,6 @@ def test_a_token_gets_the_same_bits_in_any_company(rng: random.Random) -> None:
 
 def test_no_adapter_no_plan(rng: random.Random) -> None:
     case = random_case(rng, QKV, [{}, {0: 4}], [8, 8], 88, torch.float32)
-    assert plan_lora(case.tables, 0, QKV, [0, 0], [(2, 5, 0)], case.tiles) is None
+    assert plan_group(case, QKV, [0, 0], [(2, 5, 0)]) is None
     only_q = ModuleGroup((1, 2), 40, (24, 24))
-    assert plan_lora(case.tables, 0, only_q, [1], [], case.tiles) is None
+    assert plan_group(case, only_q, [1], []) is None

@@ -108,9 +108,9 @@ class PagedAdapterDevice:
             raise ValueError(f"no adapter is installed at slot {slot}")
         return alike
 
-    def generation(self, slot: int) -> int:
-        """Changes when another adapter is installed at `slot`: what was planned for the one before is void."""
-        return self._generations[slot]
+    def generations(self, slots: Sequence[int]) -> tuple[int, ...]:
+        """One number a slot; it changes when another adapter is installed there, which voids plans for the first."""
+        return tuple(self._generations[slot] for slot in slots)
 
     def _check_module(self, layout: AdapterLayout, layer: int, place: ModulePlacement) -> None:
         where = f"layer {layer}, {place.module.name.lower()}"

@@ -9,7 +9,7 @@ import torch
 
 from services.engine.config import EngineSettings, PoolConfig
 from services.engine.execution.adapter_device import PagedAdapterDevice
-from services.engine.execution.lora_batch import LoraBatchCache
+from services.engine.execution.lora_batch import LoraPlanner
 from services.engine.execution.sampler import sample_tokens
 from services.engine.execution.step_batch import StepBatchBuilder
 from services.engine.memory.pool import Pool
@@ -44,7 +44,7 @@ class ModelRunner:
         self._pool = Pool(self.pool_config, self.config.dtype, device)
         groups = module_groups(self.config)
         self.adapter_device = PagedAdapterDevice(self._pool, groups, settings.max_adapters)
-        lora = LoraBatchCache(self.adapter_device, groups, self._pool)
+        lora = LoraPlanner(self.adapter_device, groups, self._pool)
         self._batches = StepBatchBuilder(self.config, self._pool, self.max_model_len, lora)
         logger.info(
             "loaded %s: %s in %s on %s, %d pages of %d tokens",

@@ -13,7 +13,7 @@ import torch
 from kernels.kv_write import kv_rows
 from kernels.paged_attention import DecodeAttention, plan_decode
 from kernels.prefill_attention import plan_prefill
-from services.engine.execution.lora_batch import LoraBatchCache, TokenAdapters
+from services.engine.execution.lora_batch import LoraPlanner, TokenAdapters
 from services.engine.memory.pool import Pool
 from services.engine.model.config import ModelConfig
 from services.engine.model.forward_batch import ForwardBatch
@@ -32,7 +32,7 @@ class StepBatchBuilder:
     adapter; then prefill chunks, by adapter. So every kind is one range, and a run of one adapter's tokens is one too.
     """
 
-    def __init__(self, config: ModelConfig, pool: Pool, max_model_len: int, lora: LoraBatchCache) -> None:
+    def __init__(self, config: ModelConfig, pool: Pool, max_model_len: int, lora: LoraPlanner) -> None:
         self._config = config
         self._pool = pool
         self._max_model_len = max_model_len
@@ -71,7 +71,7 @@ class StepBatchBuilder:
             num_decode=len(decodes),
             decode=self._plan_decode(decodes),
             prefill=plan_prefill(spans, self._pool.kv_pages(0)),
-            lora=self._lora.batch(adapters),
+            lora=self._lora.plan(adapters),
             logit_rows=torch.tensor(logit_rows, dtype=torch.int64, device=device),
         )
 
