@@ -106,10 +106,10 @@ def test_cost_is_linear_in_the_text() -> None:
 
     def seconds(count: int) -> float:
         scanner = StopStringScanner(stops)
-        start = time.perf_counter()
+        start = time.thread_time()
         for _ in range(count):
             scanner.push("aaaa")
-        return time.perf_counter() - start
+        return time.thread_time() - start
 
     seconds(1000)
     assert seconds(40_000) < 40 * seconds(4_000) + 0.05
