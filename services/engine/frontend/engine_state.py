@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -104,16 +105,7 @@ class EngineState:
 
     def drain(self) -> None:
         """Tells the watchers that the engine takes no new requests and will end."""
-        load = self.load
-        self.load = EngineLoad(
-            load.num_running,
-            load.num_waiting,
-            load.num_free_pages,
-            load.num_kv_pages,
-            load.num_adapter_pages,
-            load.num_evictable_pages,
-            True,
-        )
+        self.load = dataclasses.replace(self.load, draining=True)
         for watch in self._watches:
             watch.note((), ())
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 
 class StopStrings:
-    """Some stop strings as an Aho-Corasick automaton; shared by nobody, fed by one `StopStringScanner`.
+    """Some stop strings as an Aho-Corasick automaton: however many they are, a character costs one step.
 
     State 0 is the root; a state stands for the longest suffix of the text so far that begins a stop string.
     """
