@@ -13,6 +13,7 @@ from slora.gateway.v1 import inference_pb2, inference_pb2_grpc
 
 from services.common.errors import Reason, SloraError
 from services.common.grpc_errors import abort
+from services.common.grpc_server import GrpcServer
 from services.gateway.admission import Admission
 from services.gateway.codec import (
     from_page_token,
@@ -28,6 +29,7 @@ from services.gateway.models import Models, ResolvedModel
 from services.gateway.request_record import CANCELLED, OK, RequestRecord
 from services.gateway.router import Wish
 
+SERVICE_NAME: str = inference_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name
 MAX_REQUEST_ID_CHARS = 128
 
 GenerateContext = grpc.aio.ServicerContext[inference_pb2.GenerateRequest, inference_pb2.GenerateResponse]
@@ -41,6 +43,10 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         self._dispatcher = dispatcher
         self._admission = admission
         self._metrics = metrics
+
+    def add_to(self, server: GrpcServer) -> None:
+        """Makes `server` serve this."""
+        inference_pb2_grpc.add_InferenceServiceServicer_to_server(self, server.grpc)
 
     async def Generate(self, request: inference_pb2.GenerateRequest, context: GenerateContext) -> None:  # noqa: N802
         """See protos/slora/gateway/v1/inference.proto."""

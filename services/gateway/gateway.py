@@ -1,0 +1,82 @@
+"""The gateway, put together: what follows engines and store, what serves, and in which order they start and stop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+
+from prometheus_client import CollectorRegistry
+
+from services.common.grpc_server import GrpcServer
+from services.gateway.adapter_source import CatalogueFeed
+from services.gateway.admission import Admission
+from services.gateway.catalogue import Catalogue
+from services.gateway.config import GatewaySettings, retry_policy, routing_policy
+from services.gateway.dispatcher import Dispatcher
+from services.gateway.engine_client import EngineClient
+from services.gateway.engine_pool import EnginePool
+from services.gateway.metrics import EngineCollector, GatewayMetrics
+from services.gateway.models import Models
+from services.gateway.servicer import SERVICE_NAME, InferenceServicer
+from services.gateway.store_client import StoreClient
+
+
+class Gateway:
+    """A gateway in this process; create it inside a running event loop.
+
+    Health: the server as a whole is SERVING as long as the process can answer. `slora.gateway.v1.InferenceService`
+    is SERVING while at least one engine takes requests: that one is for readiness.
+    """
+
+    def __init__(self, settings: GatewaySettings, registry: CollectorRegistry) -> None:
+        self._settings = settings
+        self.pool = EnginePool(
+            settings.engines, EngineClient, routing_policy(settings), settings.engine_silence_seconds
+        )
+        self._store = StoreClient(settings.adapter_store)
+        self.catalogue = Catalogue()
+        self._feed = CatalogueFeed(self.catalogue, self._store)
+        self._admission = Admission(settings.max_concurrent)
+        metrics = GatewayMetrics(registry, settings.max_model_labels)
+        registry.register(EngineCollector(self.pool.states, lambda: len(self.catalogue)))
+        models = Models(self.pool, self.catalogue, self._store, settings.store_timeout_seconds)
+        dispatcher = Dispatcher(self.pool, retry_policy(settings))
+        self.server = GrpcServer(settings.listen, [SERVICE_NAME])
+        InferenceServicer(models, dispatcher, self._admission, metrics).add_to(self.server)
+        self._tasks: list[asyncio.Task[None]] = []
+        self._readiness: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Begins to follow engines and store, then to serve.
+
+        Waits up to `engine_wait_seconds` for every engine to be heard of first: without that, the first requests
+        after a start would find none.
+        """
+        self.pool.start()
+        self._tasks.append(asyncio.create_task(self._feed.run()))
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self.pool.wait_until_heard(), self._settings.engine_wait_seconds)
+        await self.server.start()
+        self._readiness = asyncio.create_task(self._follow_readiness())
+
+    async def drain(self) -> None:
+        """Refuses new requests and returns when the last running one has ended."""
+        if self._readiness is not None:
+            self._readiness.cancel()
+        await self.server.set_serving(False)
+        await self._admission.drain()
+
+    async def close(self) -> None:
+        """Stops following; the server must have been stopped."""
+        tasks = [*self._tasks, *([self._readiness] if self._readiness is not None else [])]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await self.pool.close()
+        await self._store.close()
+
+    async def _follow_readiness(self) -> None:
+        while True:
+            change = self.pool.next_change()
+            await self.server.set_serving(self.pool.num_serving() > 0, SERVICE_NAME)
+            await change.wait()
