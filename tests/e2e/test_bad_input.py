@@ -64,7 +64,7 @@ REQUESTS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "unknown version": ("NOT_FOUND", "MODEL_NOT_FOUND", {"model": "nobody@7"}),
     "prompt too long": ("INVALID_ARGUMENT", "PROMPT_TOO_LONG", {"prompt": [5] * MAX_MODEL_LEN}),
     "empty text": ("INVALID_ARGUMENT", "PROMPT_EMPTY", {"prompt": ""}),
-    "no ids": ("INVALID_ARGUMENT", "PROMPT_MISSING", {"prompt": []}),
+    "no ids": ("INVALID_ARGUMENT", "PROMPT_EMPTY", {"prompt": []}),
     "id out of vocabulary": ("INVALID_ARGUMENT", "TOKEN_OUT_OF_VOCABULARY", {"prompt": [5, VOCAB_SIZE]}),
     "max_tokens 0": ("INVALID_ARGUMENT", "STOPPING_INVALID", {"max_tokens": 0}),
     "min_tokens over max_tokens": ("INVALID_ARGUMENT", "STOPPING_INVALID", {"max_tokens": 2, "min_tokens": 3}),
@@ -169,7 +169,7 @@ ADAPTERS: dict[str, tuple[set[str], Callable[[Path], None]]] = {
     "NaN": ({"ADAPTER_NOT_FINITE"}, _tensors(lambda t: t[_first(t)].view(-1)[3:4].fill_(float("nan")) is None)),
     "infinity": ({"ADAPTER_NOT_FINITE"}, _tensors(lambda t: t[_first(t, "lora_B")].fill_(float("inf")) is None)),
     "integers": (
-        {"ADAPTER_TENSORS_INVALID", "ADAPTER_FILE_INVALID"},
+        {"ADAPTER_UNSUPPORTED"},
         _tensors(lambda t: t.update({_first(t): torch.ones(t[_first(t)].shape, dtype=torch.int32)})),
     ),
     "pickle": ({"ADAPTER_FILE_INVALID"}, _weights(lambda b: pickle.dumps({"weights": b[:100]}))),
