@@ -11,6 +11,7 @@ from prometheus_client.registry import Collector
 
 from services.common.telemetry import BoundedLabels
 from services.gateway.engine_state import EngineState
+from services.gateway.interval_histogram import IntervalHistogram
 
 UNRESOLVED = "unresolved"
 """The model label of requests whose model was not found: what callers make up must not use up the labels."""
@@ -25,7 +26,7 @@ class ModelMetrics:
     def __init__(self, metrics: GatewayMetrics, label: str) -> None:
         self.label = label
         self.observe_first_token: Callable[[float], None] = metrics.first_token.labels(label).observe
-        self.observe_inter_token: Callable[[float], None] = metrics.inter_token.labels(label).observe
+        self.observe_inter_token = metrics.inter_token.of_model(label)
         self.count_prompt_tokens: Callable[[float], None] = metrics.tokens.labels(label, "prompt").inc
         self.count_completion_tokens: Callable[[float], None] = metrics.tokens.labels(label, "completion").inc
 
@@ -47,13 +48,12 @@ class GatewayMetrics:
             buckets=_TTFT_BUCKETS,
             registry=registry,
         )
-        self.inter_token = Histogram(
+        self.inter_token = IntervalHistogram(
             f"{prefix}_inter_token_seconds",
-            "Between two messages of a stream, divided by the tokens of the second.",
-            ["model"],
-            buckets=_INTER_TOKEN_BUCKETS,
-            registry=registry,
+            "Between two tokens of a stream; those of one message share the time since the message before.",
+            _INTER_TOKEN_BUCKETS,
         )
+        registry.register(self.inter_token)
         self.tokens = Counter(
             f"{prefix}_tokens", "Tokens of prompts and completions.", ["model", "kind"], registry=registry
         )

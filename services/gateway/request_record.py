@@ -58,7 +58,7 @@ class RequestRecord:
                 self._first_at = now
                 model.observe_first_token(now - self._started_at)
             elif num_tokens:
-                model.observe_inter_token((now - self._last_at) / num_tokens)
+                model.observe_inter_token(now - self._last_at, num_tokens)
         self._last_at = now
         self._num_tokens += num_tokens
 

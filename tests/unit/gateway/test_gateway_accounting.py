@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import random
 
 import pytest
-from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client import CollectorRegistry, Histogram, generate_latest
 
 from services.common.errors import Reason, SloraError
 from services.common.settings import parse_settings
 from services.gateway.admission import Admission
 from services.gateway.config import GatewaySettings, retry_policy, routing_policy
 from services.gateway.engine_state import EngineLoad, EngineProfile, EngineState, StateUpdate
+from services.gateway.interval_histogram import IntervalHistogram
 from services.gateway.metrics import EngineCollector, GatewayMetrics
 from services.gateway.request_record import RequestRecord
 from services.gateway.router import Decision
@@ -57,8 +59,10 @@ def test_a_requests_life_in_metrics_and_log(registry: CollectorRegistry, caplog:
 
     assert value("requests_total", model="poet", outcome="ok") == 1
     assert value("time_to_first_token_seconds_sum", model="poet") == pytest.approx(0.3)
-    assert value("inter_token_seconds_count", model="poet") == 1
-    assert value("inter_token_seconds_sum", model="poet") == pytest.approx(0.02)
+    assert value("inter_token_seconds_count", model="poet") == 4
+    assert value("inter_token_seconds_sum", model="poet") == pytest.approx(0.08)
+    assert value("inter_token_seconds_bucket", model="poet", le="0.03") == 4
+    assert value("inter_token_seconds_bucket", model="poet", le="0.01") == 0
     assert value("tokens_total", model="poet", kind="prompt") == 7
     assert value("tokens_total", model="poet", kind="completion") == 5
     assert value("retries_total", reason="draining") == 1
@@ -84,6 +88,29 @@ def test_labels_are_bounded_and_made_up_names_use_none(registry: CollectorRegist
     }
     assert models == {"adapter-1", "adapter-3", "adapter-5", "other", "unresolved"}
     assert registry.get_sample_value("slora_gateway_requests_total", {"model": "other", "outcome": "ok"}) == 7
+
+
+def test_our_histogram_says_what_prometheus_own_says(registry: CollectorRegistry) -> None:
+    bounds = (0.001, 0.01, 0.1, 1.0)
+    ours = IntervalHistogram("ours", "A test.", bounds)
+    registry.register(ours)
+    theirs = Histogram("theirs", "A test.", ["model"], buckets=bounds, registry=registry)
+    seed = random.randrange(2**31)
+    print("seed", seed)
+    draw = random.Random(seed)
+    for _ in range(500):
+        seconds, num_tokens = draw.choice([*bounds, 10 ** draw.uniform(-4, 1)]), draw.choice([1, 1, 4])
+        ours.of_model("m")(seconds * num_tokens, num_tokens)
+        for _ in range(num_tokens):
+            theirs.labels("m").observe(seconds * num_tokens / num_tokens)
+
+    def samples(name: str) -> dict[tuple[str, str | None], float]:
+        found = [s for family in registry.collect() for s in family.samples if s.name.startswith(name)]
+        return {(s.name.removeprefix(name), s.labels.get("le")): s.value for s in found if "created" not in s.name}
+
+    assert samples("ours") == pytest.approx(samples("theirs"))
+    text = generate_latest(registry).decode()
+    assert 'ours_bucket{le="+Inf",model="m"}' in text
 
 
 def test_gauges_of_engines(registry: CollectorRegistry) -> None:
