@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -18,7 +19,15 @@ _POLL_SECONDS = 0.02
 
 
 class StartFailed(RuntimeError):  # noqa: N818 - it says what happened
-    """A process did not come up; the message has the end of its log."""
+    """A process did not come up; the message has the end of its log.
+
+    `exit_code` is None if it runs but is not ready; `last_words` is the last error that it logged, if any.
+    """
+
+    def __init__(self, what: str, log_path: Path, exit_code: int | None = None) -> None:
+        super().__init__(f"{what}; the end of {log_path}:\n{log_tail(log_path)}")
+        self.exit_code = exit_code
+        self.last_words = last_words(log_path)
 
 
 class ChildProcess:
@@ -27,7 +36,10 @@ class ChildProcess:
     Start it from a thread that lives as long as the process should: the kernel ties the two together.
     """
 
-    def __init__(self, name: str, command: Sequence[str], log_path: Path, environment: Mapping[str, str]) -> None:
+    def __init__(
+        self, name: str, command: Sequence[str], log_path: Path, environment: Mapping[str, str] | None = None
+    ) -> None:
+        """`environment` is all of its environment; None gives it this process's own."""
         self.name = name
         self.log_path = log_path
         log_path.parent.mkdir(parents=True, exist_ok=True)
@@ -39,7 +51,7 @@ class ChildProcess:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                env={**os.environ, **environment},
+                env=environment,
                 start_new_session=True,
             )
 
@@ -75,13 +87,33 @@ class ChildProcess:
 
 def log_tail(path: Path, num_lines: int = 15) -> str:
     """The last lines of a log, for an error message."""
+    return "\n".join(_last_lines(path)[-num_lines:]) or "(the log is empty)"
+
+
+def last_words(path: Path) -> str:
+    """The message of the last error in a log of JSON lines; empty if there is none."""
+    for line in reversed(_last_lines(path)):
+        with contextlib.suppress(ValueError):
+            entry = json.loads(line)
+            if isinstance(entry, dict) and entry.get("level") in ("ERROR", "CRITICAL"):
+                return str(entry.get("message", ""))
+    return ""
+
+
+def how_it_ended(name: str, exit_code: int | None) -> str:
+    """What an exit code means, for people."""
+    if exit_code is not None and exit_code < 0:
+        return f"{name} was ended by signal {-exit_code}"
+    return f"{name} ended with exit code {exit_code}"
+
+
+def _last_lines(path: Path) -> list[str]:
     try:
         with path.open("rb") as log:
             log.seek(max(0, path.stat().st_size - 16_384))
-            lines = log.read().decode(errors="replace").splitlines()
+            return log.read().decode(errors="replace").splitlines()
     except OSError:
-        lines = []
-    return "\n".join(lines[-num_lines:]) or "(the log is empty)"
+        return []
 
 
 @contextmanager
@@ -97,14 +129,14 @@ def run_until_ready(
 
     Raises StartFailed, with the end of the log, if the process ends or is not ready in time.
     """
-    child = ChildProcess(name, command, log_path, environment or {})
+    child = ChildProcess(name, command, log_path, environment)
     try:
         deadline = time.monotonic() + timeout_seconds
         while not is_ready():
             if child.exit_code is not None:
-                raise StartFailed(f"{name} ended with exit code {child.exit_code}\n{log_tail(log_path)}")
+                raise StartFailed(how_it_ended(name, child.exit_code), log_path, child.exit_code)
             if time.monotonic() > deadline:
-                raise StartFailed(f"{name} was not ready after {timeout_seconds:g} s\n{log_tail(log_path)}")
+                raise StartFailed(f"{name} was not ready after {timeout_seconds:g} s", log_path)
             time.sleep(_POLL_SECONDS)
         yield child
     finally:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 import shutil
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,8 +45,8 @@ class EmbeddedS3:
         return (_rclone_path(), "serve", "s3", "--addr", address, *quiet, str(self.data_dir.resolve()))
 
     def server_environment(self) -> dict[str, str]:
-        """Environment variables of the server."""
-        return {"RCLONE_AUTH_KEY": f'"{self.access_key},{self.secret_key}"'}
+        """All environment variables of the server."""
+        return {**os.environ, "RCLONE_AUTH_KEY": f'"{self.access_key},{self.secret_key}"'}
 
     def client_environment(self) -> dict[str, str]:
         """Environment variables with which any AWS client reaches this server."""
@@ -74,13 +75,11 @@ class EmbeddedS3:
 
 
 @contextmanager
-def running_s3(data_dir: Path, port: int = 0, environment: Mapping[str, str] | None = None) -> Iterator[EmbeddedS3]:
+def running_s3(data_dir: Path, port: int = 0) -> Iterator[EmbeddedS3]:
     """An S3 server for the length of a `with` block; port 0 takes a free one. Its log is `data_dir`.log."""
     server = EmbeddedS3(data_dir, port or free_port())
     log = data_dir.with_name(data_dir.name + ".log")
-    with run_until_ready(
-        "s3", server.command(), server.is_ready, log, {**server.server_environment(), **(environment or {})}
-    ):
+    with run_until_ready("s3", server.command(), server.is_ready, log, server.server_environment()):
         yield server
 
 

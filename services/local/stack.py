@@ -7,6 +7,8 @@ As a library, for the demo and for tests:
         ...
         stack.kill("engine-0")          # SIGKILL; it is started again
         stack.wait_ready("engine-0")
+        stack.kill_core("engine-0")     # the engine stays and starts another core
+        stack.wait_ready("engine-0")
         stack.take_down("redis")        # SIGKILL; it stays down …
         stack.bring_up("redis")         # … until now
 
@@ -15,22 +17,29 @@ The processes are called redis, s3, adapter-store, engine-0, engine-1, … and g
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from services.local.checkpoint import open_checkpoint
+from services.local.checkpoint import BadInput, open_checkpoint
 from services.local.embedded_redis import EmbeddedRedis
 from services.local.embedded_s3 import EmbeddedS3
 from services.local.health_client import is_serving
-from services.local.ports import LOOPBACK, free_port
+from services.local.ports import LOOPBACK, free_port, is_free
 from services.local.supervisor import ProcessSpec, Supervisor
 
 REDIS, S3, ADAPTER_STORE, GATEWAY = "redis", "s3", "adapter-store", "gateway"
 DRAIN_SECONDS = 5
+_NOTICE_SECONDS = 5.0
+
+PATIENT_THREADS = {"OMP_WAIT_POLICY": "PASSIVE"}
+"""Threads of an engine that wait for each other sleep. Several processes share this host's cores, and threads that
+wait by spinning take the time of those they wait for: eight times slower was measured on two busy cores."""
 
 Options = Mapping[str, object]
 """Settings of a service by name: `{"num_pages": 64}` becomes `--num-pages 64`."""
@@ -63,6 +72,8 @@ class LocalStack:
         self.checkpoint = described.path
         self.base_model = self.base_model or described.name
         self._dtype = described.dtype
+        if self.gateway_port and not is_free(self.gateway_port):
+            raise BadInput(f"port {self.gateway_port} of {LOOPBACK} is in use; choose another one for the gateway")
         self._ports: dict[str, int] = {GATEWAY: self.gateway_port} if self.gateway_port else {}
         for name in self._port_names():
             self._ports[name] = self._ports.get(name) or free_port(self._ports.values())
@@ -76,11 +87,11 @@ class LocalStack:
     def __exit__(self, *_: object) -> None:
         self.stop()
 
-    def start(self) -> None:
-        """Starts everything; returns when the gateway serves."""
+    def start(self, on_ready: Callable[[str], None] = lambda name: None) -> None:
+        """Starts everything; returns when the gateway serves. `on_ready` hears each process that is up, by name."""
         if self.s3 is not None:
             self.s3.make_bucket(self.bucket)
-        self.supervisor.start()
+        self.supervisor.start(on_ready)
 
     def stop(self) -> None:
         """Stops everything, the gateway first; idempotent."""
@@ -113,6 +124,19 @@ class LocalStack:
         if not children:
             raise LookupError(f"{engine} has no core now")
         return children[0]
+
+    def kill_core(self, engine: str = "engine-0") -> None:
+        """Kills an engine's core; returns when the engine has noticed. It starts another: see `wait_ready`."""
+        core, address = self.core_pid(engine), self._address(engine)
+        os.kill(core, signal.SIGKILL)
+        deadline = time.monotonic() + _NOTICE_SECONDS
+        while is_serving(address) and core in self.supervisor.child_pids(engine) and time.monotonic() < deadline:
+            time.sleep(0.02)
+
+    @property
+    def process_names(self) -> tuple[str, ...]:
+        """All processes, in the order of their start."""
+        return self.supervisor.names
 
     @property
     def gateway_address(self) -> str:
@@ -179,6 +203,13 @@ class LocalStack:
         endpoint = self.client_s3_environment.get("AWS_ENDPOINT_URL")
         return {"s3_endpoint": endpoint, **settings} if endpoint else settings
 
+    def _store_environment(self) -> dict[str, str]:
+        if self.s3 is None:
+            return {**os.environ, **(self.s3_environment or {})}
+        # What the user has set for AWS elsewhere (a profile, a session token) is not for the embedded server.
+        elsewhere = {key: value for key, value in os.environ.items() if not key.startswith("AWS_")}
+        return {**elsewhere, **self.s3.client_environment()}
+
     def _engine_settings(self) -> dict[str, object]:
         return {
             "checkpoint": self.checkpoint,
@@ -208,7 +239,7 @@ class LocalStack:
             name,
             (sys.executable, "-m", f"services.{module}", *options),
             lambda: is_serving(address),
-            self.client_s3_environment if module == "adapter_store" else {},
+            self._store_environment() if name == ADAPTER_STORE else {**PATIENT_THREADS, **os.environ},
         )
 
 

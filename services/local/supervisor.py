@@ -10,10 +10,10 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
-from services.local.child_process import ChildProcess, StartFailed, log_tail
+from services.local.child_process import ChildProcess, StartFailed, how_it_ended
 
 FIRST_DELAY_SECONDS = 0.2
 LONGEST_DELAY_SECONDS = 5.0
@@ -24,12 +24,13 @@ _TICK_SECONDS = 0.05
 
 @dataclass(frozen=True)
 class ProcessSpec:
-    """How one process is run. `is_ready` answers within a second and never raises."""
+    """How one process is run. `is_ready` answers within a second and never raises. `environment` is the whole of it;
+    None gives it this process's own."""
 
     name: str
     command: tuple[str, ...]
     is_ready: Callable[[], bool]
-    environment: Mapping[str, str] = field(default_factory=dict)
+    environment: Mapping[str, str] | None = None
     start_timeout_seconds: float = 90.0
     stop_timeout_seconds: float = 15.0
 
@@ -84,8 +85,11 @@ class Supervisor:
         """The processes, in the order of their start."""
         return tuple(self._managed)
 
-    def start(self) -> None:
-        """Starts everything, stage by stage. Raises StartFailed (all stopped again) when something does not come up."""
+    def start(self, on_ready: Callable[[str], None] = lambda name: None) -> None:
+        """Starts everything, stage by stage; `on_ready` hears the name of each process that is up.
+
+        Raises StartFailed (all stopped again) when something does not come up.
+        """
         self._thread.start()
         try:
             for stage in self._stages:
@@ -94,6 +98,7 @@ class Supervisor:
                         managed.wanted = True
                 for managed in stage:
                     self._wait_first_start(managed)
+                    on_ready(managed.spec.name)
         except BaseException:
             self.stop()
             raise
@@ -169,29 +174,31 @@ class Supervisor:
             self._changed.notify_all()
 
     def wait_ready(self, name: str, timeout_seconds: float = 90.0) -> None:
-        """Returns when it is up and ready. Raises StartFailed, with the end of its log, after `timeout_seconds`."""
-        managed = self._managed[name]
-        with self._changed:
-            if not self._changed.wait_for(lambda: managed.ready, timeout_seconds):
-                raise StartFailed(self._not_up(managed, f"was not ready after {timeout_seconds:g} s"))
+        """Returns when it is up and says so itself. Raises StartFailed, with the end of its log, after the timeout."""
+        managed, deadline = self._managed[name], time.monotonic() + timeout_seconds
+        while time.monotonic() < deadline:
+            with self._changed:
+                is_up = self._changed.wait_for(lambda: managed.ready, deadline - time.monotonic())
+            # It may have been ready and not be so now, like an engine whose core died.
+            if is_up and managed.spec.is_ready():
+                return
+            time.sleep(_TICK_SECONDS)
+        raise StartFailed(f"{name} was not ready after {timeout_seconds:g} s", self.log_path(name))
 
     def log_path(self, name: str) -> Path:
         """Where it writes its log."""
         return self._log_dir / f"{name}.log"
 
     def _wait_first_start(self, managed: _Managed) -> None:
-        timeout = managed.spec.start_timeout_seconds
+        name, timeout = managed.spec.name, managed.spec.start_timeout_seconds
         with self._changed:
             self._changed.wait_for(lambda: managed.ready or managed.last_exit_code is not None, timeout)
             if managed.ready:
                 return
             if managed.last_exit_code is not None:
-                raise StartFailed(self._not_up(managed, _how_it_ended(managed.last_exit_code)))
-            raise StartFailed(self._not_up(managed, f"was not ready after {timeout:g} s"))
-
-    def _not_up(self, managed: _Managed, what: str) -> str:
-        path = self.log_path(managed.spec.name)
-        return f"{managed.spec.name} {what}; the end of {path}:\n{log_tail(path)}"
+                what = how_it_ended(name, managed.last_exit_code)
+                raise StartFailed(what, self.log_path(name), managed.last_exit_code)
+            raise StartFailed(f"{name} was not ready after {timeout:g} s", self.log_path(name))
 
     def _supervise(self) -> None:
         try:
@@ -231,7 +238,7 @@ class Supervisor:
         managed.not_before = now + delay
         managed.child, managed.ready = None, False
         if managed.ever_ready and managed.wanted:
-            self._report(f"{managed.spec.name} {_how_it_ended(managed.last_exit_code)}; restart in {delay:g} s")
+            self._report(f"{how_it_ended(managed.spec.name, managed.last_exit_code)}; restart in {delay:g} s")
         self._changed.notify_all()
 
     def _check(self, managed: _Managed) -> None:
@@ -265,9 +272,3 @@ class Supervisor:
         for managed in stage:
             if managed.child is not None:
                 yield managed.spec, managed.child
-
-
-def _how_it_ended(exit_code: int | None) -> str:
-    if exit_code is not None and exit_code < 0:
-        return f"was ended by signal {-exit_code}"
-    return f"ended with exit code {exit_code}"

@@ -48,7 +48,7 @@ def test_what_it_prints_goes_to_its_log(tmp_path: Path) -> None:
 
 def test_stop_ends_a_process_that_ignores_sigterm(tmp_path: Path) -> None:
     log = tmp_path / "stubborn.log"
-    child = ChildProcess("stubborn", STUBBORN, log, {})
+    child = ChildProcess("stubborn", STUBBORN, log)
     wait_until(lambda: "up" in log.read_text())
     child.stop(timeout_seconds=0.3)
     assert child.exit_code == -signal.SIGKILL
@@ -62,7 +62,7 @@ def test_stop_also_ends_what_it_started(tmp_path: Path) -> None:
         "print(grandchild.pid, flush=True)\n"
         "time.sleep(600)\n"
     )
-    child = ChildProcess("parent", (sys.executable, "-c", code), log, {})
+    child = ChildProcess("parent", (sys.executable, "-c", code), log)
     wait_until(lambda: log.read_text().strip() != "")
     grandchild = int(log.read_text())
     assert is_alive(grandchild)
@@ -75,7 +75,7 @@ def test_it_dies_with_a_parent_that_is_killed(tmp_path: Path) -> None:
         "import pathlib, sys, time\n"
         "from services.local.child_process import ChildProcess\n"
         "child = ChildProcess('c', (sys.executable, '-c', 'import time; time.sleep(600)'), "
-        "pathlib.Path(sys.argv[1]), {})\n"
+        "pathlib.Path(sys.argv[1]))\n"
         "print(child.pid, flush=True)\n"
         "time.sleep(600)\n"
     )
@@ -94,7 +94,7 @@ def test_it_dies_with_a_parent_that_is_killed(tmp_path: Path) -> None:
 
 def test_a_command_that_does_not_exist_is_said_in_the_log(tmp_path: Path) -> None:
     with (
-        pytest.raises(StartFailed, match=r"nowhere ended with exit code 1\ncannot run /no/such/program"),
+        pytest.raises(StartFailed, match=r"nowhere ended with exit code 1; .*\ncannot run /no/such/program"),
         run_until_ready("nowhere", ("/no/such/program",), lambda: False, tmp_path / "nowhere.log"),
     ):
         pass

@@ -1,0 +1,78 @@
+"""`python -m services.local demo | up | down`: slora on one host."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+from services.local.checkpoint import BadInput
+from services.local.child_process import StartFailed
+from services.local.narrator import Narrator
+from services.local.stack import PATIENT_THREADS
+
+STATE_DIR = Path(".slora")
+OUT_DIR = Path("out")
+INTERRUPTED = 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit code: 0 well, 1 failed, 2 bad input."""
+    arguments = _parser().parse_args(argv)
+    signal.signal(signal.SIGTERM, _interrupt)
+    narrator = Narrator()
+    try:
+        code: int = arguments.run(arguments, narrator)
+    except BadInput as error:
+        print(f"slora: {error}", file=sys.stderr)
+        return 2
+    except StartFailed as error:
+        print(f"slora: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        narrator.line("stopped")
+        return INTERRUPTED
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m services.local", description="slora on one host")
+    parser.add_argument("--state-dir", type=Path, default=STATE_DIR, help="where data, logs and caches live")
+    commands = parser.add_subparsers(required=True, metavar="demo | up | down")
+    demo = commands.add_parser("demo", help="the whole path on this machine; ends by itself")
+    demo.add_argument("--out", type=Path, default=OUT_DIR, help="where the picture goes")
+    demo.set_defaults(run=_demo)
+    return parser
+
+
+def _demo(arguments: argparse.Namespace, narrator: Narrator) -> int:
+    _prepare_libraries()
+    from services.local.demo.run import run_demo
+
+    return run_demo(arguments.state_dir, arguments.out, narrator)
+
+
+def _prepare_libraries() -> None:
+    """Sets what torch and transformers read when they are imported."""
+    quiet = {
+        # Nothing here needs anything from a model hub.
+        "HF_HUB_OFFLINE": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    for key, value in {**quiet, **PATIENT_THREADS}.items():
+        os.environ.setdefault(key, value)
+    warnings.filterwarnings("ignore", module=r"(transformers|peft|torch|huggingface_hub)\b")
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    sys.exit(main())
