@@ -7,6 +7,7 @@ CATALOGUE_UNAVAILABLE, and works again when Redis is back.
 
 from __future__ import annotations
 
+import asyncio
 import enum
 import secrets
 import time
@@ -269,12 +270,26 @@ class Catalogue:
 
     async def _call(self, command: Any) -> Any:
         try:
-            return await command
+            answer = await command
         except (redis.exceptions.RedisError, OSError) as error:
+            _obey_cancellation()
             raise SloraError(
                 Reason.CATALOGUE_UNAVAILABLE,
                 f"Redis, which holds the catalogue, is out of reach: {str(error)[:200] or type(error).__name__}",
             ) from error
+        _obey_cancellation()
+        return answer
+
+
+def _obey_cancellation() -> None:
+    """Raises the CancelledError that redis-py may have lost.
+
+    It waits with asyncio.wait_for, which before Python 3.12 drops a cancellation that comes together with the answer;
+    a watch would then go on for ever.
+    """
+    task = asyncio.current_task()
+    if task is not None and task.cancelling():
+        raise asyncio.CancelledError
 
 
 def _decode_pairs(flat: Sequence[str]) -> list[AdapterRecord]:

@@ -21,7 +21,7 @@ class AdapterStoreSettings:
     metrics: str = setting("", "host:port to serve Prometheus metrics on; empty for none")
     redis_url: str = setting("redis://127.0.0.1:6379/0", "Redis that holds the catalogue")
     catalogue_prefix: str = setting("slora", "first part of every Redis key; one catalogue a base model")
-    redis_timeout_seconds: float = setting(2.0, "a Redis command that takes longer counts as Redis being away")
+    redis_timeout_seconds: float = setting(5.0, "a Redis command that takes longer counts as Redis being away")
     max_events: int = setting(10_000, "catalogue changes kept for watchers that resume")
     s3_endpoint: str = setting("", "URL of the S3 service; empty: AWS")
     s3_bucket: str = setting("", "bucket for uploads; empty: uploads are refused")

@@ -135,7 +135,8 @@ class AdapterStoreServicer(adapter_store_pb2_grpc.AdapterStoreServiceServicer):
     async def _send(self, context: Context, message: pb.FetchAdapterResponse) -> None:
         """Sends when the reader's flow control lets it; a reader that stands still must not pin memory for ever."""
         try:
-            await asyncio.wait_for(context.write(message), self._stall_seconds)
+            async with asyncio.timeout(self._stall_seconds):
+                await context.write(message)
         except TimeoutError:
             raise SloraError(
                 Reason.DEADLINE_EXCEEDED,

@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prometheus_client import CollectorRegistry
+from slora.adapter_store.v1 import adapter_store_pb2_grpc
+
+from services.adapter_store.arena import Arena
+from services.adapter_store.assembly import Store, running_store
+from services.adapter_store.base_model import load_base_model
+from services.adapter_store.config import AdapterStoreSettings
+from services.adapter_store.servicer import AdapterStoreServicer
+from services.common.grpc_server import GrpcServer
+from tests.fixtures.adapter_files import make_tensors, write_adapter, write_checkpoint_config
+from tests.fixtures.embedded_servers import RedisServer, S3Server
+from tests.fixtures.store_client import StoreClient
+
+
+class Harness:
+    """A store served in this process, a client of it, and the servers behind it."""
+
+    def __init__(
+        self, store: Store, servicer: AdapterStoreServicer, client: StoreClient, registry: CollectorRegistry
+    ) -> None:
+        self.store = store
+        self.servicer = servicer
+        self.client = client
+        self._registry = registry
+
+    def metric(self, name: str, **labels: str) -> float:
+        """A metric's value now; 0 if it has none yet."""
+        return self._registry.get_sample_value("slora_adapter_store_" + name, labels) or 0.0
+
+
+OpenStore = Callable[..., Awaitable[Harness]]
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    return write_checkpoint_config(tmp_path / "tiny")
+
+
+@pytest.fixture
+async def open_store(
+    tmp_path: Path, checkpoint: Path, redis_server: RedisServer, s3_server: S3Server
+) -> AsyncIterator[OpenStore]:
+    """Opens stores, any number of them; after the test no byte of their arenas may be lost."""
+    async with contextlib.AsyncExitStack() as stack:
+
+        async def open_one(**changes: Any) -> Harness:
+            settings = AdapterStoreSettings(
+                **{
+                    "base_model_config": str(checkpoint),
+                    "redis_url": redis_server.url,
+                    "redis_timeout_seconds": 10.0,
+                    "s3_endpoint": s3_server.endpoint,
+                    "s3_bucket": s3_server.bucket,
+                    "s3_prefix": "managed",
+                    "s3_timeout_seconds": 10.0,
+                    "arena_bytes": 16 * 2**20,
+                    "upload_dir": str(tmp_path),
+                    "sweep_seconds": 0.2,
+                    **changes,
+                }
+            )
+            base = load_base_model(settings.base_model_config, settings.base_model, settings.dtype)
+            arena = Arena(settings.arena_bytes, str(tmp_path))
+            stack.callback(arena.close)
+            registry = CollectorRegistry()
+            store = await stack.enter_async_context(running_store(settings, base, arena, registry))
+            servicer = AdapterStoreServicer(store.registry, store.metrics, store.open_spool, settings.stall_seconds)
+            server = GrpcServer("127.0.0.1:0", [])
+            adapter_store_pb2_grpc.add_AdapterStoreServiceServicer_to_server(servicer, server.grpc)
+            await server.start()
+            stack.push_async_callback(server.grpc.stop, 0)
+            client = await stack.enter_async_context(StoreClient(server.port))
+            stack.callback(store.cache.check_integrity)
+            return Harness(store, servicer, client, registry)
+
+        yield open_one
+
+
+@pytest.fixture
+async def harness(open_store: OpenStore) -> Harness:
+    """One store with default settings."""
+    return await open_store()
+
+
+MakeAdapter = Callable[..., Path]
+
+
+@pytest.fixture
+def make_adapter(tmp_path: Path) -> MakeAdapter:
+    """Writes a small valid adapter; `seed` decides its weights."""
+
+    def make(seed: int = 0, rank: int = 4, **config: Any) -> Path:
+        fields = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "target_modules": ["q_proj", "v_proj"]}
+        return write_adapter(tmp_path / f"adapter-{seed}-{rank}", fields | config, make_tensors(rank, seed))
+
+    return make
