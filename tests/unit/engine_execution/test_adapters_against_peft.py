@@ -8,15 +8,13 @@ from typing import Any
 
 import pytest
 
-from services.engine.messages import SamplingParams
 from services.engine.step import BASE_SLOT
 from tests.fixtures.adapter_packer import pack_adapter
 from tests.fixtures.model_oracle import ModelOracle
-from tests.fixtures.runner_driver import DrivenSequence, RunnerDriver, make_runner
+from tests.fixtures.runner_driver import ALL_LOGPROBS, DrivenSequence, RunnerDriver, make_runner
 from tests.fixtures.tiny_models import FAMILIES, make_adapter, make_checkpoint
 
 VOCABULARY = 211
-ALL_LOGPROBS = SamplingParams(temperature=0.0, num_logprobs=VOCABULARY)
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 ADAPTERS: dict[str, dict[str, Any]] = {
