@@ -71,7 +71,7 @@ def show_answers(narrator: Narrator, answers: Sequence[Answer]) -> None:
 def show_figures(narrator: Narrator, served: Served, comparison: Comparison) -> None:
     """Throughput beside PEFT's, and the times to the first token."""
     mixed = comparison.mixed_batches
-    table = Table(title="The same requests in the same run, on this machine's CPU", title_justify="left")
+    table = Table(title="The same requests, same run, same CPU", title_justify="left")
     for column in ("", "slora", "transformers + PEFT"):
         table.add_column(column, justify="left" if not column else "right")
     num_requests = len(served.answers)
@@ -85,16 +85,18 @@ def show_figures(narrator: Narrator, served: Served, comparison: Comparison) -> 
     narrator.console.print(table)
     narrator.line("  slora: through gateway and streams, adapters loaded on demand from the adapter store.")
     narrator.line(
-        "  PEFT: in process, mixed batches of 32 (adapter_names), its adapters loaded beforehand and not timed."
+        "  PEFT: in process, mixed batches of 32 (adapter_names), each batch's adapters loaded before the clock starts."
     )
 
 
 def show_traffic(narrator: Narrator, traffic: AdapterTraffic, num_evictions: int, num_adapters: int) -> None:
     """Loads, hits and evictions."""
     narrator.line(
-        f"  adapters: {num_adapters} served, {traffic.num_loads} loads ({traffic.mean_load_seconds * 1000:.1f} ms on "
-        f"average), {num_evictions} evictions; of the sequences {traffic.num_hits} found theirs in the pool, "
-        f"{traffic.num_misses} waited for a load"
+        f"  {num_adapters} adapters: {traffic.num_loads} loads ({traffic.mean_load_seconds * 1000:.1f} ms on average) "
+        f"and {num_evictions} evictions"
+    )
+    narrator.line(
+        f"  sequences: {traffic.num_hits} found their adapter in the pool, {traffic.num_misses} waited for it"
     )
 
 
@@ -114,9 +116,12 @@ def show_verdict(narrator: Narrator, comparison: Comparison, faults: Sequence[st
     for mismatch in comparison.mismatches[:MOST_MISMATCHES_SHOWN]:
         narrator.line(f"  differs: {mismatch}")
     narrator.line(
-        f"  {comparison.num_matches} of {comparison.num_answers} streams match transformers + PEFT token by token "
-        f"(each request alone; {comparison.num_equal_to_mixed_batches} also PEFT's mixed batches); "
-        f"closest decision: {comparison.least_margin:.2g} logits"
+        f"  {comparison.num_matches} of {comparison.num_answers} streams match transformers + PEFT token by token, "
+        f"each request alone"
+    )
+    narrator.line(
+        f"  {comparison.num_equal_to_mixed_batches} of {comparison.num_answers} also match PEFT's mixed batches; "
+        f"the closest decision of all was made by {comparison.least_margin:.2g} logits"
     )
     for fault in faults:
         narrator.line(f"  the pool is not whole: {fault}")

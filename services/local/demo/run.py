@@ -18,11 +18,12 @@ from services.local.demo.materials import BASE_NAME, Materials, obtain_materials
 from services.local.demo.pool_picture import draw_pool
 from services.local.demo.pool_watch_client import PoolWatch, watch_pool
 from services.local.demo.reference import compare
-from services.local.demo.workload import NUM_CLIENTS, DemoRequest, Served, requests_for, serve_all
+from services.local.demo.workload import MANY_CLIENTS, Act, Served, acts_for, serve_all
 from services.local.narrator import Narrator
 from services.local.stack import LocalStack
 
 NUM_PAGES = 512
+MAX_RUNNING = 128
 ARENA_BYTES = 128 * 2**20
 SETTLE_SECONDS = 10.0
 
@@ -42,15 +43,15 @@ def run_demo(state_dir: Path, out_dir: Path, narrator: Narrator) -> int:
     narrator.heading("1. A small Llama and its adapters")
     materials = obtain_materials(state_dir / "demo-cache", narrator)
     adapters = {**materials.manners, **materials.random_adapters}
-    requests = requests_for(materials)
+    acts = acts_for(materials)
 
     narrator.heading("2. S3 → adapter store → engine → gateway")
-    run = _run_stack(state_dir / "demo", materials, adapters, requests, narrator)
+    run = _run_stack(state_dir / "demo", materials, adapters, acts, narrator)
     picture = out_dir / "pool.png"
     draw_pool(run.watch.samples, run.watch.num_pages, picture)
 
     narrator.heading("3. The same with transformers + PEFT")
-    with narrator.task("Comparing every stream", total=len(requests)) as task:
+    with narrator.task("Comparing every stream", total=len(run.served.answers)) as task:
         comparison = compare(materials.checkpoint, adapters, run.served.answers, task.advance)
 
     narrator.heading("4. What came out")
@@ -64,7 +65,7 @@ def run_demo(state_dir: Path, out_dir: Path, narrator: Narrator) -> int:
 
 
 def _run_stack(
-    state_dir: Path, materials: Materials, adapters: dict[str, Path], requests: list[DemoRequest], narrator: Narrator
+    state_dir: Path, materials: Materials, adapters: dict[str, Path], acts: tuple[Act, ...], narrator: Narrator
 ) -> _Run:
     shutil.rmtree(state_dir, ignore_errors=True)
     stack = LocalStack(
@@ -72,7 +73,7 @@ def _run_stack(
         materials.checkpoint,
         base_model=BASE_NAME,
         store_options={"arena_bytes": ARENA_BYTES},
-        engine_options={"num_pages": NUM_PAGES, "max_running": NUM_CLIENTS},
+        engine_options={"num_pages": NUM_PAGES, "max_running": MAX_RUNNING},
         report=narrator.line,
     )
     try:
@@ -82,9 +83,10 @@ def _run_stack(
         with narrator.task("Delivering adapters", total=len(adapters)) as task:
             deliver(stack, adapters, task.advance)
             task.note = f"{len(adapters) - len(LEFT_IN_S3)} uploaded, {len(LEFT_IN_S3)} registered from S3"
-        with narrator.task("Serving", total=len(requests)) as task:
-            task.note = f"{len(requests)} requests by {NUM_CLIENTS} clients, adapters and base model mixed"
-            served, watch, faults = asyncio.run(_serve(stack, requests, task.advance))
+        num_requests = sum(len(act.requests) for act in acts)
+        with narrator.task("Serving", total=num_requests) as task:
+            task.note = f"{num_requests} requests by up to {MANY_CLIENTS} clients at once"
+            served, watch, faults = asyncio.run(_serve(stack, acts, task.advance))
         return _Run(served, watch, faults, report.read_traffic(stack.metrics_urls["engine-0"]))
     finally:
         with narrator.task("Stopping", total=1):
@@ -92,10 +94,10 @@ def _run_stack(
 
 
 async def _serve(
-    stack: LocalStack, requests: list[DemoRequest], advance: Callable[[int], None]
+    stack: LocalStack, acts: tuple[Act, ...], advance: Callable[[int], None]
 ) -> tuple[Served, PoolWatch, list[str]]:
     (engine,) = stack.engine_addresses
     async with watch_pool(engine) as watch:
-        served = await serve_all(stack.gateway_address, requests, advance)
+        served = await serve_all(stack.gateway_address, acts, advance)
         last = await watch.settled(SETTLE_SECONDS)
     return served, watch, report.pool_faults(last, watch.num_pages)

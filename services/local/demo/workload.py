@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from slora_client import AsyncSloraClient, SloraRequestError
@@ -15,10 +16,10 @@ from services.local.demo.adapters import RECIPES
 from services.local.demo.materials import BASE_NAME, RANDOM_MAX_TOKENS, Materials
 
 MANNER_MAX_TOKENS = 64
-NUM_ROUNDS = 2
-NUM_CLIENTS = 32
-JOIN_EVERY_SECONDS = 0.02
-TIMEOUT_SECONDS = 120.0
+FEW_CLIENTS, MANY_CLIENTS = 32, 160
+NUM_CONNECTIONS = 8
+JOIN_EVERY_SECONDS = 0.01
+TIMEOUT_SECONDS = 180.0
 _SHUFFLE_SEED = 7
 
 
@@ -61,41 +62,58 @@ class Served:
         return sum(len(answer.token_ids) for answer in self.answers)
 
 
-def requests_for(materials: Materials) -> list[DemoRequest]:
-    """Each question plainly and in each manner, and each random adapter's question: all mixed, NUM_ROUNDS times."""
+@dataclass(frozen=True)
+class Act:
+    """Requests that so many clients at once send; the next act begins when they are all answered."""
+
+    requests: tuple[DemoRequest, ...]
+    num_clients: int
+
+
+def acts_for(materials: Materials) -> tuple[Act, ...]:
+    """Three acts, so that the pool has to change hands.
+
+    First everything mixed: each question plainly and in each manner, and each random adapter's question. Then a rush
+    on the base model and the few adapters with a manner, which wants the room for KV. Then random adapters again.
+    """
     adapters = (None, *RECIPES)
     shown = [DemoRequest(q, adapter, MANNER_MAX_TOKENS) for q in corpus.SHOWN_QUESTIONS for adapter in adapters]
     scale = [DemoRequest(q, name, RANDOM_MAX_TOKENS) for name, q in materials.random_questions.items()]
     draw = random.Random(_SHUFFLE_SEED)
-    return [request for _ in range(NUM_ROUNDS) for request in draw.sample(shown + scale, len(shown) + len(scale))]
+    return (
+        Act(tuple(draw.sample(shown + scale, len(shown) + len(scale))), FEW_CLIENTS),
+        Act(tuple(draw.sample(2 * shown, 2 * len(shown))), MANY_CLIENTS),
+        Act(tuple(draw.sample(scale, len(scale) // 2)), FEW_CLIENTS),
+    )
 
 
 async def serve_all(
-    gateway_address: str, requests: Sequence[DemoRequest], advance: Callable[[int], None] = lambda n: None
+    gateway_address: str, acts: Sequence[Act], advance: Callable[[int], None] = lambda n: None
 ) -> Served:
-    """NUM_CLIENTS clients, which join one after the other, take the requests in order until none is left."""
-    answers: list[Answer | None] = [None] * len(requests)
-    waiting = iter(enumerate(requests))
+    """Sends the requests of one act after the other; within an act clients join one by one and take turns."""
+    answers: list[Answer] = []
     began = time.perf_counter()
+    async with contextlib.AsyncExitStack() as connections:
+        slora = [
+            await connections.enter_async_context(AsyncSloraClient(gateway_address)) for _ in range(NUM_CONNECTIONS)
+        ]
+        for act in acts:
+            answers += await _serve_act(slora, act, advance)
+    return Served(tuple(answers), time.perf_counter() - began)
+
+
+async def _serve_act(slora: Sequence[AsyncSloraClient], act: Act, advance: Callable[[int], None]) -> list[Answer]:
+    answers: dict[int, Answer] = {}
+    waiting = iter(enumerate(act.requests))
 
     async def client(number: int) -> None:
         await asyncio.sleep(number * JOIN_EVERY_SECONDS)
-        async with AsyncSloraClient(gateway_address) as slora:
-            await _take(slora, waiting, answers, advance)
+        for index, request in waiting:
+            answers[index] = await _ask(slora[number % len(slora)], request)
+            advance(1)
 
-    await asyncio.gather(*(client(number) for number in range(NUM_CLIENTS)))
-    return Served(tuple(answer for answer in answers if answer is not None), time.perf_counter() - began)
-
-
-async def _take(
-    slora: AsyncSloraClient,
-    waiting: Iterator[tuple[int, DemoRequest]],
-    answers: list[Answer | None],
-    advance: Callable[[int], None],
-) -> None:
-    for index, request in waiting:
-        answers[index] = await _ask(slora, request)
-        advance(1)
+    await asyncio.gather(*(client(number) for number in range(act.num_clients)))
+    return [answers[index] for index in range(len(act.requests))]
 
 
 async def _ask(slora: AsyncSloraClient, request: DemoRequest) -> Answer:
