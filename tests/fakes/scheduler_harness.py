@@ -10,6 +10,7 @@ from services.engine.adapters.residency import AdapterState, Residency
 from services.engine.config import SchedulerConfig
 from services.engine.memory.page_allocator import PageAllocator
 from services.engine.messages import Generate, Prefetch, RequestFailed, TokenEvent
+from services.engine.scheduling import scheduler as scheduler_module
 from services.engine.scheduling.scheduler import Scheduler
 from services.engine.scheduling.sequence import Sequence, SequenceState
 from services.engine.step import StepPlan
@@ -81,11 +82,16 @@ class Harness:
         self.aborted.add(request_id)
 
     def plan(self) -> StepPlan | None:
+        if not self.check:
+            return self.scheduler.plan()
         waited = {s.request_id for s in self.waiting()}
+        held = {s.request_id: len(s.block_table) for s in self.running()}
+        resident = {s.digest for s in self.waiting() if s.digest and self.residency.is_resident(s.digest)}
+        loading = set(self.residency.loading())
         plan = self.scheduler.plan()
-        if self.check:
-            self.check_order(waited)
-            self.check_whole()
+        self.check_order(waited)
+        self.check_nobody_was_robbed(held, resident, loading)
+        self.check_whole()
         return plan
 
     def commit(self, plan: StepPlan) -> None:
@@ -155,13 +161,28 @@ class Harness:
         return not self.scheduler.num_running and not self.scheduler.num_waiting
 
     def check_order(self, waited: set[int]) -> None:
-        """Nobody who lacks pages was passed: those behind a sequence run only if it waits for bytes."""
+        """Nobody who lacks pages was passed: those behind a sequence run only if it waits for bytes.
+
+        Beyond the look-ahead, those without their adapter are not looked at.
+        """
         started = [s.arrival for s in self.running() if s.request_id in waited]
-        for sequence in self.waiting():
+        for position, sequence in enumerate(self.waiting()):
+            if position >= scheduler_module.LOOK_AHEAD and sequence not in self.scheduler._queue._ready:
+                continue
             state = AdapterState.RESIDENT if sequence.digest is None else self.residency.state(sequence.digest)
             if state in (AdapterState.RESIDENT, AdapterState.SIZED, AdapterState.LEAVING):
                 passed = [arrival for arrival in started if arrival > sequence.arrival]
                 assert not passed, f"{sequence.request_id} ({state}) was passed by arrivals {passed}"
+
+    def check_nobody_was_robbed(self, held: dict[int, int], resident: set[str], loading: set[str]) -> None:
+        """An adapter that a waiting sequence needs is evicted only for one that arrived before it."""
+        gained = [s.arrival for s in self.running() if len(s.block_table) > held.get(s.request_id, 0)]
+        for digest in set(self.residency.loading()) - loading:
+            earliest = self.scheduler._queue.earliest_user(digest)
+            gained += [] if earliest is None else [earliest]
+        for sequence in self.waiting():
+            if sequence.digest in resident and not self.residency.is_resident(sequence.digest):
+                assert min(gained, default=sequence.arrival) < sequence.arrival, f"{sequence.request_id} was robbed"
 
     def check_whole(self) -> None:
         self.scheduler.check_integrity()
@@ -173,6 +194,8 @@ class Harness:
         for sequence in self.waiting():
             assert sequence.state is SequenceState.WAITING
             assert not sequence.block_table
+        ready = [s for s in self.waiting() if s.digest is None or self.residency.is_resident(s.digest)]
+        assert self.scheduler._queue._ready == ready
 
     def check_answers(self) -> None:
         """Every request that was neither refused nor aborted gave exactly the tokens it must give."""

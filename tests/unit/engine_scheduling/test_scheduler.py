@@ -179,6 +179,19 @@ def test_memory_is_granted_in_arrival_order() -> None:
     assert started == [1, 2, 3]
 
 
+def test_a_new_sequence_leaves_the_running_ones_a_page_each_to_grow() -> None:
+    h = Harness(num_pages=8)
+    h.add(long(1, 7, 9))
+    h.add(long(2, 7, 9))
+    h.step()
+    h.add(long(3, 11, 2))  # 3 pages of the 4 free ones
+    h.step()
+    assert h.ids_running() == [1, 2]
+    h.abort(2)
+    h.step()
+    assert h.ids_running() == [1, 3]
+
+
 # I/O may be overtaken.
 
 
@@ -537,6 +550,33 @@ def test_prefetch_takes_nothing_that_is_in_use_or_waited_for() -> None:
     assert {5, 6} <= set(h.prefetched), "an idle adapter makes room"
     assert h.evicted == [digest_of("a")]
     h.check_empty()
+
+
+def test_prefetch_does_not_take_what_a_sequence_saves_up_for() -> None:
+    h = instant(Harness(num_pages=8))
+    h.adapters(a=1)
+    h.add(long(1, 10, 8))
+    h.step()
+    h.add(long(2, 27, 2))  # 7 pages: waits for 1 to end
+    h.prefetch(3, "a")
+    h.step()
+    h.step()
+    assert h.allocator.num_free >= 4
+    assert h.failures[3].reason == "POOL_EXHAUSTED"
+    h.run()
+    h.check_answers()
+
+
+def test_prefetch_keeps_a_load_that_a_sequence_gave_up() -> None:
+    h = instant(Harness())
+    h.adapters(a=1)
+    h.add(long(1, 2, 2, "a"))
+    h.prefetch(2, "a")
+    h.step()
+    h.abort(1)
+    h.run()
+    assert 2 in h.prefetched
+    assert h.loader.num_started == 1
 
 
 def test_a_flood_of_prefetches_goes_a_few_at_a_time() -> None:

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
 from services.common.errors import Reason, SloraError
+from services.engine.scheduling import scheduler as scheduler_module
 from services.engine.step import SampledToken
 from tests.fakes.engine_fakes import VOCAB_SIZE, digest_of, generate
 from tests.fakes.scheduler_harness import Harness
@@ -32,11 +33,21 @@ class SchedulerMachine(RuleBasedStateMachine):
         max_step_tokens=st.sampled_from([1, 2, 5, 16]),
         max_adapters=st.integers(1, 4),
         sizes=st.lists(st.integers(0, 7), min_size=len(NAMES), max_size=len(NAMES)),
+        look_ahead=st.sampled_from([1, 2, 4, 32]),
         seed=st.integers(0, 1 << 16),
     )
     def start(
-        self, num_pages: int, max_running: int, max_step_tokens: int, max_adapters: int, sizes: list[int], seed: int
+        self,
+        num_pages: int,
+        max_running: int,
+        max_step_tokens: int,
+        max_adapters: int,
+        sizes: list[int],
+        look_ahead: int,
+        seed: int,
     ) -> None:
+        self.patch = pytest.MonkeyPatch()
+        self.patch.setattr(scheduler_module, "LOOK_AHEAD", look_ahead)
         self.harness = Harness(
             num_pages=num_pages,
             max_running=max_running,
@@ -97,10 +108,14 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.harness.step(advance=loads_move)
 
     def teardown(self) -> None:
-        if hasattr(self, "harness"):
+        if not hasattr(self, "harness"):
+            return
+        try:
             self.harness.run(max_steps=3000)
             self.harness.check_answers()
             self.harness.check_empty()
+        finally:
+            self.patch.undo()
 
 
 TestSchedulerMachine = SchedulerMachine.TestCase

@@ -52,6 +52,10 @@ def test_nothing_stops_before_min_tokens() -> None:
     assert feed(s, 7) == [Finish("stop", 7)]
 
 
+def test_a_stop_token_among_the_first_min_tokens_ends_nothing() -> None:
+    assert feed(sequence(min_tokens=2), 0, 9, 0) == [None, None, Finish("stop", 0)]
+
+
 def test_eos_that_is_ignored_is_not_forbidden() -> None:
     assert sequence(min_tokens=2, ignore_eos=True, stop_token_ids=(7,)).sample_request().forbidden_ids == (7,)
 
