@@ -61,7 +61,7 @@ class AdapterStoreServicer(adapter_store_pb2_grpc.AdapterStoreServiceServicer):
     ) -> pb.UploadAdapterResponse:
         """Takes an adapter's files, stores and registers them."""
         done = await self._answer(
-            "UploadAdapter", context, lambda: self._count_registration(self._receive_upload(requests))
+            "UploadAdapter", context, lambda: self._count_registration(self._receive_upload(requests, context))
         )
         return pb.UploadAdapterResponse(adapter=adapter_message(done.record), created=done.created)
 
@@ -94,7 +94,7 @@ class AdapterStoreServicer(adapter_store_pb2_grpc.AdapterStoreServiceServicer):
         """Streams the catalogue and its changes."""
         await self._answer("WatchAdapters", context, lambda: self._send_events(request, context))
 
-    async def _receive_upload(self, requests: AsyncIterator[pb.UploadAdapterRequest]) -> Registration:
+    async def _receive_upload(self, requests: AsyncIterator[pb.UploadAdapterRequest], context: Context) -> Registration:
         header: pb.UploadAdapterHeader | None = None
         with self._open_spool() as spool:
             async for request in requests:
@@ -110,6 +110,8 @@ class AdapterStoreServicer(adapter_store_pb2_grpc.AdapterStoreServiceServicer):
                     await spool.add_weights(request.weights_chunk)
                 else:
                     raise SloraError(Reason.UPLOAD_INVALID, "a message has no part")
+            if context.cancelled():
+                raise asyncio.CancelledError  # to the iterator above, a cancelled upload just ends
             if header is None:
                 raise SloraError(Reason.UPLOAD_INVALID, "the upload ended before its header")
             return await self._registry.upload(header.name, header.tenant, spool)
@@ -170,12 +172,14 @@ class AdapterStoreServicer(adapter_store_pb2_grpc.AdapterStoreServiceServicer):
             result = await call()
             outcome = "OK"
             return result
-        except Exception as error:
+        except Exception as caught:
+            error = caught
             outcome = _outcome(error)
-            await abort(context, error)
-            raise AssertionError("abort returned") from error
         finally:
             self._metrics.calls.labels(method, outcome).inc()
+        # Behind everything that the call held: to a reader that takes nothing, the status takes for ever too.
+        await abort(context, error)
+        raise AssertionError("abort returned")
 
 
 def _draining() -> SloraError:

@@ -24,9 +24,15 @@ class Harness:
     """A store served in this process, a client of it, and the servers behind it."""
 
     def __init__(
-        self, store: Store, servicer: AdapterStoreServicer, client: StoreClient, registry: CollectorRegistry
+        self,
+        store: Store,
+        servicer: AdapterStoreServicer,
+        port: int,
+        client: StoreClient,
+        registry: CollectorRegistry,
     ) -> None:
         self.store = store
+        self.port = port
         self.servicer = servicer
         self.client = client
         self._registry = registry
@@ -79,7 +85,7 @@ async def open_store(
             stack.push_async_callback(server.grpc.stop, 0)
             client = await stack.enter_async_context(StoreClient(server.port))
             stack.callback(store.cache.check_integrity)
-            return Harness(store, servicer, client, registry)
+            return Harness(store, servicer, server.port, client, registry)
 
         yield open_one
 

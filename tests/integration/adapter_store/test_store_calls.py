@@ -14,7 +14,7 @@ from slora.adapter_store.v1 import adapter_store_pb2 as pb
 from services.common.errors import Reason
 from tests.fixtures.adapter_files import expected_deltas, make_tensors, write_adapter
 from tests.fixtures.embedded_servers import S3Server
-from tests.fixtures.store_client import StoreClient, cut, refused, unpack_fetched
+from tests.fixtures.store_client import StoreClient, cut, eventually, refused, unpack_fetched
 from tests.integration.adapter_store.conftest import Harness, MakeAdapter, OpenStore
 
 
@@ -346,7 +346,7 @@ async def test_uploads_of_one_content_share_their_files_until_the_last_is_delete
     await asyncio.sleep(0.5)
     assert len(s3_server.keys("managed/")) == 2
     await client.delete("b")
-    await until(lambda: s3_server.keys("managed/") == [])
+    await eventually(lambda: s3_server.keys("managed/") == [])
     again = await client.upload("a", make_adapter(1))
     assert again.adapter.version == 2
     assert len(s3_server.keys("managed/")) == 2
@@ -429,10 +429,3 @@ def rounded(num_bytes: int) -> int:
 
 def cut_list(items: list[int], size: int) -> list[list[int]]:
     return [items[begin : begin + size] for begin in range(0, len(items), size)]
-
-
-async def until(condition: object, seconds: float = 10.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():  # type: ignore[operator]
-        assert time.monotonic() < deadline, "it did not come about"
-        await asyncio.sleep(0.02)
