@@ -14,9 +14,11 @@ from services.local.checkpoint import BadInput
 from services.local.child_process import StartFailed
 from services.local.narrator import Narrator
 from services.local.stack import PATIENT_THREADS
+from services.local.up import GATEWAY_PORT, UpRequest, run_down, run_up
 
 STATE_DIR = Path(".slora")
 OUT_DIR = Path("out")
+BAD_INPUT = 2
 INTERRUPTED = 130
 
 
@@ -29,8 +31,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         code: int = arguments.run(arguments, narrator)
     except BadInput as error:
         print(f"slora: {error}", file=sys.stderr)
-        return 2
+        return BAD_INPUT
     except StartFailed as error:
+        if error.exit_code == BAD_INPUT and error.last_words:
+            # The service refused what it was given, such as a model of an unknown kind, and said why.
+            print(f"slora: {error.last_words}", file=sys.stderr)
+            return BAD_INPUT
         print(f"slora: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -46,6 +52,21 @@ def _parser() -> argparse.ArgumentParser:
     demo = commands.add_parser("demo", help="the whole path on this machine; ends by itself")
     demo.add_argument("--out", type=Path, default=OUT_DIR, help="where the picture goes")
     demo.set_defaults(run=_demo)
+    up = commands.add_parser("up", help="keep it running; without a checkpoint, the demo's model and adapters")
+    up.add_argument("--checkpoint", type=Path, help="directory of a Hugging Face checkpoint")
+    up.add_argument("--adapters", help="a directory with an adapter in each subdirectory, or s3://bucket/prefix")
+    up.add_argument("--port", type=int, default=GATEWAY_PORT, help="the gateway's port (default %(default)s)")
+    up.add_argument("--engines", type=int, default=1, help="how many engines (default %(default)s)")
+    up.add_argument(
+        "--engine-option",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="a setting of the engines, such as device=cuda; see `python -m services.engine --help`",
+    )
+    up.set_defaults(run=_up)
+    down = commands.add_parser("down", help="stop what `up` started; does nothing if nothing runs")
+    down.set_defaults(run=lambda arguments, narrator: run_down(arguments.state_dir, narrator))
     return parser
 
 
@@ -54,6 +75,22 @@ def _demo(arguments: argparse.Namespace, narrator: Narrator) -> int:
     from services.local.demo.run import run_demo
 
     return run_demo(arguments.state_dir, arguments.out, narrator)
+
+
+def _up(arguments: argparse.Namespace, narrator: Narrator) -> int:
+    _prepare_libraries()
+    options = {}
+    for option in arguments.engine_option:
+        name, separator, value = option.partition("=")
+        if not separator:
+            raise BadInput(f"--engine-option {option} is not NAME=VALUE")
+        options[name.replace("-", "_")] = value
+    if arguments.engines < 1:
+        raise BadInput(f"--engines {arguments.engines}: at least one is needed")
+    request = UpRequest(
+        arguments.state_dir, arguments.checkpoint, arguments.adapters, arguments.port, arguments.engines, options
+    )
+    return run_up(request, narrator)
 
 
 def _prepare_libraries() -> None:

@@ -139,6 +139,11 @@ class LocalStack:
         return self.supervisor.names
 
     @property
+    def log_dir(self) -> Path:
+        """A log file for each process."""
+        return self.state_dir / "logs"
+
+    @property
     def gateway_address(self) -> str:
         """`host:port` of the gateway: where clients send requests."""
         return self._address(GATEWAY)
@@ -176,7 +181,7 @@ class LocalStack:
         engines = [self._service("engine", name, self._engine_settings()) for name in self.engine_names]
         store = self._service("adapter_store", ADAPTER_STORE, self._store_settings())
         gateway = self._service("gateway", GATEWAY, self._gateway_settings())
-        return Supervisor([storage, [store], engines, [gateway]], self.state_dir / "logs", self.report)
+        return Supervisor([storage, [store], engines, [gateway]], self.log_dir, self.report)
 
     def _port_names(self) -> list[str]:
         services = [ADAPTER_STORE, *self.engine_names, GATEWAY]

@@ -40,5 +40,5 @@ def draw_pool(samples: Sequence[PoolSample], num_pages: int, path: Path) -> None
     )
     adapters.set(ylim=(0, None), ylabel="resident adapters")
     handles, labels = pages.get_legend_handles_labels()
-    pages.legend([*handles, line], [*labels, "resident adapters"], loc="upper left", framealpha=0.9)
+    figure.legend([*handles, line], [*labels, "resident adapters"], loc="outside lower center", ncols=4, frameon=False)
     figure.savefig(path)

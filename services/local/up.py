@@ -1,0 +1,162 @@
+"""`up` keeps slora running for a checkpoint and adapters that the user names; `down` stops it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shlex
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+
+from services.local.adapter_sources import AdapterSource, bring_adapters, find_adapters
+from services.local.checkpoint import BadInput, open_checkpoint
+from services.local.narrator import Narrator
+from services.local.pid_file import claimed, stop_running
+from services.local.stack import LocalStack, Options
+
+GATEWAY_PORT = 50051
+STOP_SECONDS = 60.0
+_BUCKET = "adapters"
+_MOST_REFUSALS_SHOWN = 10
+
+
+@dataclass(frozen=True)
+class UpRequest:
+    """What the user asked for; without a checkpoint the demo's model is served, with its adapters."""
+
+    state_dir: Path
+    checkpoint: Path | None = None
+    adapters: str | None = None
+    gateway_port: int = GATEWAY_PORT
+    num_engines: int = 1
+    engine_options: Options | None = None
+
+
+def run_up(request: UpRequest, narrator: Narrator) -> int:
+    """Serves until it is interrupted (Ctrl-C, SIGTERM or `down`); then 0."""
+    with claimed(_pid_path(request.state_dir)):
+        try:
+            _serve(request, narrator)
+        except KeyboardInterrupt:
+            narrator.line("stopped")
+    return 0
+
+
+def run_down(state_dir: Path, narrator: Narrator) -> int:
+    """Stops what `run_up` started with the same state directory; 0 also if nothing runs."""
+    pid = stop_running(_pid_path(state_dir), STOP_SECONDS)
+    narrator.line("nothing is running" if pid is None else f"stopped (process {pid})")
+    return 0
+
+
+def _serve(request: UpRequest, narrator: Narrator) -> None:
+    checkpoint, sources, example_prompt = _what_to_serve(request, narrator)
+    in_s3 = next((source.s3_place for source in sources if source.s3_place is not None), None)
+    stack = LocalStack(
+        request.state_dir / "up" / _state_name(checkpoint),
+        checkpoint,
+        num_engines=request.num_engines,
+        gateway_port=request.gateway_port,
+        bucket=in_s3.bucket if in_s3 else _BUCKET,
+        # What is uploaded while it runs goes beside the adapters that the user has there.
+        store_options={"s3_prefix": f"{in_s3.prefix}slora-uploads"} if in_s3 else {},
+        engine_options=request.engine_options or {},
+        s3_environment={} if in_s3 else None,
+        report=narrator.line,
+    )
+    try:
+        with narrator.task("Starting", total=len(stack.process_names)) as task:
+            stack.start(lambda name: task.advance(1, name))
+            task.note = ", ".join(stack.process_names)
+        for source in sources:
+            _bring(source, stack, narrator)
+        names = [name for source in sources for name in source.names]
+        narrator.line(how_to_call(stack, names[0] if names else stack.base_model, example_prompt))
+        while True:
+            signal.pause()
+    finally:
+        with narrator.task("Stopping", total=1):
+            stack.stop()
+
+
+def _what_to_serve(request: UpRequest, narrator: Narrator) -> tuple[Path, list[AdapterSource], str]:
+    """The checkpoint, where its adapters are, and a prompt that suits it."""
+    if request.checkpoint is not None:
+        open_checkpoint(request.checkpoint)
+        sources = [find_adapters(request.adapters, os.environ)] if request.adapters else []
+        return request.checkpoint, sources, "Once upon a time"
+    if request.adapters is not None:
+        raise BadInput("adapters need the checkpoint that they were trained on: CHECKPOINT=dir")
+    # Imported only here: a user's own model needs nothing of what the demo trains with.
+    from services.local.demo.corpus import SHOWN_QUESTIONS, prompt_of
+    from services.local.demo.materials import obtain_materials
+
+    materials = obtain_materials(request.state_dir / "demo-cache", narrator)
+    manners, scale = materials.manners, materials.random_adapters
+    return materials.checkpoint, [AdapterSource(manners, {}), AdapterSource(scale, {})], prompt_of(SHOWN_QUESTIONS[0])
+
+
+def _bring(source: AdapterSource, stack: LocalStack, narrator: Narrator) -> None:
+    refusals: list[str] = []
+    with narrator.task("Adapters", total=len(source.names)) as task:
+
+        def done(name: str, refusal: str) -> None:
+            if refusal:
+                refusals.append(f"  refused: {name}: {refusal}")
+            task.advance(1, name)
+
+        num_taken, num_refused = bring_adapters(source, stack.store_address, done)
+        task.note = f"{num_taken} served" + (f", {num_refused} refused" if num_refused else "")
+    for refusal in refusals[:_MOST_REFUSALS_SHOWN]:
+        narrator.line(refusal)
+
+
+def how_to_call(stack: LocalStack, model: str, prompt: str) -> str:
+    """What to tell the user: where everything is and how to call it."""
+    services = {
+        "gateway": stack.gateway_address,
+        "adapter store": stack.store_address,
+        **dict(zip(stack.engine_names, stack.engine_addresses, strict=True)),
+        "redis": stack.redis.url,
+        **({"s3": stack.s3.endpoint} if stack.s3 is not None else {}),
+        **{f"metrics of {name}": url for name, url in stack.metrics_urls.items()},
+        "logs": str(stack.log_dir),
+    }
+    width = max(map(len, services))
+    addresses = "\n".join(f"  {name:<{width}}  {address}" for name, address in services.items())
+    body = json.dumps({"model": model, "prompt": {"text": prompt}, "stopping": {"max_tokens": 40}})
+    return f"""
+slora serves {stack.base_model}:
+
+{addresses}
+
+From Python:
+
+  from slora_client import AdapterClient, SloraClient
+
+  with SloraClient("{stack.gateway_address}") as client:
+      print(client.generate("{model}", {json.dumps(prompt)}, temperature=0, max_tokens=40).text)
+      print([entry.name for entry in client.list_models()])
+  with AdapterClient("{stack.store_address}") as store:
+      store.upload("my-adapter", "directory/of/a/peft/adapter")
+
+From a shell:
+
+  buf curl --protocol grpc --http2-prior-knowledge -d {shlex.quote(body)} \\
+    http://{stack.gateway_address}/slora.gateway.v1.InferenceService/Generate
+
+Ctrl-C or `make down` stops it.
+"""
+
+
+def _state_name(checkpoint: Path) -> str:
+    """Tells checkpoints apart: the adapters of one are not those of another of the same name."""
+    place = checkpoint.resolve()
+    digest = hashlib.sha256(str(place).encode() + (place / "config.json").read_bytes()).hexdigest()
+    return f"{place.name}-{digest[:12]}"
+
+
+def _pid_path(state_dir: Path) -> Path:
+    return state_dir / "up.pid"
