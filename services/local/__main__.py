@@ -18,6 +18,7 @@ from services.local.up import GATEWAY_PORT, UpRequest, run_down, run_up
 
 STATE_DIR = Path(".slora")
 OUT_DIR = Path("out")
+HIGHEST_PORT = 65_535
 BAD_INPUT = 2
 INTERRUPTED = 130
 
@@ -82,11 +83,13 @@ def _up(arguments: argparse.Namespace, narrator: Narrator) -> int:
     options = {}
     for option in arguments.engine_option:
         name, separator, value = option.partition("=")
-        if not separator:
+        if not (name and separator):
             raise BadInput(f"--engine-option {option} is not NAME=VALUE")
         options[name.replace("-", "_")] = value
     if arguments.engines < 1:
         raise BadInput(f"--engines {arguments.engines}: at least one is needed")
+    if not 0 <= arguments.port <= HIGHEST_PORT:
+        raise BadInput(f"--port {arguments.port}: a port is a number up to {HIGHEST_PORT}, and 0 takes a free one")
     request = UpRequest(
         arguments.state_dir, arguments.checkpoint, arguments.adapters, arguments.port, arguments.engines, options
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from pathlib import Path
 TETHER = Path(__file__).with_name("tether.py")
 LOG_BYTES_KEPT = 16 * 2**20
 _POLL_SECONDS = 0.02
+_USAGE_ERROR = re.compile(r"([\w-]+): error: (.+)")
 
 
 class StartFailed(RuntimeError):  # noqa: N818 - it says what happened
@@ -91,8 +93,10 @@ def log_tail(path: Path, num_lines: int = 15) -> str:
 
 
 def last_words(path: Path) -> str:
-    """The message of the last error in a log of JSON lines; empty if there is none."""
+    """The last error in a log of JSON lines, or what argparse had to say of the command line; empty if there is none."""
     for line in reversed(_last_lines(path)):
+        if usage_error := _USAGE_ERROR.fullmatch(line):
+            return ": ".join(usage_error.groups())
         with contextlib.suppress(ValueError):
             entry = json.loads(line)
             if isinstance(entry, dict) and entry.get("level") in ("ERROR", "CRITICAL"):

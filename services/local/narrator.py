@@ -43,8 +43,8 @@ class Narrator:
         self.console.print(f"\n[bold]{text}[/bold]")
 
     def line(self, text: str) -> None:
-        """One line; rich's markup is not read in it."""
-        self.console.print(text, markup=False)
+        """The text as it is: rich reads nothing into it, and what is to be copied from it is not broken into lines."""
+        self.console.print(text, markup=False, emoji=False, soft_wrap=True)
 
     @contextmanager
     def task(self, title: str, total: int) -> Iterator[Task]:

@@ -21,39 +21,40 @@ _POLL_SECONDS = 0.05
 def claimed(path: Path) -> Iterator[None]:
     """Holds the pid file for the length of the block; raises BadInput if another process holds it.
 
-    What counts is a lock on the file, which the kernel lets go when its holder dies in whatever way: a file left
-    behind by a crash, or a process id given to another process since, deceives nobody.
+    What counts is a lock on the file, which the kernel lets go when its holder dies in whatever way: an id left
+    behind by a crash, or given to another process since, deceives nobody. The file is emptied at the end and stays:
+    were it removed, one process could lock the file that was there and another the one that is there now.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+", encoding="ascii") as file:
-        if not _lock(file):
-            raise BadInput(f"already running as process {_pid_in(file)}; `make down` stops it")
+        holder = _lock_or_holder(file)
+        if holder is not None:
+            raise BadInput(f"already running as process {holder}; `make down` stops it")
         file.truncate(0)
         file.write(f"{os.getpid()}\n")
         file.flush()
         try:
             yield
         finally:
-            path.unlink(missing_ok=True)
+            file.truncate(0)
 
 
 def stop_running(path: Path, timeout_seconds: float) -> int | None:
     """Stops the process that holds the pid file: SIGTERM, and SIGKILL after `timeout_seconds`.
 
-    Returns its id, or None if nobody holds the file (one left behind is removed).
+    Returns its id, or None if nobody holds the file.
     """
     with contextlib.suppress(FileNotFoundError), path.open("r+", encoding="ascii") as file:
-        if _lock(file):
-            path.unlink(missing_ok=True)
+        pid = _lock_or_holder(file)
+        if pid is None:
             return None
-        pid = _pid_in(file)
         for number, seconds in ((signal.SIGTERM, timeout_seconds), (signal.SIGKILL, 5.0)):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
             deadline = time.monotonic() + seconds
             while time.monotonic() < deadline:
                 if _lock(file):
-                    path.unlink(missing_ok=True)
+                    file.truncate(0)
                     return pid
                 time.sleep(_POLL_SECONDS)
         raise TimeoutError(f"process {pid} does not end, not even by SIGKILL")
@@ -68,9 +69,12 @@ def _lock(file: IO[str]) -> bool:
     return True
 
 
-def _pid_in(file: IO[str]) -> int:
-    # Its owner locks first and writes then; there is a moment in which the file is empty.
+def _lock_or_holder(file: IO[str]) -> int | None:
+    """Locks the file and returns None, or returns the id of the process that has locked it."""
+    # It locks first and writes then; there is a moment in which the file is empty, and another when it ends.
     for _ in range(20):
+        if _lock(file):
+            return None
         file.seek(0)
         with contextlib.suppress(ValueError):
             return int(file.read())

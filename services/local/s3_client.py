@@ -12,7 +12,7 @@ import boto3
 from botocore.config import Config
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
-_URI = re.compile(r"s3://(?P<bucket>[^/]+)/?(?P<prefix>.*)")
+_URI = re.compile(r"s3://(?P<bucket>[A-Za-z0-9._-]+)(?:/(?P<prefix>.*))?")
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class S3Place:
         found = _URI.fullmatch(uri)
         if found is None:
             raise ValueError(f"{uri} is not of the form s3://bucket/prefix")
-        prefix = found["prefix"].strip("/")
+        prefix = (found["prefix"] or "").strip("/")
         return cls(found["bucket"], f"{prefix}/" if prefix else "")
 
     @property
@@ -41,13 +41,18 @@ class S3Place:
         return S3Place(self.bucket, f"{self.prefix}{name}/")
 
 
+def named_endpoint(environment: Mapping[str, str]) -> str | None:
+    """The URL of the S3 service that the environment names; None is AWS itself."""
+    return environment.get("AWS_ENDPOINT_URL_S3") or environment.get("AWS_ENDPOINT_URL")
+
+
 class S3Client:
     """An S3 service named by the environment variables of AWS clients (endpoint, keys, region)."""
 
     def __init__(self, environment: Mapping[str, str]) -> None:
         self._client: Any = boto3.client(
             "s3",
-            endpoint_url=environment.get("AWS_ENDPOINT_URL_S3") or environment.get("AWS_ENDPOINT_URL"),
+            endpoint_url=named_endpoint(environment),
             aws_access_key_id=environment.get("AWS_ACCESS_KEY_ID"),
             aws_secret_access_key=environment.get("AWS_SECRET_ACCESS_KEY"),
             aws_session_token=environment.get("AWS_SESSION_TOKEN"),

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import shlex
-import signal
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,10 +14,12 @@ from services.local.adapter_sources import AdapterSource, bring_adapters, find_a
 from services.local.checkpoint import BadInput, open_checkpoint
 from services.local.narrator import Narrator
 from services.local.pid_file import claimed, stop_running
+from services.local.s3_client import S3Place, named_endpoint
 from services.local.stack import LocalStack, Options
 
 GATEWAY_PORT = 50051
 STOP_SECONDS = 60.0
+_NAP_SECONDS = 1.0
 _BUCKET = "adapters"
 _MOST_REFUSALS_SHOWN = 10
 
@@ -55,7 +57,7 @@ def _serve(request: UpRequest, narrator: Narrator) -> None:
     checkpoint, sources, example_prompt = _what_to_serve(request, narrator)
     in_s3 = next((source.s3_place for source in sources if source.s3_place is not None), None)
     stack = LocalStack(
-        request.state_dir / "up" / _state_name(checkpoint),
+        request.state_dir / "up" / _state_name(checkpoint, in_s3),
         checkpoint,
         num_engines=request.num_engines,
         gateway_port=request.gateway_port,
@@ -75,7 +77,8 @@ def _serve(request: UpRequest, narrator: Narrator) -> None:
         names = [name for source in sources for name in source.names]
         narrator.line(how_to_call(stack, names[0] if names else stack.base_model, example_prompt))
         while True:
-            signal.pause()
+            # Not signal.pause(): it would sleep through a signal that comes just before it.
+            time.sleep(_NAP_SECONDS)
     finally:
         with narrator.task("Stopping", total=1):
             stack.stop()
@@ -151,10 +154,11 @@ Ctrl-C or `make down` stops it.
 """
 
 
-def _state_name(checkpoint: Path) -> str:
-    """Tells checkpoints apart: the adapters of one are not those of another of the same name."""
+def _state_name(checkpoint: Path, in_s3: S3Place | None) -> str:
+    """Tells apart what must not share a catalogue: checkpoints, also of the same name, and where adapters' files are."""
     place = checkpoint.resolve()
-    digest = hashlib.sha256(str(place).encode() + (place / "config.json").read_bytes()).hexdigest()
+    named = [str(place)] + ([in_s3.uri, named_endpoint(os.environ) or ""] if in_s3 else [])
+    digest = hashlib.sha256("\n".join(named).encode() + (place / "config.json").read_bytes()).hexdigest()
     return f"{place.name}-{digest[:12]}"
 
 
