@@ -1,7 +1,11 @@
 """What the scheduler asks of the device for one step, and what comes back. Plain values, no tensors.
 
 The scheduler makes a `StepPlan`, the runner (services.engine.execution) carries it out and answers with one
-`SampledToken` for each chunk that has a `sample`.
+`SampledToken` for each chunk that has a `sample`. A step may be planned and submitted while the one before it is still
+being computed; what it needs of that one's outcome, the runner takes from the device.
+
+Nobody changes one of these once it is made. Those that a step has hundreds of are not frozen all the same: a frozen
+dataclass takes four times as long to make.
 """
 
 from __future__ import annotations
@@ -14,8 +18,12 @@ from services.engine.messages import SamplingParams
 BASE_SLOT = -1
 """The adapter slot of a sequence without an adapter: it costs nothing."""
 
+PENDING_TOKEN = -1
+"""As the only token of a chunk: the token that the step before this one draws for the same sequence. It was not known
+when the step was planned; the runner takes it from the device."""
 
-@dataclass(frozen=True, slots=True)
+
+@dataclass(slots=True)
 class SampleRequest:
     """How to draw the token that follows a chunk. The runner only reads the sequences it is handed."""
 
@@ -24,11 +32,16 @@ class SampleRequest:
     # preemption they stay as they are: output_ids are the generated tokens, wherever they are recomputed.
     prompt_ids: Sequence[int]
     output_ids: Sequence[int]
+    # How many output tokens come before the one to draw, those that are drawn but not yet in output_ids included. With
+    # the seed it names the random number, so that a sequence gives the same tokens however its steps are planned.
+    place: int
+    # How many of them are not yet in output_ids (0 or 1). True when the step is submitted, as are the lists.
+    num_pending: int = 0
     # Tokens that must not be drawn now: end-of-sequence and stop ids before min_tokens is reached.
     forbidden_ids: tuple[int, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class ScheduledChunk:
     """The tokens of one sequence to compute in this step: one token in decode, more in (chunked) prefill."""
 
@@ -56,7 +69,7 @@ class StepPlan:
         return sum(len(chunk.token_ids) for chunk in self.chunks)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class SampledToken:
     """The token drawn for a sequence. Log-probabilities are of the raw logits, natural logarithm."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
 from services.common.errors import Reason, SloraError
 from services.engine.adapters.device import AdapterDevice
@@ -38,7 +38,10 @@ class CoreFault(RuntimeError):  # noqa: N818 - a state of the core, not an error
     """The core cannot trust its state, or cannot get on: its process has to end."""
 
 
-class Runner(Protocol):
+HandleT = TypeVar("HandleT")
+
+
+class Runner(Protocol[HandleT]):
     """What carries steps out; `services.engine.execution.model_runner.ModelRunner`."""
 
     @property
@@ -61,15 +64,29 @@ class Runner(Protocol):
     def eos_token_ids(self) -> frozenset[int]:
         """Tokens that end a sequence."""
 
-    def execute(self, plan: StepPlan) -> list[SampledToken]:
-        """Computes a step; one token for each chunk with a `sample`."""
+    @property
+    def max_in_flight(self) -> int:
+        """Steps that may be submitted and not collected: 1, or 2 to plan one while the device computes another."""
+
+    def submit(self, plan: StepPlan) -> HandleT:
+        """Begins a step, or computes it; what names it in `collect`.
+
+        With `max_in_flight` 2 the step before it may not be collected yet, and chunks may have PENDING_TOKEN. If this
+        raises, nothing of the step will touch the pool any more, and earlier steps are as they were.
+        """
+
+    def collect(self, handle: HandleT) -> list[SampledToken]:
+        """Waits for a step; one token for each chunk with a `sample`. Each handle once, in the order of `submit`.
+
+        If this raises, the step is over all the same: the device touches nothing that it named.
+        """
 
 
 class EngineCore:
     """`handle` messages, then `step`, for ever; `needs_event` says when there is nothing to do but wait."""
 
     def __init__(
-        self, settings: EngineSettings, runner: Runner, source: AdapterSource, wake: Callable[[], None]
+        self, settings: EngineSettings, runner: Runner[Any], source: AdapterSource, wake: Callable[[], None]
     ) -> None:
         """`wake` is called, on another thread, when a load has news: `step` again."""
         pool = runner.pool_config
@@ -153,7 +170,7 @@ class EngineCore:
     def _compute(self, plan: StepPlan) -> list[TokenEvent]:
         """Carries a step out. If that fails, so do its sequences, and no other."""
         try:
-            tokens = self._scheduler.commit(plan, self._runner.execute(plan))
+            tokens = self._scheduler.commit(plan, self._runner.collect(self._runner.submit(plan)))
         except PageIntegrityError:
             raise
         except Exception as error:

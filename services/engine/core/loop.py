@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import socket
+from typing import Any
 
 from services.engine.adapters.source import AdapterSource
 from services.engine.config import EngineSettings
@@ -15,7 +16,7 @@ from services.engine.memory.page_allocator import PageIntegrityError
 logger = logging.getLogger(__name__)
 
 
-def run_core(settings: EngineSettings, runner: Runner, source: AdapterSource, sock: socket.socket) -> int:
+def run_core(settings: EngineSettings, runner: Runner[Any], source: AdapterSource, sock: socket.socket) -> int:
     """Serves the frontend at the other end of `sock` until it ends; the process's exit code.
 
     The code is 0 when the frontend ended, FAULT_EXIT_CODE when the core had to: what it would say next could be wrong.

@@ -28,6 +28,9 @@ class ModelRunner:
     Only `adapter_device.install` may be called from another thread while a step runs.
     """
 
+    # A step is computed where it is submitted.
+    max_in_flight = 1
+
     def __init__(self, settings: EngineSettings) -> None:
         """Loads the checkpoint and allocates the pool. Raises CheckpointError, or ValueError for unusable settings."""
         if settings.num_threads > 0:
@@ -57,7 +60,7 @@ class ModelRunner:
         )
 
     @torch.inference_mode()
-    def execute(self, plan: StepPlan) -> list[SampledToken]:
+    def submit(self, plan: StepPlan) -> list[SampledToken]:
         """Computes a step: KV of all its tokens is in the pool afterwards.
 
         Returns one entry for each chunk with a `sample`, in the plan's order; one whose logits are not finite carries
@@ -68,6 +71,14 @@ class ModelRunner:
         if not sampled:
             return []
         return sample_tokens(logits, [request for _, request in sampled], [number for number, _ in sampled])
+
+    def collect(self, handle: list[SampledToken]) -> list[SampledToken]:
+        """What `submit` returned: it has the outcome already."""
+        return handle
+
+    def execute(self, plan: StepPlan) -> list[SampledToken]:
+        """`submit` and `collect` in one."""
+        return self.collect(self.submit(plan))
 
 
 def _pool_config(config: ModelConfig, settings: EngineSettings) -> PoolConfig:

@@ -40,7 +40,7 @@ def sample_tokens(
     if drawn:
         rows = torch.tensor(drawn, device=logits.device)
         picked = scores if len(drawn) == len(params) else scores.index_select(0, rows)
-        places = [len(requests[i].output_ids) for i in drawn]
+        places = [requests[i].place for i in drawn]
         uniform = torch.from_numpy(uniforms([params[i].seed for i in drawn], places)).to(logits.device)
         tokens = tokens.index_copy(0, rows, _draw(picked, [params[i] for i in drawn], uniform))
     logprobs = _logprobs(logits, params, tokens)

@@ -59,7 +59,6 @@ class Sequence:
     # KV of so many tokens is in the pages.
     num_computed: int = 0
     adapter_slot: int = BASE_SLOT
-    _sample_request: SampleRequest | None = None
 
     @classmethod
     def of(cls, request: Generate, arrival: int, max_model_len: int, eos_token_ids: frozenset[int]) -> Sequence:
@@ -108,24 +107,19 @@ class Sequence:
         return pages
 
     def sample_request(self) -> SampleRequest:
-        """How to draw its next token. One object serves many steps: it refers to the lists that grow."""
-        if self._sample_request is None:
-            early = len(self.output_ids) < self.request.stop.min_tokens
-            self._sample_request = SampleRequest(
-                self.request.sampling,
-                self.request.prompt_ids,
-                self.output_ids,
-                tuple(sorted(self.stop_ids)) if early else (),
-            )
-        return self._sample_request
+        """How to draw its next token; it refers to the lists that grow."""
+        place = len(self.output_ids)
+        early = place < self.request.stop.min_tokens
+        forbidden_ids = tuple(sorted(self.stop_ids)) if early else ()
+        return SampleRequest(
+            self.request.sampling, self.request.prompt_ids, self.output_ids, place, forbidden_ids=forbidden_ids
+        )
 
     def append(self, token_id: int) -> Finish | None:
         """Takes the token that was drawn; how the sequence ends with it, None if it goes on."""
         self.token_ids.append(token_id)
         self.output_ids.append(token_id)
         num_output, min_tokens = len(self.output_ids), self.request.stop.min_tokens
-        if num_output == min_tokens:
-            self._sample_request = None  # from here on nothing is forbidden
         if token_id in self.stop_ids and num_output > min_tokens:
             return Finish("stop", token_id)
         if num_output >= self.max_tokens:

@@ -91,7 +91,7 @@ def test_recomputing_after_preemption_goes_on_as_before(runner: ModelRunner, rng
 def test_results_come_in_the_plans_order(runner: ModelRunner, rng: random.Random) -> None:
     chunks = []
     for number, length in enumerate([1, 1, 9, 1, 30, 2]):
-        sample = None if number == 4 else SampleRequest(GREEDY, prompt_of(rng, length), [])
+        sample = None if number == 4 else SampleRequest(GREEDY, prompt_of(rng, length), [], 0)
         pages = [number * 2, number * 2 + 1]
         chunks.append(ScheduledChunk(100 + number, prompt_of(rng, length), 0, pages, -1, sample))
     results = runner.execute(StepPlan(tuple(chunks)))
@@ -100,7 +100,7 @@ def test_results_come_in_the_plans_order(runner: ModelRunner, rng: random.Random
 
 
 def chunk(**changes: Any) -> ScheduledChunk:
-    return replace(ScheduledChunk(1, [1, 2, 3], 0, [0], -1, SampleRequest(GREEDY, [1, 2, 3], [])), **changes)
+    return replace(ScheduledChunk(1, [1, 2, 3], 0, [0], -1, SampleRequest(GREEDY, [1, 2, 3], [], 0)), **changes)
 
 
 @pytest.mark.parametrize(

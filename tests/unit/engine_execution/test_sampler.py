@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -35,7 +36,7 @@ def rng() -> random.Random:
 
 
 def request(prompt: list[int] | None = None, output: list[int] | None = None, **params: Any) -> SampleRequest:
-    return SampleRequest(SamplingParams(**params), prompt or [1], output or [])
+    return SampleRequest(SamplingParams(**params), prompt or [1], output or [], len(output or []))
 
 
 def sample(logits: torch.Tensor, requests: list[SampleRequest]) -> list[SampledToken]:
@@ -182,6 +183,8 @@ def test_a_row_is_drawn_alike_in_any_company(rng: random.Random) -> None:
 def test_a_seed_gives_other_numbers_at_other_places() -> None:
     logits = torch.zeros(1, 100_000)
     tokens = [sample(logits, [request(output=[5] * n, seed=9)])[0].token_id for n in range(50)]
+    pending = [replace(request(seed=9), place=n) for n in range(50)]
+    assert tokens == [sample(logits, [one])[0].token_id for one in pending], "also of tokens that are not known yet"
     assert len(set(tokens)) > 45
     assert tokens == [sample(logits, [request(output=[7] * n, seed=9)])[0].token_id for n in range(50)]
 
@@ -207,7 +210,7 @@ def test_forbidden_ids_are_never_drawn(rng: random.Random) -> None:
     for temperature in (0.0, 1.0):
         for seed in range(50):
             params = SamplingParams(temperature=temperature, seed=seed, num_logprobs=10)
-            result = sample(logits, [SampleRequest(params, [1], [], forbidden_ids=(best, 0))])[0]
+            result = sample(logits, [SampleRequest(params, [1], [], 0, forbidden_ids=(best, 0))])[0]
             assert result.token_id not in (best, 0)
             # Log-probabilities are the model's own.
             assert result.top[0][0] == best
@@ -249,7 +252,7 @@ def test_logits_that_are_not_finite_give_an_error_for_their_row_only(bad: float,
 
 
 def test_nothing_left_is_an_error() -> None:
-    forbid_all = SampleRequest(SamplingParams(temperature=1.0), [1], [], forbidden_ids=(0, 1, 2))
+    forbid_all = SampleRequest(SamplingParams(temperature=1.0), [1], [], 0, forbidden_ids=(0, 1, 2))
     assert sample(torch.zeros(1, 3), [forbid_all])[0].error is not None
     overflow = request([0], [1], temperature=1.0, repetition_penalty=1e-38)
     result = sample(torch.full((1, 3), 30.0), [overflow])[0]
