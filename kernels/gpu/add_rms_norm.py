@@ -1,0 +1,58 @@
+"""A residual addition and the normalisation that follows it, in one pass.
+
+Semantics: `hidden += branch` (where there is a branch), then `y = hidden / sqrt(mean(hidden^2) + eps) * weight`, the
+mean over the last dimension; sums in float32, `hidden` rounded to its type before it is normalised, as separate ops
+would.
+
+Shapes: hidden and branch `[num_tokens, size]` with a contiguous last dimension, weight `[size]`, y `[num_tokens, size]`
+contiguous. Source: Zhang and Sennrich 2019, arXiv 1910.07467.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _kernel(
+    hidden, branch, weight, out, hidden_stride, branch_stride, eps,
+    SIZE: tl.constexpr, BLOCK: tl.constexpr, HAS_BRANCH: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    inside = columns < SIZE
+    x = tl.load(hidden + token * hidden_stride + columns, mask=inside, other=0.0)
+    if HAS_BRANCH:
+        added = tl.load(branch + token * branch_stride + columns, mask=inside, other=0.0)
+        x = (x.to(tl.float32) + added.to(tl.float32)).to(x.dtype)
+        tl.store(hidden + token * hidden_stride + columns, x, mask=inside)
+    values = x.to(tl.float32)
+    scale = 1.0 / tl.sqrt(tl.sum(values * values, axis=0) / SIZE + eps)
+    # Rounded before the weight, as transformers does.
+    normed = (values * scale).to(x.dtype).to(tl.float32)
+    gain = tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + token * SIZE + columns, (normed * gain).to(x.dtype), mask=inside)
+
+
+def add_rms_norm(hidden: torch.Tensor, branch: torch.Tensor | None, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """Adds `branch` to `hidden` in place and returns `hidden` normalised, a new tensor."""
+    num_tokens, size = hidden.shape
+    out = torch.empty((num_tokens, size), dtype=hidden.dtype, device=hidden.device)
+    block = triton.next_power_of_2(size)
+    _kernel[(num_tokens,)](
+        hidden,
+        hidden if branch is None else branch,
+        weight,
+        out,
+        hidden.stride(0),
+        0 if branch is None else branch.stride(0),
+        eps,
+        SIZE=size,
+        BLOCK=block,
+        HAS_BRANCH=branch is not None,
+        # 16 bytes a thread of a half type: one wide load each, and a row is done by one program.
+        num_warps=max(1, min(16, block // 256)),
+    )
+    return out
