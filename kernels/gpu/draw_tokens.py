@@ -33,8 +33,7 @@ def _distances(row, begin, best, temperature, columns, VOCAB: tl.constexpr):
 def _measure(row, best, temperature, cut, columns, VOCAB: tl.constexpr, BLOCK: tl.constexpr):
     """How many tokens are kept at `cut`, and the sum of their weights."""
     count = 0
-    weight = 0.0
-    weight = weight.to(tl.float64)
+    weight = tl.full([], 0.0, tl.float64)
     for begin in range(0, VOCAB, BLOCK):
         d = _distances(row, begin, best, temperature, columns, VOCAB)
         kept = d.to(tl.int32, bitcast=True) <= cut

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from kernels.lora_plan import LoraPlan, ModuleGroup, RowsPlan, SegmentPlan, plan_rows, plan_segments
 from services.engine.execution.adapter_device import PagedAdapterDevice
+from services.engine.execution.forward_batch import LayerLora
 from services.engine.memory.pool import Pool
-from services.engine.model.forward_batch import LayerLora
 
 Rows = tuple[RowsPlan | None, ...]
 Segments = tuple[tuple[SegmentPlan, ...], ...]
@@ -88,7 +88,7 @@ class LoraBatch:
             if segment_key not in self._segments:
                 self._segments[segment_key] = self._plan_segments(layer)
             parts = zip(self._groups, self._rows[row_key], self._segments[segment_key], strict=True)
-            plans = LayerLora(*(self._join(group, rows, segments) for group, rows, segments in parts))
+            plans = tuple(self._join(group, rows, segments) for group, rows, segments in parts)
             self._layers[row_key, segment_key] = plans
         return plans
 

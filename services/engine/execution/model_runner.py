@@ -12,11 +12,13 @@ from services.engine.execution.adapter_device import PagedAdapterDevice
 from services.engine.execution.lora_batch import LoraPlanner
 from services.engine.execution.sampler import sample_tokens
 from services.engine.execution.step_batch import StepBatchBuilder
+from services.engine.execution.torch_step import TorchStep
 from services.engine.memory.pool import Pool
 from services.engine.model.checkpoint import Checkpoint
 from services.engine.model.config import ModelConfig, load_model_config
 from services.engine.model.decoder import Decoder
-from services.engine.model.forward_batch import module_groups
+from services.engine.model.rope import rope_table
+from services.engine.model.step_ops import module_groups
 from services.engine.step import SampledToken, StepPlan
 
 logger = logging.getLogger(__name__)
@@ -43,7 +45,9 @@ class ModelRunner:
         self.eos_token_ids = self.config.eos_token_ids
         self.pool_config = _pool_config(self.config, settings)
         checkpoint = Checkpoint(directory, self.config.dtype)
-        self._decoder = Decoder(self.config, checkpoint, self.max_model_len, device)
+        self._decoder = Decoder(self.config, checkpoint, device)
+        head_dim, dtype = self.config.head_dim, self.config.dtype
+        self._rope = rope_table(self.config.rope, head_dim, self.max_model_len, dtype).to(device)
         self._pool = Pool(self.pool_config, self.config.dtype, device)
         groups = module_groups(self.config)
         self.adapter_device = PagedAdapterDevice(self._pool, groups, settings.max_adapters)
@@ -66,7 +70,8 @@ class ModelRunner:
         Returns one entry for each chunk with a `sample`, in the plan's order; one whose logits are not finite carries
         an error. Raises ValueError for a plan that leaves the pool, the vocabulary or the model's length.
         """
-        logits = self._decoder.forward(self._batches.build(plan), self._pool)
+        step = TorchStep(self.config, self._batches.build(plan), self._pool, self._rope)
+        logits = self._decoder.forward(step).float()
         sampled = [(chunk.sequence_id, chunk.sample) for chunk in plan.chunks if chunk.sample is not None]
         if not sampled:
             return []

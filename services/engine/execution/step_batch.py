@@ -1,4 +1,4 @@
-"""Turns a StepPlan into the decoder's tensors, once a step."""
+"""Turns a StepPlan into the tensors of a `TorchStep`, once a step."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ import torch
 from kernels.kv_write import kv_rows
 from kernels.paged_attention import DecodeAttention, plan_decode
 from kernels.prefill_attention import plan_prefill
+from services.engine.execution.forward_batch import ForwardBatch
 from services.engine.execution.lora_batch import LoraPlanner, TokenAdapters
 from services.engine.memory.pool import Pool
 from services.engine.model.config import ModelConfig
-from services.engine.model.forward_batch import ForwardBatch
 from services.engine.step import BASE_SLOT, ScheduledChunk, StepPlan
 
 Integers = npt.NDArray[np.int64]
