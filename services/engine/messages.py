@@ -122,6 +122,8 @@ class CoreLoad(msgspec.Struct, frozen=True):
     num_adapter_hits_total: int = 0
     num_adapter_misses_total: int = 0
     num_adapter_load_failures_total: int = 0
+    # Time in which a step was planned, computed or taken in; where two overlap it counts once, so that this over the
+    # number of steps is the time from one to the next.
     step_seconds_total: float = 0.0
 
 

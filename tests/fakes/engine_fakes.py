@@ -14,7 +14,7 @@ import threading
 import time
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from services.common.errors import Reason, SloraError
 from services.engine.adapters.layout import AdapterLayout
@@ -22,7 +22,7 @@ from services.engine.adapters.load_job import Grant, LoadEnded, LoadEvent, LoadI
 from services.engine.adapters.source import AdapterManifest, FetchCancelled
 from services.engine.config import PoolConfig
 from services.engine.messages import Adapter, Generate, SamplingParams, StopParams
-from services.engine.step import BASE_SLOT, SampledToken, ScheduledChunk, StepPlan
+from services.engine.step import BASE_SLOT, PENDING_TOKEN, SampledToken, ScheduledChunk, StepPlan
 
 VOCAB_SIZE = 101
 EOS = 0
@@ -91,8 +91,23 @@ def layout_of(digest: str, num_pages: int, page_elems: int, dtype: str = "float3
     return AdapterLayout(digest, dtype, 1, NUM_LAYERS, num_pages * page_elems, ((),) * NUM_LAYERS)
 
 
+@dataclass
+class SubmittedStep:
+    """A step in flight, as it was when it was submitted."""
+
+    chunks: list[ScheduledChunk]
+    # Sequences of which a step before was not computed: what comes of them is void.
+    spoiled: set[int] = field(default_factory=set)
+
+
+def _frozen(chunk: ScheduledChunk) -> ScheduledChunk:
+    """A copy without the lists that go on growing."""
+    sample = chunk.sample and replace(chunk.sample, output_ids=tuple(chunk.sample.output_ids))
+    return replace(chunk, block_table=tuple(chunk.block_table), token_ids=tuple(chunk.token_ids), sample=sample)
+
+
 class FakeDevice:
-    """An `AdapterDevice` that knows which adapter's block each page holds."""
+    """An `AdapterDevice` that knows which adapter's block each page holds, and what steps in flight read."""
 
     def __init__(self, num_pages: int) -> None:
         self.contents: list[object] = [None] * num_pages
@@ -100,6 +115,7 @@ class FakeDevice:
         self.weights: dict[str, bytes] = {}
         self.num_installs = 0
         self.on_install: object = None
+        self.in_flight: list[SubmittedStep] = []
 
     def check(self, layout: AdapterLayout) -> None:
         if layout.dtype != "float32":
@@ -107,6 +123,7 @@ class FakeDevice:
 
     def install(self, slot: int, layout: AdapterLayout, pages: Sequence[int], weights: memoryview) -> None:
         assert slot not in self.installed, f"slot {slot} is taken"
+        assert not self.pages_in_flight() & set(pages), "a step in flight has a page that an adapter was given"
         if callable(self.on_install):
             self.on_install(layout.digest)
         self.weights[layout.digest] = bytes(weights)
@@ -116,7 +133,13 @@ class FakeDevice:
         self.num_installs += 1
 
     def remove(self, slot: int) -> None:
+        used = {chunk.adapter_slot for step in self.in_flight for chunk in step.chunks}
+        assert slot not in used, f"a step in flight uses slot {slot}"
         del self.installed[slot]
+
+    def pages_in_flight(self) -> set[int]:
+        """The KV pages that steps in flight name."""
+        return {page for step in self.in_flight for chunk in step.chunks for page in chunk.block_table}
 
     def digest_at(self, slot: int) -> str | None:
         """The adapter at `slot`, all of whose pages must be as they were installed."""
@@ -142,21 +165,65 @@ class FakeRunner:
     step_seconds: float = 0.0
     # Called with each plan before it is computed; may raise.
     before: object = None
+    # The same at the end of a step, before its tokens are given out.
+    after: object = None
+    max_in_flight: int = 1
     steps: list[tuple[tuple[int, int], ...]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        self._drawn: dict[int, int] = {}  # by the step before
         self.pool_config = PoolConfig(NUM_LAYERS, self.num_pages, self.tokens_per_page, 1, 4)
         self.adapter_device = FakeDevice(self.num_pages)
+        self._in_flight = self.adapter_device.in_flight
 
-    def execute(self, plan: StepPlan) -> list[SampledToken]:
+    def submit(self, plan: StepPlan) -> SubmittedStep:
+        """Keeps what the plan says now. It is computed as late as a device may: when it is collected."""
+        assert len(self._in_flight) < self.max_in_flight, "too many steps are in flight"
         self._check_shape(plan)
         if callable(self.before):
             self.before(plan)
+        step = SubmittedStep([_frozen(chunk) for chunk in plan.chunks])
+        self._check_hazards(step)
+        self._in_flight.append(step)
+        self.steps.append(tuple((c.sequence_id, len(c.token_ids)) for c in plan.chunks))
+        return step
+
+    def collect(self, step: SubmittedStep) -> list[SampledToken]:
+        assert self._in_flight[0] is step, "steps are collected in the order of submission"
+        self._in_flight.pop(0)
+        drawn, self._drawn = self._drawn, {}
         if self.step_seconds:
             time.sleep(self.step_seconds)
-        tokens = [token for chunk in plan.chunks if (token := self._compute(chunk)) is not None]
-        self.steps.append(tuple((c.sequence_id, len(c.token_ids)) for c in plan.chunks))
+        tokens = []
+        for chunk in step.chunks:
+            spoiled = chunk.sequence_id in step.spoiled
+            token = SampledToken(chunk.sequence_id, 1) if spoiled else self._compute(chunk, drawn)
+            tokens += [token] if token and chunk.sample else []
+        self._drawn = {token.sequence_id: token.token_id for token in tokens}
+        if callable(self.after):
+            self.after(step)
         return tokens
+
+    def drop(self, step: SubmittedStep) -> None:
+        """A step fails: neither its KV nor its tokens come to be."""
+        later = self._in_flight[self._in_flight.index(step) + 1 :]
+        self._in_flight.remove(step)
+        for other in later:
+            other.spoiled |= {chunk.sequence_id for chunk in step.chunks}
+
+    def execute(self, plan: StepPlan) -> list[SampledToken]:
+        return self.collect(self.submit(plan))
+
+    def _check_hazards(self, step: SubmittedStep) -> None:
+        """Pages stay with the sequence that a step in flight names with them; so do slots with their adapter."""
+        holders = {page: c.sequence_id for other in self._in_flight for c in other.chunks for page in c.block_table}
+        for chunk in step.chunks:
+            for page in chunk.block_table:
+                assert holders.get(page, chunk.sequence_id) == chunk.sequence_id, f"page {page} was given on in flight"
+            if PENDING_TOKEN in chunk.token_ids:
+                assert chunk.token_ids == (PENDING_TOKEN,)
+                last = self._in_flight[-1].chunks
+                assert any(c.sequence_id == chunk.sequence_id and c.sample for c in last), "nobody draws its token"
 
     def _check_shape(self, plan: StepPlan) -> None:
         assert plan.chunks
@@ -166,19 +233,23 @@ class FakeRunner:
         pages = [page for chunk in plan.chunks for page in chunk.block_table]
         assert len(set(pages)) == len(pages), "two sequences share a page"
 
-    def _compute(self, chunk: ScheduledChunk) -> SampledToken | None:
+    def _compute(self, chunk: ScheduledChunk, drawn: dict[int, int]) -> SampledToken | None:
         digest = self.adapter_device.digest_at(chunk.adapter_slot)
         seed = _seed_of(digest)
         link = self._read_chain(chunk, seed)
         assert chunk.token_ids
-        for position, token in enumerate(chunk.token_ids, chunk.start):
+        pending = [drawn[chunk.sequence_id]] if chunk.sample is not None and chunk.sample.num_pending else []
+        for position, token in enumerate(pending or chunk.token_ids, chunk.start):
             previous, link = link, hash((link, token, seed))
             self._write(chunk.block_table, position, (previous, link))
         if chunk.sample is None:
             return None
         sample = chunk.sample
-        assert chunk.start + len(chunk.token_ids) == len(sample.prompt_ids) + len(sample.output_ids)
-        token = _next_token(link, sample.prompt_ids, sample.output_ids, sample.forbidden_ids)
+        assert (chunk.token_ids == (PENDING_TOKEN,)) == (len(pending) == 1)
+        output = [*sample.output_ids, *pending]
+        assert sample.place == len(output)
+        assert chunk.start + len(chunk.token_ids) == len(sample.prompt_ids) + len(output)
+        token = _next_token(link, sample.prompt_ids, output, sample.forbidden_ids)
         return SampledToken(chunk.sequence_id, token)
 
     def _read_chain(self, chunk: ScheduledChunk, seed: int) -> int:

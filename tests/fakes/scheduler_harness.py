@@ -1,20 +1,31 @@
-"""A scheduler with its memory, a fake device and a scripted loader, stepped by hand and checked after every step."""
+"""A scheduler with its memory, a fake device and a scripted loader, stepped by hand and checked after every step.
+
+With `max_in_flight` 2 a step is planned and submitted while the one before it is in flight, as the core does it.
+"""
 
 from __future__ import annotations
 
 import random
 from dataclasses import dataclass, field
 
-from services.common.errors import SloraError
+from services.common.errors import Reason, SloraError
 from services.engine.adapters.residency import AdapterState, Residency
 from services.engine.config import SchedulerConfig
-from services.engine.memory.page_allocator import PageAllocator
+from services.engine.memory.page_allocator import PageAllocator, PageOwner
 from services.engine.messages import Generate, Prefetch, RequestFailed, TokenEvent
 from services.engine.scheduling import scheduler as scheduler_module
 from services.engine.scheduling.scheduler import Scheduler
 from services.engine.scheduling.sequence import Sequence, SequenceState
-from services.engine.step import StepPlan
-from tests.fakes.engine_fakes import EOS, FakeRunner, ScriptedLoader, adapter, digest_of, expected_output
+from services.engine.step import SampledToken, StepPlan
+from tests.fakes.engine_fakes import (
+    EOS,
+    FakeRunner,
+    ScriptedLoader,
+    SubmittedStep,
+    adapter,
+    digest_of,
+    expected_output,
+)
 
 
 @dataclass
@@ -28,6 +39,7 @@ class Harness:
     max_model_len: int = 64
     max_waiting: int = 1000
     max_adapters: int = 8
+    max_in_flight: int = 1
     seed: int = 0
     check: bool = True
     tokens: dict[int, list[int]] = field(default_factory=dict)
@@ -39,11 +51,16 @@ class Harness:
     requests: dict[int, Generate] = field(default_factory=dict)
     aborted: set[int] = field(default_factory=set)
     plans: list[StepPlan] = field(default_factory=list)
+    in_flight: list[tuple[StepPlan, SubmittedStep]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.rng = random.Random(self.seed)
         self.runner = FakeRunner(
-            self.num_pages, self.tokens_per_page, self.max_model_len, max_step_tokens=self.max_step_tokens
+            self.num_pages,
+            self.tokens_per_page,
+            self.max_model_len,
+            max_step_tokens=self.max_step_tokens,
+            max_in_flight=self.max_in_flight,
         )
         self.device = self.runner.adapter_device
         self.loader = ScriptedLoader(self.device, self.runner.pool_config.page_elems, self.rng)
@@ -84,38 +101,57 @@ class Harness:
     def plan(self) -> StepPlan | None:
         if not self.check:
             return self.scheduler.plan()
-        waited = {s.request_id for s in self.waiting()}
         held = {s.request_id: len(s.block_table) for s in self.running()}
         resident = {s.digest for s in self.waiting() if s.digest and self.residency.is_resident(s.digest)}
         loading = set(self.residency.loading())
         plan = self.scheduler.plan()
-        self.check_order(waited)
+        self.check_order(plan)
         self.check_nobody_was_robbed(held, resident, loading)
         self.check_whole()
         return plan
 
-    def commit(self, plan: StepPlan) -> None:
-        events = self.scheduler.commit(plan, self.runner.execute(plan))
-        for event in events:
+    def submit(self) -> StepPlan | None:
+        """Plans a step and lets it fly."""
+        plan = self.plan()
+        if plan is not None:
+            self.plans.append(plan)
+            self.in_flight.append((plan, self.runner.submit(plan)))
+        return plan
+
+    def collect(self) -> None:
+        """Takes in the oldest step in flight."""
+        plan, submitted = self.in_flight.pop(0)
+        self.commit(plan, self.runner.collect(submitted))
+
+    def abandon(self, newest: bool = False) -> None:
+        """A step in flight comes to nothing."""
+        plan, submitted = self.in_flight.pop(-1 if newest else 0)
+        self.runner.drop(submitted)
+        self.scheduler.abandon(plan, SloraError(Reason.INTERNAL, "the step failed"))
+        self.hear()
+
+    def commit(self, plan: StepPlan, tokens: list[SampledToken]) -> None:
+        for event in self.scheduler.commit(plan, tokens):
             assert event.request_id not in self.finishes
             self.tokens.setdefault(event.request_id, []).append(event.token_id)
             if event.finish is not None:
                 self.finishes[event.request_id] = event
 
     def step(self, advance: bool = True) -> bool:
-        """A whole step; False if nothing could run."""
+        """A step as the core makes it; False if nothing was submitted and nothing came back."""
         if advance:
             self.loader.advance()
-        plan = self.plan()
-        if plan is not None:
-            self.plans.append(plan)
-            self.commit(plan)
+        plan = None if self.scheduler.wants_settled else self.submit()
+        collects = bool(self.in_flight) and (plan is None or len(self.in_flight) >= self.max_in_flight)
+        if collects:
+            self.collect()
         self.hear()
+        gets_on = plan is not None or collects
         if self.check:
             self.check_whole()
-            stuck = plan is None and self.scheduler.num_open and not self.residency.num_in_flight
+            stuck = not gets_on and self.scheduler.num_open and not self.residency.num_in_flight
             assert not stuck or self.loader.num_busy or self.prefetches_only(), "nothing runs and nothing will come"
-        return plan is not None
+        return gets_on
 
     def hear(self) -> None:
         news = self.scheduler.take_news()
@@ -127,7 +163,7 @@ class Harness:
     def run(self, max_steps: int = 20000) -> None:
         """Until every request has ended."""
         for _ in range(max_steps):
-            if not self.scheduler.num_open:
+            if not self.scheduler.num_open and not self.in_flight:
                 return
             self.step()
         raise AssertionError(f"not done after {max_steps} steps: {[s.request_id for s in self.waiting()]} wait")
@@ -160,18 +196,22 @@ class Harness:
     def prefetches_only(self) -> bool:
         return not self.scheduler.num_running and not self.scheduler.num_waiting
 
-    def check_order(self, waited: set[int]) -> None:
+    def check_order(self, plan: StepPlan | None) -> None:
         """Nobody who lacks pages was passed: those behind a sequence run only if it waits for bytes.
 
         Beyond the look-ahead, those without their adapter are not looked at.
         """
-        started = [s.arrival for s in self.running() if s.request_id in waited]
-        for position, sequence in enumerate(self.waiting()):
+        let_in = {chunk.sequence_id for chunk in plan.chunks if chunk.start == 0} if plan else set()
+        started = [s for s in self.running() if s.request_id in let_in]
+        queue = sorted([*started, *self.waiting()], key=lambda s: s.arrival)
+        for position, sequence in enumerate(queue):
+            if sequence in started:
+                continue
             if position >= scheduler_module.LOOK_AHEAD and sequence not in self.scheduler._queue._ready:
                 continue
             state = AdapterState.RESIDENT if sequence.digest is None else self.residency.state(sequence.digest)
             if state in (AdapterState.RESIDENT, AdapterState.SIZED, AdapterState.LEAVING):
-                passed = [arrival for arrival in started if arrival > sequence.arrival]
+                passed = [s.arrival for s in started if s.arrival > sequence.arrival]
                 assert not passed, f"{sequence.request_id} ({state}) was passed by arrivals {passed}"
 
     def check_nobody_was_robbed(self, held: dict[int, int], resident: set[str], loading: set[str]) -> None:
@@ -186,6 +226,7 @@ class Harness:
 
     def check_whole(self) -> None:
         self.scheduler.check_integrity()
+        self.check_flight()
         for sequence in self.running():
             assert sequence.state is SequenceState.RUNNING
             assert len(sequence.block_table) * self.tokens_per_page >= sequence.num_computed
@@ -196,6 +237,19 @@ class Harness:
             assert not sequence.block_table
         ready = [s for s in self.waiting() if s.digest is None or self.residency.is_resident(s.digest)]
         assert self.scheduler._queue._ready == ready
+
+    def check_flight(self) -> None:
+        """What a step in flight names is as it was: nothing was freed, nobody else has it."""
+        holders = {page: s.request_id for s in self.running() for page in s.block_table}
+        for _, step in self.in_flight:
+            for chunk in step.chunks:
+                for page in chunk.block_table:
+                    assert self.allocator.owner(page) is PageOwner.KV, f"page {page} was freed in flight"
+                    assert holders.get(page, chunk.sequence_id) == chunk.sequence_id, f"page {page} was given on"
+                digest = self.device.digest_at(chunk.adapter_slot)
+                request = self.requests[chunk.sequence_id].adapter
+                assert digest == (request and request.digest), "the slot's adapter was changed in flight"
+                assert digest is None or digest not in dict(self.residency.idle()), "the adapter is not kept"
 
     def check_answers(self) -> None:
         """Every request that was neither refused nor aborted gave exactly the tokens it must give."""

@@ -1,10 +1,16 @@
-"""The core without its process: takes messages in, makes steps, says what happened. One thread, no clock, no socket."""
+"""The core without its process: takes messages in, makes steps, says what happened. One thread, no clock, no socket.
+
+With a runner that may have two steps in flight, the next step is planned and submitted before the one that the device
+computes is waited for: the device finds its work ready, and planning, commit and reports cost it no time.
+"""
 
 from __future__ import annotations
 
 import logging
 import time
+from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 from services.common.errors import Reason, SloraError
@@ -25,13 +31,14 @@ from services.engine.messages import (
     TokenEvent,
 )
 from services.engine.scheduling.scheduler import Scheduler
+from services.engine.scheduling.steps_in_flight import MAX_IN_FLIGHT
 from services.engine.step import SampledToken, StepPlan
 
 logger = logging.getLogger(__name__)
 
 MAX_FAILED_STEPS = 3
 """Steps that may fail one after the other. A request that trips a fault fails alone with its step; a device that is
-broken fails all of them."""
+broken fails all of them. One that was in flight when another failed is not counted: it may have failed of the same."""
 
 
 class CoreFault(RuntimeError):  # noqa: N818 - a state of the core, not an error for a caller
@@ -76,10 +83,19 @@ class Runner(Protocol[HandleT]):
         """
 
     def collect(self, handle: HandleT) -> list[SampledToken]:
-        """Waits for a step; one token for each chunk with a `sample`. Each handle once, in the order of `submit`.
+        """Waits for a step; a token for each chunk with a `sample`, in the plan's order.
 
+        It is called once for each handle, in the order of `submit`.
         If this raises, the step is over all the same: the device touches nothing that it named.
         """
+
+
+@dataclass(slots=True)
+class _SubmittedStep:
+    plan: StepPlan
+    handle: Any
+    # Another failed while it was in flight.
+    saw_failure: bool = False
 
 
 class EngineCore:
@@ -89,6 +105,8 @@ class EngineCore:
         self, settings: EngineSettings, runner: Runner[Any], source: AdapterSource, wake: Callable[[], None]
     ) -> None:
         """`wake` is called, on another thread, when a load has news: `step` again."""
+        if not 1 <= runner.max_in_flight <= MAX_IN_FLIGHT:
+            raise ValueError(f"a runner has 1 to {MAX_IN_FLIGHT} steps in flight, not {runner.max_in_flight}")
         pool = runner.pool_config
         self._runner = runner
         self._allocator = PageAllocator(pool.num_pages)
@@ -106,6 +124,7 @@ class EngineCore:
         )
         self._scheduler = Scheduler(config, self._allocator, self._residency)
         self._max_running = config.max_running
+        self._submitted: deque[_SubmittedStep] = deque()
         self._refused: list[RequestFailed] = []
         self._num_steps = 0
         self._num_failed_in_a_row = 0
@@ -132,31 +151,34 @@ class EngineCore:
             self._refused.append(RequestFailed(message.request_id, error.reason.name, error.message, error.metadata))
 
     def step(self) -> StepReport | None:
-        """Makes one step, if anything can run; what happened, None if nothing did.
+        """Submits a step, if anything can run, and takes in the oldest, once no more may be in flight or none is added.
 
-        Raises CoreFault or PageIntegrityError: the core is not to be used any more.
+        What happened; None if that is nothing yet. Raises CoreFault or PageIntegrityError: the core is not to be used
+        any more.
         """
         began = time.perf_counter()
-        plan = self._scheduler.plan()
-        tokens = [] if plan is None else self._compute(plan)
+        num_steps = self._num_steps
+        submitted = not self._scheduler.wants_settled and self._submit_next()
+        full = len(self._submitted) >= self._runner.max_in_flight
+        tokens = self._collect() if self._submitted and (full or not submitted) else []
+        settled = self._num_steps > num_steps
+        if submitted or settled:
+            self._step_seconds += time.perf_counter() - began
         news = self._scheduler.take_news()
         failures, self._refused = [*self._refused, *news.failures], []
-        if plan is None:
-            # News may have made room: only a round without any means that something has to come from outside.
-            self.needs_event = not news
-            if self.needs_event:
-                self._check_rest()
-        else:
-            self.needs_event = False
-            self._num_steps += 1
-            self._step_seconds += time.perf_counter() - began
-        if plan is None and not news and not failures:
+        # News may have made room: only a round without any means that something has to come from outside.
+        self.needs_event = not (submitted or settled or news)
+        if self.needs_event:
+            self._check_rest()
+        if not (settled or news or failures):
             return None
         return StepReport(self._load(), tokens, failures, news.loaded, news.evicted, news.prefetched)
 
     def close(self) -> bool:
-        """Drops everything and ends the loader's threads; whether every page came back."""
+        """Drops everything, waits for what is in flight, ends the loader's threads; whether every page came back."""
         self._scheduler.close()
+        while self._submitted:
+            self._collect()
         self._loader.close()
         self._scheduler.close()
         num_free, num_pages = self._allocator.num_free, self._allocator.num_pages
@@ -167,23 +189,45 @@ class EngineCore:
         logger.info("every page is back: %d of %d", num_free, num_pages)
         return True
 
-    def _compute(self, plan: StepPlan) -> list[TokenEvent]:
-        """Carries a step out. If that fails, so do its sequences, and no other."""
+    def _submit_next(self) -> bool:
+        """Plans a step and submits it; whether one is in flight now that was not."""
+        plan = self._scheduler.plan()
+        if plan is None:
+            return False
         try:
-            tokens = self._scheduler.commit(plan, self._runner.collect(self._runner.submit(plan)))
+            handle = self._runner.submit(plan)
+        except Exception as error:
+            self._fail(_SubmittedStep(plan, None), error)
+            return False
+        self._submitted.append(_SubmittedStep(plan, handle))
+        return True
+
+    def _collect(self) -> list[TokenEvent]:
+        """Waits for the oldest step and takes it in."""
+        step = self._submitted.popleft()
+        try:
+            tokens = self._scheduler.commit(step.plan, self._runner.collect(step.handle))
         except PageIntegrityError:
             raise
         except Exception as error:
-            self._num_failed_in_a_row += 1
-            logger.exception("a step of %d sequences failed", len(plan.chunks))
-            if self._num_failed_in_a_row >= MAX_FAILED_STEPS:
-                raise CoreFault(f"{MAX_FAILED_STEPS} steps failed in a row, the last with {error!r}") from error
-            failure = SloraError(Reason.INTERNAL, f"computing a step failed: {type(error).__name__}")
-            self._scheduler.fail([chunk.sequence_id for chunk in plan.chunks], failure)
-            self._scheduler.check_integrity()
+            self._fail(step, error)
             return []
+        self._num_steps += 1
         self._num_failed_in_a_row = 0
         return tokens
+
+    def _fail(self, step: _SubmittedStep, error: Exception) -> None:
+        """A step could not be submitted or computed: its sequences fail, and no other."""
+        self._num_steps += 1
+        self._num_failed_in_a_row += not step.saw_failure
+        logger.error("a step of %d sequences failed", len(step.plan.chunks), exc_info=error)
+        if self._num_failed_in_a_row >= MAX_FAILED_STEPS:
+            raise CoreFault(f"{MAX_FAILED_STEPS} steps failed in a row, the last with {error!r}") from error
+        for other in self._submitted:
+            other.saw_failure = True
+        failure = SloraError(Reason.INTERNAL, f"computing a step failed: {type(error).__name__}")
+        self._scheduler.abandon(step.plan, failure)
+        self._scheduler.check_integrity()
 
     def _check_vocabulary(self, request: Generate) -> None:
         """One bad id would fail the whole step that it is in."""

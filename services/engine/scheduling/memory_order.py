@@ -80,9 +80,13 @@ class MemoryOrder:
         """Whether a waiting sequence needs an adapter."""
         return self._queue.earliest_user(digest) is not None
 
-    def latest_idle(self) -> tuple[int, str]:
-        """When the idle adapter that is needed last is needed, and which it is; (-1, "") if none is idle."""
-        return max(((self._needed_at(digest), digest) for digest, _ in self._residency.idle()), default=(-1, ""))
+    def latest_idle(self, min_pages: int = 0) -> tuple[int, str]:
+        """When the idle adapter that is needed last is needed, and which it is; (-1, "") if none is idle.
+
+        Only those that hold `min_pages` count.
+        """
+        idle = (digest for digest, held in self._residency.idle() if held >= min_pages)
+        return max(((self._needed_at(digest), digest) for digest in idle), default=(-1, ""))
 
     def latest_loading(self) -> tuple[int, str]:
         """The same among adapters that are being loaded into their pages."""

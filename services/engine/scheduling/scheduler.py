@@ -1,6 +1,12 @@
 """Which sequences run in the next step, and with whose memory. Continuous batching; S-LoRA sections 4 and 5.
 
-The verbs: `add`, `abort` and `prefetch` between steps; `plan` makes a step, `commit` takes its outcome in.
+The verbs: `add`, `abort` and `prefetch` between steps; `plan` makes a step, `commit` takes its outcome in, `abandon`
+says that there will be none.
+
+**One step may be in flight while the next is planned.** A sequence whose next token is being drawn goes on with a
+pending token. If the token turns out to end it, what the later step computes for it is dropped. A page, a slot or a pin
+is given back only when no step in flight names it: a sequence that ends meanwhile is *leaving*, and holds what it has
+until the last such step is settled.
 
 **Order within a step.** Decodes come first, then prompts that are partly computed, then new sequences, each in arrival
 order, until `max_step_tokens`. At most so many sequences run as a step has tokens: prefill fills what decodes leave
@@ -14,15 +20,17 @@ size of its adapter is known. Waiting sequences themselves hold nothing but the 
 **Memory is taken back in reverse.** A running sequence that grows takes a free page, else an adapter's that nobody
 needs, else one from whoever of those behind it arrived last: an idle adapter is evicted, a load cancelled, a running
 sequence preempted (it keeps its tokens and computes their KV again). If nobody behind it holds anything, it is itself
-preempted.
+preempted. One that a step in flight names is not preempted: the growing sequence sits this step out, nobody is let in,
+and `wants_settled` asks that all steps in flight be settled before the next plan.
 
 **Progress.** Consider the earliest sequence that has not ended, H. Nobody may take from H. If H runs, each page that it
 needs is free, or held by someone later, from whom it is taken (at once, or when a cancelled load has let go, which
-takes no longer than one copy): so it gets on and ends. If H waits for bytes, they come, or its load fails within its
-time limit and H with it. If H lacks pages, nobody else gets any more: running sequences end or are preempted (among
-them, too, the earliest gets on), loads end, and all that is idle may be evicted for H. What could never fit was
-refused; so in the end H fits. Preemption cannot go round in circles: only earlier sequences cause it, and those are
-finitely many.
+takes no longer than one copy, or when the steps in flight are settled, at most two: with none in flight nobody is
+leaving and whoever runs may be preempted): so it gets on and ends. If H waits for bytes, they come, or its load fails
+within its time limit and H with it. If H lacks pages, nobody else gets any more: running sequences end or are preempted
+(among them, too, the earliest gets on), those that are leaving go, loads end, and all that is idle may be evicted for
+H. What could never fit was refused; so in the end H fits. Preemption cannot go round in circles: only earlier sequences
+cause it, and those are finitely many.
 """
 
 from __future__ import annotations
@@ -41,6 +49,7 @@ from services.engine.scheduling.memory_order import MemoryOrder
 from services.engine.scheduling.prefetches import Prefetches
 from services.engine.scheduling.sequence import Sequence, SequenceState, check_request
 from services.engine.scheduling.step_draft import SchedulerNews, StepDraft
+from services.engine.scheduling.steps_in_flight import MAX_IN_FLIGHT, StepsInFlight
 from services.engine.scheduling.waiting_queue import WaitingQueue
 from services.engine.step import BASE_SLOT, SampledToken, StepPlan
 
@@ -65,6 +74,8 @@ class Scheduler:
         self._prefetches = Prefetches(residency, self._order)
         self._sequences: dict[int, Sequence] = {}
         self._running: list[Sequence] = []  # in arrival order
+        self._flight = StepsInFlight(self._release)
+        self._lacks_settled = False
         self._next_arrival = 0
         self._news = SchedulerNews()
         self.num_preemptions = 0
@@ -74,7 +85,7 @@ class Scheduler:
 
     @property
     def num_running(self) -> int:
-        """Sequences that hold KV pages."""
+        """Sequences that run; those that have ended and are leaving do not."""
         return len(self._running)
 
     @property
@@ -86,6 +97,11 @@ class Scheduler:
     def num_open(self) -> int:
         """Requests that have not ended: running, waiting, and prefetches."""
         return len(self._sequences) + len(self._prefetches)
+
+    @property
+    def wants_settled(self) -> bool:
+        """Whether all steps in flight should be settled before `plan`: a sequence needs pages that only they hold."""
+        return self._lacks_settled and len(self._flight) > 0
 
     # Requests come and go.
 
@@ -118,7 +134,7 @@ class Scheduler:
             self._prefetches.add(request)
 
     def abort(self, request_id: int) -> None:
-        """Forgets a request and frees what it holds; nothing happens if it has ended."""
+        """Forgets a request and frees what it holds, as soon as nothing in flight names it; nothing if it has ended."""
         sequence = self._sequences.get(request_id)
         if sequence is not None:
             self._end(sequence)
@@ -136,7 +152,10 @@ class Scheduler:
                 self._news.failures.append(failed)
 
     def close(self) -> None:
-        """Forgets all requests, without a word, and evicts every idle adapter; loads are cancelled."""
+        """Forgets all requests, without a word, and evicts every idle adapter; loads are cancelled.
+
+        Steps in flight are still to be settled, and what they name to be evicted with another `close`.
+        """
         for request_id in [*self._sequences, *self._prefetches.ids()]:
             self.abort(request_id)
         self._residency.poll()
@@ -151,53 +170,62 @@ class Scheduler:
     # A step.
 
     def plan(self) -> StepPlan | None:
-        """The next step; None if nothing can run now: the queue is empty, or waits for loads."""
+        """The next step, in flight from here on; None if nothing can run now: all wait, for loads or steps in flight.
+
+        Raises ValueError while two steps are in flight.
+        """
+        if len(self._flight) >= MAX_IN_FLIGHT:
+            raise ValueError(f"{MAX_IN_FLIGHT} steps are in flight already")
+        self._lacks_settled = False
         self._hear_of_loads()
         draft = StepDraft(self._config.max_step_tokens)
-        for sequence in tuple(self._running):
-            if sequence.num_uncomputed == 1 and self._grow(sequence):
-                draft.add(sequence)
-        for sequence in self._running:
-            if sequence.num_uncomputed > 1 and draft.budget:
-                draft.add(sequence)
+        self._continue(draft)
         claimed = self._admit(draft)
         for request_id, error in self._prefetches.serve(claimed):
             self.fail([request_id], error)
-        return draft.plan()
+        step = draft.step()
+        if step is None:
+            return None
+        self._flight.add(step)
+        return step.plan
 
     def commit(self, plan: StepPlan, sampled: Seq[SampledToken]) -> list[TokenEvent]:
-        """Takes in what a step computed. Sequences that ended while it ran are passed over.
+        """Takes in what the oldest step in flight computed. Sequences that ended while it ran are passed over.
 
-        Raises ValueError, and changes nothing, if a token is missing or nobody asked for it.
+        Raises ValueError, and changes nothing, if it is another step or if tokens are not those asked for, in order.
         """
-        tokens = {token.sequence_id: token for token in sampled}
-        asked = {chunk.sequence_id for chunk in plan.chunks if chunk.sample is not None}
-        if tokens.keys() != asked or len(tokens) != len(sampled):
-            raise ValueError(f"tokens came for {sorted(tokens)}, asked for were {sorted(asked)}")
+        step = self._flight.oldest(plan)
+        came, asked = [token.sequence_id for token in sampled], [sequence.request_id for sequence in step.drawing]
+        if came != asked:
+            raise ValueError(f"tokens came for {came}, asked for were {asked}")
+        self._flight.settle(step)
         events = []
-        for chunk in plan.chunks:
-            sequence = self._sequences.get(chunk.sequence_id)
-            if sequence is None or sequence.state is not SequenceState.RUNNING:
+        for sequence, token in zip(step.drawing, sampled, strict=True):
+            if sequence.state is not SequenceState.RUNNING:
                 continue
-            sequence.num_computed = chunk.start + len(chunk.token_ids)
-            if chunk.sample is None:
-                continue
-            token = tokens[chunk.sequence_id]
+            sequence.num_pending -= 1
             if token.error is not None:
-                self.fail([chunk.sequence_id], SloraError(Reason.INTERNAL, token.error))
+                self.fail([sequence.request_id], SloraError(Reason.INTERNAL, token.error))
             else:
                 events.append(self._advance(sequence, token))
         return events
+
+    def abandon(self, plan: StepPlan, error: SloraError) -> None:
+        """A step in flight came to nothing: those of its sequences that have not ended fail."""
+        step = self._flight.any(plan)
+        self._flight.settle(step)
+        self.fail([s.request_id for s in step.sequences if s.state is SequenceState.RUNNING], error)
 
     def check_integrity(self) -> None:
         """Raises PageIntegrityError unless every page, slot and pin belongs to exactly who should have it."""
         self._allocator.check_integrity()
         self._residency.check_integrity()
-        pages = [page for sequence in self._running for page in sequence.block_table]
+        pages = [page for sequence in (*self._running, *self._flight.leaving) for page in sequence.block_table]
         if len(set(pages)) != len(pages) or len(pages) != self._allocator.num_kv:
-            raise PageIntegrityError(f"running sequences hold {len(pages)} pages, {self._allocator.num_kv} hold KV")
+            raise PageIntegrityError(f"sequences hold {len(pages)} pages, {self._allocator.num_kv} hold KV")
         if any(self._allocator.owner(page) is not PageOwner.KV for page in pages):
-            raise PageIntegrityError("a running sequence holds a page that is not for KV")
+            raise PageIntegrityError("a sequence holds a page that is not for KV")
+        self._flight.check_integrity(self._running)
         if len(self._running) + len(self._queue) != len(self._sequences):
             raise PageIntegrityError(
                 f"{len(self._running)} running and {len(self._queue)} waiting of {len(self._sequences)} sequences"
@@ -214,35 +242,49 @@ class Scheduler:
 
     # Memory.
 
+    def _continue(self, draft: StepDraft) -> None:
+        """Decodes, then prompts that are partly computed. Those whose last token is pending have nothing to compute."""
+        prefills = []
+        for sequence in tuple(self._running):
+            num_uncomputed = sequence.num_uncomputed
+            if num_uncomputed > 1:
+                prefills.append(sequence)
+            elif num_uncomputed and self._grow(sequence):
+                draft.add(sequence)
+        for sequence in prefills:
+            # It may have been preempted since.
+            if draft.budget and sequence.state is SequenceState.RUNNING:
+                draft.add(sequence)
+
     def _grow(self, sequence: Sequence) -> bool:
         """Sees to a page for the sequence's next token; False if it does not run in this step."""
-        if sequence.state is not SequenceState.RUNNING:
-            return False  # preempted for one before it
-        while sequence.num_computed >= len(sequence.block_table) * self._config.tokens_per_page:
+        while sequence.state is SequenceState.RUNNING:
+            if sequence.num_computed < len(sequence.block_table) * self._config.tokens_per_page:
+                return True
             pages = self._allocator.allocate(1, PageOwner.KV)
             if pages is not None:
                 sequence.block_table += pages
             elif self._order.evict_unneeded():
                 continue
-            elif self._residency.num_pages_leaving:
-                return False  # they come back soon: nobody has to lose more
-            elif not self._take_from_latest(sequence.arrival):
-                self._preempt(sequence)
+            elif self._residency.num_pages_leaving or self._flight.leaving:
+                return False  # pages come back soon: nobody has to lose more
+            elif not self._take_from_latest():
+                self._lacks_settled = True
                 return False
-        return True
+        return False  # preempted, for itself or for one before it
 
-    def _take_from_latest(self, arrival: int) -> bool:
-        """Takes back what the latest of those behind `arrival` holds; False if they hold nothing."""
+    def _take_from_latest(self) -> bool:
+        """Takes back what the latest of all holds, be it who asks; False if a step in flight names it."""
         last = self._running[-1]
-        idle_needed_at, idle = self._order.latest_idle()
+        idle_needed_at, idle = self._order.latest_idle(min_pages=1)
         loading_needed_at, loading = self._order.latest_loading()
         latest = max(last.arrival, idle_needed_at, loading_needed_at)
-        if latest <= arrival:
-            return False
         if latest == loading_needed_at:
             self._residency.cancel(loading)
         elif latest == idle_needed_at:
             self._order.evict(idle)
+        elif last.num_in_flight:
+            return False
         else:
             self._preempt(last)
         return True
@@ -258,6 +300,8 @@ class Scheduler:
         How many pages are spoken for in the end; None if a sequence lacks pages, so that none are left to give.
         """
         self._begin_loads()
+        if self._lacks_settled:
+            return None
         # A page to grow for each running sequence, lest new ones are let in only to be preempted at once. In simulated
         # runs with too small a pool this cut preemptions to a sixth and time by 3 to 6 %; half or twice as many pages
         # did worse.
@@ -311,7 +355,11 @@ class Scheduler:
 
     def _leave_running(self, sequence: Sequence, state: SequenceState) -> None:
         del self._running[bisect_left(self._running, sequence.arrival, key=_ARRIVAL)]
-        self._allocator.free(sequence.leave(state))
+        sequence.state = state
+        self._flight.let_go(sequence)
+
+    def _release(self, sequence: Sequence) -> None:
+        self._allocator.free(sequence.leave())
         if sequence.digest is not None:
             self._residency.unpin(sequence.digest)
 

@@ -7,11 +7,16 @@ from dataclasses import dataclass, field
 
 from services.common.errors import Reason, SloraError
 from services.engine.messages import Generate
-from services.engine.step import BASE_SLOT, SampleRequest
+from services.engine.step import BASE_SLOT, PENDING_TOKEN, SampleRequest, ScheduledChunk
+
+_PENDING = (PENDING_TOKEN,)
 
 
 class SequenceState(enum.Enum):
-    """Waiting sequences hold no KV pages and pin nothing; running ones do; those that have ended are forgotten."""
+    """Waiting sequences hold no KV pages and pin nothing; running ones do.
+
+    Those that have ended are forgotten; one that a step in flight names holds pages and pin until that is settled.
+    """
 
     WAITING = enum.auto()
     RUNNING = enum.auto()
@@ -56,8 +61,11 @@ class Sequence:
     output_ids: list[int] = field(default_factory=list)
     state: SequenceState = SequenceState.WAITING
     block_table: list[int] = field(default_factory=list)
-    # KV of so many tokens is in the pages.
+    # KV of so many tokens is in the pages, or will be when the steps in flight are done.
     num_computed: int = 0
+    # Steps in flight (submitted, and neither committed nor abandoned) that name it, and those that draw its next token.
+    num_in_flight: int = 0
+    num_pending: int = 0
     adapter_slot: int = BASE_SLOT
 
     @classmethod
@@ -81,8 +89,10 @@ class Sequence:
 
     @property
     def num_uncomputed(self) -> int:
-        """Tokens to compute before the next one can be drawn; 1 in decode."""
-        return len(self.token_ids) - self.num_computed
+        """Tokens to compute before the next one can be drawn; 1 in decode, 0 if the last one is pending."""
+        if self.num_pending and len(self.output_ids) + self.num_pending >= self.max_tokens:
+            return 0
+        return len(self.token_ids) + self.num_pending - self.num_computed
 
     def num_pages(self, tokens_per_page: int) -> int:
         """Pages that let a waiting sequence run: those of its tokens and of one more."""
@@ -98,22 +108,31 @@ class Sequence:
         self.block_table = block_table
         self.adapter_slot = adapter_slot
 
-    def leave(self, state: SequenceState) -> list[int]:
-        """Stops to run; gives back the pages. Its tokens stay, to be computed again."""
+    def chunk(self, max_tokens: int) -> ScheduledChunk:
+        """Its next tokens, at most so many; from here on they count as computed, and what they draw as pending."""
+        start, num_known = self.num_computed, len(self.token_ids)
+        end = min(start + max_tokens, num_known + self.num_pending)
+        # A token is pending only when all that are known are computed: then it is the one to compute.
+        token_ids = self.token_ids[start:end] if start < num_known else _PENDING
+        sample = None if end < num_known else self.sample_request()
+        self.num_computed = end
+        self.num_in_flight += 1
+        self.num_pending += sample is not None
+        return ScheduledChunk(self.request_id, token_ids, start, self.block_table, self.adapter_slot, sample)
+
+    def leave(self) -> list[int]:
+        """Gives up its pages, which no step in flight names. Its tokens stay, to be computed again."""
         pages, self.block_table = self.block_table, []
-        self.state = state
         self.num_computed = 0
         self.adapter_slot = BASE_SLOT
         return pages
 
     def sample_request(self) -> SampleRequest:
         """How to draw its next token; it refers to the lists that grow."""
-        place = len(self.output_ids)
-        early = place < self.request.stop.min_tokens
-        forbidden_ids = tuple(sorted(self.stop_ids)) if early else ()
-        return SampleRequest(
-            self.request.sampling, self.request.prompt_ids, self.output_ids, place, forbidden_ids=forbidden_ids
-        )
+        request, num_pending = self.request, self.num_pending
+        place = len(self.output_ids) + num_pending
+        forbidden_ids = tuple(sorted(self.stop_ids)) if place < request.stop.min_tokens else ()
+        return SampleRequest(request.sampling, request.prompt_ids, self.output_ids, place, num_pending, forbidden_ids)
 
     def append(self, token_id: int) -> Finish | None:
         """Takes the token that was drawn; how the sequence ends with it, None if it goes on."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from services.engine.messages import AdapterLoaded, RequestFailed
 from services.engine.scheduling.sequence import Sequence
+from services.engine.scheduling.steps_in_flight import StepInFlight
 from services.engine.step import ScheduledChunk, StepPlan
 
 
@@ -14,28 +15,24 @@ class StepDraft:
 
     def __init__(self, max_tokens: int) -> None:
         self._chunks: list[ScheduledChunk] = []
+        self._sequences: list[Sequence] = []
+        self._drawing: list[Sequence] = []
         self.budget = max_tokens
 
     def add(self, sequence: Sequence) -> None:
         """As much of `sequence` as the budget allows, which is at least one token."""
-        start = sequence.num_computed
-        end = min(start + self.budget, len(sequence.token_ids))
-        complete = end == len(sequence.token_ids)
-        self._chunks.append(
-            ScheduledChunk(
-                sequence.request_id,
-                sequence.token_ids[start:end],
-                start,
-                sequence.block_table,
-                sequence.adapter_slot,
-                sequence.sample_request() if complete else None,
-            )
-        )
-        self.budget -= end - start
+        chunk = sequence.chunk(self.budget)
+        self._chunks.append(chunk)
+        self._sequences.append(sequence)
+        if chunk.sample is not None:
+            self._drawing.append(sequence)
+        self.budget -= len(chunk.token_ids)
 
-    def plan(self) -> StepPlan | None:
+    def step(self) -> StepInFlight | None:
         """The step; None if nothing was chosen."""
-        return StepPlan(tuple(self._chunks)) if self._chunks else None
+        if not self._chunks:
+            return None
+        return StepInFlight(StepPlan(tuple(self._chunks)), self._sequences, self._drawing)
 
 
 @dataclass(slots=True)

@@ -636,7 +636,7 @@ def test_tokens_that_do_not_match_the_plan_change_nothing(fault: str) -> None:
     wrong = {"missing": tokens[1:], "extra": [*tokens, SampledToken(7, 1)], "twice": [*tokens, tokens[0]]}[fault]
     with pytest.raises(ValueError, match="asked for"):
         h.scheduler.commit(plan, wrong)
-    h.commit(plan)
+    h.commit(plan, tokens)
     h.run()
     h.check_answers()
 

@@ -2,6 +2,7 @@
 
 Every step is checked by the harness: pages and slots add up, nobody who lacks pages is passed by one behind it, the
 fake device sees each sequence's own KV and the right adapter, and something is always under way while requests wait.
+All of it holds whether steps come one by one or one is planned while another is in flight, down to the same tokens.
 """
 
 from __future__ import annotations
@@ -12,20 +13,24 @@ import time
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
 from services.common.errors import Reason, SloraError
 from services.engine.scheduling import scheduler as scheduler_module
-from services.engine.step import SampledToken
+from services.engine.step import SampledToken, StepPlan
 from tests.fakes.engine_fakes import VOCAB_SIZE, digest_of, generate
 from tests.fakes.scheduler_harness import Harness
 
 NAMES = [f"a{i}" for i in range(6)]
 SEED = random.SystemRandom().randrange(1 << 32)
 
+both_depths = pytest.mark.parametrize("max_in_flight", [1, 2])
+
 
 class SchedulerMachine(RuleBasedStateMachine):
     """Requests, aborts, prefetches, failing loads and steps in any order; at the end everything must come out right."""
+
+    max_in_flight = 1
 
     @initialize(
         num_pages=st.integers(4, 24),
@@ -54,6 +59,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             max_step_tokens=max_step_tokens,
             max_adapters=max_adapters,
             max_model_len=48,
+            max_in_flight=self.max_in_flight,
             seed=seed,
         )
         self.harness.adapters(**dict(zip(NAMES, sizes, strict=True)))
@@ -95,6 +101,19 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.harness.abort(self.next_id - back)
             self.harness.check_whole()
 
+    @precondition(lambda self: self.harness.in_flight)
+    @rule()
+    def collect(self) -> None:
+        self.harness.collect()
+        self.harness.check_whole()
+
+    @precondition(lambda self: self.harness.in_flight)
+    @rule(newest=st.booleans())
+    def break_a_step(self, newest: bool) -> None:
+        """A step in flight fails, or one could not be submitted; what it names is not computed."""
+        self.harness.abandon(newest)
+        self.harness.check_whole()
+
     @rule(name=st.sampled_from(NAMES), failing=st.booleans())
     def break_or_mend(self, name: str, failing: bool) -> None:
         digest = digest_of(name)
@@ -118,18 +137,28 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.patch.undo()
 
 
+class OverlappingMachine(SchedulerMachine):
+    """The same with a step in flight while the next one is planned."""
+
+    max_in_flight = 2
+
+
 TestSchedulerMachine = SchedulerMachine.TestCase
 TestSchedulerMachine.settings = settings(max_examples=250, stateful_step_count=30, deadline=None)
+TestOverlappingMachine = OverlappingMachine.TestCase
+TestOverlappingMachine.settings = TestSchedulerMachine.settings
 
 
+@both_depths
 @pytest.mark.parametrize("case", range(6))
-def test_batches_of_mixed_requests_in_tiny_pools(case: int) -> None:
+def test_batches_of_mixed_requests_in_tiny_pools(case: int, max_in_flight: int) -> None:
     rng = random.Random(SEED + case)
     harness = Harness(
         num_pages=rng.randint(8, 30),
         max_running=rng.randint(1, 8),
         max_step_tokens=rng.choice([1, 3, 8, 16]),
         max_adapters=rng.randint(1, 6),
+        max_in_flight=max_in_flight,
         seed=SEED,
     )
     names = [f"a{i}" for i in range(8)]
@@ -142,10 +171,11 @@ def test_batches_of_mixed_requests_in_tiny_pools(case: int) -> None:
     harness.check_empty()
 
 
-def test_two_thousand_adapters_through_a_pool_of_twenty() -> None:
+@both_depths
+def test_two_thousand_adapters_through_a_pool_of_twenty(max_in_flight: int) -> None:
     rng = random.Random(SEED)
     names = [f"a{i}" for i in range(2000)]
-    harness = Harness(num_pages=60, max_adapters=24, max_running=8, seed=SEED, check=False)
+    harness = Harness(num_pages=60, max_adapters=24, max_running=8, max_in_flight=max_in_flight, seed=SEED, check=False)
     harness.adapters(**dict.fromkeys(names, 2))
     for number, name in enumerate(rng.sample(names, len(names))):
         harness.add(generate(number, [1 + number % 50, 3], 4, name, ignore_eos=True))
@@ -161,8 +191,9 @@ def test_two_thousand_adapters_through_a_pool_of_twenty() -> None:
     harness.check_empty()
 
 
-def test_no_stream_of_others_starves_one_that_needs_a_load_and_much_memory() -> None:
-    harness = Harness(num_pages=20, max_running=6, max_step_tokens=24, seed=SEED)
+@both_depths
+def test_no_stream_of_others_starves_one_that_needs_a_load_and_much_memory(max_in_flight: int) -> None:
+    harness = Harness(num_pages=20, max_running=6, max_step_tokens=24, max_in_flight=max_in_flight, seed=SEED)
     harness.adapters(large=8, **dict.fromkeys(NAMES, 2))
     rng = random.Random(SEED)
     next_id = 0
@@ -191,8 +222,9 @@ def test_no_stream_of_others_starves_one_that_needs_a_load_and_much_memory() -> 
     harness.check_empty()
 
 
-def test_more_adapters_than_slots_are_loaded_once_a_round() -> None:
-    harness = Harness(num_pages=64, max_adapters=2, max_running=4, seed=SEED)
+@both_depths
+def test_more_adapters_than_slots_are_loaded_once_a_round(max_in_flight: int) -> None:
+    harness = Harness(num_pages=64, max_adapters=2, max_running=4, max_in_flight=max_in_flight, seed=SEED)
     harness.loader.max_ticks = 0  # manifests come in order; else a later one may be granted a slot first and lose it
     names = [f"a{i}" for i in range(10)]
     harness.adapters(**dict.fromkeys(names, 2))
@@ -205,7 +237,8 @@ def test_more_adapters_than_slots_are_loaded_once_a_round() -> None:
     harness.check_answers()
 
 
-def test_planning_and_commit_are_fast() -> None:
+@both_depths
+def test_planning_and_commit_are_fast(max_in_flight: int) -> None:
     """64 running sequences; well under a millisecond on an idle core, so the best of many is far below the bound."""
     harness = Harness(
         num_pages=4096,
@@ -219,20 +252,19 @@ def test_planning_and_commit_are_fast() -> None:
     harness.adapters(**{f"a{i}": 2 for i in range(300)})
     for i in range(1000):
         harness.add(generate(i, [1] * 64, 400, f"a{i % 300}", ignore_eos=True))
-    for _ in range(250):
-        harness.loader.advance()
-        plan = harness.scheduler.plan()
-        if plan is not None:
-            harness.scheduler.commit(plan, [SampledToken(c.sequence_id, 5) for c in plan.chunks if c.sample])
-    assert harness.scheduler.num_running == 64
     best = float("inf")
-    for _ in range(100):
+    plans: list[StepPlan] = []
+    for number in range(350):
+        harness.loader.advance()
         began = time.perf_counter()
         plan = harness.scheduler.plan()
-        assert plan is not None
-        tokens = [SampledToken(c.sequence_id, 5) for c in plan.chunks if c.sample]
-        harness.scheduler.commit(plan, tokens)
-        best = min(best, time.perf_counter() - began)
-        assert len(plan.chunks) == 64
+        plans += [plan] if plan else []
+        if plans and (plan is None or len(plans) == max_in_flight):
+            oldest = plans.pop(0)
+            harness.scheduler.commit(oldest, [SampledToken(c.sequence_id, 5) for c in oldest.chunks if c.sample])
+        if number >= 250:
+            best = min(best, time.perf_counter() - began)
+            assert plan is not None
+            assert len(plan.chunks) == 64
     assert best < 2e-3, f"{best * 1e3:.2f} ms"
     print(f"plan + commit of 64 sequences, 936 waiting: {best * 1e3:.3f} ms")

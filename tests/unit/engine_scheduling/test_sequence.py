@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from services.common.errors import Reason, SloraError
-from services.engine.scheduling.sequence import Finish, Sequence, SequenceState, check_request
+from services.engine.scheduling.sequence import Finish, Sequence, check_request
 from services.engine.step import BASE_SLOT
 from tests.fakes.engine_fakes import generate
 
@@ -78,7 +78,7 @@ def test_a_preemption_keeps_tokens_and_forgets_what_is_computed() -> None:
     s.num_computed = 3
     s.append(5)
     table = s.block_table
-    assert s.leave(SequenceState.WAITING) is table
+    assert s.leave() is table
     assert (s.token_ids, s.output_ids, s.num_computed, s.block_table) == ([1, 2, 3, 5], [5], 0, [])
     assert (s.adapter_slot, s.num_uncomputed) == (BASE_SLOT, 4)
     assert table == [4, 8], "what a step still reads is left alone"
