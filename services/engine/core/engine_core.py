@@ -129,6 +129,7 @@ class EngineCore:
         self._num_steps = 0
         self._num_failed_in_a_row = 0
         self._step_seconds = 0.0
+        self._reported = CoreLoad()
         self.needs_event = True
 
     def ready(self) -> CoreReady:
@@ -170,9 +171,12 @@ class EngineCore:
         self.needs_event = not (submitted or settled or news)
         if self.needs_event:
             self._check_rest()
-        if not (settled or news or failures):
+        load = self._load()
+        # An abort frees pages without any news: those who watch the load have to hear of that too.
+        if not (settled or news or failures) and load == self._reported:
             return None
-        return StepReport(self._load(), tokens, failures, news.loaded, news.evicted, news.prefetched)
+        self._reported = load
+        return StepReport(load, tokens, failures, news.loaded, news.evicted, news.prefetched)
 
     def close(self) -> bool:
         """Drops everything, waits for what is in flight, ends the loader's threads; whether every page came back."""
