@@ -94,8 +94,8 @@ class Runner(Protocol[HandleT]):
 class _SubmittedStep:
     plan: StepPlan
     handle: Any
-    # Another failed while it was in flight.
-    saw_failure: bool = False
+    # Another failed while it was in flight, and was counted.
+    excused: bool = False
 
 
 class EngineCore:
@@ -223,12 +223,13 @@ class EngineCore:
     def _fail(self, step: _SubmittedStep, error: Exception) -> None:
         """A step could not be submitted or computed: its sequences fail, and no other."""
         self._num_steps += 1
-        self._num_failed_in_a_row += not step.saw_failure
         logger.error("a step of %d sequences failed", len(step.plan.chunks), exc_info=error)
+        if not step.excused:
+            self._num_failed_in_a_row += 1
+            for other in self._submitted:
+                other.excused = True
         if self._num_failed_in_a_row >= MAX_FAILED_STEPS:
             raise CoreFault(f"{MAX_FAILED_STEPS} steps failed in a row, the last with {error!r}") from error
-        for other in self._submitted:
-            other.saw_failure = True
         failure = SloraError(Reason.INTERNAL, f"computing a step failed: {type(error).__name__}")
         self._scheduler.abandon(step.plan, failure)
         self._scheduler.check_integrity()
