@@ -10,7 +10,7 @@ bit: 31 passes over a row, which stays in the cache; no sort, whatever the param
 
 Shapes: scores float32 `[num_rows, vocab_size]`, -inf for what may not be drawn, at least one finite a row; params
 float32 `[4, num_drawn]` (temperature > 0; top_k, 0 for all; top_p; min_p), uniform float64 `[num_drawn]` in [0, 1),
-rows int32 `[num_drawn]`: the rows of scores to draw from, and of out (int32) to write to.
+rows int64 `[num_drawn]`: the rows of scores to draw from, and of out (int32) to write to.
 """
 
 from __future__ import annotations

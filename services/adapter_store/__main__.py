@@ -15,7 +15,7 @@ from services.adapter_store.base_model import BaseModel, load_base_model
 from services.adapter_store.config import AdapterStoreSettings
 from services.adapter_store.servicer import AdapterStoreServicer
 from services.common.grpc_server import GrpcServer
-from services.common.settings import parse_settings
+from services.common.settings import AddressError, parse_settings
 from services.common.telemetry import configure_logging, serve_metrics
 
 SERVICE_NAME = adapter_store_pb2.DESCRIPTOR.services_by_name["AdapterStoreService"].full_name
@@ -57,6 +57,9 @@ def main() -> None:
         sys.exit(2)
     try:
         asyncio.run(serve(settings, base, arena))
+    except AddressError as error:
+        logger.error("cannot start: %s", error)
+        sys.exit(2)
     finally:
         arena.close()
 

@@ -17,7 +17,7 @@ class AdapterStoreSettings:
     base_model_config: str = setting(help="a checkpoint directory, or its config.json")
     base_model: str = setting("", "the base model's served name; empty: the checkpoint directory's name")
     dtype: str = setting("auto", "type of packed elements: auto (the checkpoint's), float32, bfloat16 or float16")
-    listen: str = setting("127.0.0.1:50051", "host:port to serve gRPC on; port 0 takes a free one")
+    listen: str = setting("127.0.0.1:50052", "host:port to serve gRPC on; port 0 takes a free one")
     metrics: str = setting("", "host:port to serve Prometheus metrics on; empty for none")
     redis_url: str = setting("redis://127.0.0.1:6379/0", "Redis that holds the catalogue")
     catalogue_prefix: str = setting("slora", "first part of every Redis key; one catalogue a base model")

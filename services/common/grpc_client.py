@@ -1,4 +1,4 @@
-"""Channels to other services, with the options that measured best (design: 1 MiB chunks, no BDP probe)."""
+"""Channels to other services, with the options that measured best (chunks of 1 MiB, no BDP probe)."""
 
 from __future__ import annotations
 

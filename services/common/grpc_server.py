@@ -14,6 +14,7 @@ from grpc_health.v1.health import aio as health_aio
 from grpc_reflection.v1alpha import reflection
 
 from services.common.malformed_requests import MalformedRequests
+from services.common.settings import AddressError
 
 logger = logging.getLogger(__name__)
 
@@ -41,8 +42,12 @@ class GrpcServer:
     """
 
     def __init__(self, address: str, service_names: Sequence[str]) -> None:
+        """Raises AddressError if `address` cannot be listened on."""
         self.grpc = grpc.aio.server(options=SERVER_OPTIONS, interceptors=[MalformedRequests()])
-        self.port = self.grpc.add_insecure_port(address)
+        try:
+            self.port = self.grpc.add_insecure_port(address)
+        except RuntimeError as error:
+            raise AddressError(f"--listen {address}: {error}") from error
         self._service_names = tuple(service_names)
         self._health = health_aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self.grpc)

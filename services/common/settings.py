@@ -19,6 +19,10 @@ T = TypeVar("T")
 _TRUE, _FALSE = {"1", "true", "yes", "on"}, {"0", "false", "no", "off"}
 
 
+class AddressError(Exception):
+    """An address of the settings cannot be served on; the message says which and why."""
+
+
 def setting(default: Any = dataclasses.MISSING, help: str = "") -> Any:
     """A dataclass field with its help text; without a default the setting is required."""
     return dataclasses.field(default=default, metadata={"help": help})

@@ -11,6 +11,8 @@ from wsgiref.simple_server import WSGIServer
 
 from prometheus_client import REGISTRY, CollectorRegistry, start_http_server
 
+from services.common.settings import AddressError
+
 OTHER = "other"
 
 
@@ -47,11 +49,17 @@ def configure_logging(service: str, level: str = "INFO") -> None:
 
 
 def serve_metrics(address: str, registry: CollectorRegistry = REGISTRY) -> tuple[WSGIServer, threading.Thread] | None:
-    """Serves `/metrics` at `host:port` on a thread of its own; an empty address serves nothing."""
+    """Serves `/metrics` at `host:port` on a thread of its own; an empty address serves nothing.
+
+    Raises AddressError if that cannot be listened on.
+    """
     if not address:
         return None
     host, _, port = address.rpartition(":")
-    server, thread = start_http_server(int(port), addr=host or "127.0.0.1", registry=registry)
+    try:
+        server, thread = start_http_server(int(port), addr=host or "127.0.0.1", registry=registry)
+    except (OSError, ValueError, OverflowError) as error:
+        raise AddressError(f"--metrics {address}: {error}") from error
     return server, thread
 
 

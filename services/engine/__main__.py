@@ -14,7 +14,7 @@ from pathlib import Path
 from slora.engine.v1 import engine_pb2_grpc
 
 from services.common.grpc_server import GrpcServer
-from services.common.settings import parse_settings
+from services.common.settings import AddressError, parse_settings
 from services.common.telemetry import configure_logging, serve_metrics
 from services.engine.config import EngineSettings
 from services.engine.core.launch import USAGE_EXIT_CODE, core_command
@@ -39,23 +39,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return USAGE_EXIT_CODE
 
 
-class AddressError(Exception):
-    """An address of the settings cannot be served on; the message says which and why."""
-
-
 async def serve(settings: EngineSettings, tokenizer: TextTokenizer, command: Callable[[int], Sequence[str]]) -> int:
     """Serves with cores started by `command(fd)`; returns the process's exit code."""
     metrics = EngineMetrics()
-    try:
-        server = GrpcServer(settings.listen, [SERVICE_NAME])
-    except RuntimeError as error:
-        raise AddressError(f"--listen {settings.listen}: {error}") from error
+    server = GrpcServer(settings.listen, [SERVICE_NAME])
     frontend = Frontend(tokenizer, metrics, _base_model(settings), _engine_ids(settings, server.port).__next__)
     engine_pb2_grpc.add_EngineServiceServicer_to_server(EngineServicer(frontend), server.grpc)
-    try:
-        metrics_server = serve_metrics(settings.metrics, metrics.registry)
-    except (OSError, ValueError, OverflowError) as error:
-        raise AddressError(f"--metrics {settings.metrics}: {error}") from error
+    metrics_server = serve_metrics(settings.metrics, metrics.registry)
     await server.start(serving=False)
     ports = {"port": server.port} | ({"metrics_port": metrics_server[0].server_port} if metrics_server else {})
     logger.info("listening", extra=ports)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 from services.common.settings import setting
@@ -20,17 +21,26 @@ class EngineSettings:
     device: str = setting("cpu", "torch device: cpu or cuda")
     dtype: str = setting("auto", "auto (the checkpoint's), float32, bfloat16 or float16")
     num_threads: int = setting(0, "CPU threads of the core; 0: torch's own choice")
-    pool_bytes: int = setting(512 * 2**20, "bytes of the pool that KV and adapters share")
+    pool_bytes: int = setting(0, "bytes of the pool; 0: 512 MiB on a CPU, what the weights leave on an accelerator")
     num_pages: int = setting(0, "pages of the pool; 0: as many as pool_bytes holds")
     tokens_per_page: int = setting(16, "tokens whose K and V one page holds")
     max_adapters: int = setting(1024, "most adapters resident at once (rows of the device's adapter table)")
-    max_running: int = setting(64, "most sequences that run at once")
-    max_step_tokens: int = setting(512, "most tokens computed in a step, prefill and decode together")
+    max_running: int = setting(0, "most sequences that run at once; 0: 64 on a CPU, 256 on an accelerator")
+    max_step_tokens: int = setting(0, "most tokens of a step, prefill and decode; 0: 512 on a CPU, 8192 otherwise")
     max_model_len: int = setting(0, "longest sequence in tokens; 0: the checkpoint's")
     max_waiting: int = setting(4096, "most requests in the queue; further ones are refused")
     load_timeout_seconds: float = setting(30.0, "an adapter load that takes longer fails")
     drain_seconds: float = setting(30.0, "on SIGTERM running requests have this long to end")
     log_level: str = setting("INFO", "DEBUG, INFO, WARNING or ERROR")
+
+    def for_device(self) -> EngineSettings:
+        """These settings, with what was left to the engine chosen for its device."""
+        on_cpu = self.device == "cpu"
+        return dataclasses.replace(
+            self,
+            max_running=self.max_running or (64 if on_cpu else 256),
+            max_step_tokens=self.max_step_tokens or (512 if on_cpu else 8192),
+        )
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sys
 
 from prometheus_client import REGISTRY
 
-from services.common.settings import parse_settings
+from services.common.settings import AddressError, parse_settings
 from services.common.telemetry import configure_logging, serve_metrics
 from services.gateway.config import GatewaySettings
 from services.gateway.gateway import Gateway
@@ -33,7 +34,11 @@ def main() -> None:
     if not settings.engines:
         raise SystemExit("gateway: --engines names no engine; give host:port, several separated by commas")
     configure_logging("gateway", settings.log_level)
-    asyncio.run(run(settings))
+    try:
+        asyncio.run(run(settings))
+    except AddressError as error:
+        sys.stderr.write(f"gateway: {error}\n")
+        raise SystemExit(2) from None
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ class AdapterFetch(Protocol):
     def manifest(self, deadline: float) -> AdapterManifest:
         """The manifest; blocks until it is here. Later calls return the same."""
 
-    def chunks(self, deadline: float) -> Iterator[bytes]:
+    def chunks(self, deadline: float) -> Iterator[bytes | memoryview]:
         """The packed bytes in order, exactly `packed_bytes` of them; blocks for each chunk."""
 
     def pause(self) -> None:

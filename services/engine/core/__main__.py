@@ -17,7 +17,7 @@ from services.common.telemetry import configure_logging
 from services.engine.adapters.store_client import StoreClient
 from services.engine.core.launch import FAULT_EXIT_CODE, USAGE_EXIT_CODE, settings_from_json
 from services.engine.core.loop import run_core
-from services.engine.execution.model_runner import ModelRunner
+from services.engine.execution.open_runner import open_runner
 
 logger = logging.getLogger("services.engine.core")
 
@@ -31,14 +31,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--settings", required=True, help="the engine's settings, as JSON")
     arguments = parser.parse_args(argv)
     try:
-        settings = settings_from_json(arguments.settings)
+        settings = settings_from_json(arguments.settings).for_device()
     except msgspec.MsgspecError as error:
         parser.error(f"--settings: {error}")
     configure_logging("engine-core", settings.log_level)
     tie_to_frontend()
     sock = socket.socket(fileno=arguments.fd)
     try:
-        runner = ModelRunner(settings)
+        runner = open_runner(settings)
     except (ValueError, OSError) as error:
         logger.critical("the model cannot be loaded: %s", error)
         return USAGE_EXIT_CODE

@@ -10,11 +10,9 @@ from collections.abc import Sequence
 import torch
 
 from kernels.lora_plan import AdapterTables, ModuleGroup
-from services.common.errors import Reason, SloraError
 from services.engine.adapters.layout import AdapterLayout, ModulePlacement, TargetModule
+from services.engine.execution.adapter_checks import AdapterChecks
 from services.engine.memory.pool import Pool
-
-MAX_RANK = 256
 
 
 class PagedAdapterDevice:
@@ -26,21 +24,14 @@ class PagedAdapterDevice:
 
     def __init__(self, pool: Pool, groups: Sequence[ModuleGroup], max_adapters: int) -> None:
         self._pool = pool
-        self._shapes = {
-            TargetModule(module): (group.in_features, size)
-            for group in groups
-            for module, size in zip(group.modules, group.out_features, strict=True)
-        }
+        self._checks = AdapterChecks(pool.config, pool.dtype, groups)
         num_layers, num_modules = pool.config.num_layers, len(TargetModule)
-        # Elements of a layer with every module at the largest rank; padding to tiles may not double it.
-        elems = 2 * MAX_RANK * sum(i + o for i, o in self._shapes.values())
-        self._max_pages = -(-elems // pool.config.page_elems)
 
         def table(*shape: int) -> torch.Tensor:
             return torch.zeros(max_adapters, *shape, dtype=torch.int64, device=pool.device)
 
         self.tables = AdapterTables(
-            page_table=table(self._max_pages),
+            page_table=table(self._checks.max_pages),
             tile_elems=table(),
             rank=table(num_layers, num_modules),
             lora_a_offset=table(num_layers, num_modules),
@@ -52,27 +43,7 @@ class PagedAdapterDevice:
 
     def check(self, layout: AdapterLayout) -> None:
         """Raises ADAPTER_INCOMPATIBLE unless `layout` fits this model: layers, dtype, tiles, shapes, bounds."""
-        pool = self._pool
-        dtype = str(pool.dtype).removeprefix("torch.")
-        if layout.dtype != dtype:
-            raise _incompatible(layout, f"is packed in {layout.dtype}, this engine computes in {dtype}", "dtype")
-        if layout.num_layers != pool.config.num_layers or len(layout.layers) != layout.num_layers:
-            what = (
-                f"has {layout.num_layers} layers ({len(layout.layers)} described), this model {pool.config.num_layers}"
-            )
-            raise _incompatible(layout, what, "num_layers")
-        tile = layout.tile_elems
-        if tile < 1 or tile & (tile - 1) or pool.config.page_elems % tile or layout.layer_elems % tile:
-            what = f"has tiles of {tile} elements: not a power of two that divides pages of {pool.config.page_elems}"
-            raise _incompatible(layout, f"{what} and its own layers of {layout.layer_elems}", "tile_elems")
-        if layout.layer_elems < 1 or layout.num_pages(pool.config.page_elems) > self._max_pages:
-            what = f"has {layout.layer_elems} elements a layer, at most {self._max_pages} pages can be addressed"
-            raise _incompatible(layout, what, "layer_elems")
-        for number, placements in enumerate(layout.layers):
-            if len({place.module for place in placements}) != len(placements):
-                raise _incompatible(layout, f"names a module twice in layer {number}", "layers")
-            for place in placements:
-                self._check_module(layout, number, place)
+        self._checks.check(layout)
 
     def install(self, slot: int, layout: AdapterLayout, pages: Sequence[int], weights: memoryview) -> None:
         """Copies packed `weights` into `pages` and enters the adapter at `slot`."""
@@ -111,27 +82,3 @@ class PagedAdapterDevice:
     def generations(self, slots: Sequence[int]) -> tuple[int, ...]:
         """One number a slot; it changes when another adapter is installed there, which voids plans for the first."""
         return tuple(self._generations[slot] for slot in slots)
-
-    def _check_module(self, layout: AdapterLayout, layer: int, place: ModulePlacement) -> None:
-        where = f"layer {layer}, {place.module.name.lower()}"
-        if (place.in_features, place.out_features) != self._shapes[place.module]:
-            got, wanted = (place.in_features, place.out_features), self._shapes[place.module]
-            raise _incompatible(layout, f"is for {got} features in {where}, this model has {wanted}", "shape")
-        if not 1 <= place.rank <= MAX_RANK:
-            raise _incompatible(layout, f"has rank {place.rank} in {where}, outside 1 to {MAX_RANK}", "rank")
-        tile = layout.tile_elems
-        parts = ((place.lora_a_offset, place.in_features), (place.lora_b_offset, place.out_features))
-        for offset, features in parts:
-            end = offset + place.rank * -(-features // tile) * tile
-            if offset < 0 or offset % tile or end > layout.layer_elems:
-                what = f"places rows at {offset} to {end} in {where}: not whole tiles within {layout.layer_elems}"
-                raise _incompatible(layout, what, "offset")
-
-
-def _incompatible(layout: AdapterLayout, what: str, field: str) -> SloraError:
-    return SloraError(
-        Reason.ADAPTER_INCOMPATIBLE,
-        f"adapter {layout.digest} {what}; adapter store and engine must be started for the same base model and dtype",
-        digest=layout.digest,
-        field=field,
-    )

@@ -7,15 +7,16 @@ from pathlib import Path
 
 import torch
 
-from services.engine.config import EngineSettings, PoolConfig
+from services.engine.config import EngineSettings
 from services.engine.execution.adapter_device import PagedAdapterDevice
 from services.engine.execution.lora_batch import LoraPlanner
+from services.engine.execution.pool_size import pool_config
 from services.engine.execution.sampler import sample_tokens
 from services.engine.execution.step_batch import StepBatchBuilder
 from services.engine.execution.torch_step import TorchStep
 from services.engine.memory.pool import Pool
 from services.engine.model.checkpoint import Checkpoint
-from services.engine.model.config import ModelConfig, load_model_config
+from services.engine.model.config import load_model_config
 from services.engine.model.decoder import Decoder
 from services.engine.model.rope import rope_table
 from services.engine.model.step_ops import module_groups
@@ -43,7 +44,7 @@ class ModelRunner:
         self.max_model_len = self.config.resolve_max_model_len(settings.max_model_len)
         self.vocab_size = self.config.vocab_size
         self.eos_token_ids = self.config.eos_token_ids
-        self.pool_config = _pool_config(self.config, settings)
+        self.pool_config = pool_config(self.config, settings, device)
         checkpoint = Checkpoint(directory, self.config.dtype)
         self._decoder = Decoder(self.config, checkpoint, device)
         head_dim, dtype = self.config.head_dim, self.config.dtype
@@ -84,14 +85,3 @@ class ModelRunner:
     def execute(self, plan: StepPlan) -> list[SampledToken]:
         """`submit` and `collect` in one."""
         return self.collect(self.submit(plan))
-
-
-def _pool_config(config: ModelConfig, settings: EngineSettings) -> PoolConfig:
-    if settings.tokens_per_page < 1:
-        raise ValueError(f"tokens_per_page must be positive, not {settings.tokens_per_page}")
-    one_page = PoolConfig(config.num_layers, 1, settings.tokens_per_page, config.num_kv_heads, config.head_dim)
-    page_bytes = config.num_layers * one_page.page_elems * config.dtype.itemsize
-    num_pages = settings.num_pages or settings.pool_bytes // page_bytes
-    if num_pages < 1:
-        raise ValueError(f"pool_bytes {settings.pool_bytes} hold no page: one takes {page_bytes} bytes in all layers")
-    return PoolConfig(config.num_layers, num_pages, settings.tokens_per_page, config.num_kv_heads, config.head_dim)

@@ -17,8 +17,8 @@ from services.engine.messages import SamplingParams
 from services.engine.step import SampledToken, SampleRequest
 
 _NO_TOKEN = -1
-_NOT_FINITE = "the model's logits are not finite: its weights or the adapter's overflow with this prompt"
-_NOTHING_LEFT = "no token can be drawn: penalties or forbidden ids leave no finite logit"
+NOT_FINITE_ERROR = "the model's logits are not finite: its weights or the adapter's overflow with this prompt"
+NOTHING_LEFT_ERROR = "no token can be drawn: penalties or forbidden ids leave no finite logit"
 _NUCLEUS_CANDIDATES = 128
 """Tokens looked at first for top_p; a row whose nucleus is larger is sorted whole (60 ms for 32 x 32000)."""
 
@@ -50,7 +50,7 @@ def sample_tokens(
             logprob, top = logprobs.get(i, (None, ()))
             results.append(SampledToken(sequence_ids[i], token, logprob, top))
         else:
-            error = _NOTHING_LEFT if is_finite else _NOT_FINITE
+            error = NOTHING_LEFT_ERROR if is_finite else NOT_FINITE_ERROR
             results.append(SampledToken(sequence_ids[i], _NO_TOKEN, error=error))
     return results
 

@@ -11,6 +11,7 @@ Nothing here knows which; the page allocator does.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 
 import numpy as np
@@ -33,8 +34,7 @@ class Pool:
         self.device = device
         shape = (config.num_layers, config.num_pages, config.page_elems)
         self.tensor = torch.empty(shape, dtype=dtype, device=device).zero_()
-        # Copies on the loader's thread must not wait for the step that computes.
-        self._copy_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._copier = _DeviceCopier(device) if device.type == "cuda" else None
 
     def kv_pages(self, layer: int) -> torch.Tensor:
         """A layer as KV pages: `[num_pages, 2, num_kv_heads, tokens_per_page, head_dim]`."""
@@ -63,17 +63,11 @@ class Pool:
         torch_type, numpy_type = _INTEGER_OF_SIZE[itemsize]
         source = np.frombuffer(weights, dtype=numpy_type).reshape(num_layers, layer_elems)
         target = self.tensor.view(torch_type)
-        if self._copy_stream is None:
+        if self._copier is None:
             # numpy, not torch: a large torch copy would open a second team of threads beside the step's.
             _copy_pages(source, target.numpy(), pages, page_elems)
             return
-        pinned = torch.empty((num_layers, layer_elems), dtype=torch_type, pin_memory=True)
-        np.copyto(pinned.numpy(), source)
-        with torch.cuda.stream(self._copy_stream):
-            for i, page in enumerate(pages):
-                block = pinned[:, i * page_elems : (i + 1) * page_elems]
-                target[:, page, : block.shape[1]].copy_(block, non_blocking=True)
-        self._copy_stream.synchronize()
+        self._copier.write(source, target, pages)
 
 
 def _copy_pages(
@@ -85,3 +79,40 @@ def _copy_pages(
     for i, page in enumerate(pages):
         block = source[:, i * page_elems : (i + 1) * page_elems]
         target[:, page, : block.shape[1]] = block
+
+
+class _DeviceCopier:
+    """Copies packed adapters to the accelerator, on a stream of its own: no copy waits for the step that computes.
+
+    The whole adapter goes over in one copy from pinned memory, which is what the link is fast with, and is spread over
+    its pages there. Both buffers are kept: pinning memory costs more than the copy. One copy at a time.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device)
+        self._lock = threading.Lock()
+        self._pinned = torch.empty(0, dtype=torch.uint8)
+        self._staged = torch.empty(0, dtype=torch.uint8)
+
+    def write(
+        self, source: np.ndarray[tuple[int, ...], np.dtype[np.generic]], target: torch.Tensor, pages: Sequence[int]
+    ) -> None:
+        """Columns block p of `source` goes to `target[:, pages[p]]`; complete when it returns."""
+        with self._lock, torch.cuda.stream(self._stream):
+            if self._pinned.numel() < source.nbytes:
+                self._pinned = torch.empty(source.nbytes, dtype=torch.uint8, pin_memory=True)
+                self._staged = torch.empty(source.nbytes, dtype=torch.uint8, device=self._device)
+            pinned, staged = (
+                buffer[: source.nbytes].view(target.dtype).view(source.shape) for buffer in (self._pinned, self._staged)
+            )
+            np.copyto(pinned.numpy(), source)
+            staged.copy_(pinned, non_blocking=True)
+            num_layers, page_elems = target.shape[0], target.shape[2]
+            whole = source.shape[1] // page_elems
+            if whole:
+                index = torch.tensor(pages[:whole], device=self._device)
+                target[:, index] = staged[:, : whole * page_elems].view(num_layers, whole, page_elems)
+            if rest := source.shape[1] - whole * page_elems:
+                target[:, pages[whole], :rest] = staged[:, whole * page_elems :]
+            self._stream.synchronize()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,6 +19,21 @@ _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 # Written by old versions of transformers; computed from config.json here.
 _HARMLESS_SUFFIX = ".rotary_emb.inv_freq"
+
+
+class Weights(Protocol):
+    """Where a decoder's weights come from: `Checkpoint`, or random ones in benchmarks."""
+
+    def __contains__(self, name: str) -> bool: ...
+
+    def read(self, name: str, shape: Sequence[int]) -> torch.Tensor:
+        """The tensor `name`."""
+
+    def read_stacked(self, names: Sequence[str], shapes: Sequence[Sequence[int]]) -> torch.Tensor:
+        """Several tensors, one below the other along their first dimension."""
+
+    def finish(self) -> None:
+        """Everything was read."""
 
 
 class Checkpoint:

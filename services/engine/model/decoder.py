@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 from kernels.linear import linear
-from services.engine.model.checkpoint import Checkpoint
+from services.engine.model.checkpoint import Weights
 from services.engine.model.config import CheckpointError, ModelConfig
 from services.engine.model.linear import Linear
 from services.engine.model.step_ops import Group, QkNorm, StepOps
@@ -19,7 +19,7 @@ from services.engine.model.step_ops import Group, QkNorm, StepOps
 class Decoder:
     """The base model's weights on one device."""
 
-    def __init__(self, config: ModelConfig, checkpoint: Checkpoint, device: torch.device) -> None:
+    def __init__(self, config: ModelConfig, checkpoint: Weights, device: torch.device) -> None:
         """Reads all of `checkpoint`; raises CheckpointError if it is not exactly this model's."""
         self._config = config
         hidden = config.hidden_size
@@ -45,7 +45,7 @@ class Decoder:
         # A tied head shares the embedding's memory, so it is not packed.
         return linear(hidden, self._embedding) if self._lm_head is None else self._lm_head(hidden)
 
-    def _read_lm_head(self, checkpoint: Checkpoint, device: torch.device) -> Linear | None:
+    def _read_lm_head(self, checkpoint: Weights, device: torch.device) -> Linear | None:
         config, name = self._config, "lm_head.weight"
         if not config.tied_embeddings:
             return Linear.read(checkpoint, ["lm_head"], config.hidden_size, [config.vocab_size], False, device)
@@ -61,7 +61,7 @@ class Decoder:
 class _Layer:
     """One block: attention, then feed-forward, each a branch that is added to the residual stream."""
 
-    def __init__(self, config: ModelConfig, checkpoint: Checkpoint, number: int, device: torch.device) -> None:
+    def __init__(self, config: ModelConfig, checkpoint: Weights, number: int, device: torch.device) -> None:
         prefix = f"model.layers.{number}"
         hidden, head_dim = config.hidden_size, config.head_dim
         q_size, kv_size = config.num_heads * head_dim, config.num_kv_heads * head_dim

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from kernels.linear import linear, pack_weight
-from services.engine.model.checkpoint import Checkpoint
+from services.engine.model.checkpoint import Weights
 
 
 class Linear:
@@ -24,7 +24,7 @@ class Linear:
     @classmethod
     def read(
         cls,
-        checkpoint: Checkpoint,
+        checkpoint: Weights,
         names: Sequence[str],
         in_features: int,
         out_features: Sequence[int],

@@ -145,7 +145,7 @@ def test_draw_tokens(rng: random.Random, device: torch.device, vocab_size: int) 
     out = torch.full((num_rows + 1,), -7, dtype=torch.int32, device=device)
     draw_tokens(
         scores.to(device),
-        torch.tensor(rows, dtype=torch.int32, device=device),
+        torch.tensor(rows, device=device),
         torch.tensor(params, device=device).t().contiguous(),
         torch.tensor(uniform, dtype=torch.float64, device=device),
         out,

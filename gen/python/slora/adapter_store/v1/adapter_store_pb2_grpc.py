@@ -81,7 +81,8 @@ class AdapterStoreServiceServicer:
         copied nowhere; a later change of them is noticed by its digest and refused. Idempotent: the same content
         under the same name gives the version that exists. When this returns, the adapter survives a restart.
         Errors: INVALID_ARGUMENT (name, URI), NOT_FOUND (no such object), FAILED_PRECONDITION (the adapter cannot be
-        served: ErrorInfo says what is wrong), UNAVAILABLE (S3 or Redis out of reach; retry).
+        served: ErrorInfo says what is wrong), RESOURCE_EXHAUSTED (its files are over the store's limit), UNAVAILABLE
+        (S3 or Redis out of reach; retry).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -125,7 +126,8 @@ class AdapterStoreServiceServicer:
         offset. Served from host RAM, read through from S3 where it is not there; one read however many ask.
         Errors: INVALID_ARGUMENT (digest, offset), NOT_FOUND (no version has this digest),
         DATA_LOSS (the files in S3 are not those that were registered), RESOURCE_EXHAUSTED (the host cache has no room
-        that is not in use), UNAVAILABLE (S3 or Redis out of reach).
+        that is not in use), FAILED_PRECONDITION (read again from S3, it can no longer be served: ErrorInfo says why),
+        DEADLINE_EXCEEDED (the reader took nothing for too long), UNAVAILABLE (S3 or Redis out of reach).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -62,8 +62,9 @@ class EngineServiceServicer:
         call, or its deadline, frees what it holds within a step.
         Errors: INVALID_ARGUMENT (the request), NOT_FOUND (the adapter is not in the adapter store),
         RESOURCE_EXHAUSTED (queue full, or the request can never fit in the pool; ErrorInfo says which),
-        FAILED_PRECONDITION (the adapter does not fit this base model), UNAVAILABLE (core dead, draining, adapter
-        store out of reach; nothing was generated, retry elsewhere).
+        FAILED_PRECONDITION (the adapter does not fit this base model), DATA_LOSS (its files in S3 are no longer those
+        that were registered), UNAVAILABLE (core dead, draining, adapter store out of reach: if no message came before
+        it, nothing was generated; retry elsewhere).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

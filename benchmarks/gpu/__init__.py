@@ -1,0 +1,1 @@
+"""What the accelerator's kernels cost, each measured alone."""

@@ -1,0 +1,187 @@
+"""Claim: a thousand adapters at the base model's speed. The engine's core alone, in a closed loop, on an accelerator.
+
+*decode*: B sequences with prompts of 256 tokens, 128 outputs; time a decode step once all are prefilled. *prefill*: 128
+prompts of 256 tokens. *paper_mix*: all requests at once, prompts and outputs uniform in [8, 512], adapters uniform,
+outputs forced to length, at most 256 running. Settings: base (no adapters), S1 (rank 8), S2 (ranks 64, 32, 16, 8).
+
+Run: python -m benchmarks.gpu.bench_engine [--model llama-7b] [--targets attn] [--quick] [--only decode,prefill,...]
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import random
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from benchmarks.gpu.core_driver import CoreDriver, request
+from benchmarks.gpu.synthetic import SyntheticAdapters, make_adapters, make_runner, settings_of
+from services.engine.config import EngineSettings
+from services.engine.execution.gpu.gpu_runner import GpuRunner
+from services.engine.messages import Adapter, Generate
+
+PROMPT, OUTPUT = 256, 128
+DECODE_BATCHES = (1, 32, 128)
+MIX_ADAPTERS = (5, 100, 1000, 2000)
+SHORTEST, LONGEST = 8, 512
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A model on the device, and what is measured with it."""
+
+    model: str
+    targets: str
+    settings: EngineSettings
+    runner: GpuRunner
+
+    def prompt(self, draw: random.Random, length: int) -> list[int]:
+        """Random tokens."""
+        return [draw.randrange(self.runner.vocab_size) for _ in range(length)]
+
+    def row(self, bench: str, setting: str, metric: str, value: float, **more: object) -> dict[str, object]:
+        """A row of the results, printed at once."""
+        row: dict[str, object] = {"bench": bench, "model": self.model, "setting": setting, "targets": self.targets}
+        row |= {**more, "metric": metric, "value": round(value, 4)}
+        print(json.dumps(row), flush=True)
+        return row
+
+    def source(self, setting: str, number: int) -> SyntheticAdapters:
+        """Adapters of a setting; none for the base."""
+        if setting == "base":
+            return SyntheticAdapters({}, {}, ())
+        return make_adapters(self.runner.config, setting, self.targets, number, self.runner.tile_elems)
+
+    def batch(self, draw: random.Random, adapters: tuple[Adapter, ...], size: int) -> list[Generate]:
+        """Requests of PROMPT and OUTPUT tokens, each with another adapter as far as there are any."""
+        return [
+            request(self.prompt(draw, PROMPT), OUTPUT, adapters[i % len(adapters)] if adapters else None)
+            for i in range(size)
+        ]
+
+
+def measure_decode(bench: Bench, setting: str, sizes: tuple[int, ...]) -> Iterator[dict[str, object]]:
+    """Time a step between tokens, when every sequence has its first token; the median of a run's steps."""
+    source = bench.source(setting, max(sizes))
+    driver = CoreDriver(bench.settings, bench.runner, source)
+    draw = random.Random(1)
+    driver.run(bench.batch(draw, source.adapters, max(sizes)))  # adapters become resident, clocks rise
+    for size in sizes:
+        run = driver.run(bench.batch(draw, source.adapters, size))
+        full = [now for now, tokens in run.reports if tokens == size]
+        steps = [1e3 * (b - a) for a, b in itertools.pairwise(full[2:])]
+        distinct = min(size, len(source.adapters))
+        mean = 1e3 * (full[-1] - full[2]) / (len(full) - 3)
+        yield bench.row("decode", setting, "tpot_ms", mean, batch=size, distinct=distinct)
+        yield bench.row("decode", setting, "tpot_ms_median", statistics.median(steps), batch=size, distinct=distinct)
+    driver.close()
+
+
+def measure_idle_adapters(bench: Bench) -> Iterator[dict[str, object]]:
+    """Batches without adapters on an engine that holds a thousand."""
+    source = bench.source("S1", 1000)
+    driver = CoreDriver(bench.settings, bench.runner, source)
+    draw = random.Random(2)
+    driver.run([request(bench.prompt(draw, 8), 2, adapter) for adapter in source.adapters])
+    for size in (1, 128):
+        run = driver.run(bench.batch(draw, (), size))
+        full = [now for now, tokens in run.reports if tokens == size]
+        mean = 1e3 * (full[-1] - full[2]) / (len(full) - 3)
+        yield bench.row("decode", "base", "tpot_ms", mean, batch=size, distinct=0, adapters=1000)
+    driver.close()
+
+
+def measure_prefill(bench: Bench, setting: str, num_rounds: int = 3) -> Iterator[dict[str, object]]:
+    """128 prompts of 256 tokens, each with another adapter; one token each."""
+    source = bench.source(setting, 128)
+    driver = CoreDriver(bench.settings, bench.runner, source)
+    draw = random.Random(3)
+    seconds = []
+    for _ in range(num_rounds + 1):
+        asks = [
+            request(bench.prompt(draw, PROMPT), 1, source.adapters[i] if source.adapters else None) for i in range(128)
+        ]
+        seconds.append(driver.run(asks).seconds)
+    driver.close()
+    distinct = len(source.adapters)
+    yield bench.row("prefill", setting, "seconds", statistics.median(seconds[1:]), batch=128, distinct=distinct)
+
+
+def measure_mix(bench: Bench, setting: str, adapters: int, requests: int) -> Iterator[dict[str, object]]:
+    """The paper's mix, all at once; adapters are in host memory at the start, none on the device."""
+    source = bench.source(setting, adapters)
+    driver = CoreDriver(bench.settings, bench.runner, source)
+    draw = random.Random(4)
+    asks = [
+        request(
+            bench.prompt(draw, draw.randint(SHORTEST, LONGEST)),
+            draw.randint(SHORTEST, LONGEST),
+            draw.choice(source.adapters) if source.adapters else None,
+        )
+        for _ in range(requests)
+    ]
+    run = driver.run(asks)
+    driver.close()
+    labels = {"adapters": adapters if source.adapters else 0, "requests": requests}
+    yield bench.row("paper_mix", setting, "requests_per_s", requests / run.seconds, **labels)
+    yield bench.row("paper_mix", setting, "tokens_per_s", run.num_tokens / run.seconds, **labels)
+
+
+def measure(bench: Bench, only: set[str], quick: bool) -> Iterator[dict[str, object]]:
+    """Everything that was asked for, base first."""
+    sizes = (1, 32) if quick else DECODE_BATCHES
+    if "decode" in only:
+        for setting in ("base", "S1", "S2"):
+            yield from measure_decode(bench, setting, sizes)
+        if not quick:
+            yield from measure_idle_adapters(bench)
+    if "prefill" in only:
+        for setting in ("base", "S1", "S2"):
+            yield from measure_prefill(bench, setting)
+    if "paper_mix" in only:
+        requests = 64 if quick else 768
+        yield from measure_mix(bench, "base", 0, requests)
+        for setting in ("S1", "S2"):
+            for adapters in MIX_ADAPTERS[:1] if quick else MIX_ADAPTERS:
+                yield from measure_mix(bench, setting, adapters, requests)
+
+
+def main() -> None:
+    """Measures and prints rows, also to --out."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="llama-7b")
+    parser.add_argument("--targets", default="attn", choices=("attn", "all"))
+    parser.add_argument("--only", default="decode,prefill,paper_mix")
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        began = time.perf_counter()
+        more = {"device": arguments.device}
+        place = Path(scratch)
+        settings = settings_of(place, arguments.model, 1024, arguments.dtype, **more)
+        runner = make_runner(place, arguments.model, 1024, arguments.dtype, **more)
+        print(f"{arguments.model} in {time.perf_counter() - began:.1f} s: {runner.pool_config}", file=sys.stderr)
+        bench = Bench(arguments.model, arguments.targets, settings, runner)
+        rows = list(measure(bench, set(arguments.only.split(",")), arguments.quick))
+    if arguments.out:
+        arguments.out.write_text(json.dumps({"device": _device_name(arguments.device), "rows": rows}, indent=1))
+
+
+def _device_name(device: str) -> str:
+    return torch.cuda.get_device_name() if device == "cuda" else "cpu"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,509 @@
+"""Claim: many adapters in one batch cost the accelerator little more than reading them once.
+
+Times LoRA's kernels over 32 layers in CUDA graphs. Every sequence has an adapter of its own in random pages of one
+pool, and a replay reads more than the cache holds, so that weights come from memory. S1: rank 8 everywhere. S2: ranks
+64, 32, 16, 8 in turn. A line gives milliseconds for 32 layers (prefill: for one) and the adapters' bytes a second.
+
+    python -m benchmarks.gpu.bench_lora [--quick] [--only check decode sweep prefill overlap]
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from kernels.gpu.adapter_tables import GpuAdapterTables, LoraGroup
+from kernels.gpu.row_expand import ExpandBlocks, row_expand
+from kernels.gpu.row_shrink import ShrinkBlocks, num_splits_for, row_shrink
+from kernels.gpu.segment_expand import SegmentExpandBlocks, segment_expand
+from kernels.gpu.segment_shrink import SegmentShrinkBlocks, plan_segments, segment_shrink
+
+NUM_LAYERS, NUM_MODULES, TILE = 32, 7, 128
+DEVICE = torch.device("cuda")
+RANKS = {"S1": (8,), "S2": (64, 32, 16, 8)}
+# A graph takes turns with other adapters until it has read this much: several times the cache.
+MIN_BYTES_A_GRAPH = 256 << 20
+PREFILL_TOKENS, SEGMENT_TOKENS, PREFILL_LAYERS = 8192, 256, 8
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """A model's groups in order: q k v, o, gate up, down."""
+
+    name: str
+    page_elems: int
+    groups: tuple[LoraGroup, ...]
+
+    def take(self, modules: str) -> tuple[LoraGroup, ...]:
+        """The attention's groups, or all."""
+        return self.groups[:2] if modules == "attn" else self.groups
+
+
+LLAMA_7B = ModelShape(
+    "7B", 131072,
+    (LoraGroup(0, 4096, (4096,) * 3), LoraGroup(3, 4096, (4096,)),
+     LoraGroup(4, 4096, (11008,) * 2), LoraGroup(6, 11008, (4096,))),
+)  # fmt: skip
+LLAMA_3_8B = ModelShape(
+    "3-8B", 32768,
+    (LoraGroup(0, 4096, (4096, 1024, 1024)), LoraGroup(3, 4096, (4096,)),
+     LoraGroup(4, 4096, (14336,) * 2), LoraGroup(6, 14336, (4096,))),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class DecodeCase:
+    """One line of the decode table."""
+
+    shape: ModelShape
+    modules: str
+    mix: str
+    batch: int
+
+    @property
+    def name(self) -> str:
+        """As printed."""
+        return f"{self.shape.name:5} {self.modules:4} {self.mix} B={self.batch:<3}"
+
+    @property
+    def rounds(self) -> int:
+        """Steps a graph holds, each with other adapters."""
+        return -(-MIN_BYTES_A_GRAPH // self.bytes_of(self.ranks(self.batch)))
+
+    def ranks(self, count: int) -> list[int]:
+        """The ranks of `count` adapters."""
+        return [RANKS[self.mix][i % len(RANKS[self.mix])] for i in range(count)]
+
+    def bytes_of(self, ranks: Sequence[int]) -> int:
+        """What the kernels read of adapters with these ranks, in all layers."""
+        return 2 * NUM_LAYERS * sum(ranks) * elems_a_rank(self.shape.take(self.modules))
+
+
+def elems_a_rank(groups: Sequence[LoraGroup]) -> int:
+    """Elements of one layer that each rank of an adapter takes."""
+    return sum(group.num_modules * group.in_features + sum(group.out_features) for group in groups)
+
+
+class AdapterPool:
+    """Random weights, allocated once, seen as a pool with any page size."""
+
+    def __init__(self, num_elems: int) -> None:
+        self._elems = torch.empty(num_elems, dtype=torch.bfloat16, device=DEVICE)
+        for part in self._elems.split(1 << 28):
+            part.normal_(std=0.02)
+
+    def pages(self, page_elems: int) -> torch.Tensor:
+        """`[num_layers, num_pages, page_elems]`."""
+        num_pages = len(self._elems) // (NUM_LAYERS * page_elems)
+        return self._elems[: NUM_LAYERS * num_pages * page_elems].view(NUM_LAYERS, num_pages, page_elems)
+
+
+def place_adapters(
+    num_pages: int, page_elems: int, groups: Sequence[LoraGroup], ranks: Sequence[int]
+) -> GpuAdapterTables:
+    """Tables of adapters with these ranks in random pages, packed as the adapter store packs them."""
+    sizes = [
+        [(group.first_module + i, group.in_features if side == 0 else size) for group in groups
+         for i, size in enumerate(group.out_features)]
+        for side in (0, 1)
+    ]  # fmt: skip
+    pages_each = [-(-rank * elems_a_rank(groups) // page_elems) for rank in ranks]
+    assert sum(pages_each) <= num_pages, "the pool is too small"
+    free = torch.randperm(num_pages, dtype=torch.int32)
+    page_table = torch.zeros(len(ranks), max(pages_each), dtype=torch.int32)
+    # rank, first tile of A, first tile of B
+    tables = torch.zeros(3, len(ranks), NUM_MODULES, dtype=torch.int32)
+    begin = 0
+    for slot, rank in enumerate(ranks):
+        page_table[slot, : pages_each[slot]] = free[begin : begin + pages_each[slot]]
+        begin += pages_each[slot]
+        tile = 0
+        for side in (0, 1):
+            for module, size in sizes[side]:
+                tables[0, slot, module] = rank
+                tables[1 + side, slot, module] = tile
+                tile += rank * size // TILE
+    by_layer = tables.unsqueeze(2).repeat(1, 1, NUM_LAYERS, 1).to(DEVICE)
+    return GpuAdapterTables(page_table.to(DEVICE), by_layer[0], by_layer[1], by_layer[2], TILE)
+
+
+def pages_needed(shape: ModelShape, groups: Sequence[LoraGroup], ranks: Iterable[int]) -> int:
+    """Pages for adapters with these ranks."""
+    return sum(-(-rank * elems_a_rank(groups) // shape.page_elems) for rank in ranks)
+
+
+def time_graph(body: Callable[[], None], replays: int = 15) -> float:
+    """Median milliseconds of a replay of what `body` launches."""
+    body()  # compiles
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        body()
+    times = []
+    for turn in range(replays + 3):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        if turn >= 3:
+            times.append(begin.elapsed_time(end))
+    return float(statistics.median(times))
+
+
+class DecodeStep:
+    """The buffers of a decode step, and its launches."""
+
+    def __init__(self, pool: AdapterPool, case: DecodeCase) -> None:
+        self.case, self.groups = case, case.shape.take(case.modules)
+        self.pages = pool.pages(case.shape.page_elems)
+        batch, rounds = case.batch, case.rounds
+        ranks = case.ranks(batch) * rounds
+        self.tables = place_adapters(self.pages.shape[1], case.shape.page_elems, self.groups, ranks)
+        self.slots = torch.randperm(batch * rounds, dtype=torch.int32, device=DEVICE).view(rounds, batch)
+        if len(RANKS[case.mix]) > 1:  # ranks in turn within a batch
+            self.slots = torch.arange(batch * rounds, dtype=torch.int32, device=DEVICE).view(rounds, batch)
+        self.x = [_random(batch, group.in_features) for group in self.groups]
+        self.y = [_random(batch, sum(group.out_features)) for group in self.groups]
+        self.u = torch.zeros(128, batch, 3 * 256, device=DEVICE)
+
+    def turns(self) -> Iterator[tuple[torch.Tensor, int]]:
+        """Slots and layer of each turn of a graph."""
+        return ((slots, layer) for slots in self.slots for layer in range(NUM_LAYERS))
+
+    def shrink(self, g: int, slots: torch.Tensor, layer: int, blocks: ShrinkBlocks | None, tiles: int = 0) -> None:
+        """Launches group g's shrink, in splits of `tiles` tiles if given."""
+        group = self.groups[g]
+        splits = self._splits(g, tiles)
+        row_shrink(self.x[g], slots, layer, self.pages[layer], self.tables, group, self.u[:splits], splits, blocks)
+
+    def expand(
+        self, g: int, slots: torch.Tensor, layer: int, blocks: ExpandBlocks | None, out: torch.Tensor | None = None
+    ) -> None:
+        """Launches group g's expand: into y, or the delta alone into `out`."""
+        splits = self._splits(g, 0)
+        y = self.y[g] if out is None else out
+        row_expand(
+            self.u[:splits], slots, layer, self.pages[layer], self.tables, self.groups[g], y, splits,
+            accumulate=out is None, blocks=blocks,
+        )  # fmt: skip
+
+    def time(self, launch: Callable[[int, torch.Tensor, int], None]) -> float:
+        """Milliseconds for 32 layers of `launch(group, slots, layer)`."""
+
+        def body() -> None:
+            for slots, layer in self.turns():
+                for g in range(len(self.groups)):
+                    launch(g, slots, layer)
+
+        return time_graph(body) / len(self.slots)
+
+    def both(self, shrink: ShrinkBlocks | None = None, expand: ExpandBlocks | None = None) -> float:
+        """Milliseconds for 32 layers of shrink and expand."""
+
+        def launch(g: int, slots: torch.Tensor, layer: int) -> None:
+            self.shrink(g, slots, layer, shrink)
+            self.expand(g, slots, layer, expand)
+
+        return self.time(launch)
+
+    def _splits(self, g: int, tiles: int) -> int:
+        group = self.groups[g]
+        return group.in_features // (tiles * TILE) if tiles else num_splits_for(self.case.batch, group, TILE)
+
+
+def _random(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, dtype=torch.bfloat16, device=DEVICE)
+
+
+def _line(name: str, ms: float, num_bytes: float) -> None:
+    print(f"{name:64} {ms:8.3f} ms {num_bytes / ms / 1e9:6.2f} TB/s", flush=True)
+
+
+def decode_cases(quick: bool) -> list[DecodeCase]:
+    """The decode table."""
+    batches = (1, 32, 128) if quick else (1, 32, 128, 256)
+    every = [
+        DecodeCase(shape, modules, mix, batch)
+        for shape in (LLAMA_7B, LLAMA_3_8B) for modules in ("attn", "all") for mix in ("S1", "S2") for batch in batches
+    ]  # fmt: skip
+    return [case for case in every if not quick or (case.modules == "attn" and case.shape is LLAMA_7B)]
+
+
+def run_decode(pool: AdapterPool, quick: bool) -> None:
+    """Decode with the kernels' own choices."""
+    for case in decode_cases(quick):
+        step = DecodeStep(pool, case)
+        _line(f"decode {case.name}", step.both(), case.bytes_of(case.ranks(case.batch)))
+
+
+# (tiles a split, blocks): the block's elements are tiles * rows * 128.
+SHRINKS = {
+    1: [(1, ShrinkBlocks(8, 1)), (1, ShrinkBlocks(32, 4)), (2, ShrinkBlocks(8, 2)), (2, ShrinkBlocks(32, 4))],
+    32: [(1, ShrinkBlocks(32, 4)), (2, ShrinkBlocks(8, 1)), (2, ShrinkBlocks(32, 4)), (4, ShrinkBlocks(8, 2))],
+    128: [
+        (2, ShrinkBlocks(32, 4)), (2, ShrinkBlocks(8, 1)), (4, ShrinkBlocks(8, 2)), (4, ShrinkBlocks(8, 4)),
+        (4, ShrinkBlocks(16, 4)), (8, ShrinkBlocks(8, 4)),
+    ],
+}  # fmt: skip
+EXPANDS = {
+    1: [ExpandBlocks(1, 8, 1), ExpandBlocks(1, 16, 1), ExpandBlocks(1, 32, 2), ExpandBlocks(2, 8, 1)],
+    32: [ExpandBlocks(2, 8, 1), ExpandBlocks(4, 8, 2), ExpandBlocks(8, 8, 4)],
+    128: [
+        ExpandBlocks(2, 8, 1), ExpandBlocks(4, 8, 2), ExpandBlocks(8, 4, 4), ExpandBlocks(8, 8, 4),
+        ExpandBlocks(16, 8, 8), ExpandBlocks(4, 16, 2),
+    ],
+}  # fmt: skip
+
+
+def run_sweep(pool: AdapterPool, quick: bool) -> None:
+    """Decode, attention of Llama-7B: shrink and expand alone in several blocks, then together started early or not."""
+    for batch in (1, 32, 128):
+        for mix in ("S1", "S2") if batch == 128 else ("S1",):
+            case = DecodeCase(LLAMA_7B, "attn", mix, batch)
+            step = DecodeStep(pool, case)
+            _sweep_shrink(step)
+            _sweep_expand(step)
+            _sweep_early(step)
+
+
+def _share_of_a(case: DecodeCase) -> float:
+    """The part of the adapters' bytes that shrink reads."""
+    groups = case.shape.take(case.modules)
+    return sum(g.num_modules * g.in_features for g in groups) / elems_a_rank(groups)
+
+
+def _sweep_shrink(step: DecodeStep) -> None:
+    case = step.case
+    for tiles, blocks in SHRINKS[case.batch]:
+
+        def launch(g: int, slots: torch.Tensor, layer: int) -> None:
+            step.shrink(g, slots, layer, blocks, tiles)  # noqa: B023
+
+        name = f"sweep {case.name} shrink tiles={tiles} rows={blocks.rows} warps={blocks.num_warps}"
+        _line(name, step.time(launch), case.bytes_of(case.ranks(case.batch)) * _share_of_a(case))
+
+
+def _sweep_expand(step: DecodeStep) -> None:
+    case = step.case
+    for blocks in EXPANDS[case.batch]:
+        blocks = replace(blocks, early=False)
+
+        def launch(g: int, slots: torch.Tensor, layer: int) -> None:
+            step.expand(g, slots, layer, blocks)  # noqa: B023
+
+        name = f"sweep {case.name} expand tiles={blocks.tiles} rows={blocks.rows} warps={blocks.num_warps}"
+        _line(name, step.time(launch), case.bytes_of(case.ranks(case.batch)) * (1 - _share_of_a(case)))
+
+
+def _sweep_early(step: DecodeStep) -> None:
+    case = step.case
+    _, shrink = SHRINKS[case.batch][1]
+    expand = EXPANDS[case.batch][1]
+    for shrink_early, expand_early in ((False, False), (False, True), (True, True)):
+        ms = step.both(replace(shrink, early=shrink_early), replace(expand, early=expand_early))
+        name = f"sweep {case.name} both, early: shrink={shrink_early:d} expand={expand_early:d}"
+        _line(name, ms, case.bytes_of(case.ranks(case.batch)))
+
+
+def run_prefill(pool: AdapterPool, quick: bool) -> None:
+    """A chunk of 8192 tokens in segments of 256: for one layer, by the bytes of x, y twice, and the adapters."""
+    shapes = (LLAMA_7B,) if quick else (LLAMA_7B, LLAMA_3_8B)
+    for shape in shapes:
+        for mix in ("S1", "S2"):
+            _prefill_shape(pool, shape, mix, sweep=shape is LLAMA_7B)
+
+
+SEGMENT_SWEEP: list[tuple[int, SegmentShrinkBlocks | None, SegmentExpandBlocks | None]] = [
+    (64, None, None),
+    (64, SegmentShrinkBlocks(64, 4, 4), SegmentExpandBlocks(2, 128, 4)),
+    (64, SegmentShrinkBlocks(128, 4, 3), SegmentExpandBlocks(8, 128, 4)),
+    (64, SegmentShrinkBlocks(64, 4, 3), SegmentExpandBlocks(4, 128, 8)),
+    (32, SegmentShrinkBlocks(64, 4, 4), SegmentExpandBlocks(4, 128, 4)),
+    (128, SegmentShrinkBlocks(128, 8, 3), SegmentExpandBlocks(4, 128, 8)),
+]
+
+
+def _prefill_shape(pool: AdapterPool, shape: ModelShape, mix: str, sweep: bool) -> None:
+    groups, pages = shape.groups[:2], pool.pages(shape.page_elems)
+    count = PREFILL_TOKENS // SEGMENT_TOKENS
+    ranks = DecodeCase(shape, "attn", mix, count).ranks(count)
+    tables = place_adapters(pages.shape[1], shape.page_elems, groups, ranks)
+    segments = [(i * SEGMENT_TOKENS, (i + 1) * SEGMENT_TOKENS, i) for i in range(count)]
+    u = torch.zeros(PREFILL_TOKENS, 3 * 256, dtype=torch.bfloat16, device=DEVICE)
+    totals = [0.0, 0.0]
+    for group in groups:
+        x, y = _random(PREFILL_TOKENS, group.in_features), _random(PREFILL_TOKENS, sum(group.out_features))
+        total_rank = group.num_modules * max(ranks)
+        a_bytes = 2 * (x.numel() + sum(ranks) * group.num_modules * group.in_features)
+        b_bytes = 2 * (2 * y.numel() + sum(ranks) * sum(group.out_features))
+        for block_m, shrink, expand in SEGMENT_SWEEP[: len(SEGMENT_SWEEP) if sweep else 1]:
+            plan = plan_segments(segments, block_m, DEVICE)
+
+            def shrinks() -> None:
+                for i in range(PREFILL_LAYERS):
+                    segment_shrink(x, plan, i, pages[i], tables, group, u, total_rank, block_m, shrink)  # noqa: B023
+
+            def expands() -> None:
+                for i in range(PREFILL_LAYERS):
+                    segment_expand(
+                        u, plan, i, pages[i], tables, group, y, total_rank, block_m, expand,  # noqa: B023
+                        max_rank=max(ranks),
+                    )  # fmt: skip
+
+            name = f"prefill {shape.name:5} {mix} module {group.first_module} BLOCK_M={block_m}"
+            shrink_ms, expand_ms = (time_graph(body, 7) / PREFILL_LAYERS for body in (shrinks, expands))
+            _line(f"{name} shrink {'' if shrink is None else _values(shrink)}", shrink_ms, a_bytes)
+            _line(f"{name} expand {'' if expand is None else _values(expand)}", expand_ms, b_bytes)
+            if shrink is None:
+                totals = [totals[0] + shrink_ms + expand_ms, totals[1] + a_bytes + b_bytes]
+    _line(f"prefill {shape.name:5} {mix} attn, one layer", totals[0], totals[1])
+
+
+def _values(blocks: SegmentShrinkBlocks | SegmentExpandBlocks) -> str:
+    return " ".join(f"{name}={getattr(blocks, name)}" for name in blocks.__dataclass_fields__)
+
+
+class OverlapStep:
+    """The attention's base products of Llama-7B with LoRA after them or beside them, on a stream of its own."""
+
+    def __init__(self, step: DecodeStep) -> None:
+        self.step = step
+        self.weights = [
+            [_random(sum(group.out_features), group.in_features).mul_(0.02) for group in step.groups]
+            for _ in range(NUM_LAYERS)
+        ]
+        self.deltas = [torch.zeros_like(y) for y in step.y]
+        self.side = torch.cuda.Stream()
+
+    def base(self, g: int, slots: torch.Tensor, layer: int) -> None:
+        """The product alone."""
+        torch.mm(self.step.x[g], self.weights[layer][g].t(), out=self.step.y[g])
+
+    def serial(self, g: int, slots: torch.Tensor, layer: int) -> None:
+        """LoRA after the product."""
+        self.base(g, slots, layer)
+        self.step.shrink(g, slots, layer, None)
+        self.step.expand(g, slots, layer, None)
+
+    def shrink_beside(self, g: int, slots: torch.Tensor, layer: int) -> None:
+        """Shrink beside the product, expand after both."""
+        main = torch.cuda.current_stream()
+        self.side.wait_stream(main)
+        with torch.cuda.stream(self.side):
+            self.step.shrink(g, slots, layer, None)
+        self.base(g, slots, layer)
+        main.wait_stream(self.side)
+        # Two kernels are ahead of it: starting early is for one on its own stream.
+        self.step.expand(g, slots, layer, ExpandBlocks(4, 8, 2, early=False))
+
+    def delta_beside(self, g: int, slots: torch.Tensor, layer: int) -> None:
+        """Shrink and expand beside the product, one addition after both."""
+        main = torch.cuda.current_stream()
+        self.side.wait_stream(main)
+        with torch.cuda.stream(self.side):
+            self.step.shrink(g, slots, layer, None)
+            self.step.expand(g, slots, layer, None, self.deltas[g])
+        self.base(g, slots, layer)
+        main.wait_stream(self.side)
+        self.step.y[g].add_(self.deltas[g])
+
+
+def run_overlap(pool: AdapterPool, quick: bool) -> None:
+    """Base products with LoRA serial and beside them; bytes are the products' and the adapters'."""
+    step = None
+    for mix in ("S1",) if quick else ("S1", "S2"):
+        for batch in (1, 32, 128):
+            case = DecodeCase(LLAMA_7B, "attn", mix, batch)
+            step = OverlapStep(DecodeStep(pool, case))
+            base_bytes = 2 * NUM_LAYERS * sum(weight.numel() for weight in step.weights[0])
+            lora_bytes = case.bytes_of(case.ranks(batch))
+            for name in ("base", "serial", "shrink_beside", "delta_beside"):
+                ms = step.step.time(getattr(step, name))
+                _line(f"overlap {case.name} {name}", ms, base_bytes + (lora_bytes if name != "base" else 0))
+
+
+def run_check() -> None:
+    """Both paths against float32 on a small model of the same layout; raises AssertionError."""
+    torch.manual_seed(1)
+    group = LoraGroup(0, 512, (512, 256, 256))
+    ranks = [8, 64, 32, 16, 200, 1]
+    pages = torch.randn(1200, 8 * TILE, device=DEVICE).mul_(0.05).bfloat16()
+    tables = place_adapters(1200, 8 * TILE, [group], ranks)
+    slots = [3, -1, 0, 5, 4, 2, 1, 4] * 40
+    x, y = _random(len(slots), 512), _random(len(slots), 1024)
+    expected = torch.stack([_expected(pages, tables, group, *row) for row in zip(slots, x, y, strict=True)])
+    slot_tensor = torch.tensor(slots, dtype=torch.int32, device=DEVICE)
+    for batch in (8, len(slots)):
+        out, splits = y[:batch].clone(), num_splits_for(batch, group, TILE)
+        u = torch.full((splits, batch, 768), float("nan"), device=DEVICE)
+        row_shrink(x[:batch], slot_tensor[:batch], 5, pages, tables, group, u, splits)
+        row_expand(u, slot_tensor[:batch], 5, pages, tables, group, out, splits)
+        _assert_close(f"rows, batch {batch}", out, expected[:batch])
+    order = sorted(range(len(slots)), key=slots.__getitem__)
+    runs = [(slots[token], place) for place, token in enumerate(order)]
+    bounds = {slot: [place for own, place in runs if own == slot] for slot in set(slots)}
+    segments = [(places[0], places[-1] + 1, slot) for slot, places in bounds.items()]
+    out, x = y[order].clone(), x[order]
+    half = torch.full((len(slots), 600), float("nan"), device=DEVICE, dtype=torch.bfloat16)
+    plan = plan_segments(segments, 64, DEVICE)
+    segment_shrink(x, plan, 5, pages, tables, group, half, 600)
+    segment_expand(half, plan, 5, pages, tables, group, out, 600)
+    _assert_close("segments", out, expected[order])
+
+
+def _expected(
+    pages: torch.Tensor, tables: GpuAdapterTables, group: LoraGroup, slot: int, x: torch.Tensor, y: torch.Tensor
+) -> torch.Tensor:
+    """y plus what the adapter at `slot` adds to one token, in float32."""
+    out = y.float()
+    if slot < 0:
+        return out
+    adapter = pages[tables.page_table[slot].long()].flatten().float()
+    column = 0
+    for module, size in enumerate(group.out_features):
+        rank, a, b = (int(table[slot, 5, module]) for table in (tables.rank, tables.lora_a_tile, tables.lora_b_tile))
+        lora_a = adapter[a * TILE :][: rank * group.in_features].view(rank, -1)
+        lora_b = adapter[b * TILE :][: rank * size].view(rank, -1)
+        out[column : column + size] += (lora_a @ x.float()) @ lora_b
+        column += size
+    return out
+
+
+def _assert_close(name: str, out: torch.Tensor, expected: torch.Tensor) -> None:
+    error = float((out.float() - expected).norm() / expected.norm())
+    assert error < 4e-3, f"{name}: relative error {error}"
+    print(f"check {name}: relative error {error:.1e}", flush=True)
+
+
+def main() -> None:
+    """Runs what was asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="Llama-7B's attention only")
+    parts = {"decode": run_decode, "sweep": run_sweep, "prefill": run_prefill, "overlap": run_overlap}
+    parser.add_argument("--only", nargs="*", choices=["check", *parts], default=["check", *parts])
+    options = parser.parse_args()
+    print(torch.cuda.get_device_name(), torch.__version__, flush=True)
+    if "check" in options.only:
+        run_check()
+    chosen = [run for name, run in parts.items() if name in options.only]
+    if chosen:
+        cases = [*decode_cases(options.quick), DecodeCase(LLAMA_7B, "attn", "S2", 128)]
+        pool = AdapterPool(max(_pool_elems(case) for case in cases))
+        for run in chosen:
+            run(pool, options.quick)
+
+
+def _pool_elems(case: DecodeCase) -> int:
+    """Elements of the pool that the case needs."""
+    ranks = case.ranks(case.batch) * case.rounds
+    pages = pages_needed(case.shape, case.shape.take(case.modules), ranks)
+    return NUM_LAYERS * case.shape.page_elems * pages
+
+
+if __name__ == "__main__":
+    main()

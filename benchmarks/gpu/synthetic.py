@@ -1,0 +1,171 @@
+"""Models of a given shape with random weights, and random adapters in host memory: nothing is read from disk."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from services.engine.adapters.layout import AdapterLayout, ModulePlacement, TargetModule
+from services.engine.adapters.source import AdapterManifest
+from services.engine.config import EngineSettings
+from services.engine.execution.gpu.gpu_runner import GpuRunner
+from services.engine.messages import Adapter
+from services.engine.model.config import ModelConfig, load_model_config
+from services.engine.model.step_ops import module_groups
+
+SHAPES: dict[str, dict[str, object]] = {
+    "llama-7b": {
+        "vocab_size": 32000,
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+    },
+    "llama-3-8b": {
+        "vocab_size": 128256,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+    },
+    "small": {
+        "vocab_size": 512,
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    },
+}
+
+RANKS: dict[str, tuple[int, ...]] = {"S1": (8,), "S2": (64, 32, 16, 8)}
+"""Ranks that adapters of a setting have in turn (S-LoRA, section 7)."""
+
+_T = TargetModule
+TARGETS: dict[str, tuple[TargetModule, ...]] = {"attn": (_T.Q, _T.K, _T.V, _T.O), "all": tuple(TargetModule)}
+
+
+class RandomWeights:
+    """`Weights` of the right shapes, scaled so that activations stay near one."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        self._device, self._dtype = device, dtype
+        self._generator = torch.Generator(device).manual_seed(0)
+
+    def __contains__(self, name: str) -> bool:
+        return True
+
+    def read(self, name: str, shape: Sequence[int]) -> torch.Tensor:
+        """Ones for a norm, else normally distributed."""
+        if len(shape) == 1:
+            return torch.ones(tuple(shape), dtype=self._dtype, device=self._device)
+        weight = torch.empty(tuple(shape), dtype=self._dtype, device=self._device)
+        return weight.normal_(0.0, shape[-1] ** -0.5, generator=self._generator)
+
+    def read_stacked(self, names: Sequence[str], shapes: Sequence[Sequence[int]]) -> torch.Tensor:
+        """As one tensor of so many rows."""
+        return self.read(names[0], (sum(shape[0] for shape in shapes), *shapes[0][1:]))
+
+    def finish(self) -> None:
+        """Nothing is left over."""
+
+
+def write_config(directory: Path, model: str, max_len: int, dtype: str) -> Path:
+    """A checkpoint directory with a config.json and nothing else."""
+    shape = {"model_type": "llama", "max_position_embeddings": max_len, "dtype": dtype, "rms_norm_eps": 1e-5}
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "config.json").write_text(json.dumps(shape | SHAPES[model]))
+    return directory
+
+
+def make_runner(directory: Path, model: str, max_len: int = 1024, dtype: str = "bfloat16", **more: object) -> GpuRunner:
+    """A runner of the shape `model`; `more` are fields of EngineSettings."""
+    settings = settings_of(directory, model, max_len, dtype, **more)
+    config = load_model_config(Path(settings.checkpoint), settings.dtype)
+    return GpuRunner(settings, RandomWeights(torch.device(settings.device), config.dtype))
+
+
+def settings_of(directory: Path, model: str, max_len: int, dtype: str, **more: object) -> EngineSettings:
+    """The settings of `make_runner`."""
+    checkpoint = str(write_config(directory, model, max_len, dtype))
+    fields: dict[str, object] = {"device": "cuda", "max_adapters": 2048}
+    return EngineSettings(checkpoint=checkpoint, adapter_store="", **(fields | more)).for_device()  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class SyntheticAdapters:
+    """An AdapterSource of adapters that differ in name; those of one rank share their bytes, in host memory."""
+
+    manifests: dict[str, AdapterManifest]
+    weights: dict[str, memoryview]
+    adapters: tuple[Adapter, ...]
+
+    def open(self, digest: str) -> _Fetch:
+        """Begins to fetch."""
+        return _Fetch(self.manifests[digest], self.weights[digest])
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+class _Fetch:
+    def __init__(self, manifest: AdapterManifest, weights: memoryview) -> None:
+        self._manifest, self._weights = manifest, weights
+
+    def manifest(self, deadline: float) -> AdapterManifest:
+        """At once."""
+        return self._manifest
+
+    def chunks(self, deadline: float) -> Iterator[memoryview]:
+        """All in one."""
+        yield self._weights
+
+    def pause(self) -> None:
+        """Nothing is held."""
+
+    def cancel(self) -> None:
+        """Nothing is held."""
+
+
+def make_adapters(config: ModelConfig, setting: str, targets: str, number: int, tile: int = 128) -> SyntheticAdapters:
+    """`number` adapters, ranks in turn, on the modules of `targets`, packed as the adapter store packs."""
+    by_rank = {rank: _pack(config, rank, TARGETS[targets], tile) for rank in RANKS[setting]}
+    manifests, weights, adapters = {}, {}, []
+    for i in range(number):
+        rank = RANKS[setting][i % len(RANKS[setting])]
+        layout, packed, digest_of_bytes = by_rank[rank]
+        name = f"{setting}-{targets}-{i}"
+        digest = f"sha256:{hashlib.sha256(name.encode()).hexdigest()}"
+        own = AdapterLayout(digest, layout.dtype, tile, layout.num_layers, layout.layer_elems, layout.layers)
+        manifests[digest] = AdapterManifest(own, packed.nbytes, digest_of_bytes)
+        weights[digest] = packed
+        adapters.append(Adapter(f"{name}@1", digest))
+    return SyntheticAdapters(manifests, weights, tuple(adapters))
+
+
+def _pack(
+    config: ModelConfig, rank: int, modules: tuple[TargetModule, ...], tile: int
+) -> tuple[AdapterLayout, memoryview, str]:
+    shapes = {
+        TargetModule(module): (group.in_features, size)
+        for group in module_groups(config)
+        for module, size in zip(group.modules, group.out_features, strict=True)
+    }
+    offset_b = rank * sum(shapes[module][0] for module in modules)
+    offset_a, placements = 0, []
+    for module in modules:
+        inputs, outputs = shapes[module]
+        placements.append(ModulePlacement(module, rank, inputs, outputs, offset_a, offset_b))
+        offset_a, offset_b = offset_a + rank * inputs, offset_b + rank * outputs
+    dtype = str(config.dtype).removeprefix("torch.")
+    layout = AdapterLayout("", dtype, tile, config.num_layers, offset_b, (tuple(placements),) * config.num_layers)
+    packed = (torch.randn(config.num_layers, offset_b) * 0.01).to(config.dtype)
+    data = memoryview(packed.view(torch.uint8).numpy().tobytes())
+    return layout, data, f"sha256:{hashlib.sha256(data).hexdigest()}"

@@ -1,0 +1,76 @@
+"""Whether an adapter fits the model that this engine runs: what every device asks before it installs one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from kernels.lora_plan import ModuleGroup
+from services.common.errors import Reason, SloraError
+from services.engine.adapters.layout import AdapterLayout, ModulePlacement, TargetModule
+from services.engine.config import PoolConfig
+
+MAX_RANK = 256
+
+
+class AdapterChecks:
+    """Raises ADAPTER_INCOMPATIBLE for a layout whose layers, dtype, tiles, shapes or bounds are not the model's."""
+
+    def __init__(self, pool: PoolConfig, dtype: torch.dtype, groups: Sequence[ModuleGroup]) -> None:
+        self._pool = pool
+        self._dtype = str(dtype).removeprefix("torch.")
+        self._shapes = {
+            TargetModule(module): (group.in_features, size)
+            for group in groups
+            for module, size in zip(group.modules, group.out_features, strict=True)
+        }
+        # Elements of a layer with every module at the largest rank; padding to tiles may not double it.
+        elems = 2 * MAX_RANK * sum(i + o for i, o in self._shapes.values())
+        self.max_pages = -(-elems // pool.page_elems)
+
+    def check(self, layout: AdapterLayout) -> None:
+        """Raises SloraError(ADAPTER_INCOMPATIBLE) unless `layout` fits."""
+        pool = self._pool
+        if layout.dtype != self._dtype:
+            raise incompatible(layout, f"is packed in {layout.dtype}, this engine computes in {self._dtype}", "dtype")
+        if layout.num_layers != pool.num_layers or len(layout.layers) != layout.num_layers:
+            what = f"has {layout.num_layers} layers ({len(layout.layers)} described), this model {pool.num_layers}"
+            raise incompatible(layout, what, "num_layers")
+        tile = layout.tile_elems
+        if tile < 1 or tile & (tile - 1) or pool.page_elems % tile or layout.layer_elems % tile:
+            what = f"has tiles of {tile} elements: not a power of two that divides pages of {pool.page_elems}"
+            raise incompatible(layout, f"{what} and its own layers of {layout.layer_elems}", "tile_elems")
+        if layout.layer_elems < 1 or layout.num_pages(pool.page_elems) > self.max_pages:
+            what = f"has {layout.layer_elems} elements a layer, at most {self.max_pages} pages can be addressed"
+            raise incompatible(layout, what, "layer_elems")
+        for number, placements in enumerate(layout.layers):
+            if len({place.module for place in placements}) != len(placements):
+                raise incompatible(layout, f"names a module twice in layer {number}", "layers")
+            for place in placements:
+                self._check_module(layout, number, place)
+
+    def _check_module(self, layout: AdapterLayout, layer: int, place: ModulePlacement) -> None:
+        where = f"layer {layer}, {place.module.name.lower()}"
+        if (place.in_features, place.out_features) != self._shapes[place.module]:
+            got, wanted = (place.in_features, place.out_features), self._shapes[place.module]
+            raise incompatible(layout, f"is for {got} features in {where}, this model has {wanted}", "shape")
+        if not 1 <= place.rank <= MAX_RANK:
+            raise incompatible(layout, f"has rank {place.rank} in {where}, outside 1 to {MAX_RANK}", "rank")
+        tile = layout.tile_elems
+        parts = ((place.lora_a_offset, place.in_features), (place.lora_b_offset, place.out_features))
+        for offset, features in parts:
+            end = offset + place.rank * -(-features // tile) * tile
+            if offset < 0 or offset % tile or end > layout.layer_elems:
+                what = f"places rows at {offset} to {end} in {where}: not whole tiles within {layout.layer_elems}"
+                raise incompatible(layout, what, "offset")
+
+
+def incompatible(layout: AdapterLayout, what: str, field: str) -> SloraError:
+    """The error for an adapter that this engine cannot run."""
+    return SloraError(
+        Reason.ADAPTER_INCOMPATIBLE,
+        f"adapter {layout.digest} {what}; adapter store and engine must be started for the same base model and dtype",
+        digest=layout.digest,
+        field=field,
+    )

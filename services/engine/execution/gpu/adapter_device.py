@@ -1,0 +1,126 @@
+"""Adapters on an accelerator: weights in the pool's pages, and the tables by which Triton kernels find them.
+
+Implements `services.engine.adapters.device.AdapterDevice`. Stricter than the CPU's: kernels are compiled for one tile
+and for groups of modules that are packed one right after the other, as the adapter store packs them.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Sequence
+
+import torch
+
+from kernels.gpu.adapter_tables import GpuAdapterTables, LoraGroup
+from kernels.lora_plan import ModuleGroup
+from services.engine.adapters.layout import AdapterLayout, ModulePlacement, TargetModule
+from services.engine.execution.adapter_checks import AdapterChecks, incompatible
+from services.engine.memory.pool import Pool
+from services.engine.model.config import CheckpointError
+
+_LARGEST_TILE = 128
+_SMALLEST_TILE = 16
+
+
+def model_tile_elems(groups: Sequence[ModuleGroup]) -> int:
+    """The tile that divides every row of the model; CheckpointError if it is too small for the kernels."""
+    sizes = [size for group in groups for size in (group.in_features, *group.out_features)]
+    tile = math.gcd(_LARGEST_TILE, *sizes)
+    if tile < _SMALLEST_TILE:
+        raise CheckpointError(
+            f"layers of {sorted(set(sizes))} features have no common divisor of {_SMALLEST_TILE} or more: "
+            f"such a model is served on a CPU only (device=cpu)"
+        )
+    return tile
+
+
+class GpuAdapterDevice:
+    """Adapters in the pool's pages, and `tables` about them, one row a slot.
+
+    `install` writes pages and a row that no submitted step names, on a stream of its own, and returns when they are
+    written; the caller tells the core by a queue, after which steps may name them.
+    """
+
+    def __init__(self, pool: Pool, groups: Sequence[ModuleGroup], max_adapters: int) -> None:
+        self._pool = pool
+        self._checks = AdapterChecks(pool.config, pool.dtype, groups)
+        self.groups = tuple(LoraGroup(group.modules[0], group.in_features, group.out_features) for group in groups)
+        self._shape = (pool.config.num_layers, len(TargetModule))
+
+        def table(*shape: int) -> torch.Tensor:
+            return torch.zeros(max_adapters, *shape, dtype=torch.int32, device=pool.device)
+
+        self.tables = GpuAdapterTables(
+            page_table=table(self._checks.max_pages),
+            rank=table(*self._shape),
+            lora_a_tile=table(*self._shape),
+            lora_b_tile=table(*self._shape),
+            tile_elems=model_tile_elems(groups),
+        )
+        # By slot and group: the largest sum of the group's ranks in any layer. The host's own copy: kernels that take
+        # segments are launched for the largest of a batch.
+        self._total_ranks = [(0,) * len(groups)] * max_adapters
+        self._installed = [False] * max_adapters
+        self._stream = torch.cuda.Stream(pool.device) if pool.device.type == "cuda" else None
+
+    def check(self, layout: AdapterLayout) -> None:
+        """Raises ADAPTER_INCOMPATIBLE unless `layout` fits this model and these kernels."""
+        self._checks.check(layout)
+        tile = self.tables.tile_elems
+        if layout.tile_elems != tile:
+            raise incompatible(layout, f"has tiles of {layout.tile_elems} elements, this model {tile}", "tile_elems")
+        for number, placements in enumerate(layout.layers):
+            by_module = {int(place.module): place for place in placements}
+            for group in self.groups:
+                _check_group(layout, number, group, by_module)
+
+    def install(self, slot: int, layout: AdapterLayout, pages: Sequence[int], weights: memoryview) -> None:
+        """Copies packed `weights` into `pages` and enters the adapter at `slot`."""
+        if self._installed[slot]:
+            raise ValueError(f"adapter slot {slot} is taken")
+        self._pool.write_adapter(pages, layout.layer_elems, weights)
+        tables, tile = self.tables, self.tables.tile_elems
+        rank, a_tile, b_tile = (torch.zeros(self._shape, dtype=torch.int32) for _ in range(3))
+        for number, placements in enumerate(layout.layers):
+            for place in placements:
+                rank[number, place.module] = place.rank
+                a_tile[number, place.module] = place.lora_a_offset // tile
+                b_tile[number, place.module] = place.lora_b_offset // tile
+        self._total_ranks[slot] = tuple(
+            int(rank[:, group.first_module : group.first_module + group.num_modules].sum(1).max())
+            for group in self.groups
+        )
+        with torch.cuda.stream(self._stream):
+            tables.page_table[slot, : len(pages)].copy_(torch.tensor(pages, dtype=torch.int32))
+            tables.lora_a_tile[slot].copy_(a_tile)
+            tables.lora_b_tile[slot].copy_(b_tile)
+            tables.rank[slot].copy_(rank)
+            if self._stream is not None:
+                self._stream.synchronize()
+        self._installed[slot] = True
+
+    def remove(self, slot: int) -> None:
+        """Forgets the adapter at `slot`. What its row says is not looked at until another one is installed there."""
+        self._installed[slot] = False
+
+    def max_total_ranks(self, slots: Sequence[int]) -> tuple[int, ...]:
+        """By group: the largest sum of ranks in a layer of any adapter at `slots`."""
+        self.require_installed(slots)
+        return tuple(map(max, zip(*(self._total_ranks[slot] for slot in slots), strict=True)))
+
+    def require_installed(self, slots: Iterable[int]) -> None:
+        """Raises ValueError if a slot has no adapter."""
+        for slot in slots:
+            if not (0 <= slot < len(self._installed) and self._installed[slot]):
+                raise ValueError(f"no adapter is installed at slot {slot}")
+
+
+def _check_group(layout: AdapterLayout, layer: int, group: LoraGroup, by_module: dict[int, ModulePlacement]) -> None:
+    """The rows of A of a group's modules are one run: what a kernel reads as one list of rows."""
+    modules = range(group.first_module, group.first_module + group.num_modules)
+    present = [by_module[module] for module in modules if module in by_module]
+    for before, place in itertools.pairwise(present):
+        if before.lora_a_offset + before.rank * before.in_features != place.lora_a_offset:
+            what = f"does not keep the rows of {before.module.name} and {place.module.name} together in layer {layer}"
+            raise incompatible(layout, what, "offset")

@@ -1,0 +1,269 @@
+"""Carries out steps on an accelerator. The host is at most one step ahead: it submits a step while another computes."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from kernels.gpu.prefill_attention import plan_prefill
+
+from kernels.gpu.decode_attention import make_decode_scratch, num_splits_for
+from kernels.gpu.pick_tokens import pick_tokens
+from kernels.gpu.row_shrink import num_splits_for as num_shrink_splits
+from kernels.gpu.segment_shrink import DEFAULT_BLOCK_M, plan_segments
+from services.engine.config import EngineSettings
+from services.engine.execution.gpu.adapter_device import GpuAdapterDevice
+from services.engine.execution.gpu.decode_graphs import DecodeGraphs
+from services.engine.execution.gpu.staging import DecodeInputs, PinnedRing, StepSender
+from services.engine.execution.gpu.step_layout import StepLayout, StepLimits, lay_out
+from services.engine.execution.gpu.token_sampler import NOT_FINITE, Logprobs, SampleRow, TokenSampler
+from services.engine.execution.gpu.triton_step import DeviceState, Segments, StepTensors, TritonStep
+from services.engine.execution.pool_size import pool_config
+from services.engine.execution.sampler import NOT_FINITE_ERROR, NOTHING_LEFT_ERROR
+from services.engine.memory.pool import Pool
+from services.engine.model.checkpoint import Checkpoint, Weights
+from services.engine.model.config import ModelConfig, load_model_config
+from services.engine.model.decoder import Decoder
+from services.engine.model.rope import rope_frequencies
+from services.engine.model.step_ops import module_groups
+from services.engine.step import BASE_SLOT, SampledToken, StepPlan
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class StepHandle:
+    """A submitted step: where its tokens arrive, and for whom."""
+
+    rows: list[SampleRow]
+    sequence_ids: list[int]
+    drawn: torch.Tensor
+    logprobs: Logprobs | None
+    done: torch.cuda.Event | None
+
+
+class GpuRunner:
+    """The model, the pool and the adapters' tables on one accelerator. Owned by the core's thread.
+
+    Only `adapter_device.install` may be called from another thread while a step runs. On a CPU it works too, slowly,
+    in triton's interpreter, which is how it is tested without an accelerator.
+    """
+
+    max_in_flight = 2
+
+    def __init__(self, settings: EngineSettings, checkpoint: Weights | None = None) -> None:
+        """Loads the checkpoint, allocates the pool, captures decode steps. Raises CheckpointError or ValueError.
+
+        checkpoint: where the weights come from, if not from the directory that the settings name.
+        """
+        self._device = torch.device(settings.device)
+        directory = Path(settings.checkpoint)
+        self.config = load_model_config(directory, settings.dtype)
+        self.max_model_len = self.config.resolve_max_model_len(settings.max_model_len)
+        self.vocab_size = self.config.vocab_size
+        self.eos_token_ids = self.config.eos_token_ids
+        weights = checkpoint or Checkpoint(directory, self.config.dtype)
+        self._decoder = Decoder(self.config, weights, self._device)
+        self.pool_config = pool_config(self.config, settings, self._device)
+        groups = module_groups(self.config)
+        pool = Pool(self.pool_config, self.config.dtype, self._device)
+        self.adapter_device = GpuAdapterDevice(pool, groups, settings.max_adapters)
+        self.tile_elems = self.adapter_device.tables.tile_elems
+        self._limits = StepLimits(
+            self.pool_config.num_pages, self.pool_config.tokens_per_page, self.max_model_len, self.vocab_size
+        )
+        self._max_batch = min(settings.max_running, settings.max_step_tokens)
+        self._make_buffers(settings, pool)
+        self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
+        self._graphs = DecodeGraphs(self._decode, self._max_batch, self._device)
+        # By sequence: the row of `drawn` that the last step wrote for it.
+        self._rows_drawn: dict[int, int] = {}
+        with self._on_stream():
+            self._graphs.capture()
+        logger.info(
+            "loaded %s: %s in %s on %s, %d pages of %d tokens",
+            directory,
+            self.config.family,
+            self.config.dtype,
+            self._device,
+            self.pool_config.num_pages,
+            self.pool_config.tokens_per_page,
+        )
+
+    def submit(self, plan: StepPlan) -> StepHandle:
+        """Begins a step, behind those submitted before; KV of all its tokens will be in the pool.
+
+        Raises ValueError for a plan that leaves the pool, the vocabulary or the model's length.
+        """
+        layout = lay_out(plan, self._rows_drawn, self._limits)
+        with torch.inference_mode(), self._on_stream():
+            return self._submit(layout)
+
+    def collect(self, handle: StepHandle) -> list[SampledToken]:
+        """Waits for a step; one token for each chunk with a `sample`, in the plan's order."""
+        if handle.done is not None:
+            handle.done.synchronize()
+        tokens = handle.drawn.tolist()
+        logprobs = _logprobs_by_row(handle.logprobs, handle.rows)
+        return [
+            _sampled_token(sequence_id, tokens[r.row], logprobs.get(r.row))
+            for sequence_id, r in zip(handle.sequence_ids, handle.rows, strict=True)
+        ]
+
+    def execute(self, plan: StepPlan) -> list[SampledToken]:
+        """`submit` and `collect` in one."""
+        return self.collect(self.submit(plan))
+
+    def _submit(self, layout: StepLayout) -> StepHandle:
+        decode_slots = set(layout.adapter_slots.tolist()) - {BASE_SLOT}
+        self.adapter_device.require_installed(decode_slots)
+        size = None if layout.prefills else self._graphs.size_for(layout.num_tokens)
+        if size is not None:
+            self._inputs.send(layout, size)
+            logits = self._graphs.run(size, bool(decode_slots))
+            row_of = {token_row: token_row for _, token_row in layout.sampled}
+        else:
+            tensors = self._mixed_tensors(layout, bool(decode_slots))
+            logits = self._decoder.forward(TritonStep(self._state, tensors))
+            if len(logits):
+                pick_tokens(logits, self._state.drawn)
+            row_of = {token_row: row for row, (_, token_row) in enumerate(layout.sampled)}
+        rows = [
+            SampleRow(row_of[token_row], token_row, chunk.sample)
+            for chunk, token_row in layout.sampled
+            if chunk.sample is not None
+        ]
+        sequence_ids = [chunk.sequence_id for chunk, _ in layout.sampled]
+        logprobs = self._sampler.draw(logits, rows, self._state.resolved, self._state.drawn)
+        self._rows_drawn = {number: r.row for number, r in zip(sequence_ids, rows, strict=True)}
+        return StepHandle(rows, sequence_ids, *self._fetch(max((r.row for r in rows), default=-1) + 1, logprobs))
+
+    def _fetch(
+        self, num_rows: int, logprobs: Logprobs | None
+    ) -> tuple[torch.Tensor, Logprobs | None, torch.cuda.Event | None]:
+        """Sends the step's tokens to the host, behind its log-probabilities."""
+        if self._stream is None:
+            return self._state.drawn[:num_rows].clone(), logprobs, None
+        buffer, _ = self._results.turn()
+        buffer[:num_rows].copy_(self._state.drawn[:num_rows], non_blocking=True)
+        done = torch.cuda.Event()
+        done.record()
+        return buffer[:num_rows], logprobs, done
+
+    def _decode(self, size: int, with_adapters: bool) -> torch.Tensor:
+        """A decode step of `size` rows as `self._inputs` has them: what graphs capture."""
+        splits = num_splits_for(size, self.config.num_kv_heads, self._num_sms)
+        step = TritonStep(self._state, self._inputs.tensors(size, with_adapters, splits))
+        with torch.inference_mode():
+            logits = self._decoder.forward(step)
+            pick_tokens(logits, self._state.drawn)
+        return logits
+
+    def _mixed_tensors(self, layout: StepLayout, with_adapters: bool) -> StepTensors:
+        """The tensors of a step that prefills."""
+        n = layout.num_decode
+        logit_rows = np.array([row for _, row in layout.sampled], dtype=np.int32)
+        token_ids, source, positions, slots, context_lens, adapter_slots, block_tables, rows = self._sender.send(
+            (
+                layout.token_ids,
+                layout.source,
+                layout.positions,
+                layout.slots,
+                layout.positions[:n] + 1,
+                layout.adapter_slots,
+                layout.block_tables,
+                logit_rows,
+            )
+        )
+        segments = None
+        if layout.segments:
+            ranks = self.adapter_device.max_total_ranks([slot for _, _, slot in layout.segments])
+            segments = Segments(plan_segments(layout.segments, DEFAULT_BLOCK_M, self._device), ranks)
+        return StepTensors(
+            token_ids=token_ids,
+            source=source,
+            positions=positions,
+            slots=slots,
+            num_decode=n,
+            block_tables=block_tables,
+            context_lens=context_lens,
+            num_splits=num_splits_for(max(n, 1), self.config.num_kv_heads, self._num_sms),
+            adapter_slots=adapter_slots if with_adapters else None,
+            prefill=plan_prefill(layout.spans, self._prefill_block, self._device) if layout.prefills else None,
+            segments=segments,
+            logit_rows=rows,
+        )
+
+    def _make_buffers(self, settings: EngineSettings, pool: Pool) -> None:
+        config, device, max_batch = self.config, self._device, self._max_batch
+        tokens_per_page = self.pool_config.tokens_per_page
+        max_pages = -(-self.max_model_len // tokens_per_page)
+        self._num_sms = 1
+        if device.type == "cuda":
+            self._num_sms = torch.cuda.get_device_properties(device).multi_processor_count
+        sizes = range(1, max_batch + 1)
+        attention_rows = max(size * num_splits_for(size, config.num_kv_heads, self._num_sms) for size in sizes)
+        adapters = self.adapter_device
+        tile = adapters.tables.tile_elems
+        rank_space = max(
+            size * num_shrink_splits(size, group, tile) * 256 * group.num_modules
+            for size in sizes
+            for group in adapters.groups
+        )
+        max_tokens = settings.max_step_tokens + max_batch
+        self._state = DeviceState(
+            config=config,
+            pool=pool,
+            adapters=adapters,
+            rope=_rope_table(config, self.max_model_len).to(device),
+            drawn=torch.zeros(max_tokens, dtype=torch.int32, device=device),
+            resolved=torch.zeros(max_tokens, dtype=torch.int32, device=device),
+            attention=make_decode_scratch(
+                max_batch, config.num_heads, config.head_dim, -(-attention_rows // max_batch), device
+            ),
+            rank_space=torch.empty(rank_space, dtype=torch.float32, device=device),
+        )
+        self._inputs = DecodeInputs(max_batch, max_pages, device)
+        # Five fields a token, and block tables of as many sequences as may be in a step; and what aligns them.
+        max_sequences = min(settings.max_step_tokens, max_batch)
+        self._sender = StepSender(6 * max_tokens + max_sequences * max_pages + 64, device)
+        self._results = PinnedRing(max_tokens, device)
+        self._sampler = TokenSampler(device)
+
+    def _on_stream(self) -> contextlib.AbstractContextManager[object]:
+        return contextlib.nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+
+
+def _rope_table(config: ModelConfig, num_positions: int) -> torch.Tensor:
+    """`[num_positions, 2, head_dim / 2]`: cosines, then sines; float32, since the kernel rotates in it."""
+    frequencies, factor = rope_frequencies(config.rope, config.head_dim)
+    angles = torch.arange(num_positions, dtype=torch.float32).unsqueeze(1) * frequencies
+    return torch.stack((angles.cos() * factor, angles.sin() * factor), dim=1)
+
+
+def _sampled_token(
+    sequence_id: int, token: int, logprobs: tuple[float, tuple[tuple[int, float], ...]] | None
+) -> SampledToken:
+    if token < 0:
+        error = NOT_FINITE_ERROR if token == NOT_FINITE else NOTHING_LEFT_ERROR
+        return SampledToken(sequence_id, token, error=error)
+    logprob, top = logprobs or (None, ())
+    return SampledToken(sequence_id, token, logprob, top)
+
+
+def _logprobs_by_row(
+    logprobs: Logprobs | None, rows: Sequence[SampleRow]
+) -> dict[int, tuple[float, tuple[tuple[int, float], ...]]]:
+    if logprobs is None:
+        return {}
+    wanted = {r.row: r.request.params.num_logprobs for r in rows}
+    chosen, values, ids = logprobs.chosen.tolist(), logprobs.values.tolist(), logprobs.ids.tolist()
+    return {
+        row: (chosen[i], tuple(zip(ids[i], values[i], strict=True))[: wanted[row]])
+        for i, row in enumerate(logprobs.rows)
+    }

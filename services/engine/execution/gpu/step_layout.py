@@ -1,0 +1,158 @@
+"""A StepPlan as arrays on the host: in which order its tokens are computed, and all integers that the device needs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+
+import numpy as np
+import numpy.typing as npt
+
+from services.engine.step import BASE_SLOT, PENDING_TOKEN, ScheduledChunk, StepPlan
+
+Integers = npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class StepLimits:
+    """What a plan may not leave."""
+
+    num_pages: int
+    tokens_per_page: int
+    max_model_len: int
+    vocab_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class StepLayout:
+    """Decode chunks first, by adapter; then prefill chunks, by adapter, so that an adapter's tokens are one run."""
+
+    decodes: list[ScheduledChunk]
+    prefills: list[ScheduledChunk]
+    # [num_tokens]: the id where it is known; the place among the tokens drawn by the step before where it is not, else
+    # -1; the position; the slot of its KV, `page * tokens_per_page + place in the page`.
+    token_ids: Integers
+    source: Integers
+    positions: Integers
+    slots: Integers
+    # [num_tokens of decodes]
+    adapter_slots: Integers
+    # [len(decodes) + len(prefills), most pages of any]
+    block_tables: Integers
+    # Runs of prefill tokens of one adapter, (begin, end, slot), tokens counted over the whole step.
+    segments: tuple[tuple[int, int, int], ...]
+    # For each chunk with a sample, in the plan's order: the chunk and the row of its last token.
+    sampled: list[tuple[ScheduledChunk, int]]
+
+    @property
+    def num_decode(self) -> int:
+        """Tokens that are decoded: rows `[0, num_decode)`."""
+        return len(self.decodes)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the step."""
+        return len(self.token_ids)
+
+    @property
+    def spans(self) -> list[tuple[int, int, int, int]]:
+        """For each prefill chunk (first row, last row + 1, first position, row of its block table).
+
+        Rows are counted from the first prefill token, block tables over the whole step.
+        """
+        spans, row = [], 0
+        for number, chunk in enumerate(self.prefills, start=len(self.decodes)):
+            end = row + len(chunk.token_ids)
+            spans.append((row, end, chunk.start, number))
+            row = end
+        return spans
+
+
+def lay_out(plan: StepPlan, rows_drawn: Mapping[int, int], limits: StepLimits) -> StepLayout:
+    """The arrays of `plan`; `rows_drawn` says where the step before drew each sequence's token.
+
+    Raises ValueError for a plan that leaves the pool, the vocabulary or the model's length.
+    """
+    decodes = sorted((c for c in plan.chunks if len(c.token_ids) == 1), key=_adapter_slot)
+    prefills = sorted((c for c in plan.chunks if len(c.token_ids) != 1), key=_adapter_slot)
+    chunks = [*decodes, *prefills]
+    for chunk in chunks:
+        _check(chunk, limits)
+    lengths = np.array([len(chunk.token_ids) for chunk in chunks], dtype=np.int32)
+    ends = np.cumsum(lengths, dtype=np.int32)
+    num_tokens = int(ends[-1])
+    ids = np.fromiter(chain.from_iterable(chunk.token_ids for chunk in chunks), np.int32, num_tokens)
+    source = _sources(decodes, ids, rows_drawn, limits)
+    starts = np.array([chunk.start for chunk in chunks], dtype=np.int32)
+    positions = np.arange(num_tokens, dtype=np.int32) + np.repeat(starts - (ends - lengths), lengths)
+    tables = _block_tables(chunks, starts + lengths, limits)
+    owner = np.repeat(np.arange(len(chunks), dtype=np.int32), lengths)
+    pages = tables[owner, positions // limits.tokens_per_page]
+    last_row = {id(chunk): int(end) - 1 for chunk, end in zip(chunks, ends, strict=True)}
+    return StepLayout(
+        decodes=decodes,
+        prefills=prefills,
+        token_ids=ids,
+        source=source,
+        positions=positions,
+        slots=pages * np.int32(limits.tokens_per_page) + positions % np.int32(limits.tokens_per_page),
+        adapter_slots=np.array([chunk.adapter_slot for chunk in decodes], dtype=np.int32),
+        block_tables=tables,
+        segments=_segments(prefills, len(decodes)),
+        sampled=[(chunk, last_row[id(chunk)]) for chunk in plan.chunks if chunk.sample is not None],
+    )
+
+
+def _adapter_slot(chunk: ScheduledChunk) -> int:
+    return chunk.adapter_slot
+
+
+def _check(chunk: ScheduledChunk, limits: StepLimits) -> None:
+    end = chunk.start + len(chunk.token_ids)
+    if not chunk.token_ids or chunk.start < 0 or end > limits.max_model_len:
+        raise ValueError(f"sequence {chunk.sequence_id}: tokens {chunk.start} to {end} of {limits.max_model_len}")
+    if len(chunk.block_table) * limits.tokens_per_page < end:
+        raise ValueError(f"sequence {chunk.sequence_id}: {len(chunk.block_table)} pages cannot hold {end} tokens")
+
+
+def _sources(
+    decodes: Sequence[ScheduledChunk], ids: Integers, rows_drawn: Mapping[int, int], limits: StepLimits
+) -> Integers:
+    """Where pending tokens were drawn; checks that all others are in the vocabulary."""
+    source = np.full(len(ids), -1, dtype=np.int32)
+    for row, chunk in enumerate(decodes):
+        if chunk.token_ids[0] == PENDING_TOKEN:
+            drawn = rows_drawn.get(chunk.sequence_id)
+            if drawn is None:
+                raise ValueError(f"sequence {chunk.sequence_id}: its token is pending, but no step before drew one")
+            source[row] = drawn
+    known = ids[source < 0]
+    if known.size and (known.min() < 0 or known.max() >= limits.vocab_size):
+        raise ValueError(f"token ids lie in {known.min()} to {known.max()}, outside [0, {limits.vocab_size})")
+    return source
+
+
+def _block_tables(chunks: Sequence[ScheduledChunk], ends: Integers, limits: StepLimits) -> Integers:
+    """Block tables side by side, as far as the chunks' tokens reach; filled up with page 0, which is never read."""
+    num_pages = -(-ends // np.int32(limits.tokens_per_page))
+    tables = np.zeros((len(chunks), int(num_pages.max())), dtype=np.int32)
+    filled = np.arange(tables.shape[1], dtype=np.int32) < num_pages[:, None]
+    used = (chunk.block_table[:count] for chunk, count in zip(chunks, num_pages.tolist(), strict=True))
+    tables[filled] = np.fromiter(chain.from_iterable(used), np.int32, int(num_pages.sum()))
+    if tables.min() < 0 or tables.max() >= limits.num_pages:
+        raise ValueError(f"a block table names a page outside the pool of {limits.num_pages}")
+    return tables
+
+
+def _segments(prefills: Sequence[ScheduledChunk], begin: int) -> tuple[tuple[int, int, int], ...]:
+    runs: list[tuple[int, int, int]] = []
+    for chunk in prefills:
+        end = begin + len(chunk.token_ids)
+        if chunk.adapter_slot != BASE_SLOT:
+            if runs and runs[-1][1] == begin and runs[-1][2] == chunk.adapter_slot:
+                runs[-1] = (runs[-1][0], end, chunk.adapter_slot)
+            else:
+                runs.append((begin, end, chunk.adapter_slot))
+        begin = end
+    return tuple(runs)

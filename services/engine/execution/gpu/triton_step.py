@@ -1,0 +1,138 @@
+"""A step on an accelerator: `StepOps` over Triton kernels. Made once a step, or once for a captured graph of steps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from kernels.gpu.prefill_attention import PrefillPlan, prefill_attention
+
+from kernels.gpu.add_rms_norm import add_rms_norm
+from kernels.gpu.decode_attention import DecodeScratch, decode_attention
+from kernels.gpu.pick_tokens import resolve_tokens
+from kernels.gpu.rope_kv_write import rope_kv_write
+from kernels.gpu.row_expand import row_expand
+from kernels.gpu.row_shrink import num_splits_for as num_shrink_splits
+from kernels.gpu.row_shrink import row_shrink
+from kernels.gpu.segment_expand import segment_expand
+from kernels.gpu.segment_shrink import segment_shrink
+from kernels.gpu.silu_mul import silu_mul
+from services.engine.execution.gpu.adapter_device import GpuAdapterDevice
+from services.engine.memory.pool import Pool
+from services.engine.model.config import ModelConfig
+from services.engine.model.linear import Linear
+from services.engine.model.step_ops import Group, QkNorm
+
+
+@dataclass(frozen=True, slots=True)
+class Segments:
+    """Prefill tokens by adapter: blocks of the kernels' plan, and by `Group` the largest total rank of any adapter."""
+
+    plan: torch.Tensor
+    max_total_ranks: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StepTensors:
+    """A step's integers on the device, int32. Decode tokens `[0, num_decode)` come first, then prefill chunks."""
+
+    # [num_tokens]; see services.engine.execution.gpu.step_layout. A slot of -1: padding, no such token.
+    token_ids: torch.Tensor
+    source: torch.Tensor
+    positions: torch.Tensor
+    slots: torch.Tensor
+    num_decode: int
+    # [num_sequences, max_pages], decoding sequences first; context_lens [num_decode], 0: padding.
+    block_tables: torch.Tensor
+    context_lens: torch.Tensor
+    num_splits: int
+    # [num_decode]; None: no decoded token has an adapter.
+    adapter_slots: torch.Tensor | None
+    prefill: PrefillPlan | None = None
+    segments: Segments | None = None
+    # [num_sampled]; None: every token's logits are wanted.
+    logit_rows: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceState:
+    """What outlives a step: memory of the device that every step uses, on one stream."""
+
+    config: ModelConfig
+    pool: Pool
+    adapters: GpuAdapterDevice
+    # float32 [max_len, 2, head_dim / 2]
+    rope: torch.Tensor
+    # int32: tokens drawn by the step before, and those that this step reads.
+    drawn: torch.Tensor
+    resolved: torch.Tensor
+    attention: DecodeScratch
+    # float32, flat: rank space of decoded tokens.
+    rank_space: torch.Tensor
+
+
+class TritonStep:
+    """One step."""
+
+    def __init__(self, state: DeviceState, step: StepTensors) -> None:
+        self._state = state
+        self._step = step
+
+    def embed(self, table: torch.Tensor) -> torch.Tensor:
+        """The tokens' rows of the embedding; tokens that were not known to the host are taken from the device."""
+        step, resolved = self._step, self._state.resolved[: len(self._step.token_ids)]
+        resolve_tokens(step.token_ids, step.source, self._state.drawn, resolved)
+        return table.index_select(0, resolved)
+
+    def add_norm(
+        self, hidden: torch.Tensor, branch: torch.Tensor | None, weight: torch.Tensor, eps: float
+    ) -> torch.Tensor:
+        """`hidden += branch`, then `hidden` normalised."""
+        return add_rms_norm(hidden, branch, weight, eps)
+
+    def project(self, layer: int, group: Group, linear: Linear, x: torch.Tensor) -> torch.Tensor:
+        """The product, with what the adapters add to it."""
+        y, step = linear(x), self._step
+        if step.adapter_slots is not None:
+            self._add_rows(layer, group, x[: step.num_decode], step.adapter_slots, y[: step.num_decode])
+        if step.segments is not None and step.segments.max_total_ranks[group]:
+            self._add_segments(layer, group, x, step.segments, y)
+        return y
+
+    def attend(self, layer: int, qkv: torch.Tensor, qk_norm: QkNorm) -> torch.Tensor:
+        """Attention of the tokens over what is in their pages, themselves included."""
+        state, step = self._state, self._step
+        config, pages = state.config, state.pool.kv_pages(layer)
+        rope_kv_write(qkv, pages, step.positions, step.slots, state.rope, qk_norm, config.norm_eps)
+        q = qkv.view(len(qkv), -1, config.head_dim)[:, : config.num_heads]
+        out = torch.empty((len(qkv), config.num_heads, config.head_dim), dtype=qkv.dtype, device=qkv.device)
+        scale, n = config.head_dim**-0.5, step.num_decode
+        if n:
+            tables = step.block_tables[:n]
+            decode_attention(q[:n], pages, tables, step.context_lens, scale, out[:n], state.attention, step.num_splits)
+        if step.prefill is not None:
+            prefill_attention(q[n:], pages, step.block_tables, step.prefill, scale, out[n:])
+        return out.flatten(1)
+
+    def gate(self, gate_up: torch.Tensor) -> torch.Tensor:
+        """`silu(gate) * up`."""
+        return silu_mul(gate_up)
+
+    def sampled(self, rows: torch.Tensor) -> torch.Tensor:
+        """The rows whose logits are wanted."""
+        return rows if self._step.logit_rows is None else rows.index_select(0, self._step.logit_rows)
+
+    def _add_rows(self, layer: int, group: Group, x: torch.Tensor, slots: torch.Tensor, y: torch.Tensor) -> None:
+        adapters, pages = self._state.adapters, self._state.pool.tensor[layer]
+        modules = adapters.groups[group]
+        splits, width = num_shrink_splits(len(x), modules, adapters.tables.tile_elems), 256 * modules.num_modules
+        u = self._state.rank_space[: splits * len(x) * width].view(splits, len(x), width)
+        row_shrink(x, slots, layer, pages, adapters.tables, modules, u, splits)
+        row_expand(u, slots, layer, pages, adapters.tables, modules, y, splits)
+
+    def _add_segments(self, layer: int, group: Group, x: torch.Tensor, segments: Segments, y: torch.Tensor) -> None:
+        adapters, pages = self._state.adapters, self._state.pool.tensor[layer]
+        modules, rank = adapters.groups[group], segments.max_total_ranks[group]
+        u = torch.empty((len(x), -(-rank // 16) * 16), dtype=x.dtype, device=x.device)
+        segment_shrink(x, segments.plan, layer, pages, adapters.tables, modules, u, rank)
+        segment_expand(u, segments.plan, layer, pages, adapters.tables, modules, y, rank)

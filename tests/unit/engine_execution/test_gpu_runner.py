@@ -1,0 +1,203 @@
+"""The accelerator's path against transformers + PEFT in float32: on an accelerator, or in triton's interpreter."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from services.engine.messages import SamplingParams
+from services.engine.step import BASE_SLOT, PENDING_TOKEN, SampledToken, SampleRequest, ScheduledChunk, StepPlan
+from tests.fixtures.adapter_packer import pack_adapter
+from tests.fixtures.model_oracle import ModelOracle
+from tests.fixtures.runner_driver import (
+    ALL_LOGPROBS,
+    GREEDY,
+    DrivenSequence,
+    RunnerDriver,
+    make_gpu_runner,
+    make_runner,
+)
+from tests.fixtures.tiny_models import FAMILIES, make_adapter, make_checkpoint
+
+VOCABULARY = 211
+TILE = 32
+# Rows of 32, 64 and 96 features: whole tiles of 32.
+SIZES: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+ADAPTERS: dict[str, dict[str, Any]] = {
+    "attention": {"target_modules": ALL[:4], "r": 16},
+    "everything": {"target_modules": ALL, "r": 8},
+    "q and v": {"target_modules": ["q_proj", "v_proj"], "r": 1},
+    "mlp": {"target_modules": ALL[4:], "r": 17},
+    "down, rank over its width": {"target_modules": ["down_proj"], "r": 200},
+    "patterns": {"target_modules": ALL, "r": 4, "rank_pattern": {"q_proj": 11, r"layers\.1\.mlp\.down_proj": 2}},
+    "one layer": {"target_modules": ALL, "r": 3, "layers_to_transform": [1], "use_rslora": True},
+}
+
+
+@pytest.fixture
+def rng() -> random.Random:
+    seed = random.SystemRandom().randrange(2**31)
+    print("seed", seed)
+    return random.Random(seed)
+
+
+class MixedBatch:
+    """A runner that holds every adapter, and the oracle."""
+
+    def __init__(self, directory: Path, rng: random.Random, family: str) -> None:
+        self.checkpoint = make_checkpoint(directory / "base", family, seed=rng.randrange(2**31), **SIZES)
+        paths = {
+            name: make_adapter(directory / str(i), self.checkpoint, seed=rng.randrange(2**31), **fields)
+            for i, (name, fields) in enumerate(ADAPTERS.items())
+        }
+        self.oracle = ModelOracle(self.checkpoint, paths)
+        self.driver = RunnerDriver(make_gpu_runner(self.checkpoint, num_pages=800), rng)
+        self.slots: dict[str | None, int] = {None: BASE_SLOT}
+        free = rng.sample(range(32), len(ADAPTERS))
+        for name in ADAPTERS:
+            layout, weights = pack_adapter(self.oracle.model, name, TILE, grouped=True)
+            self.slots[name] = free.pop()
+            self.driver.install(self.slots[name], layout, weights)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_mixed_batch_says_what_peft_says(tmp_path: Path, rng: random.Random, family: str) -> None:
+    batch = MixedBatch(tmp_path, rng, family)
+    names = [*ADAPTERS, None]
+    rng.shuffle(names)
+    lengths = [1, 2, 16, 17, *(rng.randint(1, 50) for _ in names[4:])]
+    sequences = [
+        DrivenSequence(
+            [rng.randrange(VOCABULARY) for _ in range(length)],
+            rng.randint(2, 3),
+            batch.slots[name],
+            ALL_LOGPROBS,
+            rng.randint(0, 2),
+        )
+        for name, length in zip(names, lengths, strict=True)
+    ]
+    batch.driver.run(sequences)
+    for name, sequence in zip(names, sequences, strict=True):
+        batch.oracle.check(sequence, name)
+
+
+def test_sampling_equals_the_cpus(tmp_path: Path, rng: random.Random) -> None:
+    """Penalties, filters, seeds, forbidden ids: the same tokens from the same logits, up to rounding."""
+    checkpoint = make_checkpoint(tmp_path / "base", "llama", seed=3, **SIZES | {"num_hidden_layers": 1})
+
+    def params(seed: int) -> SamplingParams:
+        return SamplingParams(
+            temperature=rng.choice([0.0, 0.7, 1.5]),
+            top_k=rng.choice([0, 5, 40]),
+            top_p=rng.choice([1.0, 0.8]),
+            min_p=rng.choice([0.0, 0.02]),
+            seed=seed,
+            repetition_penalty=rng.choice([1.0, 1.3]),
+            presence_penalty=rng.choice([0.0, 0.5]),
+            frequency_penalty=rng.choice([0.0, -0.3]),
+            num_logprobs=rng.choice([None, 0, 3]),
+        )
+
+    prompts = [[rng.randrange(VOCABULARY) for _ in range(rng.randint(1, 9))] for _ in range(8)]
+    asked = [params(seed) for seed in range(8)]
+    outcomes = []
+    for runner in (make_runner(checkpoint), make_gpu_runner(checkpoint)):
+        driver = RunnerDriver(runner, random.Random(1))
+        sequences = [
+            DrivenSequence(prompt, 4, params=p, forbidden_ids=(7, 9) if i % 3 else ())
+            for i, (prompt, p) in enumerate(zip(prompts, asked, strict=True))
+        ]
+        driver.run(sequences)
+        outcomes.append(sequences)
+    for ours, theirs in zip(*outcomes, strict=True):
+        assert ours.output == theirs.output, ours.params
+        for a, b in zip(ours.results, theirs.results, strict=True):
+            assert (a.logprob is None) == (b.logprob is None)
+            assert a.logprob == pytest.approx(b.logprob, abs=1e-4)
+            assert [i for i, _ in a.top] == [i for i, _ in b.top]
+
+
+def test_a_step_planned_before_its_tokens_are_known(tmp_path: Path, rng: random.Random) -> None:
+    """Decodes with pending tokens, some with penalties, give what decodes one by one give."""
+    checkpoint = make_checkpoint(tmp_path / "base", "llama", seed=4, **SIZES | {"num_hidden_layers": 1})
+    runner = make_gpu_runner(checkpoint)
+    asked = [GREEDY, SamplingParams(temperature=1.0, seed=5), SamplingParams(temperature=0.0, repetition_penalty=1.8)]
+    prompts = [[rng.randrange(VOCABULARY) for _ in range(length)] for length in (3, 17, 1)]
+    expected = []
+    for prompt, params in zip(prompts, asked, strict=True):
+        sequence = DrivenSequence(prompt, 4, params=params)
+        RunnerDriver(runner, rng).run([sequence])
+        expected.append(sequence.output)
+
+    outputs: list[list[int]] = [[], [], []]
+
+    def chunk(number: int, place: int, pending: int) -> ScheduledChunk:
+        prompt, output = prompts[number], outputs[number]
+        sample = SampleRequest(asked[number], prompt, list(output), place, pending)
+        tokens = prompt if place == 0 else [PENDING_TOKEN] if pending else [output[place - 1]]
+        start = 0 if place == 0 else len(prompt) + place - 1
+        return ScheduledChunk(number, tokens, start, [2 * number, 2 * number + 1], BASE_SLOT, sample)
+
+    def take(results: list[SampledToken]) -> None:
+        for result in results:
+            outputs[result.sequence_id].append(result.token_id)
+
+    before = runner.submit(StepPlan(tuple(chunk(n, 0, 0) for n in (2, 0, 1))))
+    for place in (1, 2, 3):
+        # As the core does: the next step is submitted, then the one before it is collected.
+        step = runner.submit(StepPlan(tuple(chunk(n, place, 1) for n in (0, 1, 2))))
+        take(runner.collect(before))
+        before = step
+    take(runner.collect(before))
+    assert outputs == expected
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"token_ids": [1, VOCABULARY]}, "outside"),
+        ({"token_ids": [-2]}, "outside"),
+        ({"token_ids": [PENDING_TOKEN]}, "pending"),
+        ({"token_ids": []}, "tokens 0 to 0"),
+        ({"start": 15}, "1 pages cannot hold 18 tokens"),
+        ({"block_table": [400]}, "outside the pool"),
+        ({"block_table": [-1]}, "outside the pool"),
+        ({"start": 510, "block_table": list(range(40))}, "tokens 510 to 513 of 512"),
+        ({"start": -1}, "tokens -1"),
+        ({"adapter_slot": 3}, "no adapter is installed at slot 3"),
+        ({"adapter_slot": -2}, "no adapter is installed at slot -2"),
+        ({"token_ids": [1], "adapter_slot": 31}, "no adapter is installed at slot 31"),
+    ],
+)
+def test_a_plan_out_of_bounds_is_refused(tiny_runner: Any, changes: dict[str, Any], message: str) -> None:
+    fields: dict[str, Any] = {"token_ids": [1, 2, 3], "start": 0, "block_table": [0], "adapter_slot": -1}
+    chunk = ScheduledChunk(1, sample=SampleRequest(GREEDY, [1, 2, 3], [], 0), **(fields | changes))
+    with pytest.raises(ValueError, match=message):
+        tiny_runner.execute(StepPlan((chunk,)))
+
+
+@pytest.fixture(scope="module")
+def tiny_runner(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    directory = tmp_path_factory.mktemp("gpu-runner") / "base"
+    return make_gpu_runner(make_checkpoint(directory, "llama", seed=5, **SIZES | {"num_hidden_layers": 1}))
+
+
+def test_an_adapter_in_other_tiles_or_another_order_is_refused(tmp_path: Path, rng: random.Random) -> None:
+    checkpoint = make_checkpoint(tmp_path / "base", "llama", seed=6, **SIZES)
+    path = make_adapter(tmp_path / "a", checkpoint, r=4, target_modules=ALL)
+    model = ModelOracle(checkpoint, {"a": path}).model
+    device = make_gpu_runner(checkpoint).adapter_device
+    layout, _ = pack_adapter(model, "a", TILE, grouped=True)
+    device.check(layout)
+    for other, message in (
+        (pack_adapter(model, "a", 16, grouped=True)[0], "tiles of 16"),
+        (pack_adapter(model, "a", TILE)[0], "together"),
+    ):
+        with pytest.raises(Exception, match=message):
+            device.check(other)
