@@ -154,8 +154,18 @@ def test_every_request_gets_its_tokens_in_order(make: Make, depth: int) -> None:
 
 
 @both_depths
-def test_a_pool_far_too_small_preempts_and_loses_nothing(make: Make, depth: int) -> None:
+def test_a_pool_far_too_small_preempts_and_loses_nothing(
+    make: Make, depth: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     world = make(depth, num_pages=8)
+    scheduler = world.core._scheduler
+    planned = scheduler.plan
+
+    def plan() -> StepPlan | None:
+        assert not scheduler.wants_settled, "it was asked to settle what is in flight first"
+        return planned()
+
+    monkeypatch.setattr(scheduler, "plan", plan)
     world.add(*(long(i, 3 + i, 24) for i in range(4)))
     world.run()
     world.check_answers()

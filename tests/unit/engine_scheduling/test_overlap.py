@@ -310,7 +310,7 @@ def test_nobody_is_preempted_in_flight() -> None:
     assert h.scheduler.plan() is None
     assert h.scheduler.wants_settled
     assert h.scheduler.num_preemptions == 0
-    assert h.ids_running() == [1, 2], "nobody is let in either"
+    assert h.ids_running() == [1, 2]
     commit(h, planned)
     assert not h.scheduler.wants_settled, "all is"
     later = plan(h)

@@ -358,6 +358,19 @@ def test_growth_evicts_an_idle_adapter_before_it_preempts() -> None:
     h.check_answers()
 
 
+def test_growth_leaves_an_adapter_alone_that_has_no_page_to_give() -> None:
+    h = instant(Harness(num_pages=4, max_running=2))
+    h.adapters(empty=0)
+    h.prefetch(9, "empty")
+    h.run()
+    for number, name in enumerate([None, None, "empty"]):
+        h.add(long(number, 7, 9, name))
+    while not h.scheduler.num_preemptions:
+        h.step()
+    assert h.evicted == []
+    assert h.residency.is_resident(digest_of("empty"))
+
+
 def test_the_latest_running_sequence_is_preempted_and_loses_no_token() -> None:
     h = Harness(num_pages=8, max_step_tokens=32)
     h.add(long(1, 7, 20))
