@@ -20,8 +20,8 @@ size of its adapter is known. Waiting sequences themselves hold nothing but the 
 **Memory is taken back in reverse.** A running sequence that grows takes a free page, else an adapter's that nobody
 needs, else one from whoever of those behind it arrived last: an idle adapter is evicted, a load cancelled, a running
 sequence preempted (it keeps its tokens and computes their KV again). If nobody behind it holds anything, it is itself
-preempted. One that a step in flight names is not preempted: the growing sequence sits this step out, and `wants_settled`
-asks that all steps in flight be settled before the next plan.
+preempted. One that a step in flight names is not preempted: the growing sequence sits this step out, and
+`wants_settled` asks that all steps in flight be settled before the next plan.
 
 **Progress.** Consider the earliest sequence that has not ended, H. Nobody may take from H. If H runs, each page that it
 needs is free, or held by someone later, from whom it is taken (at once, or when a cancelled load has let go, which

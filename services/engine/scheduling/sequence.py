@@ -53,6 +53,8 @@ class Sequence:
     """`arrival` numbers requests in the order in which they came; it stays through preemption."""
 
     request: Generate
+    # Names the sequence everywhere; the request's.
+    request_id: int
     arrival: int
     max_tokens: int
     stop_ids: frozenset[int]
@@ -75,12 +77,7 @@ class Sequence:
         if not request.stop.ignore_eos:
             stop_ids |= eos_token_ids
         max_tokens = min(request.stop.max_tokens, max_model_len - len(request.prompt_ids))
-        return cls(request, arrival, max_tokens, stop_ids, list(request.prompt_ids))
-
-    @property
-    def request_id(self) -> int:
-        """Names the sequence everywhere."""
-        return self.request.request_id
+        return cls(request, request.request_id, arrival, max_tokens, stop_ids, list(request.prompt_ids))
 
     @property
     def digest(self) -> str | None:
