@@ -104,6 +104,8 @@ def _prepare_libraries() -> None:
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "TRANSFORMERS_VERBOSITY": "error",
         "TOKENIZERS_PARALLELISM": "false",
+        # Its own notes on connections that a restarted service has closed; what matters comes as a status.
+        "GRPC_VERBOSITY": "ERROR",
     }
     for key, value in {**quiet, **PATIENT_THREADS}.items():
         os.environ.setdefault(key, value)

@@ -93,7 +93,7 @@ def log_tail(path: Path, num_lines: int = 15) -> str:
 
 
 def last_words(path: Path) -> str:
-    """The last error in a log of JSON lines, or what argparse had to say of the command line; empty if there is none."""
+    """The last error in a log of JSON lines, or what argparse said of the command line; empty if there is none."""
     for line in reversed(_last_lines(path)):
         if usage_error := _USAGE_ERROR.fullmatch(line):
             return ": ".join(usage_error.groups())

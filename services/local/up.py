@@ -129,7 +129,8 @@ def how_to_call(stack: LocalStack, model: str, prompt: str) -> str:
     }
     width = max(map(len, services))
     addresses = "\n".join(f"  {name:<{width}}  {address}" for name, address in services.items())
-    body = json.dumps({"model": model, "prompt": {"text": prompt}, "stopping": {"max_tokens": 40}})
+    request = {"model": model, "prompt": {"text": prompt}}
+    body = json.dumps({**request, "sampling": {"temperature": 0}, "stopping": {"max_tokens": 40}})
     return f"""
 slora serves {stack.base_model}:
 
@@ -155,7 +156,7 @@ Ctrl-C or `make down` stops it.
 
 
 def _state_name(checkpoint: Path, in_s3: S3Place | None) -> str:
-    """Tells apart what must not share a catalogue: checkpoints, also of the same name, and where adapters' files are."""
+    """Tells apart what must not share a catalogue: checkpoints, also of one name, and where adapters' files are."""
     place = checkpoint.resolve()
     named = [str(place)] + ([in_s3.uri, named_endpoint(os.environ) or ""] if in_s3 else [])
     digest = hashlib.sha256("\n".join(named).encode() + (place / "config.json").read_bytes()).hexdigest()

@@ -1,0 +1,102 @@
+"""What `up` tells the user, and how it tells states apart."""
+
+from __future__ import annotations
+
+import ast
+import io
+import json
+import re
+import shlex
+import textwrap
+from pathlib import Path
+
+import pytest
+from google.protobuf import json_format
+from rich.console import Console
+from slora.gateway.v1 import inference_pb2
+
+from services.local import up
+from services.local.narrator import Narrator
+from services.local.s3_client import S3Place
+from services.local.stack import LocalStack
+from services.local.up import how_to_call
+from tests.fixtures.hollow_checkpoint import write_hollow_checkpoint
+
+PROMPT = "It's \"late\", :moon: [bold]isn't it?[/bold]"
+
+
+@pytest.fixture
+def stack(tmp_path: Path) -> LocalStack:
+    """Two engines, never started."""
+    return LocalStack(tmp_path / "state", write_hollow_checkpoint(tmp_path / "tiny"), num_engines=2)
+
+
+def test_it_says_where_everything_is(stack: LocalStack) -> None:
+    told = how_to_call(stack, "a0", PROMPT)
+    assert told.startswith("\nslora serves tiny:\n")
+    listed = re.findall(r"^  (\S.*?) {2,}(\S+)$", told, re.MULTILINE)
+    metrics = [(f"metrics of {name}", url) for name, url in stack.metrics_urls.items()]
+    assert listed == [
+        ("gateway", stack.gateway_address),
+        ("adapter store", stack.store_address),
+        ("engine-0", stack.engine_addresses[0]),
+        ("engine-1", stack.engine_addresses[1]),
+        ("redis", stack.redis.url),
+        ("s3", stack.s3.endpoint if stack.s3 else ""),
+        *metrics,
+        ("logs", str(stack.log_dir)),
+    ]
+    assert len(metrics) == 4
+
+
+def test_s3_elsewhere_is_not_claimed_as_ours(tmp_path: Path) -> None:
+    checkpoint = write_hollow_checkpoint(tmp_path / "tiny")
+    told = how_to_call(LocalStack(tmp_path / "state", checkpoint, s3_environment={}), "a0", PROMPT)
+    assert re.search(r"^  redis  ", told, re.MULTILINE)
+    assert not re.search(r"^  s3  ", told, re.MULTILINE)
+
+
+def test_the_python_lines_are_python(stack: LocalStack) -> None:
+    told = how_to_call(stack, "a0", PROMPT)
+    code = textwrap.dedent(told.partition("From Python:\n")[2].partition("From a shell:")[0])
+    written = {node.value for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Constant)}
+    assert {stack.gateway_address, stack.store_address, "a0", PROMPT, 40} <= written
+
+
+def test_the_shell_line_asks_the_gateway(stack: LocalStack) -> None:
+    told = how_to_call(stack, "a0", PROMPT)
+    command = told.partition("From a shell:\n")[2].partition("\n\nCtrl-C")[0].replace("\\\n", " ")
+    words = shlex.split(command)
+    assert words[:2] == ["buf", "curl"]
+    assert words[-1] == f"http://{stack.gateway_address}/slora.gateway.v1.InferenceService/Generate"
+    request = json_format.Parse(words[words.index("-d") + 1], inference_pb2.GenerateRequest())
+    assert (request.model, request.prompt.text, request.stopping.max_tokens) == ("a0", PROMPT, 40)
+    assert request.sampling.HasField("temperature")
+    assert request.sampling.temperature == 0
+
+
+@pytest.mark.parametrize("is_terminal", [False, True])
+def test_what_is_to_be_copied_is_printed_as_it_is(stack: LocalStack, is_terminal: bool) -> None:
+    told = how_to_call(stack, "a0", PROMPT)
+    printed = io.StringIO()
+    Narrator(Console(file=printed, width=40, force_terminal=is_terminal, highlight=False)).line(told)
+    assert printed.getvalue() == told + "\n"
+
+
+def test_states_differ_by_checkpoint_and_by_where_adapters_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"):
+        monkeypatch.delenv(variable, raising=False)
+    here, there = (write_hollow_checkpoint(tmp_path / place / "tiny") for place in ("here", "there"))
+    place = S3Place("adapters", "loras/")
+    names = [up._state_name(here, None), up._state_name(there, None), up._state_name(here, place)]
+    names.append(up._state_name(here, S3Place("others", "loras/")))
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9000")
+    names.append(up._state_name(here, place))
+    # What an endpoint is has nothing to say where S3 is embedded.
+    assert up._state_name(here, None) == names[0]
+    (here / "config.json").write_text(json.dumps({"model_type": "qwen2"}))
+    names.append(up._state_name(here, None))
+    assert len(set(names)) == 6
+    assert all(re.fullmatch(r"tiny-[0-9a-f]{12}", name) for name in names)
+    # The same by another way is the same.
+    assert up._state_name(there.parent / ".." / "here" / "tiny", None) == names[-1]
