@@ -460,7 +460,7 @@ def _expected(
     pages: torch.Tensor, tables: GpuAdapterTables, group: LoraGroup, slot: int, x: torch.Tensor, y: torch.Tensor
 ) -> torch.Tensor:
     """y plus what the adapter at `slot` adds to one token, in float32."""
-    out = y.float()
+    out = y.to(torch.float32, copy=True)
     if slot < 0:
         return out
     adapter = pages[tables.page_table[slot].long()].flatten().float()

@@ -1,0 +1,144 @@
+"""Where the rows of resident adapters lie in the pool, and how a kernel finds them.
+
+An adapter's layer is an array of elements cut into pages by its page table. For the accelerator every adapter of a
+base model is packed in tiles of the same `tile_elems`, and every row is whole tiles, so rows, offsets and pages are
+all counted in tiles. Modules that share their input form a *group* (q k v; gate up; o and down alone), packed one
+right after the other: the rows of A of a group are one run of rows of `in_features` elements, the rows of B transposed
+of each module one run of rows of its `out_features`. In rank space the ranks of a group's modules lie end to end.
+
+Source: S-LoRA sections 5 and 6 (arXiv 2311.03285).
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+MAX_RANK = 256
+MAX_GROUP_MODULES = 3
+
+
+@dataclass(frozen=True, slots=True)
+class GpuAdapterTables:
+    """What the device knows of resident adapters, by adapter slot. All tensors are int32 and contiguous.
+
+    Modules are 0..6 = q k v o gate up down. A rank of 0 is a module left alone; its offsets mean nothing.
+    """
+
+    # [max_adapters, max_adapter_pages]
+    page_table: torch.Tensor
+    # [max_adapters, num_layers, num_modules] each; offsets from the layer's start, in tiles.
+    rank: torch.Tensor
+    lora_a_tile: torch.Tensor
+    lora_b_tile: torch.Tensor
+    # Of every adapter: a power of two, at least 16, that divides pages and rows.
+    tile_elems: int
+
+
+@dataclass(frozen=True, slots=True)
+class LoraGroup:
+    """Consecutive modules that share their input; their outputs lie end to end in the base's output."""
+
+    first_module: int
+    in_features: int
+    # One for each of the group's 1 to 3 modules.
+    out_features: tuple[int, ...]
+
+    @property
+    def num_modules(self) -> int:
+        """How many modules the group has."""
+        return len(self.out_features)
+
+    def out_tiles(self, tile_elems: int) -> tuple[int, int, int]:
+        """The width of each module's rows of B in tiles, 0 for those beyond the group's."""
+        widths = [size // tile_elems for size in self.out_features]
+        q, k, v = widths + [0] * (MAX_GROUP_MODULES - len(widths))
+        return q, k, v
+
+    def num_out_blocks(self, tile_elems: int, block_tiles: int) -> int:
+        """Blocks of at most `block_tiles` tiles of the output, each within one module."""
+        return sum(-(-width // block_tiles) for width in self.out_tiles(tile_elems))
+
+
+@functools.cache
+def has_early_launch(device: torch.device) -> bool:
+    """Whether a kernel may start before the one ahead of it ends (programmatic dependent launch, sm_90 and later)."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
+
+
+@triton.jit
+def group_rows(rank_ptr, tile_ptr, entry, NUM_MODULES: tl.constexpr):
+    """The group's total rank and the first tile of its run of rows, for the table entry of its first module."""
+    total = tl.load(rank_ptr + entry)
+    first = tl.load(tile_ptr + entry)
+    for module in tl.static_range(1, NUM_MODULES):
+        tile = tl.load(tile_ptr + entry + module)
+        rank = tl.load(rank_ptr + entry + module)
+        # The run begins where the first module that the adapter has begins.
+        first = tl.where(total > 0, first, tile)
+        total += rank
+    return total, first
+
+
+@triton.jit
+def output_block(block, tiles_0, tiles_1, tiles_2, NUM_MODULES: tl.constexpr, BLOCK_T: tl.constexpr):
+    """Which module the block-th block of the output belongs to, and where it lies.
+
+    Returns (module, width of its rows in tiles, tile of y where they begin, the block's first tile in the row).
+    """
+    module = block * 0
+    width = module + tiles_0
+    column = module
+    place = block * BLOCK_T
+    if NUM_MODULES > 1:
+        end = tl.cdiv(tiles_0, BLOCK_T)
+        beyond = block >= end
+        module = tl.where(beyond, 1, module)
+        width = tl.where(beyond, tiles_1, width)
+        column = tl.where(beyond, tiles_0, column)
+        place = tl.where(beyond, (block - end) * BLOCK_T, place)
+        if NUM_MODULES > 2:
+            end += tl.cdiv(tiles_1, BLOCK_T)
+            beyond = block >= end
+            module = tl.where(beyond, 2, module)
+            width = tl.where(beyond, tiles_2, width)
+            column = tl.where(beyond, tiles_0 + tiles_1, column)
+            place = tl.where(beyond, (block - end) * BLOCK_T, place)
+    return module, width, column, place
+
+
+@triton.jit
+def module_rows(rank_ptr, tile_ptr, entry, module, NUM_MODULES: tl.constexpr):
+    """A module's rank, where its ranks begin in the group's rank space, and the first tile of its rows."""
+    tile = tl.load(tile_ptr + entry + module)
+    rank = tl.load(rank_ptr + entry + module)
+    start = rank * 0
+    # Loaded side by side, not one after the other: none waits for another's value.
+    for other in tl.static_range(0, NUM_MODULES - 1):
+        start += tl.where(module > other, tl.load(rank_ptr + entry + other), 0)
+    return rank, start, tile
+
+
+@triton.jit
+def load_pages(page_table_ptr, tile, mask, PAGE_TILES: tl.constexpr):
+    """The page in which each of an adapter's tiles lies."""
+    return tl.load(page_table_ptr + tile // PAGE_TILES, mask=mask, other=0)
+
+
+@triton.jit
+def load_tiles(pages_ptr, page, tile, mask, PAGE_TILES: tl.constexpr, TILE: tl.constexpr):
+    """Tiles `[m, n]` of known pages as elements `[m, n, TILE]`, zero where masked.
+
+    Threads and warps are laid along TILE, then along n; m is left to each thread, so sums over m need no exchange.
+    """
+    # The pool of a layer may have more than 2^31 elements.
+    begin = page.to(tl.int64) * (PAGE_TILES * TILE) + (tile % PAGE_TILES) * TILE
+    pointers = pages_ptr + begin[:, :, None] + tl.arange(0, TILE)[None, None, :]
+    # Said only to order the dimensions for the compiler, which otherwise takes m before n or n before m as it pleases
+    # (it differs by version); vectors are along TILE whatever is said of n.
+    pointers = tl.max_contiguous(pointers, (1, 2, TILE))
+    return tl.load(pointers, mask=mask[:, :, None], other=0.0)

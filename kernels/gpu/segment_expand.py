@@ -1,0 +1,131 @@
+"""LoRA's second half for prefill on the accelerator: a run of tokens of one adapter multiplies by its B (SGMV).
+
+Semantics: for every token i of a segment of adapter a and each module m of the group, `y[i, columns of m] += B[a, m]^T
+u[i, ranks of m]`, summed in float32 and rounded once. Other tokens, and modules that an adapter leaves alone, are not
+touched.
+
+Shapes: u of y's type `[num_tokens, ...]` as segment_shrink left it; plan int32 `[3, num_blocks]` from plan_segments;
+pages `[num_pages, page_elems]`, one layer of the pool; y `[num_tokens, sum of out_features]` (any row stride).
+
+Source: S-LoRA section 6 (MBGMM), Punica (SGMV, arXiv 2310.18547).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from kernels.gpu.adapter_tables import MAX_RANK, GpuAdapterTables, LoraGroup, load_pages, module_rows, output_block
+from kernels.gpu.segment_shrink import DEFAULT_BLOCK_M
+
+
+@dataclass(frozen=True, slots=True)
+class SegmentExpandBlocks:
+    """Tiles of the output a program works through one by one, most ranks at a time (a power of two >= 16), warps."""
+
+    tiles: int
+    max_ranks: int
+    num_warps: int
+
+
+# y is all that counts (each element read and written for some 2 * rank multiplications): many programs with few
+# registers keep it flowing, and a few tiles each spread the cost of finding the adapter. To be measured.
+_BLOCKS = SegmentExpandBlocks(tiles=4, max_ranks=128, num_warps=4)
+# float32 has no tensor cores here: small blocks compile and run as plain multiplications.
+_BLOCKS_FLOAT32 = SegmentExpandBlocks(tiles=2, max_ranks=16, num_warps=4)
+
+
+def segment_expand(
+    u: torch.Tensor,
+    plan: torch.Tensor,
+    layer: int,
+    pages: torch.Tensor,
+    tables: GpuAdapterTables,
+    group: LoraGroup,
+    y: torch.Tensor,
+    max_total_rank: int,
+    block_m: int = DEFAULT_BLOCK_M,
+    blocks: SegmentExpandBlocks | None = None,
+    *,
+    max_rank: int | None = None,
+) -> None:
+    """Adds what the planned tokens' adapters say to `y` (module docstring).
+
+    max_total_rank: the largest sum of a group's ranks in the batch; max_rank: the largest rank of one of its modules,
+    if known (ranks that fit one block need no loop, which halves the registers). block_m: as the plan was made.
+    """
+    num_blocks = plan.shape[1]
+    if num_blocks == 0 or max_total_rank == 0:
+        return
+    if blocks is None:
+        blocks = _BLOCKS_FLOAT32 if y.dtype == torch.float32 else _BLOCKS
+    tile = tables.tile_elems
+    max_rank = min(MAX_RANK, max_total_rank) if max_rank is None else max_rank
+    block_ranks = min(blocks.max_ranks, max(16, triton.next_power_of_2(max_rank)))
+    _, num_layers, num_modules = tables.rank.shape
+    _segment_expand_kernel[(group.num_out_blocks(tile, blocks.tiles), num_blocks)](
+        u, plan, pages, tables.page_table, tables.rank, tables.lora_b_tile, y,
+        y.stride(0), num_blocks, tables.page_table.stride(0), num_layers * num_modules,
+        layer * num_modules + group.first_module, *group.out_tiles(tile), u.stride(0),
+        NUM_MODULES=group.num_modules, TILE=tile, PAGE_TILES=pages.shape[1] // tile,
+        BLOCK_M=block_m, BLOCK_T=blocks.tiles, BLOCK_R=block_ranks, ONE_BLOCK=max_rank <= block_ranks,
+        num_warps=blocks.num_warps, num_stages=1,
+    )  # fmt: skip
+
+
+@triton.jit(
+    do_not_specialize=[
+        "num_blocks", "page_table_stride", "table_stride", "table_offset", "tiles_0", "tiles_1", "tiles_2", "u_stride",
+    ]
+)  # fmt: skip
+def _segment_expand_kernel(
+    u_ptr, plan_ptr, pages_ptr, page_table_ptr, rank_ptr, b_tile_ptr, y_ptr,
+    y_stride, num_blocks, page_table_stride, table_stride, table_offset, tiles_0, tiles_1, tiles_2, u_stride,
+    NUM_MODULES: tl.constexpr, TILE: tl.constexpr, PAGE_TILES: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, ONE_BLOCK: tl.constexpr,
+):  # fmt: skip
+    block = tl.program_id(1)
+    module, width, column, place = output_block(tl.program_id(0), tiles_0, tiles_1, tiles_2, NUM_MODULES, BLOCK_T)
+    token = tl.load(plan_ptr + block)
+    count = tl.load(plan_ptr + num_blocks + block)
+    slot = tl.load(plan_ptr + 2 * num_blocks + block)
+    rank, start, first = module_rows(rank_ptr, b_tile_ptr, slot * table_stride + table_offset, module, NUM_MODULES)
+    if rank == 0:
+        return
+    page_table_ptr += slot * page_table_stride
+
+    rows = tl.arange(0, BLOCK_M)
+    ranks = tl.arange(0, BLOCK_R)
+    columns = tl.arange(0, TILE)
+    has_row = rows < count
+    # Only where the block begins can be far from the tensor's start: within it 32 bits do, and save registers.
+    u_pointers = u_ptr + token.to(tl.int64) * u_stride + start + rows[:, None] * u_stride + ranks[None, :]
+    y_pointers = y_ptr + token.to(tl.int64) * y_stride + column * TILE + rows[:, None] * y_stride + columns[None, :]
+    # Nearly always all ranks, and read once for all tiles.
+    u = tl.load(u_pointers, mask=has_row[:, None] & (ranks < rank)[None, :], other=0.0)
+    for own in range(place, tl.minimum(place + BLOCK_T, width)):
+        # On its way while the product is made.
+        base = tl.load(y_pointers + own * TILE, mask=has_row[:, None], other=0.0)
+        sums = tl.zeros([BLOCK_M, TILE], dtype=tl.float32)
+        tile = first + ranks * width + own
+        lora_b = _rows_of_one_tile(pages_ptr, page_table_ptr, tile, ranks < rank, PAGE_TILES, TILE)
+        sums = tl.dot(u, lora_b, sums, input_precision="ieee")
+        if not ONE_BLOCK:
+            for begin in range(BLOCK_R, rank, BLOCK_R):
+                has_rank = begin + ranks < rank
+                lora_b = _rows_of_one_tile(pages_ptr, page_table_ptr, tile + begin * width, has_rank, PAGE_TILES, TILE)
+                more = tl.load(u_pointers + begin, mask=has_row[:, None] & has_rank[None, :], other=0.0)
+                sums = tl.dot(more, lora_b, sums, input_precision="ieee")
+        sums += base.to(tl.float32)
+        tl.store(y_pointers + own * TILE, sums.to(y_ptr.dtype.element_ty), mask=has_row[:, None])
+
+
+@triton.jit
+def _rows_of_one_tile(pages_ptr, page_table_ptr, tile, mask, PAGE_TILES: tl.constexpr, TILE: tl.constexpr):
+    """Tile `tile[i]` of the adapter in row i: `[BLOCK_R, TILE]`, zero where masked."""
+    page = load_pages(page_table_ptr, tile, mask, PAGE_TILES)
+    elements = page.to(tl.int64) * (PAGE_TILES * TILE) + (tile % PAGE_TILES) * TILE
+    return tl.load(pages_ptr + elements[:, None] + tl.arange(0, TILE)[None, :], mask=mask[:, None], other=0.0)

@@ -1,0 +1,141 @@
+"""LoRA's first half for prefill on the accelerator: a run of tokens of one adapter multiplies by its A (SGMV).
+
+Semantics: for every token i of a segment of adapter a, `u[i, :R] = A[a] x[i]` for the R rows of A of all modules of the
+group, end to end; summed in float32 and rounded to x's type. Other entries of u are left as they are.
+
+Shapes: x `[num_tokens, in_features]` (any row stride); plan int32 `[3, num_blocks]` from plan_segments; pages
+`[num_pages, page_elems]`, one layer of the pool; u of x's type `[num_tokens, at least max_total_rank]`, scratch.
+
+Source: S-LoRA section 6 (MBGMM), Punica (SGMV, arXiv 2310.18547).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from kernels.gpu.adapter_tables import GpuAdapterTables, LoraGroup, group_rows, load_pages
+
+# Tokens of a block. One wave of 128 programs for a chunk of 8192 tokens, and the smallest that a warp group's
+# tensor-core instruction takes. To be measured.
+DEFAULT_BLOCK_M = 64
+
+
+@dataclass(frozen=True, slots=True)
+class SegmentShrinkBlocks:
+    """Most ranks a program (a power of two, at least 16), warps, and stages of the pipeline over in_features."""
+
+    max_ranks: int
+    num_warps: int
+    num_stages: int
+
+
+# Wider blocks of ranks read x fewer times, but take the room of stages: 32 KiB of A and 16 of x each. To be measured.
+_BLOCKS = SegmentShrinkBlocks(max_ranks=128, num_warps=4, num_stages=4)
+# Twice the room for x a stage: one stage less fits into shared memory.
+_BLOCKS_LARGE_M = SegmentShrinkBlocks(max_ranks=128, num_warps=8, num_stages=3)
+# float32 has no tensor cores here: small blocks compile and run as plain multiplications.
+_BLOCKS_FLOAT32 = SegmentShrinkBlocks(max_ranks=16, num_warps=4, num_stages=2)
+
+
+def plan_segments(segments: Sequence[tuple[int, int, int]], block_m: int, device: torch.device) -> torch.Tensor:
+    """Cuts runs of tokens `(begin, end, slot)` into blocks of at most `block_m`: int32 `[3, num_blocks]`.
+
+    The rows are a block's first token, its number of tokens, and its adapter's slot; a block never spans two segments.
+    Runs with slot -1 have no blocks. On an accelerator the copy is asynchronous, on the current stream.
+    """
+    blocks = [
+        (first, min(block_m, end - first), slot)
+        for begin, end, slot in segments
+        if slot >= 0
+        for first in range(begin, end, block_m)
+    ]
+    columns = [list(column) for column in zip(*blocks, strict=True)] if blocks else [[], [], []]
+    pinned = device.type == "cuda"
+    return torch.tensor(columns, dtype=torch.int32, pin_memory=pinned).to(device, non_blocking=pinned)
+
+
+def segment_shrink(
+    x: torch.Tensor,
+    plan: torch.Tensor,
+    layer: int,
+    pages: torch.Tensor,
+    tables: GpuAdapterTables,
+    group: LoraGroup,
+    u: torch.Tensor,
+    max_total_rank: int,
+    block_m: int = DEFAULT_BLOCK_M,
+    blocks: SegmentShrinkBlocks | None = None,
+) -> None:
+    """Writes the planned tokens' `u` (module docstring).
+
+    max_total_rank: the largest sum of a group's ranks in the batch. block_m: as the plan was made.
+    """
+    num_blocks = plan.shape[1]
+    if num_blocks == 0 or max_total_rank == 0:
+        return
+    if blocks is None:
+        half_blocks = _BLOCKS if block_m <= DEFAULT_BLOCK_M else _BLOCKS_LARGE_M
+        blocks = _BLOCKS_FLOAT32 if x.dtype == torch.float32 else half_blocks
+    tile, page_tiles = tables.tile_elems, pages.shape[1] // tables.tile_elems
+    in_tiles = group.in_features // tile
+    block_ranks = min(blocks.max_ranks, max(16, triton.next_power_of_2(max_total_rank)))
+    _, num_layers, num_modules = tables.rank.shape
+    # Programs of the same tokens run side by side: x comes from memory once, for the others from the cache.
+    _segment_shrink_kernel[(triton.cdiv(max_total_rank, block_ranks), num_blocks)](
+        x, plan, pages, tables.page_table, tables.rank, tables.lora_a_tile, u,
+        x.stride(0), num_blocks, tables.page_table.stride(0), num_layers * num_modules,
+        layer * num_modules + group.first_module, in_tiles, u.stride(0),
+        NUM_MODULES=group.num_modules, TILE=tile, PAGE_TILES=page_tiles, TWO_PAGES=in_tiles <= page_tiles,
+        BLOCK_M=block_m, BLOCK_R=block_ranks,
+        num_warps=blocks.num_warps, num_stages=blocks.num_stages,
+    )  # fmt: skip
+
+
+@triton.jit(
+    do_not_specialize=["num_blocks", "page_table_stride", "table_stride", "table_offset", "in_tiles", "u_stride"]
+)
+def _segment_shrink_kernel(
+    x_ptr, plan_ptr, pages_ptr, page_table_ptr, rank_ptr, a_tile_ptr, u_ptr,
+    x_stride, num_blocks, page_table_stride, table_stride, table_offset, in_tiles, u_stride,
+    NUM_MODULES: tl.constexpr, TILE: tl.constexpr, PAGE_TILES: tl.constexpr, TWO_PAGES: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    block = tl.program_id(1)
+    token = tl.load(plan_ptr + block)
+    count = tl.load(plan_ptr + num_blocks + block)
+    slot = tl.load(plan_ptr + 2 * num_blocks + block)
+    total, first = group_rows(rank_ptr, a_tile_ptr, slot * table_stride + table_offset, NUM_MODULES)
+    ranks = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    if tl.program_id(0) * BLOCK_R >= total:
+        return
+    page_table_ptr += slot * page_table_stride
+
+    has_rank = ranks < total
+    begin = first + ranks * in_tiles
+    # A row no longer than a page lies in at most two: their ids are read once, and none in the loop.
+    page = load_pages(page_table_ptr, begin, has_rank, PAGE_TILES)
+    next_page = load_pages(page_table_ptr, begin + in_tiles - 1, has_rank, PAGE_TILES)
+
+    rows = tl.arange(0, BLOCK_M)
+    columns = tl.arange(0, TILE)
+    has_row = rows < count
+    # Only where the block begins can be far from the tensor's start: within it 32 bits do, and save registers.
+    x_pointers = x_ptr + token.to(tl.int64) * x_stride + rows[:, None] * x_stride + columns[None, :]
+    sums = tl.zeros([BLOCK_M, BLOCK_R], dtype=tl.float32)
+    for place in range(in_tiles):
+        tile = begin + place
+        if TWO_PAGES:
+            own = tl.where(tile // PAGE_TILES == begin // PAGE_TILES, page, next_page)
+        else:
+            own = load_pages(page_table_ptr, tile, has_rank, PAGE_TILES)
+        elements = own.to(tl.int64) * (PAGE_TILES * TILE) + (tile % PAGE_TILES) * TILE
+        lora_a = tl.load(pages_ptr + elements[:, None] + columns[None, :], mask=has_rank[:, None], other=0.0)
+        x = tl.load(x_pointers + place * TILE, mask=has_row[:, None], other=0.0)
+        sums = tl.dot(x, tl.trans(lora_a), sums, input_precision="ieee")
+    u_pointers = u_ptr + token.to(tl.int64) * u_stride + rows[:, None] * u_stride + ranks[None, :]
+    tl.store(u_pointers, sums.to(u_ptr.dtype.element_ty), mask=has_row[:, None] & has_rank[None, :])
