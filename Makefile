@@ -10,10 +10,10 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export UV_FIND_LINKS := $(PIP_FIND_LINKS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup proto lint format test bench demo up down clean
+.PHONY: help setup proto lint format test test-gpu bench bench-gpu demo up down clean
 
 help: ## Show this help
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(STAMP) ## Make .venv and install the project with everything needed to develop and run it
 
@@ -44,8 +44,14 @@ lint: setup ## Check style, types, protos, generated code and who imports whom
 test: setup ## Run every test that needs no accelerator
 	python -m pytest tests
 
+test-gpu: setup ## Run the tests of the accelerator's kernels and runner, on an accelerator
+	python -m pytest tests/kernels/gpu tests/unit/engine_execution/test_gpu_runner.py tests/gpu
+
 bench: setup ## Measure the engine against transformers + PEFT on this machine's CPU
 	python -m benchmarks.bench_cpu_throughput
+
+bench-gpu: setup ## Measure the engine on an accelerator
+	python -m benchmarks.gpu.bench_engine
 
 demo: setup ## The whole path on this machine: S3, adapter store, engine, gateway, many adapters; ends by itself
 	@python -m services.local demo

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from services.common.settings import setting
+from services.common.settings import LogLevel, setting
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class AdapterStoreSettings:
     sweep_seconds: float = setting(30.0, "how often files that no version uses are looked for")
     stall_seconds: float = setting(60.0, "a fetch whose reader takes nothing for this long is ended")
     drain_seconds: float = setting(30.0, "on SIGTERM running calls have this long to end")
-    log_level: str = setting("INFO", "DEBUG, INFO, WARNING or ERROR")
+    log_level: LogLevel = setting("INFO", "DEBUG, INFO, WARNING or ERROR")
 
     def __post_init__(self) -> None:
         for name in ("redis_timeout_seconds", "s3_timeout_seconds", "stall_seconds", "sweep_seconds", "max_preparing",

@@ -19,6 +19,9 @@ T = TypeVar("T")
 _TRUE, _FALSE = {"1", "true", "yes", "on"}, {"0", "false", "no", "off"}
 
 
+LogLevel = typing.Literal["DEBUG", "INFO", "WARNING", "ERROR"]
+
+
 class AddressError(Exception):
     """An address of the settings cannot be served on; the message says which and why."""
 
@@ -74,10 +77,19 @@ def _converter(hint: Any) -> Any:
         hint = arguments[0]
     if hint is bool:
         return _parse_bool
+    if typing.get_origin(hint) is typing.Literal:
+        return lambda text: _parse_choice(text, typing.get_args(hint))
     if typing.get_origin(hint) is tuple:
         item = _converter(typing.get_args(hint)[0])
         return lambda text: tuple(item(part.strip()) for part in text.split(",") if part.strip())
     return hint
+
+
+def _parse_choice(text: str, choices: Sequence[str]) -> str:
+    chosen = {choice.lower(): choice for choice in choices}.get(text.lower())
+    if chosen is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(choices)}")
+    return chosen
 
 
 def _parse_bool(text: str) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from services.common.settings import setting
+from services.common.settings import LogLevel, setting
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class EngineSettings:
     max_waiting: int = setting(4096, "most requests in the queue; further ones are refused")
     load_timeout_seconds: float = setting(30.0, "an adapter load that takes longer fails")
     drain_seconds: float = setting(30.0, "on SIGTERM running requests have this long to end")
-    log_level: str = setting("INFO", "DEBUG, INFO, WARNING or ERROR")
+    log_level: LogLevel = setting("INFO", "DEBUG, INFO, WARNING or ERROR")
 
     def for_device(self) -> EngineSettings:
         """These settings, with what was left to the engine chosen for its device."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from services.common.settings import setting
+from services.common.settings import LogLevel, setting
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class GatewaySettings:
     store_timeout_seconds: float = setting(5.0, "how long a look-up in the adapter store may take")
     max_model_labels: int = setting(100, "most models with metrics of their own; the rest count as `other`")
     drain_seconds: float = setting(30.0, "on SIGTERM running requests have this long to end")
-    log_level: str = setting("INFO", "DEBUG, INFO, WARNING or ERROR")
+    log_level: LogLevel = setting("INFO", "DEBUG, INFO, WARNING or ERROR")
 
 
 @dataclass(frozen=True)
