@@ -8,7 +8,7 @@ the kept weights, in the order of ids, exceeds `uniform` times their total. Rows
 Every filter is a largest d that is kept. Floats at least 0 are ordered as their bits are, so that value is found bit by
 bit: 31 passes over a row, which stays in the cache; no sort, whatever the parameters are.
 
-Shapes: scores float32 `[num_rows, vocab_size]`, -inf for what may not be drawn, at least one finite a row; params
+Shapes: scores float32 `[num_rows, vocab_size]`, -inf for what may not be drawn, at least one finite a row; filters
 float32 `[4, num_drawn]` (temperature > 0; top_k, 0 for all; top_p; min_p), uniform float64 `[num_drawn]` in [0, 1),
 rows int64 `[num_drawn]`: the rows of scores to draw from, and of out (int32) to write to.
 """
@@ -44,16 +44,16 @@ def _measure(row, best, temperature, cut, columns, VOCAB: tl.constexpr, BLOCK: t
 
 @triton.jit
 def _kernel(
-    scores, stride, rows, params, uniform, out, num_drawn,
+    scores, stride, rows, filters, uniform, out, num_drawn,
     VOCAB: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     place = tl.program_id(0)
     source = tl.load(rows + place)
     row = scores + source.to(tl.int64) * stride
-    temperature = tl.load(params + place)
-    top_k = tl.load(params + num_drawn + place).to(tl.int32)
-    top_p = tl.load(params + 2 * num_drawn + place)
-    min_p = tl.load(params + 3 * num_drawn + place)
+    temperature = tl.load(filters + place)
+    top_k = tl.load(filters + num_drawn + place).to(tl.int32)
+    top_p = tl.load(filters + 2 * num_drawn + place)
+    min_p = tl.load(filters + 3 * num_drawn + place)
     columns = tl.arange(0, BLOCK)
     highest = tl.full([BLOCK], float("-inf"), tl.float32)
     for begin in range(0, VOCAB, BLOCK):
@@ -98,7 +98,7 @@ def _kernel(
 
 
 def draw_tokens(
-    scores: torch.Tensor, rows: torch.Tensor, params: torch.Tensor, uniform: torch.Tensor, out: torch.Tensor
+    scores: torch.Tensor, rows: torch.Tensor, filters: torch.Tensor, uniform: torch.Tensor, out: torch.Tensor
 ) -> None:
     """Writes the token drawn for each of `rows` to `out[row]`."""
     num_drawn, vocab_size = rows.shape[0], scores.shape[1]
@@ -107,7 +107,7 @@ def draw_tokens(
         scores,
         scores.stride(0),
         rows,
-        params,
+        filters,
         uniform,
         out,
         num_drawn,

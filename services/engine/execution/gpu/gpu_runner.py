@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from kernels.gpu.prefill_attention import plan_prefill
+from kernels.gpu.prefill_attention import plan_prefill, tile_tokens
 
 from kernels.gpu.decode_attention import make_decode_scratch, num_splits_for
 from kernels.gpu.pick_tokens import pick_tokens
@@ -203,6 +203,7 @@ class GpuRunner:
         config, device, max_batch = self.config, self._device, self._max_batch
         tokens_per_page = self.pool_config.tokens_per_page
         max_pages = -(-self.max_model_len // tokens_per_page)
+        self._prefill_block = tile_tokens(config.num_heads, config.num_kv_heads, config.dtype)
         self._num_sms = 1
         if device.type == "cuda":
             self._num_sms = torch.cuda.get_device_properties(device).multi_processor_count
@@ -226,6 +227,7 @@ class GpuRunner:
             attention=make_decode_scratch(
                 max_batch, config.num_heads, config.head_dim, -(-attention_rows // max_batch), device
             ),
+            attended=torch.zeros((max_tokens, config.num_heads, config.head_dim), dtype=config.dtype, device=device),
             rank_space=torch.empty(rank_space, dtype=torch.float32, device=device),
         )
         self._inputs = DecodeInputs(max_batch, max_pages, device)

@@ -67,6 +67,8 @@ class DeviceState:
     drawn: torch.Tensor
     resolved: torch.Tensor
     attention: DecodeScratch
+    # [max_tokens, num_heads, head_dim]. Kept, so that what padding reads of it is finite.
+    attended: torch.Tensor
     # float32, flat: rank space of decoded tokens.
     rank_space: torch.Tensor
 
@@ -105,7 +107,7 @@ class TritonStep:
         config, pages = state.config, state.pool.kv_pages(layer)
         rope_kv_write(qkv, pages, step.positions, step.slots, state.rope, qk_norm, config.norm_eps)
         q = qkv.view(len(qkv), -1, config.head_dim)[:, : config.num_heads]
-        out = torch.empty((len(qkv), config.num_heads, config.head_dim), dtype=qkv.dtype, device=qkv.device)
+        out = state.attended[: len(qkv)]
         scale, n = config.head_dim**-0.5, step.num_decode
         if n:
             tables = step.block_tables[:n]
