@@ -13,9 +13,9 @@ import torch
 
 
 def _announce_sparse_csr() -> None:
-    """Makes the process's first CSR tensor, so that torch's note about their beta state is spent without a trace."""
+    """Makes the process's first CSR tensor, so that torch's notes about their state are spent without a trace."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta state")
+        warnings.simplefilter("ignore")
         index = torch.zeros(1, dtype=torch.int64)
         torch.sparse_csr_tensor(torch.tensor([0, 1]), index, torch.zeros(1), size=(1, 1), check_invariants=False)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 
@@ -104,16 +104,13 @@ class GpuAdapterDevice:
         """Forgets the adapter at `slot`. What its row says is not looked at until another one is installed there."""
         self._installed[slot] = False
 
-    def max_total_ranks(self, slots: Sequence[int]) -> tuple[int, ...]:
-        """By group: the largest sum of ranks in a layer of any adapter at `slots`."""
-        self.require_installed(slots)
-        return tuple(map(max, zip(*(self._total_ranks[slot] for slot in slots), strict=True)))
-
-    def require_installed(self, slots: Iterable[int]) -> None:
-        """Raises ValueError if a slot has no adapter."""
+    def max_total_ranks(self, slots: Collection[int]) -> tuple[int, ...]:
+        """By group: the largest sum of ranks in a layer of any adapter at `slots`; ValueError if a slot has none."""
         for slot in slots:
             if not (0 <= slot < len(self._installed) and self._installed[slot]):
                 raise ValueError(f"no adapter is installed at slot {slot}")
+        nothing = (0,) * len(self.groups)
+        return tuple(map(max, zip(nothing, *(self._total_ranks[slot] for slot in slots), strict=True)))
 
 
 def _check_group(layout: AdapterLayout, layer: int, group: LoraGroup, by_module: dict[int, ModulePlacement]) -> None:

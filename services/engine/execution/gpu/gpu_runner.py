@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from kernels.gpu.prefill_attention import plan_prefill, tile_tokens
 
 from kernels.gpu.decode_attention import make_decode_scratch, num_splits_for
 from kernels.gpu.pick_tokens import pick_tokens
+from kernels.gpu.prefill_attention import plan_prefill, tile_tokens
 from kernels.gpu.row_shrink import num_splits_for as num_shrink_splits
 from kernels.gpu.segment_shrink import DEFAULT_BLOCK_M, plan_segments
 from services.engine.config import EngineSettings
@@ -30,7 +30,7 @@ from services.engine.model.checkpoint import Checkpoint, Weights
 from services.engine.model.config import ModelConfig, load_model_config
 from services.engine.model.decoder import Decoder
 from services.engine.model.rope import rope_frequencies
-from services.engine.model.step_ops import module_groups
+from services.engine.model.step_ops import Group, module_groups
 from services.engine.step import BASE_SLOT, SampledToken, StepPlan
 
 logger = logging.getLogger(__name__)
@@ -121,14 +121,15 @@ class GpuRunner:
 
     def _submit(self, layout: StepLayout) -> StepHandle:
         decode_slots = set(layout.adapter_slots.tolist()) - {BASE_SLOT}
-        self.adapter_device.require_installed(decode_slots)
+        ranks = self.adapter_device.max_total_ranks(decode_slots)
+        row_groups = frozenset(group for group in Group if ranks[group])
         size = None if layout.prefills else self._graphs.size_for(layout.num_tokens)
         if size is not None:
             self._inputs.send(layout, size)
-            logits = self._graphs.run(size, bool(decode_slots))
+            logits = self._graphs.run(size, row_groups)
             row_of = {token_row: token_row for _, token_row in layout.sampled}
         else:
-            tensors = self._mixed_tensors(layout, bool(decode_slots))
+            tensors = self._mixed_tensors(layout, row_groups)
             logits = self._decoder.forward(TritonStep(self._state, tensors))
             if len(logits):
                 pick_tokens(logits, self._state.drawn)
@@ -155,16 +156,16 @@ class GpuRunner:
         done.record()
         return buffer[:num_rows], logprobs, done
 
-    def _decode(self, size: int, with_adapters: bool) -> torch.Tensor:
+    def _decode(self, size: int, row_groups: frozenset[Group]) -> torch.Tensor:
         """A decode step of `size` rows as `self._inputs` has them: what graphs capture."""
         splits = num_splits_for(size, self.config.num_kv_heads, self._num_sms)
-        step = TritonStep(self._state, self._inputs.tensors(size, with_adapters, splits))
+        step = TritonStep(self._state, self._inputs.tensors(size, row_groups, splits))
         with torch.inference_mode():
             logits = self._decoder.forward(step)
             pick_tokens(logits, self._state.drawn)
         return logits
 
-    def _mixed_tensors(self, layout: StepLayout, with_adapters: bool) -> StepTensors:
+    def _mixed_tensors(self, layout: StepLayout, row_groups: frozenset[Group]) -> StepTensors:
         """The tensors of a step that prefills."""
         n = layout.num_decode
         logit_rows = np.array([row for _, row in layout.sampled], dtype=np.int32)
@@ -182,7 +183,7 @@ class GpuRunner:
         )
         segments = None
         if layout.segments:
-            ranks = self.adapter_device.max_total_ranks([slot for _, _, slot in layout.segments])
+            ranks = self.adapter_device.max_total_ranks({slot for _, _, slot in layout.segments})
             segments = Segments(plan_segments(layout.segments, DEFAULT_BLOCK_M, self._device), ranks)
         return StepTensors(
             token_ids=token_ids,
@@ -193,7 +194,8 @@ class GpuRunner:
             block_tables=block_tables,
             context_lens=context_lens,
             num_splits=num_splits_for(max(n, 1), self.config.num_kv_heads, self._num_sms),
-            adapter_slots=adapter_slots if with_adapters else None,
+            adapter_slots=adapter_slots,
+            row_groups=row_groups,
             prefill=plan_prefill(layout.spans, self._prefill_block, self._device) if layout.prefills else None,
             segments=segments,
             logit_rows=rows,

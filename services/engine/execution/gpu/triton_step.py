@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from kernels.gpu.prefill_attention import PrefillPlan, prefill_attention
 
 from kernels.gpu.add_rms_norm import add_rms_norm
 from kernels.gpu.decode_attention import DecodeScratch, decode_attention
 from kernels.gpu.pick_tokens import resolve_tokens
+from kernels.gpu.prefill_attention import PrefillPlan, prefill_attention
 from kernels.gpu.rope_kv_write import rope_kv_write
 from kernels.gpu.row_expand import row_expand
 from kernels.gpu.row_shrink import num_splits_for as num_shrink_splits
@@ -46,8 +46,9 @@ class StepTensors:
     block_tables: torch.Tensor
     context_lens: torch.Tensor
     num_splits: int
-    # [num_decode]; None: no decoded token has an adapter.
-    adapter_slots: torch.Tensor | None
+    # [num_decode]; and the groups that any of these adapters changes: none where no decoded token has an adapter.
+    adapter_slots: torch.Tensor
+    row_groups: frozenset[Group]
     prefill: PrefillPlan | None = None
     segments: Segments | None = None
     # [num_sampled]; None: every token's logits are wanted.
@@ -95,7 +96,7 @@ class TritonStep:
     def project(self, layer: int, group: Group, linear: Linear, x: torch.Tensor) -> torch.Tensor:
         """The product, with what the adapters add to it."""
         y, step = linear(x), self._step
-        if step.adapter_slots is not None:
+        if group in step.row_groups:
             self._add_rows(layer, group, x[: step.num_decode], step.adapter_slots, y[: step.num_decode])
         if step.segments is not None and step.segments.max_total_ranks[group]:
             self._add_segments(layer, group, x, step.segments, y)
