@@ -126,7 +126,8 @@ def module_rows(rank_ptr, tile_ptr, entry, module, NUM_MODULES: tl.constexpr):
 @triton.jit
 def load_pages(page_table_ptr, tile, mask, PAGE_TILES: tl.constexpr):
     """The page in which each of an adapter's tiles lies."""
-    return tl.load(page_table_ptr + tile // PAGE_TILES, mask=mask, other=0)
+    # Unsigned: a division by a power of two is one shift.
+    return tl.load(page_table_ptr + tile.to(tl.uint32) // PAGE_TILES, mask=mask, other=0)
 
 
 @triton.jit
@@ -135,9 +136,10 @@ def load_tiles(pages_ptr, page, tile, mask, PAGE_TILES: tl.constexpr, TILE: tl.c
 
     Threads and warps are laid along TILE, then along n; m is left to each thread, so sums over m need no exchange.
     """
-    # The pool of a layer may have more than 2^31 elements.
-    begin = page.to(tl.int64) * (PAGE_TILES * TILE) + (tile % PAGE_TILES) * TILE
-    pointers = pages_ptr + begin[:, :, None] + tl.arange(0, TILE)[None, None, :]
+    # The pool of a layer may have more than 2^31 elements, a page has not: the sum of both takes one instruction.
+    offset = (tile.to(tl.uint32) % PAGE_TILES) * TILE
+    pointers = (pages_ptr + page.to(tl.int64) * (PAGE_TILES * TILE))[:, :, None]
+    pointers += offset[:, :, None] + tl.arange(0, TILE)[None, None, :]
     # Said only to order the dimensions for the compiler, which otherwise takes m before n or n before m as it pleases
     # (it differs by version); vectors are along TILE whatever is said of n.
     pointers = tl.max_contiguous(pointers, (1, 2, TILE))

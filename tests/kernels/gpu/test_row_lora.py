@@ -8,10 +8,12 @@ import pytest
 import torch
 
 from kernels.gpu.adapter_tables import LoraGroup
-from kernels.gpu.row_expand import ExpandBlocks, row_expand
-from kernels.gpu.row_shrink import ShrinkBlocks, num_splits_for, row_shrink
+from kernels.gpu.row_expand import row_expand
+from kernels.gpu.row_plan import ExpandBlocks, RowPlanner, ShrinkBlocks
+from kernels.gpu.row_shrink import num_splits_for, row_shrink
 from tests.kernels.gpu.gpu_lora_cases import (
     LAYER,
+    NUM_LAYERS,
     POPULARITIES,
     LoraCase,
     assert_as_good_as_torch,
@@ -27,11 +29,13 @@ QKV = LoraGroup(0, 96, (96, 32, 32))
 GATE_UP = LoraGroup(4, 80, (112, 112))
 DOWN = LoraGroup(6, 112, (80,))
 GROUPS = [QKV, GATE_UP, DOWN]
-# The second in each pair takes several blocks of rows and leaves some tiles of a block without work.
-BLOCKS = [
+Blocks = tuple[ShrinkBlocks | None, ExpandBlocks | None]
+# The second has as many items as can be, and ranks beyond one; the third items of several tiles for several ranks, in
+# more programs than there are items.
+BLOCKS: list[Blocks] = [
     (None, None),
-    (ShrinkBlocks(4, 1, early=True), ExpandBlocks(2, 4, 1)),
-    (ShrinkBlocks(16, 2), ExpandBlocks(4, 2, 2)),
+    (ShrinkBlocks(2, 1, 3, 255), ExpandBlocks(2, 2, 2, 1, 3, 255)),
+    (ShrinkBlocks(16, 2, 40, 255, early=False), ExpandBlocks(4, 8, 4, 4, 500, 255, early=False)),
 ]
 
 
@@ -41,18 +45,17 @@ def run(
     y: torch.Tensor,
     slots: list[int],
     num_splits: int,
-    blocks: tuple[ShrinkBlocks | None, ExpandBlocks | None] = (None, None),
-    accumulate: bool = True,
+    blocks: Blocks = (None, None),
 ) -> torch.Tensor:
     device = x.device
     slot_tensor = torch.tensor(slots, dtype=torch.int32, device=device)
+    # The group is the second of two: the other's items must not matter.
+    planner = RowPlanner(case.tables, [LoraGroup(2, 16, (16, 16)), case.group], len(slots) + 1)
+    plan = planner.plan(slot_tensor, *blocks)
     u = torch.full((num_splits, len(slots), case.group.num_modules * 256), float("nan"), device=device)
     out = y.clone()
-    row_shrink(x, slot_tensor, LAYER, case.pages, case.tables, case.group, u, num_splits, blocks[0])
-    row_expand(
-        u, slot_tensor, LAYER, case.pages, case.tables, case.group, out, num_splits,
-        accumulate=accumulate, blocks=blocks[1],
-    )  # fmt: skip
+    row_shrink(x, plan, LAYER, 1, case.pages, u)
+    row_expand(u, plan, LAYER, 1, case.pages, out)
     return out
 
 
@@ -80,12 +83,13 @@ def test_matches_the_reference(
 
 
 @pytest.mark.parametrize("rank", [17, 200, 256])
-def test_large_ranks(rng: random.Random, rank: int, dtype: torch.dtype, device: torch.device) -> None:
+@pytest.mark.parametrize("blocks", BLOCKS, ids=["default", "small", "uneven"])
+def test_large_ranks(rng: random.Random, rank: int, blocks: Blocks, dtype: torch.dtype, device: torch.device) -> None:
     group = LoraGroup(0, 32, (32, 16, 16))
     case = random_case(rng, group, [{0: rank, 1: rank, 2: rank}, {1: 1}], 16, 8, dtype, device)
     slots = [1, 0]
     x, y = inputs(case, slots, dtype, device)
-    assert_as_good_as_torch(case, x, y, slots, run(case, x, y, slots, 2))
+    assert_as_good_as_torch(case, x, y, slots, run(case, x, y, slots, 2, blocks))
 
 
 @pytest.mark.parametrize("blocks", BLOCKS, ids=["default", "small", "uneven"])
@@ -93,7 +97,7 @@ def test_large_ranks(rng: random.Random, rank: int, dtype: torch.dtype, device: 
 def test_any_split(
     rng: random.Random,
     num_splits: int,
-    blocks: tuple[ShrinkBlocks | None, ExpandBlocks | None],
+    blocks: Blocks,
     dtype: torch.dtype,
     device: torch.device,
 ) -> None:
@@ -103,16 +107,26 @@ def test_any_split(
     assert_as_good_as_torch(case, x, y, slots, run(case, x, y, slots, num_splits, blocks))
 
 
-def test_delta_alone(rng: random.Random, dtype: torch.dtype, device: torch.device) -> None:
-    case = random_case(rng, QKV, [{0: 8, 2: 3}, {}, {1: 17}], 16, 9, dtype, device)
-    slots = [2, -1, 0, 1]
-    x, _ = inputs(case, slots, dtype, device)
-    junk = torch.full((len(slots), sum(QKV.out_features)), float("nan"), dtype=dtype, device=device)
-    delta = run(case, x, junk, slots, 2, accumulate=False)
-    assert torch.equal(bits(delta)[1], bits(junk)[1])
-    base = torch.zeros_like(junk)
-    base[1] = junk[1]
-    assert_as_good_as_torch(case, x, base, slots, delta)
+@pytest.mark.parametrize("slots", [[-1], [-1, -1, -1], [-1, 0, -1, -1], [0, -1, 1, 1, -1]])
+def test_tokens_without_adapter(rng: random.Random, slots: list[int], dtype: torch.dtype, device: torch.device) -> None:
+    case = random_case(rng, QKV, [{0: 8, 2: 3}, {1: 17}], 16, 9, dtype, device)
+    x, y = inputs(case, slots, dtype, device)
+    assert_as_good_as_torch(case, x, y, slots, run(case, x, y, slots, 2))
+
+
+def test_modules_left_alone_keep_their_bits(rng: random.Random, dtype: torch.dtype, device: torch.device) -> None:
+    case = random_case(rng, QKV, [{0: 8}, {1: 17}, {0: 3, 2: 64}], 16, 9, dtype, device)
+    slots = [2, 0, 1]
+    x, y = inputs(case, slots, dtype, device)
+    q, k, v = slice(0, 96), slice(96, 128), slice(128, 160)
+    alone = [(0, k), (1, k), (1, v), (2, q), (2, v)]
+    for token, columns in alone:
+        y[token, columns] = float("nan")
+    out = run(case, x, y, slots, 2)
+    for token, columns in alone:
+        assert torch.equal(bits(out)[token, columns], bits(y)[token, columns])
+        y[token, columns] = out[token, columns] = 0
+    assert_as_good_as_torch(case, x, y, slots, out)
 
 
 def test_adapters_that_change_nothing(rng: random.Random, dtype: torch.dtype, device: torch.device) -> None:
@@ -123,16 +137,17 @@ def test_adapters_that_change_nothing(rng: random.Random, dtype: torch.dtype, de
     assert torch.equal(bits(out), bits(y))
 
 
+@pytest.mark.parametrize("blocks", BLOCKS[1:], ids=["small", "uneven"])
 def test_a_token_gets_the_same_bits_in_any_company(
-    rng: random.Random, dtype: torch.dtype, device: torch.device
+    rng: random.Random, blocks: Blocks, dtype: torch.dtype, device: torch.device
 ) -> None:
     ranks = [random_ranks(rng, QKV, RANKS) for _ in range(5)]
     case = random_case(rng, QKV, ranks, 16, 8, dtype, device)
     slots = [0, 1, 2, 3, 4]
     x, y = inputs(case, slots, dtype, device)
-    together = run(case, x, y, slots, 2)
-    for order in (rng.sample(range(5), 5), [2] * 5):
-        out = run(case, x[order], y[order], [slots[i] for i in order], 2)
+    together = run(case, x, y, slots, 2, blocks)
+    for order in (rng.sample(range(5), 5), [2] * 5, [4]):
+        out = run(case, x[order], y[order], [slots[i] for i in order], 2, blocks)
         assert torch.equal(bits(out), bits(together[order]))
 
 
@@ -143,3 +158,35 @@ def test_splits_cover_a_row_whatever_the_batch() -> None:
             splits = num_splits_for(batch, group, 128)
             assert 1 <= splits <= 32
             assert splits * -(-in_features // 128 // splits) >= in_features // 128
+
+
+@pytest.mark.parametrize("batch", [1, 7, 40])
+def test_the_plan_has_the_items_that_each_token_needs(rng: random.Random, batch: int, device: torch.device) -> None:
+    ranks = [random_ranks(rng, QKV, RANKS) for _ in range(6)]
+    case = random_case(rng, QKV, ranks, 16, 9, torch.float32, device)
+    slots = [rng.randrange(-1, 6) for _ in range(batch)]
+    planner = RowPlanner(case.tables, GROUPS, batch)
+    shrink, expand = ShrinkBlocks(4, 1, 1, 255), ExpandBlocks(4, 4, 2, 1, 1, 255)
+    starts = planner.plan(torch.tensor(slots, dtype=torch.int32, device=device), shrink, expand).starts.tolist()
+    assert len(starts) == NUM_LAYERS
+    modules = [ranks[slot] if slot >= 0 else {} for slot in slots]
+    rows = [-(-sum(own.values()) // 4) for own in modules]
+    # 16 tile rows an item: rank 8 and below take two tiles, higher ones one tile.
+    wide = [2 if max(own.values(), default=0) <= 8 else 1 for own in modules]
+    blocks = [
+        sum(-(-size // 16 // tiles) for module, size in enumerate(QKV.out_features) if module in own)
+        for own, tiles in zip(modules, wide, strict=True)
+    ]
+    for layer in range(NUM_LAYERS):
+        for group in range(len(GROUPS)):
+            own = (rows, blocks) if layer == LAYER and group == 0 else ([0] * batch, [0] * batch)
+            for counts, found in zip(own, starts[layer][group], strict=True):
+                begin = [sum(counts[:token]) for token in range(batch)]
+                expected = [place if count else 2**31 - 1 for place, count in zip(begin, counts, strict=True)]
+                assert found == [*expected, sum(counts)]
+
+
+def test_a_planner_refuses_what_a_plan_cannot_name(rng: random.Random, device: torch.device) -> None:
+    case = random_case(rng, QKV, [{0: 1}], 16, 9, torch.float32, device)
+    with pytest.raises(ValueError, match="5000 tokens"):
+        RowPlanner(case.tables, [QKV], 5000)
