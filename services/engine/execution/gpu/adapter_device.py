@@ -6,9 +6,11 @@ and for groups of modules that are packed one right after the other, as the adap
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -35,6 +37,18 @@ def model_tile_elems(groups: Sequence[ModuleGroup]) -> int:
     return tile
 
 
+@dataclass(frozen=True, slots=True)
+class GroupRanks:
+    """The largest sum of a group's ranks in any layer, and the largest rank of a single module."""
+
+    total: int = 0
+    single: int = 0
+
+    def join(self, other: GroupRanks) -> GroupRanks:
+        """The largest of both."""
+        return GroupRanks(max(self.total, other.total), max(self.single, other.single))
+
+
 class GpuAdapterDevice:
     """Adapters in the pool's pages, and `tables` about them, one row a slot.
 
@@ -58,9 +72,8 @@ class GpuAdapterDevice:
             lora_b_tile=table(*self._shape),
             tile_elems=model_tile_elems(groups),
         )
-        # By slot and group: the largest sum of the group's ranks in any layer. The host's own copy: kernels that take
-        # segments are launched for the largest of a batch.
-        self._total_ranks = [(0,) * len(groups)] * max_adapters
+        # By slot and group. The host's own copy: kernels that take segments are launched for the largest of a batch.
+        self._ranks = [(GroupRanks(),) * len(groups)] * max_adapters
         self._installed = [False] * max_adapters
         self._stream = torch.cuda.Stream(pool.device) if pool.device.type == "cuda" else None
 
@@ -87,10 +100,8 @@ class GpuAdapterDevice:
                 rank[number, place.module] = place.rank
                 a_tile[number, place.module] = place.lora_a_offset // tile
                 b_tile[number, place.module] = place.lora_b_offset // tile
-        self._total_ranks[slot] = tuple(
-            int(rank[:, group.first_module : group.first_module + group.num_modules].sum(1).max())
-            for group in self.groups
-        )
+        by_group = [rank[:, g.first_module : g.first_module + g.num_modules] for g in self.groups]
+        self._ranks[slot] = tuple(GroupRanks(int(ranks.sum(1).max()), int(ranks.max())) for ranks in by_group)
         with torch.cuda.stream(self._stream):
             tables.page_table[slot, : len(pages)].copy_(torch.tensor(pages, dtype=torch.int32))
             tables.lora_a_tile[slot].copy_(a_tile)
@@ -104,13 +115,14 @@ class GpuAdapterDevice:
         """Forgets the adapter at `slot`. What its row says is not looked at until another one is installed there."""
         self._installed[slot] = False
 
-    def max_total_ranks(self, slots: Collection[int]) -> tuple[int, ...]:
-        """By group: the largest sum of ranks in a layer of any adapter at `slots`; ValueError if a slot has none."""
+    def max_ranks(self, slots: Collection[int]) -> tuple[GroupRanks, ...]:
+        """By group: the largest ranks of any adapter at `slots`; ValueError if a slot has none."""
         for slot in slots:
             if not (0 <= slot < len(self._installed) and self._installed[slot]):
                 raise ValueError(f"no adapter is installed at slot {slot}")
-        nothing = (0,) * len(self.groups)
-        return tuple(map(max, zip(nothing, *(self._total_ranks[slot] for slot in slots), strict=True)))
+        nothing = (GroupRanks(),) * len(self.groups)
+        of_slots = zip(nothing, *(self._ranks[slot] for slot in slots), strict=True)
+        return tuple(functools.reduce(GroupRanks.join, ranks) for ranks in of_slots)
 
 
 def _check_group(layout: AdapterLayout, layer: int, group: LoraGroup, by_module: dict[int, ModulePlacement]) -> None:

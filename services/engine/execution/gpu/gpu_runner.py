@@ -14,6 +14,7 @@ import torch
 from kernels.gpu.decode_attention import make_decode_scratch, num_splits_for
 from kernels.gpu.pick_tokens import pick_tokens
 from kernels.gpu.prefill_attention import plan_prefill, tile_tokens
+from kernels.gpu.row_plan import RowPlanner
 from kernels.gpu.row_shrink import num_splits_for as num_shrink_splits
 from kernels.gpu.segment_shrink import DEFAULT_BLOCK_M, plan_segments
 from services.engine.config import EngineSettings
@@ -121,8 +122,8 @@ class GpuRunner:
 
     def _submit(self, layout: StepLayout) -> StepHandle:
         decode_slots = set(layout.adapter_slots.tolist()) - {BASE_SLOT}
-        ranks = self.adapter_device.max_total_ranks(decode_slots)
-        row_groups = frozenset(group for group in Group if ranks[group])
+        ranks = self.adapter_device.max_ranks(decode_slots)
+        row_groups = frozenset(group for group in Group if ranks[group].total)
         size = None if layout.prefills else self._graphs.size_for(layout.num_tokens)
         if size is not None:
             self._inputs.send(layout, size)
@@ -183,7 +184,7 @@ class GpuRunner:
         )
         segments = None
         if layout.segments:
-            ranks = self.adapter_device.max_total_ranks({slot for _, _, slot in layout.segments})
+            ranks = self.adapter_device.max_ranks({slot for _, _, slot in layout.segments})
             segments = Segments(plan_segments(layout.segments, DEFAULT_BLOCK_M, self._device), ranks)
         return StepTensors(
             token_ids=token_ids,
@@ -230,6 +231,7 @@ class GpuRunner:
                 max_batch, config.num_heads, config.head_dim, -(-attention_rows // max_batch), device
             ),
             attended=torch.zeros((max_tokens, config.num_heads, config.head_dim), dtype=config.dtype, device=device),
+            row_planner=RowPlanner(adapters.tables, adapters.groups, max_batch),
             rank_space=torch.empty(rank_space, dtype=torch.float32, device=device),
         )
         self._inputs = DecodeInputs(max_batch, max_pages, device)

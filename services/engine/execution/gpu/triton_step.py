@@ -12,12 +12,13 @@ from kernels.gpu.pick_tokens import resolve_tokens
 from kernels.gpu.prefill_attention import PrefillPlan, prefill_attention
 from kernels.gpu.rope_kv_write import rope_kv_write
 from kernels.gpu.row_expand import row_expand
+from kernels.gpu.row_plan import RowPlan, RowPlanner
 from kernels.gpu.row_shrink import num_splits_for as num_shrink_splits
 from kernels.gpu.row_shrink import row_shrink
 from kernels.gpu.segment_expand import segment_expand
 from kernels.gpu.segment_shrink import segment_shrink
 from kernels.gpu.silu_mul import silu_mul
-from services.engine.execution.gpu.adapter_device import GpuAdapterDevice
+from services.engine.execution.gpu.adapter_device import GpuAdapterDevice, GroupRanks
 from services.engine.memory.pool import Pool
 from services.engine.model.config import ModelConfig
 from services.engine.model.linear import Linear
@@ -26,10 +27,10 @@ from services.engine.model.step_ops import Group, QkNorm
 
 @dataclass(frozen=True, slots=True)
 class Segments:
-    """Prefill tokens by adapter: blocks of the kernels' plan, and by `Group` the largest total rank of any adapter."""
+    """Prefill tokens by adapter: blocks of the kernels' plan, and by `Group` the largest ranks of any adapter."""
 
     plan: torch.Tensor
-    max_total_ranks: tuple[int, ...]
+    max_ranks: tuple[GroupRanks, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +71,7 @@ class DeviceState:
     attention: DecodeScratch
     # [max_tokens, num_heads, head_dim]. Kept, so that what padding reads of it is finite.
     attended: torch.Tensor
+    row_planner: RowPlanner
     # float32, flat: rank space of decoded tokens.
     rank_space: torch.Tensor
 
@@ -80,11 +82,15 @@ class TritonStep:
     def __init__(self, state: DeviceState, step: StepTensors) -> None:
         self._state = state
         self._step = step
+        self._row_plan: RowPlan | None = None
 
     def embed(self, table: torch.Tensor) -> torch.Tensor:
         """The tokens' rows of the embedding; tokens that were not known to the host are taken from the device."""
         step, resolved = self._step, self._state.resolved[: len(self._step.token_ids)]
         resolve_tokens(step.token_ids, step.source, self._state.drawn, resolved)
+        if step.row_groups:
+            # Ahead of the first norm and product, as row_plan asks.
+            self._row_plan = self._state.row_planner.plan(step.adapter_slots)
         return table.index_select(0, resolved)
 
     def add_norm(
@@ -96,9 +102,9 @@ class TritonStep:
     def project(self, layer: int, group: Group, linear: Linear, x: torch.Tensor) -> torch.Tensor:
         """The product, with what the adapters add to it."""
         y, step = linear(x), self._step
-        if group in step.row_groups:
-            self._add_rows(layer, group, x[: step.num_decode], step.adapter_slots, y[: step.num_decode])
-        if step.segments is not None and step.segments.max_total_ranks[group]:
+        if self._row_plan is not None and group in step.row_groups:
+            self._add_rows(layer, group, x[: step.num_decode], self._row_plan, y[: step.num_decode])
+        if step.segments is not None and step.segments.max_ranks[group].total:
             self._add_segments(layer, group, x, step.segments, y)
         return y
 
@@ -125,17 +131,17 @@ class TritonStep:
         """The rows whose logits are wanted."""
         return rows if self._step.logit_rows is None else rows.index_select(0, self._step.logit_rows)
 
-    def _add_rows(self, layer: int, group: Group, x: torch.Tensor, slots: torch.Tensor, y: torch.Tensor) -> None:
+    def _add_rows(self, layer: int, group: Group, x: torch.Tensor, plan: RowPlan, y: torch.Tensor) -> None:
         adapters, pages = self._state.adapters, self._state.pool.tensor[layer]
         modules = adapters.groups[group]
         splits, width = num_shrink_splits(len(x), modules, adapters.tables.tile_elems), 256 * modules.num_modules
         u = self._state.rank_space[: splits * len(x) * width].view(splits, len(x), width)
-        row_shrink(x, slots, layer, pages, adapters.tables, modules, u, splits)
-        row_expand(u, slots, layer, pages, adapters.tables, modules, y, splits)
+        row_shrink(x, plan, layer, int(group), pages, u)
+        row_expand(u, plan, layer, int(group), pages, y)
 
     def _add_segments(self, layer: int, group: Group, x: torch.Tensor, segments: Segments, y: torch.Tensor) -> None:
         adapters, pages = self._state.adapters, self._state.pool.tensor[layer]
-        modules, rank = adapters.groups[group], segments.max_total_ranks[group]
-        u = torch.empty((len(x), -(-rank // 16) * 16), dtype=x.dtype, device=x.device)
-        segment_shrink(x, segments.plan, layer, pages, adapters.tables, modules, u, rank)
-        segment_expand(u, segments.plan, layer, pages, adapters.tables, modules, y, rank)
+        modules, ranks = adapters.groups[group], segments.max_ranks[group]
+        u = torch.empty((len(x), -(-ranks.total // 16) * 16), dtype=x.dtype, device=x.device)
+        segment_shrink(x, segments.plan, layer, pages, adapters.tables, modules, u, ranks.total)
+        segment_expand(u, segments.plan, layer, pages, adapters.tables, modules, y, ranks.total, max_rank=ranks.single)
