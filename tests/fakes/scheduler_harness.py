@@ -39,6 +39,7 @@ class Harness:
     max_model_len: int = 64
     max_waiting: int = 1000
     max_adapters: int = 8
+    admission_batch: int = 1
     max_in_flight: int = 1
     seed: int = 0
     check: bool = True
@@ -73,6 +74,7 @@ class Harness:
             self.max_waiting,
             self.tokens_per_page,
             frozenset({EOS}),
+            self.admission_batch,
         )
         self.scheduler = Scheduler(config, self.allocator, self.residency)
 

@@ -121,6 +121,7 @@ class EngineCore:
             max_waiting=settings.max_waiting,
             tokens_per_page=pool.tokens_per_page,
             eos_token_ids=runner.eos_token_ids,
+            admission_batch=settings.admission_batch,
         )
         self._scheduler = Scheduler(config, self._allocator, self._residency)
         self._max_running = config.max_running

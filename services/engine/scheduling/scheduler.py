@@ -10,7 +10,7 @@ until the last such step is settled.
 
 **Order within a step.** Decodes come first, then prompts that are partly computed, then new sequences, each in arrival
 order, until `max_step_tokens`. At most so many sequences run as a step has tokens: prefill fills what decodes leave
-and never holds one up.
+and never holds one up. Once all places were taken, new sequences wait until `admission_batch` of them are free.
 
 **Memory is granted in arrival order; I/O may be overtaken.** Going through the queue in arrival order, the first
 sequence that lacks pages, for its adapter or its KV, ends the round: nobody behind it gets any. One that only waits for
@@ -26,8 +26,8 @@ preempted. One that a step in flight names is not preempted: the growing sequenc
 **Progress.** Consider the earliest sequence that has not ended, H. Nobody may take from H. If H runs, each page that it
 needs is free, or held by someone later, from whom it is taken (at once, or when a cancelled load has let go, which
 takes no longer than one copy, or when the steps in flight are settled, at most two: with none in flight nobody is
-leaving and whoever runs may be preempted): so it gets on and ends. If H waits for bytes, they come, or its load fails
-within its time limit and H with it. If H lacks pages, nobody else gets any more: running sequences end or are preempted
+leaving and whoever runs may be preempted): so it gets on and ends. If H waits for a place, those that run get on, to
+their ends. If H waits for bytes, they come, or its load fails within its time limit and H with it. If H lacks pages, nobody else gets any more: running sequences end or are preempted
 (among them, too, the earliest gets on), those that are leaving go, loads end, and all that is idle may be evicted for
 H. What could never fit was refused; so in the end H fits. Preemption cannot go round in circles: only earlier sequences
 cause it, and those are finitely many.
@@ -67,6 +67,7 @@ class Scheduler:
         self._max_running = min(config.max_running, config.max_step_tokens)
         if self._max_running < 1:
             raise ValueError("max_running and max_step_tokens are at least 1")
+        self._admission_batch = min(max(config.admission_batch, 1), self._max_running)
         self._allocator = allocator
         self._residency = residency
         self._queue = WaitingQueue()
@@ -304,8 +305,10 @@ class Scheduler:
         # runs with too small a pool this cut preemptions to a sixth and time by 3 to 6 %; half or twice as many pages
         # did worse.
         claimed = len(self._running)
+        # Nearly full, places are filled several at a time: a step with prompts in it costs more than one without.
+        open_to_new = len(self._running) <= self._max_running - self._admission_batch
         for position, sequence in enumerate(self._queue.candidates(LOOK_AHEAD)):
-            may_run = len(self._running) < self._max_running and draft.budget > 0
+            may_run = open_to_new and len(self._running) < self._max_running and draft.budget > 0
             if not may_run and position >= LOOK_AHEAD:
                 break
             wanted = claimed + sequence.num_pages(self._config.tokens_per_page)

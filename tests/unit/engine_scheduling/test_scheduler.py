@@ -42,6 +42,20 @@ def test_one_request_from_prompt_to_end() -> None:
     h.check_empty()
 
 
+def test_a_full_engine_fills_its_places_several_at_a_time() -> None:
+    h = Harness(num_pages=200, max_step_tokens=64, max_running=6, admission_batch=3)
+    for request_id, max_tokens in enumerate([2, 4, 6, 20, 20, 20, 1, 1, 1, 1], start=1):
+        h.add(long(request_id, 2, max_tokens))
+    running = []
+    while h.scheduler.num_open:
+        h.step()
+        running.append(len(h.plans[-1].chunks))
+    # Places are free after the second, the fourth and the sixth step: only then three are let in at once.
+    assert running == [6, 6, 5, 5, 4, 4, 6, 4, *[3] * 12]
+    h.check_answers()
+    h.check_empty()
+
+
 def test_decodes_come_first_and_prefill_fills_what_they_leave() -> None:
     h = Harness(num_pages=64, max_step_tokens=8)
     h.add(long(1, 3, 20))

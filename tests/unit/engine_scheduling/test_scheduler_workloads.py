@@ -60,6 +60,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             max_adapters=max_adapters,
             max_model_len=48,
             max_in_flight=self.max_in_flight,
+            admission_batch=1 + seed % 3,
             seed=seed,
         )
         self.harness.adapters(**dict(zip(NAMES, sizes, strict=True)))
@@ -158,6 +159,7 @@ def test_batches_of_mixed_requests_in_tiny_pools(case: int, max_in_flight: int) 
         max_running=rng.randint(1, 8),
         max_step_tokens=rng.choice([1, 3, 8, 16]),
         max_adapters=rng.randint(1, 6),
+        admission_batch=rng.randint(1, 4),
         max_in_flight=max_in_flight,
         seed=SEED,
     )
