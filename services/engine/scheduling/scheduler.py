@@ -27,10 +27,10 @@ preempted. One that a step in flight names is not preempted: the growing sequenc
 needs is free, or held by someone later, from whom it is taken (at once, or when a cancelled load has let go, which
 takes no longer than one copy, or when the steps in flight are settled, at most two: with none in flight nobody is
 leaving and whoever runs may be preempted): so it gets on and ends. If H waits for a place, those that run get on, to
-their ends. If H waits for bytes, they come, or its load fails within its time limit and H with it. If H lacks pages, nobody else gets any more: running sequences end or are preempted
-(among them, too, the earliest gets on), those that are leaving go, loads end, and all that is idle may be evicted for
-H. What could never fit was refused; so in the end H fits. Preemption cannot go round in circles: only earlier sequences
-cause it, and those are finitely many.
+their ends. If H waits for bytes, they come, or its load fails within its time limit and H with it. If H lacks pages,
+nobody else gets any more: running sequences end or are preempted (among them, too, the earliest gets on), those that
+are leaving go, loads end, and all that is idle may be evicted for H. What could never fit was refused; so in the end H
+fits. Preemption cannot go round in circles: only earlier sequences cause it, and those are finitely many.
 """
 
 from __future__ import annotations
