@@ -2,7 +2,8 @@
 
 *decode*: B sequences with prompts of 256 tokens, 128 outputs; time a decode step once all are prefilled. *prefill*: 128
 prompts of 256 tokens. *paper_mix*: all requests at once, prompts and outputs uniform in [8, 512], adapters uniform,
-outputs forced to length, at most 256 running. Settings: base (no adapters), S1 (rank 8), S2 (ranks 64, 32, 16, 8).
+outputs forced to length, at most 256 running. *load*: an adapter in host memory until it may be
+used. Settings: base (no adapters), S1 (rank 8), S2 (ranks 64, 32, 16, 8).
 
 Run: python -m benchmarks.gpu.bench_engine [--model llama-7b] [--targets attn] [--quick] [--only decode,prefill,...]
 """
@@ -27,7 +28,7 @@ from benchmarks.gpu.core_driver import CoreDriver, request
 from benchmarks.gpu.synthetic import SyntheticAdapters, make_adapters, make_runner, settings_of
 from services.engine.config import EngineSettings
 from services.engine.execution.gpu.gpu_runner import GpuRunner
-from services.engine.messages import Adapter, Generate
+from services.engine.messages import Adapter, Generate, Prefetch
 
 PROMPT, OUTPUT = 256, 128
 DECODE_BATCHES = (1, 32, 128)
@@ -116,6 +117,24 @@ def measure_prefill(bench: Bench, setting: str, num_rounds: int = 3) -> Iterator
     yield bench.row("prefill", setting, "seconds", statistics.median(seconds[1:]), batch=128, distinct=distinct)
 
 
+def measure_load(bench: Bench, setting: str) -> Iterator[dict[str, object]]:
+    """Adapters in host memory, asked for one by one while nothing else waits: until each may be used."""
+    source = bench.source(setting, 64)
+    driver = CoreDriver(bench.settings, bench.runner, source)
+    times = {}
+    for number, adapter in enumerate(source.adapters):
+        began = time.perf_counter()
+        driver.core.handle(Prefetch(-1 - number, adapter))
+        while not ((report := driver.step()) and report.prefetched):
+            pass
+        times[adapter.digest] = time.perf_counter() - began
+    driver.close()
+    largest = max(manifest.packed_bytes for manifest in source.manifests.values())
+    usual = [times[d] for d, m in source.manifests.items() if m.packed_bytes == largest][4:]
+    label = {"adapters": 64, "packed_bytes": largest}
+    yield bench.row("load", setting, "usable_ms", 1e3 * statistics.median(usual), **label)
+
+
 def measure_mix(bench: Bench, setting: str, adapters: int, requests: int) -> Iterator[dict[str, object]]:
     """The paper's mix, all at once; adapters are in host memory at the start, none on the device."""
     source = bench.source(setting, adapters)
@@ -147,6 +166,9 @@ def measure(bench: Bench, only: set[str], quick: bool) -> Iterator[dict[str, obj
     if "prefill" in only:
         for setting in ("base", "S1", "S2"):
             yield from measure_prefill(bench, setting)
+    if "load" in only:
+        for setting in ("S1", "S2"):
+            yield from measure_load(bench, setting)
     if "paper_mix" in only:
         requests = 64 if quick else 768
         yield from measure_mix(bench, "base", 0, requests)
@@ -160,7 +182,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="llama-7b")
     parser.add_argument("--targets", default="attn", choices=("attn", "all"))
-    parser.add_argument("--only", default="decode,prefill,paper_mix")
+    parser.add_argument("--only", default="decode,prefill,load,paper_mix")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--dtype", default="bfloat16")
