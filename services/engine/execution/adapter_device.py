@@ -5,6 +5,7 @@ Implements `services.engine.adapters.device.AdapterDevice`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -13,6 +14,9 @@ from kernels.lora_plan import AdapterTables, ModuleGroup
 from services.engine.adapters.layout import AdapterLayout, ModulePlacement, TargetModule
 from services.engine.execution.adapter_checks import AdapterChecks
 from services.engine.memory.pool import Pool
+
+_WIDEST_TILE = 512
+"""Elements that a row is read in at a time, at most; a power of two."""
 
 
 class PagedAdapterDevice:
@@ -26,6 +30,8 @@ class PagedAdapterDevice:
         self._pool = pool
         self._checks = AdapterChecks(pool.config, pool.dtype, groups)
         num_layers, num_modules = pool.config.num_layers, len(TargetModule)
+        features = [size for group in groups for size in (group.in_features, *group.out_features)]
+        self._widest_tile = math.gcd(_WIDEST_TILE, pool.config.page_elems, *features)
 
         def table(*shape: int) -> torch.Tensor:
             return torch.zeros(max_adapters, *shape, dtype=torch.int64, device=pool.device)
@@ -52,7 +58,7 @@ class PagedAdapterDevice:
         self._pool.write_adapter(pages, layout.layer_elems, weights)
         tables = self.tables
         tables.page_table[slot, : len(pages)] = torch.tensor(pages, dtype=torch.int64)
-        tables.tile_elems[slot] = layout.tile_elems
+        tables.tile_elems[slot] = self._tile_elems(layout)
         shape = (layout.num_layers, len(TargetModule))
         rank, a_offset, b_offset = (torch.zeros(shape, dtype=torch.int64) for _ in range(3))
         for number, placements in enumerate(layout.layers):
@@ -66,6 +72,11 @@ class PagedAdapterDevice:
         first: dict[tuple[ModulePlacement, ...], int] = {}
         self._generations[slot] += 1
         self._alike[slot] = tuple(first.setdefault(layer, number) for number, layer in enumerate(layout.layers))
+
+    def _tile_elems(self, layout: AdapterLayout) -> int:
+        """The widest tiles in which the adapter's rows may be read: fewer products and sums for the same rows."""
+        offsets = (offset for layer in layout.layers for p in layer for offset in (p.lora_a_offset, p.lora_b_offset))
+        return max(layout.tile_elems, math.gcd(self._widest_tile, *offsets))
 
     def remove(self, slot: int) -> None:
         """Forgets the adapter at `slot`."""
