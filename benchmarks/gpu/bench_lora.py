@@ -12,16 +12,18 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import math
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from kernels.gpu.adapter_tables import GpuAdapterTables, LoraGroup
-from kernels.gpu.row_expand import row_expand
-from kernels.gpu.row_plan import ExpandBlocks, RowPlanner, ShrinkBlocks
-from kernels.gpu.row_shrink import num_splits_for, row_shrink
+from kernels.gpu.adapter_tables import MAX_RANK, GpuAdapterTables, LoraGroup
+from kernels.gpu.planned_shrink import planned_shrink
+from kernels.gpu.row_expand import ExpandBlocks, row_expand
+from kernels.gpu.row_plan import PlannedBlocks, RowPlanner
+from kernels.gpu.row_shrink import ShrinkBlocks, num_splits_for, row_shrink
 from kernels.gpu.segment_expand import SegmentExpandBlocks, segment_expand
 from kernels.gpu.segment_shrink import SegmentShrinkBlocks, plan_segments, segment_shrink
 
@@ -31,6 +33,7 @@ RANKS = {"S1": (8,), "S2": (64, 32, 16, 8)}
 # A graph takes turns with other adapters until it has read this much: several times the cache.
 MIN_BYTES_A_GRAPH = 256 << 20
 PREFILL_TOKENS, SEGMENT_TOKENS, PREFILL_LAYERS = 8192, 256, 8
+AnyShrinkBlocks = ShrinkBlocks | PlannedBlocks
 
 
 @dataclass(frozen=True)
@@ -117,7 +120,8 @@ def place_adapters(
     pages_each = [-(-rank * elems_a_rank(groups) // page_elems) for rank in ranks]
     assert sum(pages_each) <= num_pages, "the pool is too small"
     free = torch.randperm(num_pages, dtype=torch.int32)
-    page_table = torch.zeros(len(ranks), max(pages_each), dtype=torch.int32)
+    # Always as wide as for many ranks, as in a server: kernels are compiled for it.
+    page_table = torch.zeros(len(ranks), -(-max(pages_each) // 256) * 256, dtype=torch.int32)
     # rank, first tile of A, first tile of B
     tables = torch.zeros(3, len(ranks), NUM_MODULES, dtype=torch.int32)
     begin = 0
@@ -132,11 +136,6 @@ def place_adapters(
                 tile += rank * size // TILE
     by_layer = tables.unsqueeze(2).repeat(1, 1, NUM_LAYERS, 1).to(DEVICE)
     return GpuAdapterTables(page_table.to(DEVICE), by_layer[0], by_layer[1], by_layer[2], TILE)
-
-
-def pages_needed(shape: ModelShape, groups: Sequence[LoraGroup], ranks: Iterable[int]) -> int:
-    """Pages for adapters with these ranks."""
-    return sum(-(-rank * elems_a_rank(groups) // shape.page_elems) for rank in ranks)
 
 
 def time_graph(body: Callable[[], None], replays: int = 15) -> float:
@@ -158,44 +157,60 @@ def time_graph(body: Callable[[], None], replays: int = 15) -> float:
     return float(statistics.median(times))
 
 
+class RowLora:
+    """LoRA of decoded tokens: what a step launches."""
+
+    def __init__(self, tables: GpuAdapterTables, groups: Sequence[LoraGroup], max_batch: int) -> None:
+        self._tables, self._groups = tables, groups
+        self._planner = RowPlanner(tables, groups, max_batch)
+        self._u = torch.full((32 * max_batch * 3 * MAX_RANK,), float("nan"), device=DEVICE)
+
+    def launch(
+        self, slots: torch.Tensor, layers: dict[int, torch.Tensor], x: list[torch.Tensor], y: list[torch.Tensor],
+        shrink: AnyShrinkBlocks | None = None, expand: ExpandBlocks | None = None, parts: str = "both",
+    ) -> None:  # fmt: skip
+        """`parts` of every layer and group, and shrink's plan if any; without blocks, as the kernels choose."""
+        plan, tables, batch = None, self._tables, len(slots)
+        if isinstance(shrink, PlannedBlocks):
+            plan = self._planner.plan(slots, shrink)
+        elif shrink is None and self._planner.needs_plan(batch):
+            plan = self._planner.plan(slots)
+        shapes = [(num_splits_for(batch, group, TILE), batch, 3 * MAX_RANK) for group in self._groups]
+        u = [self._u[: math.prod(shape)].view(shape) for shape in shapes]
+        y[0].add_(0)  # an ordinary kernel behind the plan's
+        for layer, pages in layers.items():
+            for g, group in enumerate(self._groups):
+                if plan is not None and parts != "expand":
+                    planned_shrink(x[g], plan, layer, g, pages, u[g])
+                elif not isinstance(shrink, PlannedBlocks) and parts != "expand":
+                    row_shrink(x[g], slots, layer, pages, tables, group, u[g], shrink)
+                if parts != "shrink":
+                    row_expand(u[g], slots, layer, pages, tables, group, y[g], expand)
+
+
 class DecodeStep:
-    """The buffers of a decode step, and its launches."""
+    """The buffers of a decode step, timed."""
 
     def __init__(self, pool: AdapterPool, case: DecodeCase) -> None:
-        self.case, self.groups = case, case.shape.take(case.modules)
-        self.pages = pool.pages(case.shape.page_elems)
+        pages, groups = pool.pages(case.shape.page_elems), case.shape.take(case.modules)
         batch, rounds = case.batch, case.rounds
         ranks = case.ranks(batch) * rounds
-        self.tables = place_adapters(self.pages.shape[1], case.shape.page_elems, self.groups, ranks)
-        self.slots = torch.randperm(batch * rounds, dtype=torch.int32, device=DEVICE).view(rounds, batch)
-        if len(RANKS[case.mix]) > 1:  # ranks in turn within a batch
-            self.slots = torch.arange(batch * rounds, dtype=torch.int32, device=DEVICE).view(rounds, batch)
-        self.x = [_random(batch, group.in_features) for group in self.groups]
-        self.y = [_random(batch, sum(group.out_features)) for group in self.groups]
-        self.u = torch.zeros(128, batch, 3 * 256, device=DEVICE)
-        self.planner = RowPlanner(self.tables, self.groups, batch)
+        tables = place_adapters(pages.shape[1], case.shape.page_elems, groups, ranks)
+        # Ranks in turn within a batch.
+        self.case, self.layers = case, dict(enumerate(pages))
+        self.slots = torch.arange(batch * rounds, dtype=torch.int32, device=DEVICE).view(rounds, batch)
+        self.x = [_random(batch, group.in_features) for group in groups]
+        self.y = [_random(batch, sum(group.out_features)) for group in groups]
+        self.lora = RowLora(tables, groups, batch)
 
     def time(
-        self,
-        shrink: ShrinkBlocks | None = None,
-        expand: ExpandBlocks | None = None,
-        tiles: int = 0,
-        parts: str = "both",
+        self, shrink: AnyShrinkBlocks | None = None, expand: ExpandBlocks | None = None, parts: str = "both"
     ) -> float:
-        """Milliseconds for a plan and 32 layers of `parts`; `tiles` of a row to an item of shrink, if given."""
+        """Milliseconds for 32 layers of `parts`, and their plan."""
 
         def body() -> None:
             for slots in self.slots:
-                plan = self.planner.plan(slots, shrink, expand)
-                self.y[0].zero_()  # an ordinary kernel behind the plan's
-                for layer in range(NUM_LAYERS):
-                    for g, group in enumerate(self.groups):
-                        own = num_splits_for(self.case.batch, group, TILE)
-                        u = self.u[: group.in_features // (tiles * TILE) if tiles else own]
-                        if parts != "expand":
-                            row_shrink(self.x[g], plan, layer, g, self.pages[layer], u)
-                        if parts != "shrink":
-                            row_expand(u, plan, layer, g, self.pages[layer], self.y[g])
+                self.lora.launch(slots, self.layers, self.x, self.y, shrink, expand, parts)
 
         return time_graph(body) / len(self.slots)
 
@@ -221,42 +236,24 @@ def run_decode(pool: AdapterPool, quick: bool) -> None:
         _line(f"decode {case.name}", DecodeStep(pool, case).time(), case.bytes_of(case.ranks(case.batch)))
 
 
-# From this batch on: (tiles of a row in an item, blocks). As many programs an SM as registers allow, and fewer, which
-# leaves room for the kernel behind to start beside them.
-SHRINKS = {
-    1: [(1, ShrinkBlocks(8, 1, 12, 128)), (2, ShrinkBlocks(8, 2, 4, 80)), (1, ShrinkBlocks(16, 2, 4, 128))],
-    32: [
-        (4, ShrinkBlocks(8, 4, 3, 80)), (4, ShrinkBlocks(8, 4, 4, 128)), (4, ShrinkBlocks(8, 2, 8, 128)),
-        (4, ShrinkBlocks(8, 2, 4, 168)), (8, ShrinkBlocks(8, 4, 4, 128)), (2, ShrinkBlocks(16, 4, 6, 80)),
-    ],
-}  # fmt: skip
-EXPANDS = {
-    1: [ExpandBlocks(8, 8, 2, 4, 3, 160), ExpandBlocks(4, 16, 1, 8, 2, 128), ExpandBlocks(8, 4, 1, 2, 4, 168)],
-    32: [
-        ExpandBlocks(8, 8, 8, 4, 2, 255), ExpandBlocks(8, 8, 8, 4, 4, 128), ExpandBlocks(4, 16, 16, 8, 2, 128),
-        ExpandBlocks(8, 8, 4, 4, 3, 160), ExpandBlocks(4, 8, 8, 4, 4, 128), ExpandBlocks(8, 4, 4, 2, 4, 255),
-    ],
-}  # fmt: skip
+SHRINKS: list[AnyShrinkBlocks] = [ShrinkBlocks(32, 4), ShrinkBlocks(8, 2), PlannedBlocks(8, 4, 6, 80)]
+EXPANDS = [ExpandBlocks(1, 8, 1), ExpandBlocks(2, 8, 1), ExpandBlocks(4, 8, 2), ExpandBlocks(8, 8, 4)]
+# For 128 tokens of mixed ranks: more programs an SM; smaller ones; ranks mixed on every SM at any time.
+MIXED_EXPANDS = [ExpandBlocks(8, 4, 4, 64), ExpandBlocks(4, 4, 2), ExpandBlocks(8, 4, 4, tokens_first=True)]
 
 
 def run_sweep(pool: AdapterPool, quick: bool) -> None:
     """Decode, attention of Llama-7B: both kernels, each alone, and one of them in other blocks."""
     for batch, mix in itertools.product((128,) if quick else (1, 32, 128), ("S1", "S2")):
-        _sweep(DecodeStep(pool, DecodeCase(LLAMA_7B, "attn", mix, batch)))
-
-
-def _sweep(step: DecodeStep) -> None:
-    case = step.case
-    size = case.bytes_of(case.ranks(case.batch))
-    groups = case.shape.take(case.modules)
-    size_a = size * sum(g.num_modules * g.in_features for g in groups) / elems_a_rank(groups)
-    for parts, part_size in (("both", size), ("shrink", size_a), ("expand", size - size_a)):
-        _line(f"sweep {case.name} {parts}", step.time(parts=parts), part_size)
-    chosen = min(case.batch, 32)
-    for tiles, shrink in SHRINKS[chosen]:
-        _line(f"sweep {case.name} both, shrink tiles={tiles} {_values(shrink)}", step.time(shrink, None, tiles), size)
-    for expand in EXPANDS[chosen]:
-        _line(f"sweep {case.name} both, expand {_values(expand)}", step.time(None, expand), size)
+        case = DecodeCase(LLAMA_7B, "attn", mix, batch)
+        step, size, groups = DecodeStep(pool, case), case.bytes_of(case.ranks(batch)), LLAMA_7B.take("attn")
+        size_a = size * sum(g.num_modules * g.in_features for g in groups) / elems_a_rank(groups)
+        for parts, part_size in (("both", size), ("shrink", size_a), ("expand", size - size_a)):
+            _line(f"sweep {case.name} {parts}", step.time(parts=parts), part_size)
+        for shrink in SHRINKS:
+            _line(f"sweep {case.name} both, shrink {_values(shrink)}", step.time(shrink), size)
+        for expand in EXPANDS + (MIXED_EXPANDS if mix == "S2" and batch == 128 else []):
+            _line(f"sweep {case.name} both, expand {_values(expand)}", step.time(None, expand), size)
 
 
 def run_prefill(pool: AdapterPool, quick: bool) -> None:
@@ -308,9 +305,10 @@ def _prefill_shape(pool: AdapterPool, shape: ModelShape, mix: str, sweep: bool) 
     _line(f"prefill {shape.name:5} {mix} attn, one layer", ms, num_bytes)
 
 
-def _values(blocks: ShrinkBlocks | ExpandBlocks | SegmentShrinkBlocks | SegmentExpandBlocks) -> str:
-    names = [name for name in blocks.__dataclass_fields__ if name != "early"]
-    return " ".join(f"{name.removeprefix('num_')}={getattr(blocks, name)}" for name in names)
+def _values(blocks: AnyShrinkBlocks | ExpandBlocks | SegmentShrinkBlocks | SegmentExpandBlocks) -> str:
+    values = {name: getattr(blocks, name) for name in blocks.__dataclass_fields__ if name != "early"}
+    kind = "planned " if isinstance(blocks, PlannedBlocks) else ""
+    return kind + " ".join(f"{name.removeprefix('num_')}={value}" for name, value in values.items() if value)
 
 
 def run_check() -> None:
@@ -324,19 +322,19 @@ def run_check() -> None:
     x, y = _random(len(slots), 512), _random(len(slots), 1024)
     expected = torch.stack([_expected(pages, tables, group, *row) for row in zip(slots, x, y, strict=True)])
     slot_tensor = torch.tensor(slots, dtype=torch.int32, device=DEVICE)
-    planner = RowPlanner(tables, [group], len(slots))
-    for batch in (1, 8, len(slots)):
-        for shrink, expand in ((None, None), *((SHRINKS[32][i][1], blocks) for i, blocks in enumerate(EXPANDS[32]))):
-            row_plan = planner.plan(slot_tensor[:batch], shrink, expand)
-            out, other = y[:batch].clone(), y[:batch].clone()
-            u = torch.full((num_splits_for(batch, group, TILE), batch, 768), float("nan"), device=DEVICE)
-            for layer, into in ((4, other), (5, out)):  # each starts early behind the one before, and u is used again
-                row_shrink(x[:batch], row_plan, layer, 0, pages, u)
-                row_expand(u, row_plan, layer, 0, pages, into)
-            _assert_close(f"rows, batch {batch}, {'own blocks' if expand is None else _values(expand)}", out, expected)
+    rows = RowLora(tables, [group, group], len(slots))
+    checks: list[tuple[int, AnyShrinkBlocks | None, ExpandBlocks | None]] = [(1, None, None), (8, None, None)]
+    checks += [(len(slots), None, expand) for expand in (None, *EXPANDS, *MIXED_EXPANDS)]
+    checks += [(len(slots), shrink, None) for shrink in SHRINKS]
+    for batch, shrink, expand in checks:
+        out, other = y[:batch].clone(), y[:batch].clone()
+        # Each kernel starts early behind the one before, and u is used again.
+        rows.launch(slot_tensor[:batch], {5: pages}, [x, x], [other, out], shrink, expand)
+        names = ", ".join(_values(blocks) for blocks in (shrink, expand) if blocks) or "own blocks"
+        for result in (other, out):
+            _assert_close(f"rows, batch {batch}, {names}", result, expected)
     order = sorted(range(len(slots)), key=slots.__getitem__)
-    runs = [(slots[token], place) for place, token in enumerate(order)]
-    bounds = {slot: [place for own, place in runs if own == slot] for slot in set(slots)}
+    bounds = {slot: [place for place, token in enumerate(order) if slots[token] == slot] for slot in set(slots)}
     segments = [(places[0], places[-1] + 1, slot) for slot, places in bounds.items()]
     out, x = y[order].clone(), x[order]
     half = torch.full((len(slots), 600), float("nan"), device=DEVICE, dtype=torch.bfloat16)
@@ -390,8 +388,8 @@ def main() -> None:
 
 def _pool_elems(case: DecodeCase) -> int:
     """Elements of the pool that the case needs."""
-    ranks = case.ranks(case.batch) * case.rounds
-    pages = pages_needed(case.shape, case.shape.take(case.modules), ranks)
+    elems_each = [rank * elems_a_rank(case.shape.take(case.modules)) for rank in case.ranks(case.batch)]
+    pages = case.rounds * sum(-(-elems // case.shape.page_elems) for elems in elems_each)
     return NUM_LAYERS * case.shape.page_elems * pages
 
 

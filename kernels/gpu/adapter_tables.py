@@ -6,6 +6,22 @@ all counted in tiles. Modules that share their input form a *group* (q k v; gate
 right after the other: the rows of A of a group are one run of rows of `in_features` elements, the rows of B transposed
 of each module one run of rows of its `out_features`. In rank space the ranks of a group's modules lie end to end.
 
+What does not change in a model (strides, sizes, blocks) is compiled into kernels, and looked up once for all layers: a
+step launches two kernels for every group of every layer, and the host's time for each counts.
+
+Early start (programmatic dependent launch). row_shrink, planned_shrink and row_expand may begin before the kernel ahead
+of them on the stream has ended. Until they wait for it they read slots, tables, pages of adapters and (planned_shrink)
+the plan, and they write nothing. This is right, in any order of the three, because
+- adapters that a step names were installed before the step was submitted, and stay until it has ended;
+- slots come by a copy ahead of the step's first kernel; only kernels let others begin early, so no kernel of the step,
+  early or not, begins before that copy has ended;
+- what kernels.gpu.row_plan asks for keeps the plan whole.
+All else comes after the wait, and a wait is for everything ahead: each program of a kernel that starts early waits for
+the kernel ahead before it ends, also one without work, so that kernel's end implies the end of all before it. Hence
+row_expand, which waits for either shrink, sees what the product ahead of both left in y; and the shrink of the next
+group, which overwrites u after its wait only, does so when row_expand, the last reader of u, has ended. An ordinary
+kernel behind row_expand starts when all have ended.
+
 Source: S-LoRA sections 5 and 6 (arXiv 2311.03285).
 """
 
@@ -13,6 +29,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -22,7 +39,35 @@ MAX_RANK = 256
 MAX_GROUP_MODULES = 3
 
 
-@dataclass(frozen=True, slots=True)
+class TableLayout(NamedTuple):
+    """How the tables of a model are laid out: the same for all its steps, and for every kernel over its adapters."""
+
+    device: torch.device
+    tile_elems: int
+    # From one adapter to the next; and in the tables of rank and tiles from one layer to the next.
+    page_table_stride: int
+    table_stride: int
+    layer_stride: int
+
+    def constants(self, group: LoraGroup, page_elems: int) -> dict[str, Any]:
+        """What every kernel over the group is compiled for."""
+        return {
+            "NUM_MODULES": group.num_modules,
+            "TILE": self.tile_elems,
+            "PAGE_TILES": page_elems // self.tile_elems,
+            "TABLE_STRIDE": self.table_stride,
+            "PAGE_TABLE_STRIDE": self.page_table_stride,
+        }
+
+
+class Launch(NamedTuple):
+    """What the launches of a kernel have in common in all layers: its programs, and what it is compiled for."""
+
+    grid: tuple[int, int]
+    constants: dict[str, Any]
+
+
+@dataclass(frozen=True)
 class GpuAdapterTables:
     """What the device knows of resident adapters, by adapter slot. All tensors are int32 and contiguous.
 
@@ -37,6 +82,13 @@ class GpuAdapterTables:
     lora_b_tile: torch.Tensor
     # Of every adapter: a power of two, at least 16, that divides pages and rows.
     tile_elems: int
+
+    @functools.cached_property
+    def layout(self) -> TableLayout:
+        """The tables' strides, looked up once."""
+        _, num_layers, num_modules = self.rank.shape
+        strides = self.page_table.stride(0), num_layers * num_modules, num_modules
+        return TableLayout(self.rank.device, self.tile_elems, *strides)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +110,10 @@ class LoraGroup:
         widths = [size // tile_elems for size in self.out_features]
         q, k, v = widths + [0] * (MAX_GROUP_MODULES - len(widths))
         return q, k, v
+
+    def out_constants(self, tile_elems: int) -> dict[str, Any]:
+        """`out_tiles` as what kernels are compiled for."""
+        return {f"TILES_{module}": width for module, width in enumerate(self.out_tiles(tile_elems))}
 
     def num_out_blocks(self, tile_elems: int, block_tiles: int) -> int:
         """Blocks of at most `block_tiles` tiles of the output, each within one module."""
@@ -85,28 +141,31 @@ def group_rows(rank_ptr, tile_ptr, entry, NUM_MODULES: tl.constexpr):
 
 
 @triton.jit
-def output_block(block, tiles_0, tiles_1, tiles_2, NUM_MODULES: tl.constexpr, BLOCK_T: tl.constexpr):
+def output_block(
+    block, TILES_0: tl.constexpr, TILES_1: tl.constexpr, TILES_2: tl.constexpr,
+    NUM_MODULES: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
     """Which module the block-th block of the output belongs to, and where it lies.
 
     Returns (module, width of its rows in tiles, tile of y where they begin, the block's first tile in the row).
     """
     module = block * 0
-    width = module + tiles_0
+    width = module + TILES_0
     column = module
     place = block * BLOCK_T
     if NUM_MODULES > 1:
-        end = tl.cdiv(tiles_0, BLOCK_T)
+        end = tl.cdiv(TILES_0, BLOCK_T)
         beyond = block >= end
         module = tl.where(beyond, 1, module)
-        width = tl.where(beyond, tiles_1, width)
-        column = tl.where(beyond, tiles_0, column)
+        width = tl.where(beyond, TILES_1, width)
+        column = tl.where(beyond, TILES_0, column)
         place = tl.where(beyond, (block - end) * BLOCK_T, place)
         if NUM_MODULES > 2:
-            end += tl.cdiv(tiles_1, BLOCK_T)
+            end += tl.cdiv(TILES_1, BLOCK_T)
             beyond = block >= end
             module = tl.where(beyond, 2, module)
-            width = tl.where(beyond, tiles_2, width)
-            column = tl.where(beyond, tiles_0 + tiles_1, column)
+            width = tl.where(beyond, TILES_2, width)
+            column = tl.where(beyond, TILES_0 + TILES_1, column)
             place = tl.where(beyond, (block - end) * BLOCK_T, place)
     return module, width, column, place
 

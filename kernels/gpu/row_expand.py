@@ -4,178 +4,154 @@ Semantics: for token i with adapter a and each module m of the group, with `v` t
 of m] += B[a, m]^T v[ranks of m]`, summed in float32 and rounded once. Tokens with slot -1, and modules that an adapter
 leaves alone, are never touched, bit for bit.
 
-Shapes: u float32 `[num_splits, B, ...]` as row_shrink left it; pages `[num_pages, page_elems]`, one layer of the pool;
-y `[B, sum of out_features]` (any row stride). The launch depends on shapes and blocks only; so do the order of sums and
-with it a token's bits. kernels.gpu.row_plan says how work is cut, and why starting early is safe.
+Shapes: u float32 `[num_splits, B, ...]`, contiguous, as row_shrink or planned_shrink left it; slots int32 `[B]`; pages
+`[num_pages, page_elems]`, one layer of the pool; y `[at least B, sum of out_features]` (any row stride). The launch
+depends on shapes and blocks only; so do the order of sums and with it a token's bits. Starts early, as
+kernels.gpu.adapter_tables says.
 
 Source: S-LoRA section 6 (MBGMV), Punica (BGMV, arXiv 2310.18547).
 """
 
 from __future__ import annotations
 
+import functools
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
 
-from kernels.gpu.adapter_tables import has_early_launch, load_pages, load_tiles
-from kernels.gpu.row_plan import RowPlan, find_item, load_keys, log_tiles_for, num_blocks, num_programs, own_items
+from kernels.gpu.adapter_tables import (
+    GpuAdapterTables,
+    Launch,
+    LoraGroup,
+    TableLayout,
+    has_early_launch,
+    load_pages,
+    load_tiles,
+    module_rows,
+    output_block,
+)
 
 
-def row_expand(u: torch.Tensor, plan: RowPlan, layer: int, group: int, pages: torch.Tensor, y: torch.Tensor) -> None:
-    """Adds what the adapters say to `y` for the plan's `group` (module docstring)."""
-    tables, blocks, shape = plan.tables, plan.expand, plan.groups[group]
-    tile, num_splits = tables.tile_elems, u.shape[0]
-    gdc = has_early_launch(y.device)
-    _, num_layers, num_modules = tables.rank.shape
-    most_items = plan.batch * sum(shape.out_tiles(tile))
-    _row_expand_kernel[(min(num_programs(y.device, blocks.programs), most_items),)](
-        u, plan.slots, plan.starts, pages, tables.page_table, tables.rank, tables.lora_b_tile, y,
-        plan.starts_of(layer, group, expand=True), plan.batch, y.stride(0), tables.page_table.stride(0),
-        num_layers * num_modules, layer * num_modules + shape.first_module,
-        *shape.out_tiles(tile), blocks.max_tiles.bit_length() - 1, num_splits, u.stride(0), u.stride(1),
-        NUM_MODULES=shape.num_modules, TILE=tile, PAGE_TILES=pages.shape[1] // tile, BATCH=plan.block_batch,
-        SPLITS=triton.next_power_of_2(num_splits), BLOCK_R=blocks.rows, BLOCK_T=blocks.tiles,
-        LOG_T=blocks.tiles.bit_length() - 1, GDC=gdc,
-        num_warps=blocks.num_warps, num_stages=1, maxnreg=blocks.registers, launch_pdl=gdc and blocks.early,
+@dataclass(frozen=True, slots=True)
+class ExpandBlocks:
+    """How the work is cut: tiles of the output a program, rows of B at a time (powers of two), warps.
+
+    With tiles of 128 elements, `tiles = 2 * num_warps` lets every thread own its columns, so that rows are summed
+    without a word between threads. registers: at most so many a thread, so that more programs run at once.
+    tokens_first: programs of different tokens run side by side, not those of one token. early: as devices allow.
+    """
+
+    tiles: int
+    rows: int
+    num_warps: int
+    registers: int | None = None
+    tokens_first: bool = False
+    early: bool = True
+
+
+# By the largest batch it holds for: a small batch needs many small programs to keep every SM loading. 32 layers of
+# Llama-7B's attention on one H200, rank 8: at 1 token 0.186 ms in these blocks, at 32 tokens 0.29 (8 tiles no other),
+# at 128 tokens 0.52. Between the first two half of the second, so that 8 tokens have a program an SM.
+_BLOCKS_BY_BATCH = ((4, ExpandBlocks(1, 8, 1)), (16, ExpandBlocks(2, 8, 1)), (63, ExpandBlocks(4, 8, 2)))
+_BLOCKS_OF_LARGE_BATCH = ExpandBlocks(8, 4, 4)
+
+
+def row_expand(
+    u: torch.Tensor,
+    slots: torch.Tensor,
+    layer: int,
+    pages: torch.Tensor,
+    tables: GpuAdapterTables,
+    group: LoraGroup,
+    y: torch.Tensor,
+    blocks: ExpandBlocks | None = None,
+) -> None:
+    """Adds what the adapters say to `y` (module docstring)."""
+    layout = tables.layout
+    grid, constants = _launch(u.shape, group, layout, pages.shape[1], blocks)
+    _row_expand_kernel[grid](
+        u, slots, pages, tables.page_table, tables.rank, tables.lora_b_tile, y,
+        y.stride(0), layer * layout.layer_stride + group.first_module, **constants,
     )  # fmt: skip
 
 
-@triton.jit(
-    do_not_specialize=[
-        "plan_offset", "batch", "page_table_stride", "table_stride", "table_offset", "tiles_0", "tiles_1", "tiles_2",
-        "max_log", "num_splits", "u_split_stride", "u_stride",
-    ]
-)  # fmt: skip
+@functools.cache
+def _launch(
+    u_shape: tuple[int, int, int], group: LoraGroup, layout: TableLayout, page_elems: int, blocks: ExpandBlocks | None
+) -> Launch:
+    num_splits, batch, u_stride = u_shape
+    if blocks is None:
+        blocks = next((blocks for limit, blocks in _BLOCKS_BY_BATCH if batch <= limit), _BLOCKS_OF_LARGE_BATCH)
+    gdc = has_early_launch(layout.device)
+    constants = layout.constants(group, page_elems) | group.out_constants(layout.tile_elems)
+    constants |= {
+        "NUM_SPLITS": num_splits,
+        "U_STRIDE": u_stride,
+        "SPLITS": triton.next_power_of_2(num_splits),
+        "BLOCK_T": blocks.tiles,
+        "BLOCK_R": blocks.rows,
+        "TOKEN_AXIS": 0 if blocks.tokens_first else 1,
+        "GDC": gdc,
+        "num_warps": blocks.num_warps,
+        "maxnreg": blocks.registers,
+        "launch_pdl": gdc and blocks.early,
+    }
+    num_blocks = group.num_out_blocks(layout.tile_elems, blocks.tiles)
+    return Launch((batch, num_blocks) if blocks.tokens_first else (num_blocks, batch), constants)
+
+
+@triton.jit(do_not_specialize=["table_offset"])
 def _row_expand_kernel(
-    u_ptr, slots_ptr, starts_ptr, pages_ptr, page_table_ptr, rank_ptr, b_tile_ptr, y_ptr,
-    plan_offset, batch, y_stride, page_table_stride, table_stride, table_offset, tiles_0, tiles_1, tiles_2, max_log,
-    num_splits, u_split_stride, u_stride,
-    NUM_MODULES: tl.constexpr, TILE: tl.constexpr, PAGE_TILES: tl.constexpr, BATCH: tl.constexpr,
-    SPLITS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr, LOG_T: tl.constexpr, GDC: tl.constexpr,
+    u_ptr, slots_ptr, pages_ptr, page_table_ptr, rank_ptr, b_tile_ptr, y_ptr, y_stride, table_offset,
+    NUM_MODULES: tl.constexpr, TILE: tl.constexpr, PAGE_TILES: tl.constexpr, TABLE_STRIDE: tl.constexpr,
+    PAGE_TABLE_STRIDE: tl.constexpr, TILES_0: tl.constexpr, TILES_1: tl.constexpr, TILES_2: tl.constexpr,
+    NUM_SPLITS: tl.constexpr, U_STRIDE: tl.constexpr, SPLITS: tl.constexpr, BLOCK_T: tl.constexpr,
+    BLOCK_R: tl.constexpr, TOKEN_AXIS: tl.constexpr, GDC: tl.constexpr,
 ):  # fmt: skip
+    token = tl.program_id(TOKEN_AXIS)
+    batch = tl.num_programs(TOKEN_AXIS)
+    block = tl.program_id(1 - TOKEN_AXIS)
     if GDC:
         tl.extra.cuda.gdc_launch_dependents()
-    starts_ptr += plan_offset
-    item, end = own_items(starts_ptr + batch, tl.program_id(0), tl.num_programs(0))
-    if item >= end:
+    module, width, column, place = output_block(block, TILES_0, TILES_1, TILES_2, NUM_MODULES, BLOCK_T)
+    own = place + tl.arange(0, BLOCK_T)
+    has_tile = own < width
+    slot = tl.load(slots_ptr + token)
+    if slot < 0:
         # Every program waits, else the kernel behind this one could overtake the one ahead of it.
         if GDC:
             tl.extra.cuda.gdc_wait()
         return
-    keys = load_keys(starts_ptr, slots_ptr, batch, BATCH)
-    rank_ptr += table_offset
-    b_tile_ptr += table_offset
+    rank, start, first = module_rows(rank_ptr, b_tile_ptr, slot * TABLE_STRIDE + table_offset, module, NUM_MODULES)
+    page_table_ptr += slot * PAGE_TABLE_STRIDE
 
-    place = tl.arange(0, BLOCK_T)
-    splits = tl.arange(0, SPLITS)
-    has_split = (splits < num_splits)[:, None, None]
-    # One token's module after the other, as far as the program's items go.
-    while item < end:
-        token, slot, number = find_item(keys, item)
-        module_end, number, rank, start, first, width, column, log_tiles = _find_module(
-            rank_ptr + slot * table_stride, b_tile_ptr + slot * table_stride, number,
-            tiles_0, tiles_1, tiles_2, max_log, NUM_MODULES, BLOCK_R * BLOCK_T,
-        )  # fmt: skip
-        pages_of = page_table_ptr + slot * page_table_stride
-        count = tl.minimum(module_end - number, end - item)
-        item += count
-        # Where in [BLOCK_R, BLOCK_T] what lies: rows of 2^log_tiles tiles one after the other. So place j, i of an item
-        # is place 0, i and a number of whole rows.
-        step = 1 << log_tiles
-        own = place & (step - 1)
-        row = (tl.arange(0, BLOCK_R) * (BLOCK_T >> log_tiles))[:, None] + (place >> log_tiles)[None, :]
-        tiles = first + own[None, :] + row * width
-        begin = number * step
-        last = tl.minimum(width, begin + count * step)
-        # The rows of B are read an item ahead, their page ids two: no load in the loop waits for another.
-        mask = (row < rank) & (own < last - begin)[None, :]
-        page = load_pages(pages_of, tiles + begin, mask, PAGE_TILES)
-        lora_b = load_tiles(pages_ptr, page, tiles + begin, mask, PAGE_TILES, TILE)
-        begin += step
-        next_mask = (row < rank) & (own < last - begin)[None, :]
-        page = load_pages(pages_of, tiles + begin, next_mask, PAGE_TILES)
-        if GDC:
-            tl.extra.cuda.gdc_wait()
+    rows = tl.arange(0, BLOCK_R)
+    # The rows of B are read a block ahead, their page ids two: no load in the loop waits for another.
+    tile = first + rows[:, None] * width + own[None, :]
+    mask = (rows < rank)[:, None] & has_tile[None, :]
+    page = load_pages(page_table_ptr, tile, mask, PAGE_TILES)
+    lora_b = load_tiles(pages_ptr, page, tile, mask, PAGE_TILES, TILE)
+    tile += BLOCK_R * width
+    mask = (BLOCK_R + rows < rank)[:, None] & has_tile[None, :]
+    page = load_pages(page_table_ptr, tile, mask, PAGE_TILES)
+    if GDC:
+        tl.extra.cuda.gdc_wait()
 
-        u_pointers = u_ptr + token * u_stride + start + row[None, :, :] + splits[:, None, None] * u_split_stride
-        parts = tl.load(u_pointers, mask=has_split & (row < rank)[None, :, :], other=0.0)
+    y_ptr += token.to(tl.int64) * y_stride
+    y_pointers = y_ptr + (column + own)[:, None] * TILE + tl.arange(0, TILE)[None, :]
+    y_mask = has_tile[:, None] & (rank > 0)
+    sums = tl.load(y_pointers, mask=y_mask, other=0.0).to(tl.float32)
+    splits = tl.arange(0, SPLITS)[:, None]
+    u_pointers = u_ptr + (splits * batch + token) * U_STRIDE + start + rows[None, :]
+    for begin in range(0, rank, BLOCK_R):
+        parts = tl.load(u_pointers + begin, mask=(splits < NUM_SPLITS) & (begin + rows < rank)[None, :], other=0.0)
+        following = load_tiles(pages_ptr, page, tile, mask, PAGE_TILES, TILE)
+        tile += BLOCK_R * width
+        mask = (begin + 2 * BLOCK_R + rows < rank)[:, None] & has_tile[None, :]
+        page = load_pages(page_table_ptr, tile, mask, PAGE_TILES)
         weights = tl.sum(parts, 0)
-        y_row = y_ptr + token.to(tl.int64) * y_stride + column * TILE
-        for begin in range(number * step, last, step):
-            # Each tile of y enters the sums in its first place, and none of the places that are added to it later.
-            y_pointers = y_row + (begin + place)[:, None] * TILE + tl.arange(0, TILE)[None, :]
-            has_column = (place < step) & (begin + place < last)
-            sums = tl.load(y_pointers, mask=has_column[:, None], other=0.0).to(tl.float32)
-            following_mask = (row < rank) & (own < last - begin - step)[None, :]
-            following = load_tiles(pages_ptr, page, tiles + (begin + step), following_mask, PAGE_TILES, TILE)
-            page_mask = (row < rank) & (own < last - begin - 2 * step)[None, :]
-            page = load_pages(pages_of, tiles + (begin + 2 * step), page_mask, PAGE_TILES)
-            sums += tl.sum(lora_b.to(tl.float32) * weights[:, :, None], 0)
-            # A rank beyond an item's: one tile wide, the rest of its rows block by block.
-            for above in range(BLOCK_R * BLOCK_T, rank, BLOCK_R * BLOCK_T):
-                more_mask = row < rank - above
-                more_tiles = tiles + (begin + above * width)
-                more_page = load_pages(pages_of, more_tiles, more_mask, PAGE_TILES)
-                more = load_tiles(pages_ptr, more_page, more_tiles, more_mask, PAGE_TILES, TILE)
-                parts = tl.load(u_pointers + above, mask=has_split & more_mask[None, :, :], other=0.0)
-                sums += tl.sum(more.to(tl.float32) * tl.sum(parts, 0)[:, :, None], 0)
-            for log in tl.static_range(LOG_T + 1):
-                if log_tiles == log:
-                    _store_sums(y_row + begin * TILE, sums, last - begin, log, BLOCK_T, TILE)
-            lora_b = following
-
-
-@triton.jit
-def _store_sums(y_row_ptr, sums, left, LOG: tl.constexpr, BLOCK_T: tl.constexpr, TILE: tl.constexpr):
-    """Adds the places of `sums` that are of the same tile, and writes the 2^LOG tiles."""
-    place = tl.arange(0, 1 << LOG)
-    tiles = tl.sum(tl.reshape(sums, [BLOCK_T >> LOG, 1 << LOG, TILE]), 0)
-    pointers = y_row_ptr + place[:, None] * TILE + tl.arange(0, TILE)[None, :]
-    tl.store(pointers, tiles.to(y_row_ptr.dtype.element_ty), mask=(place < left)[:, None])
-
-
-@triton.jit
-def _find_module(
-    rank_ptr, b_tile_ptr, block, tiles_0, tiles_1, tiles_2, max_log, NUM_MODULES: tl.constexpr, TILE_ROWS: tl.constexpr
-):  # fmt: skip
-    """Which module the block-th item of a token is of.
-
-    Returns (items of the module, which of them it is, the module's rank, where its ranks begin, the adapter's first
-    tile of its rows, their width in tiles, tile of y where they begin, log2 of an item's width).
-    """
-    # Loaded side by side, not one after the other: none waits for another's value.
-    rank = tl.load(rank_ptr)
-    first = tl.load(b_tile_ptr)
-    width = tiles_0
-    start = rank * 0
-    column = start
-    if NUM_MODULES == 1:
-        log_tiles = log_tiles_for(rank, max_log, TILE_ROWS)
-    else:
-        rank_0 = rank
-        rank_1 = tl.load(rank_ptr + 1)
-        first_1 = tl.load(b_tile_ptr + 1)
-        rank_2 = start
-        first_2 = start
-        if NUM_MODULES > 2:
-            rank_2 = tl.load(rank_ptr + 2)
-            first_2 = tl.load(b_tile_ptr + 2)
-        log_tiles = log_tiles_for(tl.maximum(rank_0, tl.maximum(rank_1, rank_2)), max_log, TILE_ROWS)
-        end = num_blocks(rank_0, tiles_0, log_tiles)
-        if block >= end:
-            block -= end
-            rank = rank_1
-            first = first_1
-            width = tiles_1
-            start = rank_0
-            column = tiles_0
-            if NUM_MODULES > 2:
-                end = num_blocks(rank_1, tiles_1, log_tiles)
-                if block >= end:
-                    block -= end
-                    rank = rank_2
-                    first = first_2
-                    width = tiles_2
-                    start = rank_0 + rank_1
-                    column = tiles_0 + tiles_1
-    return num_blocks(rank, width, log_tiles), block, rank, start, first, width, column, log_tiles
+        sums += tl.sum(lora_b.to(tl.float32) * weights[:, None, None], 0)
+        lora_b = following
+    tl.store(y_pointers, sums.to(y_ptr.dtype.element_ty), mask=y_mask)

@@ -3,119 +3,157 @@
 Semantics: for token i with adapter a, `u[s, i, :R] = A[a] x[i]` over the s-th part of in_features, for the R rows of A
 of all modules of the group, end to end; the parts are summed by row_expand. A token with slot -1 has no u.
 
-Shapes: x `[B, in_features]` (any row stride); pages `[num_pages, page_elems]`, one layer of the pool; u float32
-`[num_splits, B, at least the largest total rank]`, scratch; in_features is cut into u's num_splits parts. The launch
-depends on shapes and blocks only, so that a CUDA graph can hold it. For given shapes and blocks a token's bits do not
-depend on its neighbours. kernels.gpu.row_plan says how work is cut, and why starting early is safe.
+Shapes: slots int32 `[B]`; x `[at least B, in_features]` (any row stride); pages `[num_pages, page_elems]`, one layer of
+the pool; u float32 `[num_splits, B, at least the largest total rank]`, contiguous scratch; in_features is cut into u's
+num_splits parts. The launch depends on shapes and blocks only, so that a CUDA graph can hold it; so does the order of
+sums, and a token's bits do not depend on its neighbours. Starts early, as kernels.gpu.adapter_tables says.
+
+For small batches: a program for each token and part, and no plan ahead. With many tokens of different ranks
+kernels.gpu.planned_shrink is faster.
 
 Source: S-LoRA section 6 (MBGMV), Punica (BGMV, arXiv 2310.18547).
 """
 
 from __future__ import annotations
 
+import functools
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
 
-from kernels.gpu.adapter_tables import MAX_RANK, LoraGroup, group_rows, has_early_launch, load_pages, load_tiles
-from kernels.gpu.row_plan import RowPlan, find_item, load_keys, num_programs, own_items
+from kernels.gpu.adapter_tables import (
+    GpuAdapterTables,
+    Launch,
+    LoraGroup,
+    TableLayout,
+    group_rows,
+    has_early_launch,
+    load_pages,
+    load_tiles,
+)
 
-# Tiles of a row in an item, by the largest batch it holds for. A small batch needs many small items to keep every SM
-# loading (at 1 token 1 tile took 0.17 ms on one H200, 2 took 0.20); a large one has enough, and each part of u costs
-# row_expand a read.
+# Tiles of a row that one program reads, by the largest batch it holds for. A small batch needs many small programs to
+# keep every SM loading; a large one has tokens enough, and each part of u costs row_expand a read. 32 layers of
+# Llama-7B's attention on one H200, rank 8: at 1 token 1 tile took 0.171 ms; at 32 tokens 4 tiles 0.303, at 128 tokens
+# 0.50. Between them half of that, so that 8 tokens have a program an SM.
 _TILES_BY_BATCH = ((4, 1), (16, 2))
 _TILES_OF_LARGE_BATCH = 4
-# Long rows (down_proj) are cut no finer than this: row_expand adds up all parts of u for each of its items.
+# Long rows (down_proj) are cut no finer than this: row_expand adds up all parts of u in each of its programs.
 _MAX_SPLITS = 32
 
 
+@dataclass(frozen=True, slots=True)
+class ShrinkBlocks:
+    """How the work is cut: rows of A at a time (a power of two), warps a program; early: as devices allow."""
+
+    rows: int
+    num_warps: int
+    early: bool = True
+
+
+# By the largest batch it holds for. At 1 token all rows of q k v of rank 8 in one block: one wait for memory. At 32 and
+# 128 tokens 8 rows, which are one block at rank 8 of o; blocks of 16 or 32 rows took 1.4 to 2 times as long there.
+_BLOCKS_BY_BATCH = ((4, ShrinkBlocks(rows=32, num_warps=4)),)
+_BLOCKS_OF_LARGE_BATCH = ShrinkBlocks(rows=8, num_warps=2)
+
+
+@functools.cache
 def num_splits_for(batch: int, group: LoraGroup, tile_elems: int) -> int:
-    """Into how many parts in_features is cut for `batch` tokens."""
+    """Into how many parts in_features is cut for `batch` tokens, by this kernel or the planned one."""
     tiles = group.in_features // tile_elems
     own = next((own for limit, own in _TILES_BY_BATCH if batch <= limit), _TILES_OF_LARGE_BATCH)
     own = max(own, int(triton.next_power_of_2(-(-tiles // _MAX_SPLITS))))
     return -(-tiles // own)
 
 
-def row_shrink(x: torch.Tensor, plan: RowPlan, layer: int, group: int, pages: torch.Tensor, u: torch.Tensor) -> None:
-    """Writes each token's part of `u` for the plan's `group` (module docstring)."""
-    tables, blocks, shape = plan.tables, plan.shrink, plan.groups[group]
-    tile, num_splits = tables.tile_elems, u.shape[0]
-    in_tiles = shape.in_features // tile
-    tiles_per_split = triton.cdiv(in_tiles, num_splits)
-    gdc = has_early_launch(x.device)
-    _, num_layers, num_modules = tables.rank.shape
-    most_items = plan.batch * triton.cdiv(shape.num_modules * MAX_RANK, blocks.rows)
-    programs = max(1, num_programs(x.device, blocks.programs) // num_splits)
-    # Programs of the same rows run side by side: they read memory in one run.
-    _row_shrink_kernel[(num_splits, min(programs, most_items))](
-        x, plan.slots, plan.starts, pages, tables.page_table, tables.rank, tables.lora_a_tile, u,
-        plan.starts_of(layer, group, expand=False), plan.batch, x.stride(0), tables.page_table.stride(0),
-        num_layers * num_modules, layer * num_modules + shape.first_module,
-        in_tiles, tiles_per_split, u.stride(0), u.stride(1),
-        NUM_MODULES=shape.num_modules, TILE=tile, PAGE_TILES=pages.shape[1] // tile, BATCH=plan.block_batch,
-        BLOCK_T=triton.next_power_of_2(tiles_per_split), BLOCK_R=blocks.rows, GDC=gdc,
-        num_warps=blocks.num_warps, num_stages=1, maxnreg=blocks.registers, launch_pdl=gdc and blocks.early,
+def row_shrink(
+    x: torch.Tensor,
+    slots: torch.Tensor,
+    layer: int,
+    pages: torch.Tensor,
+    tables: GpuAdapterTables,
+    group: LoraGroup,
+    u: torch.Tensor,
+    blocks: ShrinkBlocks | None = None,
+) -> None:
+    """Writes each token's part of `u` (module docstring)."""
+    layout = tables.layout
+    grid, constants = _launch(u.shape, group, layout, pages.shape[1], blocks)
+    _row_shrink_kernel[grid](
+        x, slots, pages, tables.page_table, tables.rank, tables.lora_a_tile, u,
+        x.stride(0), layer * layout.layer_stride + group.first_module, **constants,
     )  # fmt: skip
 
 
-@triton.jit(
-    do_not_specialize=[
-        "plan_offset", "batch", "page_table_stride", "table_stride", "table_offset", "in_tiles", "tiles_per_split",
-        "u_split_stride", "u_stride",
-    ]
-)  # fmt: skip
+@functools.cache
+def _launch(
+    u_shape: tuple[int, int, int], group: LoraGroup, layout: TableLayout, page_elems: int, blocks: ShrinkBlocks | None
+) -> Launch:
+    num_splits, batch, u_stride = u_shape
+    if blocks is None:
+        blocks = next((blocks for limit, blocks in _BLOCKS_BY_BATCH if batch <= limit), _BLOCKS_OF_LARGE_BATCH)
+    in_tiles = group.in_features // layout.tile_elems
+    tiles_per_split = -(-in_tiles // num_splits)
+    gdc = has_early_launch(layout.device)
+    constants = layout.constants(group, page_elems) | {
+        "IN_TILES": in_tiles,
+        "OWN_TILES": tiles_per_split,
+        "U_STRIDE": u_stride,
+        "BLOCK_T": triton.next_power_of_2(tiles_per_split),
+        "BLOCK_R": blocks.rows,
+        "GDC": gdc,
+        "num_warps": blocks.num_warps,
+        "launch_pdl": gdc and blocks.early,
+    }
+    return Launch((num_splits, batch), constants)
+
+
+@triton.jit(do_not_specialize=["table_offset"])
 def _row_shrink_kernel(
-    x_ptr, slots_ptr, starts_ptr, pages_ptr, page_table_ptr, rank_ptr, a_tile_ptr, u_ptr,
-    plan_offset, batch, x_stride, page_table_stride, table_stride, table_offset,
-    in_tiles, tiles_per_split, u_split_stride, u_stride,
-    NUM_MODULES: tl.constexpr, TILE: tl.constexpr, PAGE_TILES: tl.constexpr, BATCH: tl.constexpr,
+    x_ptr, slots_ptr, pages_ptr, page_table_ptr, rank_ptr, a_tile_ptr, u_ptr, x_stride, table_offset,
+    NUM_MODULES: tl.constexpr, TILE: tl.constexpr, PAGE_TILES: tl.constexpr, TABLE_STRIDE: tl.constexpr,
+    PAGE_TABLE_STRIDE: tl.constexpr, IN_TILES: tl.constexpr, OWN_TILES: tl.constexpr, U_STRIDE: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, GDC: tl.constexpr,
 ):  # fmt: skip
     split = tl.program_id(0)
+    token = tl.program_id(1)
     if GDC:
         tl.extra.cuda.gdc_launch_dependents()
-    starts_ptr += plan_offset
-    item, end = own_items(starts_ptr + batch, tl.program_id(1), tl.num_programs(1))
-    if item >= end:
+    slot = tl.load(slots_ptr + token)
+    if slot < 0:
         # Every program waits, else the kernel behind this one could overtake the one ahead of it.
         if GDC:
             tl.extra.cuda.gdc_wait()
         return
-    keys = load_keys(starts_ptr, slots_ptr, batch, BATCH)
-    rank_ptr += table_offset
-    a_tile_ptr += table_offset
+    total, first = group_rows(rank_ptr, a_tile_ptr, slot * TABLE_STRIDE + table_offset, NUM_MODULES)
+    page_table_ptr += slot * PAGE_TABLE_STRIDE
 
     rows = tl.arange(0, BLOCK_R)
     place = tl.arange(0, BLOCK_T)
-    own = split * tiles_per_split + place
-    has_tile = (place < tiles_per_split) & (own < in_tiles)
-    x_ptr += own[:, None] * TILE + tl.arange(0, TILE)[None, :]
-    u_ptr += split.to(tl.int64) * u_split_stride
-    # One token after the other, as far as the program's items go.
-    while item < end:
-        token, slot, number = find_item(keys, item)
-        total, first = group_rows(rank_ptr, a_tile_ptr, slot * table_stride, NUM_MODULES)
-        pages_of = page_table_ptr + slot * page_table_stride
-        row = number * BLOCK_R
-        row_end = tl.minimum(total, row + (end - item) * BLOCK_R)
-        item += tl.cdiv(row_end - row, BLOCK_R)
-        # The rows of A are read a block ahead, their page ids two: no load in the loop waits for another.
-        tile = first + own[:, None] + (row + rows)[None, :] * in_tiles
-        mask = has_tile[:, None] & (row + rows < row_end)[None, :]
-        page = load_pages(pages_of, tile, mask, PAGE_TILES)
-        lora_a = load_tiles(pages_ptr, page, tile, mask, PAGE_TILES, TILE)
-        tile += BLOCK_R * in_tiles
-        mask = has_tile[:, None] & (row + BLOCK_R + rows < row_end)[None, :]
-        page = load_pages(pages_of, tile, mask, PAGE_TILES)
-        if GDC:
-            tl.extra.cuda.gdc_wait()
-        x = tl.load(x_ptr + token.to(tl.int64) * x_stride, mask=has_tile[:, None], other=0.0).to(tl.float32)
-        for begin in range(row, row_end, BLOCK_R):
-            following = load_tiles(pages_ptr, page, tile, mask, PAGE_TILES, TILE)
-            tile += BLOCK_R * in_tiles
-            mask = has_tile[:, None] & (begin + 2 * BLOCK_R + rows < row_end)[None, :]
-            page = load_pages(pages_of, tile, mask, PAGE_TILES)
-            part = tl.sum(tl.sum(lora_a.to(tl.float32) * x[:, None, :], 0), 1)
-            tl.store(u_ptr + token * u_stride + begin + rows, part, mask=begin + rows < row_end)
-            lora_a = following
+    own = split * OWN_TILES + place
+    has_tile = (place < OWN_TILES) & (own < IN_TILES)
+    # The rows of A are read a block ahead, their page ids two: no load in the loop waits for another.
+    tile = first + own[:, None] + rows[None, :] * IN_TILES
+    mask = has_tile[:, None] & (rows < total)[None, :]
+    page = load_pages(page_table_ptr, tile, mask, PAGE_TILES)
+    lora_a = load_tiles(pages_ptr, page, tile, mask, PAGE_TILES, TILE)
+    tile += BLOCK_R * IN_TILES
+    mask = has_tile[:, None] & (BLOCK_R + rows < total)[None, :]
+    page = load_pages(page_table_ptr, tile, mask, PAGE_TILES)
+    if GDC:
+        tl.extra.cuda.gdc_wait()
+
+    x_ptr += token.to(tl.int64) * x_stride
+    x = tl.load(x_ptr + own[:, None] * TILE + tl.arange(0, TILE)[None, :], mask=has_tile[:, None], other=0.0)
+    x = x.to(tl.float32)
+    u_ptr += (split * tl.num_programs(1) + token) * U_STRIDE
+    for begin in range(0, total, BLOCK_R):
+        following = load_tiles(pages_ptr, page, tile, mask, PAGE_TILES, TILE)
+        tile += BLOCK_R * IN_TILES
+        mask = has_tile[:, None] & (begin + 2 * BLOCK_R + rows < total)[None, :]
+        page = load_pages(page_table_ptr, tile, mask, PAGE_TILES)
+        part = tl.sum(tl.sum(lora_a.to(tl.float32) * x[:, None, :], 0), 1)
+        tl.store(u_ptr + begin + rows, part, mask=begin + rows < total)
+        lora_a = following

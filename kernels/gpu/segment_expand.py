@@ -12,13 +12,23 @@ Source: S-LoRA section 6 (MBGMM), Punica (SGMV, arXiv 2310.18547).
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from kernels.gpu.adapter_tables import MAX_RANK, GpuAdapterTables, LoraGroup, load_pages, module_rows, output_block
+from kernels.gpu.adapter_tables import (
+    MAX_RANK,
+    GpuAdapterTables,
+    LoraGroup,
+    TableLayout,
+    load_pages,
+    module_rows,
+    output_block,
+)
 from kernels.gpu.segment_shrink import DEFAULT_BLOCK_M
 
 
@@ -66,44 +76,57 @@ def segment_expand(
     num_blocks = plan.shape[1]
     if num_blocks == 0 or max_total_rank == 0:
         return
+    layout = tables.layout
+    max_rank = min(MAX_RANK, max_total_rank) if max_rank is None else max_rank
     if blocks is None:
-        many = group.num_out_blocks(tables.tile_elems, _BLOCKS_MANY.tiles) * num_blocks >= _MANY_PROGRAMS
+        many = num_blocks * _num_out_blocks(group, layout.tile_elems, _BLOCKS_MANY.tiles) >= _MANY_PROGRAMS
         half_blocks = _BLOCKS_MANY if many else _BLOCKS
         blocks = _BLOCKS_FLOAT32 if y.dtype == torch.float32 else half_blocks
-    tile = tables.tile_elems
-    max_rank = min(MAX_RANK, max_total_rank) if max_rank is None else max_rank
-    block_ranks = min(blocks.max_ranks, max(16, triton.next_power_of_2(max_rank)))
-    _, num_layers, num_modules = tables.rank.shape
-    _segment_expand_kernel[(group.num_out_blocks(tile, blocks.tiles), num_blocks)](
+    constants = _constants(max_rank, block_m, group, layout, pages.shape[1], blocks)
+    _segment_expand_kernel[_num_out_blocks(group, layout.tile_elems, blocks.tiles), num_blocks](
         u, plan, pages, tables.page_table, tables.rank, tables.lora_b_tile, y,
-        y.stride(0), num_blocks, tables.page_table.stride(0), num_layers * num_modules,
-        layer * num_modules + group.first_module, *group.out_tiles(tile), u.stride(0),
-        NUM_MODULES=group.num_modules, TILE=tile, PAGE_TILES=pages.shape[1] // tile,
-        BLOCK_M=block_m, BLOCK_T=blocks.tiles, BLOCK_R=block_ranks, ONE_BLOCK=max_rank <= block_ranks,
-        num_warps=blocks.num_warps, num_stages=1,
+        y.stride(0), layer * layout.layer_stride + group.first_module, u.stride(0), **constants,
     )  # fmt: skip
 
 
-@triton.jit(
-    do_not_specialize=[
-        "num_blocks", "page_table_stride", "table_stride", "table_offset", "tiles_0", "tiles_1", "tiles_2", "u_stride",
-    ]
-)  # fmt: skip
+@functools.cache
+def _num_out_blocks(group: LoraGroup, tile_elems: int, tiles: int) -> int:
+    return group.num_out_blocks(tile_elems, tiles)
+
+
+@functools.cache
+def _constants(
+    max_rank: int, block_m: int, group: LoraGroup, layout: TableLayout, page_elems: int, blocks: SegmentExpandBlocks
+) -> dict[str, Any]:
+    block_ranks = min(blocks.max_ranks, max(16, triton.next_power_of_2(max_rank)))
+    constants = layout.constants(group, page_elems) | group.out_constants(layout.tile_elems)
+    return constants | {
+        "BLOCK_M": block_m,
+        "BLOCK_T": blocks.tiles,
+        "BLOCK_R": block_ranks,
+        "ONE_BLOCK": max_rank <= block_ranks,
+        "num_warps": blocks.num_warps,
+        "num_stages": 1,
+    }
+
+
+@triton.jit(do_not_specialize=["table_offset", "u_stride"])
 def _segment_expand_kernel(
-    u_ptr, plan_ptr, pages_ptr, page_table_ptr, rank_ptr, b_tile_ptr, y_ptr,
-    y_stride, num_blocks, page_table_stride, table_stride, table_offset, tiles_0, tiles_1, tiles_2, u_stride,
-    NUM_MODULES: tl.constexpr, TILE: tl.constexpr, PAGE_TILES: tl.constexpr,
+    u_ptr, plan_ptr, pages_ptr, page_table_ptr, rank_ptr, b_tile_ptr, y_ptr, y_stride, table_offset, u_stride,
+    NUM_MODULES: tl.constexpr, TILE: tl.constexpr, PAGE_TILES: tl.constexpr, TABLE_STRIDE: tl.constexpr,
+    PAGE_TABLE_STRIDE: tl.constexpr, TILES_0: tl.constexpr, TILES_1: tl.constexpr, TILES_2: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, ONE_BLOCK: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(1)
-    module, width, column, place = output_block(tl.program_id(0), tiles_0, tiles_1, tiles_2, NUM_MODULES, BLOCK_T)
+    num_blocks = tl.num_programs(1)
+    module, width, column, place = output_block(tl.program_id(0), TILES_0, TILES_1, TILES_2, NUM_MODULES, BLOCK_T)
     token = tl.load(plan_ptr + block)
     count = tl.load(plan_ptr + num_blocks + block)
     slot = tl.load(plan_ptr + 2 * num_blocks + block)
-    rank, start, first = module_rows(rank_ptr, b_tile_ptr, slot * table_stride + table_offset, module, NUM_MODULES)
+    rank, start, first = module_rows(rank_ptr, b_tile_ptr, slot * TABLE_STRIDE + table_offset, module, NUM_MODULES)
     if rank == 0:
         return
-    page_table_ptr += slot * page_table_stride
+    page_table_ptr += slot * PAGE_TABLE_STRIDE
 
     rows = tl.arange(0, BLOCK_M)
     ranks = tl.arange(0, BLOCK_R)

@@ -11,14 +11,16 @@ Source: S-LoRA section 6 (MBGMM), Punica (SGMV, arXiv 2310.18547).
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from kernels.gpu.adapter_tables import GpuAdapterTables, LoraGroup, group_rows, load_pages
+from kernels.gpu.adapter_tables import GpuAdapterTables, LoraGroup, TableLayout, group_rows, load_pages
 
 # Tokens of a block. The smallest that a warp group's tensor-core instruction takes. A layer of Llama-7B, a chunk of
 # 8192 tokens, one H200, q k v of ranks 64 to 8: shrink 0.034 ms and expand 0.124, with 32 tokens 0.072 and 0.173, with
@@ -82,49 +84,66 @@ def segment_shrink(
     num_blocks = plan.shape[1]
     if num_blocks == 0 or max_total_rank == 0:
         return
-    if blocks is None:
-        half_blocks = _BLOCKS_ONE if max_total_rank <= _BLOCKS_ONE.max_ranks else _BLOCKS_SEVERAL
-        half_blocks = half_blocks if block_m <= DEFAULT_BLOCK_M else _BLOCKS_LARGE_M
-        blocks = _BLOCKS_FLOAT32 if x.dtype == torch.float32 else half_blocks
-    tile, page_tiles = tables.tile_elems, pages.shape[1] // tables.tile_elems
-    in_tiles = group.in_features // tile
-    block_ranks = min(blocks.max_ranks, max(16, triton.next_power_of_2(max_total_rank)))
-    _, num_layers, num_modules = tables.rank.shape
+    layout = tables.layout
+    programs, constants = _launch(x.dtype, max_total_rank, block_m, group, layout, pages.shape[1], blocks)
     # Programs of the same tokens run side by side: x comes from memory once, for the others from the cache.
-    _segment_shrink_kernel[(triton.cdiv(max_total_rank, block_ranks), num_blocks)](
+    _segment_shrink_kernel[programs, num_blocks](
         x, plan, pages, tables.page_table, tables.rank, tables.lora_a_tile, u,
-        x.stride(0), num_blocks, tables.page_table.stride(0), num_layers * num_modules,
-        layer * num_modules + group.first_module, in_tiles, u.stride(0),
-        NUM_MODULES=group.num_modules, TILE=tile, PAGE_TILES=page_tiles, TWO_PAGES=in_tiles <= page_tiles,
-        BLOCK_M=block_m, BLOCK_R=block_ranks,
-        num_warps=blocks.num_warps, num_stages=blocks.num_stages,
+        x.stride(0), layer * layout.layer_stride + group.first_module, u.stride(0), **constants,
     )  # fmt: skip
 
 
-@triton.jit(
-    do_not_specialize=["num_blocks", "page_table_stride", "table_stride", "table_offset", "in_tiles", "u_stride"]
-)
+@functools.cache
+def _launch(
+    dtype: torch.dtype,
+    max_total_rank: int,
+    block_m: int,
+    group: LoraGroup,
+    layout: TableLayout,
+    page_elems: int,
+    blocks: SegmentShrinkBlocks | None,
+) -> tuple[int, dict[str, Any]]:
+    """Programs for each block of tokens, and what the kernel is compiled for."""
+    if blocks is None:
+        half_blocks = _BLOCKS_ONE if max_total_rank <= _BLOCKS_ONE.max_ranks else _BLOCKS_SEVERAL
+        half_blocks = half_blocks if block_m <= DEFAULT_BLOCK_M else _BLOCKS_LARGE_M
+        blocks = _BLOCKS_FLOAT32 if dtype == torch.float32 else half_blocks
+    in_tiles = group.in_features // layout.tile_elems
+    block_ranks = min(blocks.max_ranks, max(16, triton.next_power_of_2(max_total_rank)))
+    constants = layout.constants(group, page_elems) | {
+        "IN_TILES": in_tiles,
+        "TWO_PAGES": in_tiles * layout.tile_elems <= page_elems,
+        "BLOCK_M": block_m,
+        "BLOCK_R": block_ranks,
+        "num_warps": blocks.num_warps,
+        "num_stages": blocks.num_stages,
+    }
+    return -(-max_total_rank // block_ranks), constants
+
+
+@triton.jit(do_not_specialize=["table_offset", "u_stride"])
 def _segment_shrink_kernel(
-    x_ptr, plan_ptr, pages_ptr, page_table_ptr, rank_ptr, a_tile_ptr, u_ptr,
-    x_stride, num_blocks, page_table_stride, table_stride, table_offset, in_tiles, u_stride,
-    NUM_MODULES: tl.constexpr, TILE: tl.constexpr, PAGE_TILES: tl.constexpr, TWO_PAGES: tl.constexpr,
+    x_ptr, plan_ptr, pages_ptr, page_table_ptr, rank_ptr, a_tile_ptr, u_ptr, x_stride, table_offset, u_stride,
+    NUM_MODULES: tl.constexpr, TILE: tl.constexpr, PAGE_TILES: tl.constexpr, TABLE_STRIDE: tl.constexpr,
+    PAGE_TABLE_STRIDE: tl.constexpr, IN_TILES: tl.constexpr, TWO_PAGES: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(1)
+    num_blocks = tl.num_programs(1)
     token = tl.load(plan_ptr + block)
     count = tl.load(plan_ptr + num_blocks + block)
     slot = tl.load(plan_ptr + 2 * num_blocks + block)
-    total, first = group_rows(rank_ptr, a_tile_ptr, slot * table_stride + table_offset, NUM_MODULES)
+    total, first = group_rows(rank_ptr, a_tile_ptr, slot * TABLE_STRIDE + table_offset, NUM_MODULES)
     ranks = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     if tl.program_id(0) * BLOCK_R >= total:
         return
-    page_table_ptr += slot * page_table_stride
+    page_table_ptr += slot * PAGE_TABLE_STRIDE
 
     has_rank = ranks < total
-    begin = first + ranks * in_tiles
+    begin = first + ranks * IN_TILES
     # A row no longer than a page lies in at most two: their ids are read once, and none in the loop.
     page = load_pages(page_table_ptr, begin, has_rank, PAGE_TILES)
-    next_page = load_pages(page_table_ptr, begin + in_tiles - 1, has_rank, PAGE_TILES)
+    next_page = load_pages(page_table_ptr, begin + IN_TILES - 1, has_rank, PAGE_TILES)
 
     rows = tl.arange(0, BLOCK_M)
     columns = tl.arange(0, TILE)
@@ -132,7 +151,7 @@ def _segment_shrink_kernel(
     # Only where the block begins can be far from the tensor's start: within it 32 bits do, and save registers.
     x_pointers = x_ptr + token.to(tl.int64) * x_stride + rows[:, None] * x_stride + columns[None, :]
     sums = tl.zeros([BLOCK_M, BLOCK_R], dtype=tl.float32)
-    for place in range(in_tiles):
+    for place in range(IN_TILES):
         tile = begin + place
         if TWO_PAGES:
             own = tl.where(tile // PAGE_TILES == begin // PAGE_TILES, page, next_page)

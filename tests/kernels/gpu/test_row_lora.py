@@ -1,4 +1,4 @@
-"""row_shrink and row_expand against the reference, token by token."""
+"""row_shrink or planned_shrink, then row_expand, against the reference, token by token."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from kernels.gpu.adapter_tables import LoraGroup
-from kernels.gpu.row_expand import row_expand
-from kernels.gpu.row_plan import ExpandBlocks, RowPlanner, ShrinkBlocks
-from kernels.gpu.row_shrink import num_splits_for, row_shrink
+from kernels.gpu.planned_shrink import planned_shrink
+from kernels.gpu.row_expand import ExpandBlocks, row_expand
+from kernels.gpu.row_plan import PLAN_FROM_BATCH, PlannedBlocks, RowPlanner
+from kernels.gpu.row_shrink import ShrinkBlocks, num_splits_for, row_shrink
 from tests.kernels.gpu.gpu_lora_cases import (
     LAYER,
     NUM_LAYERS,
@@ -29,14 +30,16 @@ QKV = LoraGroup(0, 96, (96, 32, 32))
 GATE_UP = LoraGroup(4, 80, (112, 112))
 DOWN = LoraGroup(6, 112, (80,))
 GROUPS = [QKV, GATE_UP, DOWN]
-Blocks = tuple[ShrinkBlocks | None, ExpandBlocks | None]
-# The second has as many items as can be, and ranks beyond one; the third items of several tiles for several ranks, in
-# more programs than there are items.
-BLOCKS: list[Blocks] = [
-    (None, None),
-    (ShrinkBlocks(2, 1, 3, 255), ExpandBlocks(2, 2, 2, 1, 3, 255)),
-    (ShrinkBlocks(16, 2, 40, 255, early=False), ExpandBlocks(4, 8, 4, 4, 500, 255, early=False)),
-]
+Blocks = tuple[ShrinkBlocks | PlannedBlocks | None, ExpandBlocks | None]
+# By token and by plan: what the kernels take for this batch; many small blocks; the last plan has more programs than
+# there are items.
+BY_BATCH: Blocks = (None, None)
+SMALL: Blocks = (ShrinkBlocks(2, 1), ExpandBlocks(1, 2, 1, tokens_first=True))
+UNEVEN: Blocks = (ShrinkBlocks(16, 2, early=False), ExpandBlocks(4, 8, 2, registers=128, early=False))
+PLANNED_SMALL: Blocks = (PlannedBlocks(2, 1, 3, 255), ExpandBlocks(2, 4, 1))
+PLANNED_UNEVEN: Blocks = (PlannedBlocks(16, 2, 40, 255, early=False), ExpandBlocks(8, 4, 4))
+BLOCKS = [BY_BATCH, SMALL, UNEVEN, PLANNED_SMALL, PLANNED_UNEVEN]
+BLOCK_NAMES = ["by batch", "small", "uneven", "planned, small", "planned, uneven"]
 
 
 def run(
@@ -45,17 +48,23 @@ def run(
     y: torch.Tensor,
     slots: list[int],
     num_splits: int,
-    blocks: Blocks = (None, None),
+    blocks: Blocks = BY_BATCH,
+    from_batch: int = PLAN_FROM_BATCH,
 ) -> torch.Tensor:
     device = x.device
+    (shrink, expand), tables, group = blocks, case.tables, case.group
     slot_tensor = torch.tensor(slots, dtype=torch.int32, device=device)
-    # The group is the second of two: the other's items must not matter.
-    planner = RowPlanner(case.tables, [LoraGroup(2, 16, (16, 16)), case.group], len(slots) + 1)
-    plan = planner.plan(slot_tensor, *blocks)
-    u = torch.full((num_splits, len(slots), case.group.num_modules * 256), float("nan"), device=device)
+    u = torch.full((num_splits, len(slots), group.num_modules * 256), float("nan"), device=device)
     out = y.clone()
-    row_shrink(x, plan, LAYER, 1, case.pages, u)
-    row_expand(u, plan, LAYER, 1, case.pages, out)
+    # The group is the second of two: the other's items must not matter.
+    planner = RowPlanner(tables, [LoraGroup(2, 16, (16, 16)), group], len(slots) + 1, from_batch)
+    if isinstance(shrink, PlannedBlocks):
+        planned_shrink(x, planner.plan(slot_tensor, shrink), LAYER, 1, case.pages, u)
+    elif shrink is None and planner.needs_plan(len(slots)):
+        planned_shrink(x, planner.plan(slot_tensor), LAYER, 1, case.pages, u)
+    else:
+        row_shrink(x, slot_tensor, LAYER, case.pages, tables, group, u, shrink)
+    row_expand(u, slot_tensor, LAYER, case.pages, tables, group, out, expand)
     return out
 
 
@@ -78,12 +87,34 @@ def test_matches_the_reference(
     case = random_case(rng, group, ranks, 16, rng.choice([4, 64]), dtype, device)
     slots = random_slots(rng, len(ranks), 5, popularity)
     x, y = inputs(case, slots, dtype, device)
-    out = run(case, x, y, slots, rng.choice([1, 2, 3]), rng.choice(BLOCKS))
-    assert_as_good_as_torch(case, x, y, slots, out)
+    for shrink, expand in (rng.choice(BLOCKS[:3]), rng.choice(BLOCKS[3:])):
+        out = run(case, x, y, slots, rng.choice([1, 2, 3]), (shrink, expand))
+        assert_as_good_as_torch(case, x, y, slots, out)
+
+
+@pytest.mark.parametrize("batch", [3, 4, 7])
+def test_larger_batches_are_planned(rng: random.Random, batch: int, dtype: torch.dtype, device: torch.device) -> None:
+    ranks = [random_ranks(rng, QKV, RANKS) for _ in range(4)]
+    case = random_case(rng, QKV, ranks, 16, 9, dtype, device)
+    slots = random_slots(rng, len(ranks), batch, "uniform")
+    x, y = inputs(case, slots, dtype, device)
+    assert_as_good_as_torch(case, x, y, slots, run(case, x, y, slots, 2, from_batch=4))
+    planner = RowPlanner(case.tables, [QKV], 8, from_batch=4)
+    assert planner.needs_plan(batch) == (batch >= 4)
+
+
+def test_rows_beyond_the_decoded_tokens_are_left_alone(
+    rng: random.Random, dtype: torch.dtype, device: torch.device
+) -> None:
+    case = random_case(rng, QKV, [{0: 8, 2: 3}, {1: 17}], 16, 9, dtype, device)
+    slots = [1, 0, -1, -1]
+    x, y = inputs(case, slots, dtype, device)
+    for from_batch in (2, 3):
+        assert_as_good_as_torch(case, x, y, slots, run(case, x, y, slots[:2], 2, from_batch=from_batch))
 
 
 @pytest.mark.parametrize("rank", [17, 200, 256])
-@pytest.mark.parametrize("blocks", BLOCKS, ids=["default", "small", "uneven"])
+@pytest.mark.parametrize("blocks", BLOCKS, ids=BLOCK_NAMES)
 def test_large_ranks(rng: random.Random, rank: int, blocks: Blocks, dtype: torch.dtype, device: torch.device) -> None:
     group = LoraGroup(0, 32, (32, 16, 16))
     case = random_case(rng, group, [{0: rank, 1: rank, 2: rank}, {1: 1}], 16, 8, dtype, device)
@@ -92,7 +123,7 @@ def test_large_ranks(rng: random.Random, rank: int, blocks: Blocks, dtype: torch
     assert_as_good_as_torch(case, x, y, slots, run(case, x, y, slots, 2, blocks))
 
 
-@pytest.mark.parametrize("blocks", BLOCKS, ids=["default", "small", "uneven"])
+@pytest.mark.parametrize("blocks", BLOCKS, ids=BLOCK_NAMES)
 @pytest.mark.parametrize("num_splits", [1, 2, 5, 6])
 def test_any_split(
     rng: random.Random,
@@ -107,14 +138,20 @@ def test_any_split(
     assert_as_good_as_torch(case, x, y, slots, run(case, x, y, slots, num_splits, blocks))
 
 
+@pytest.mark.parametrize("from_batch", [1, 64])
 @pytest.mark.parametrize("slots", [[-1], [-1, -1, -1], [-1, 0, -1, -1], [0, -1, 1, 1, -1]])
-def test_tokens_without_adapter(rng: random.Random, slots: list[int], dtype: torch.dtype, device: torch.device) -> None:
+def test_tokens_without_adapter(
+    rng: random.Random, slots: list[int], from_batch: int, dtype: torch.dtype, device: torch.device
+) -> None:
     case = random_case(rng, QKV, [{0: 8, 2: 3}, {1: 17}], 16, 9, dtype, device)
     x, y = inputs(case, slots, dtype, device)
-    assert_as_good_as_torch(case, x, y, slots, run(case, x, y, slots, 2))
+    assert_as_good_as_torch(case, x, y, slots, run(case, x, y, slots, 2, from_batch=from_batch))
 
 
-def test_modules_left_alone_keep_their_bits(rng: random.Random, dtype: torch.dtype, device: torch.device) -> None:
+@pytest.mark.parametrize("from_batch", [1, 64])
+def test_modules_left_alone_keep_their_bits(
+    rng: random.Random, from_batch: int, dtype: torch.dtype, device: torch.device
+) -> None:
     case = random_case(rng, QKV, [{0: 8}, {1: 17}, {0: 3, 2: 64}], 16, 9, dtype, device)
     slots = [2, 0, 1]
     x, y = inputs(case, slots, dtype, device)
@@ -122,22 +159,25 @@ def test_modules_left_alone_keep_their_bits(rng: random.Random, dtype: torch.dty
     alone = [(0, k), (1, k), (1, v), (2, q), (2, v)]
     for token, columns in alone:
         y[token, columns] = float("nan")
-    out = run(case, x, y, slots, 2)
+    out = run(case, x, y, slots, 2, from_batch=from_batch)
     for token, columns in alone:
         assert torch.equal(bits(out)[token, columns], bits(y)[token, columns])
         y[token, columns] = out[token, columns] = 0
     assert_as_good_as_torch(case, x, y, slots, out)
 
 
-def test_adapters_that_change_nothing(rng: random.Random, dtype: torch.dtype, device: torch.device) -> None:
+@pytest.mark.parametrize("from_batch", [1, 64])
+def test_adapters_that_change_nothing(
+    rng: random.Random, from_batch: int, dtype: torch.dtype, device: torch.device
+) -> None:
     case = random_case(rng, QKV, [{}, {0: 4}, {}], 16, 8, dtype, device)
     slots = [0, 2, -1]
     x, y = inputs(case, slots, dtype, device)
-    out = run(case, x, y, slots, 3)
+    out = run(case, x, y, slots, 3, from_batch=from_batch)
     assert torch.equal(bits(out), bits(y))
 
 
-@pytest.mark.parametrize("blocks", BLOCKS[1:], ids=["small", "uneven"])
+@pytest.mark.parametrize("blocks", BLOCKS[1:], ids=BLOCK_NAMES[1:])
 def test_a_token_gets_the_same_bits_in_any_company(
     rng: random.Random, blocks: Blocks, dtype: torch.dtype, device: torch.device
 ) -> None:
@@ -166,24 +206,16 @@ def test_the_plan_has_the_items_that_each_token_needs(rng: random.Random, batch:
     case = random_case(rng, QKV, ranks, 16, 9, torch.float32, device)
     slots = [rng.randrange(-1, 6) for _ in range(batch)]
     planner = RowPlanner(case.tables, GROUPS, batch)
-    shrink, expand = ShrinkBlocks(4, 1, 1, 255), ExpandBlocks(4, 4, 2, 1, 1, 255)
-    starts = planner.plan(torch.tensor(slots, dtype=torch.int32, device=device), shrink, expand).starts.tolist()
+    slot_tensor = torch.tensor(slots, dtype=torch.int32, device=device)
+    starts = planner.plan(slot_tensor, PlannedBlocks(4, 1, 1, 255)).starts.tolist()
     assert len(starts) == NUM_LAYERS
-    modules = [ranks[slot] if slot >= 0 else {} for slot in slots]
-    rows = [-(-sum(own.values()) // 4) for own in modules]
-    # 16 tile rows an item: rank 8 and below take two tiles, higher ones one tile.
-    wide = [2 if max(own.values(), default=0) <= 8 else 1 for own in modules]
-    blocks = [
-        sum(-(-size // 16 // tiles) for module, size in enumerate(QKV.out_features) if module in own)
-        for own, tiles in zip(modules, wide, strict=True)
-    ]
+    rows = [-(-sum(ranks[slot].values()) // 4) if slot >= 0 else 0 for slot in slots]
     for layer in range(NUM_LAYERS):
         for group in range(len(GROUPS)):
-            own = (rows, blocks) if layer == LAYER and group == 0 else ([0] * batch, [0] * batch)
-            for counts, found in zip(own, starts[layer][group], strict=True):
-                begin = [sum(counts[:token]) for token in range(batch)]
-                expected = [place if count else 2**31 - 1 for place, count in zip(begin, counts, strict=True)]
-                assert found == [*expected, sum(counts)]
+            counts = rows if layer == LAYER and group == 0 else [0] * batch
+            begin = [sum(counts[:token]) for token in range(batch)]
+            expected = [place if count else 2**31 - 1 for place, count in zip(begin, counts, strict=True)]
+            assert starts[layer][group] == [*expected, sum(counts)]
 
 
 def test_a_planner_refuses_what_a_plan_cannot_name(rng: random.Random, device: torch.device) -> None:

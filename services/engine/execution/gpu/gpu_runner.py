@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from kernels.gpu.adapter_tables import MAX_RANK
 from kernels.gpu.decode_attention import make_decode_scratch, num_splits_for
 from kernels.gpu.pick_tokens import pick_tokens
 from kernels.gpu.prefill_attention import plan_prefill, tile_tokens
@@ -215,7 +216,7 @@ class GpuRunner:
         adapters = self.adapter_device
         tile = adapters.tables.tile_elems
         rank_space = max(
-            size * num_shrink_splits(size, group, tile) * 256 * group.num_modules
+            size * num_shrink_splits(size, group, tile) * MAX_RANK * group.num_modules
             for size in sizes
             for group in adapters.groups
         )
@@ -223,6 +224,7 @@ class GpuRunner:
         self._state = DeviceState(
             config=config,
             pool=pool,
+            layers=pool.tensor.unbind(),
             adapters=adapters,
             rope=_rope_table(config, self.max_model_len).to(device),
             drawn=torch.zeros(max_tokens, dtype=torch.int32, device=device),

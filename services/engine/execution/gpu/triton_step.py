@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 
+from kernels.gpu.adapter_tables import MAX_RANK
 from kernels.gpu.add_rms_norm import add_rms_norm
 from kernels.gpu.decode_attention import DecodeScratch, decode_attention
 from kernels.gpu.pick_tokens import resolve_tokens
+from kernels.gpu.planned_shrink import planned_shrink
 from kernels.gpu.prefill_attention import PrefillPlan, prefill_attention
 from kernels.gpu.rope_kv_write import rope_kv_write
 from kernels.gpu.row_expand import row_expand
 from kernels.gpu.row_plan import RowPlan, RowPlanner
-from kernels.gpu.row_shrink import num_splits_for as num_shrink_splits
-from kernels.gpu.row_shrink import row_shrink
+from kernels.gpu.row_shrink import num_splits_for, row_shrink
 from kernels.gpu.segment_expand import segment_expand
 from kernels.gpu.segment_shrink import segment_shrink
 from kernels.gpu.silu_mul import silu_mul
@@ -62,6 +64,8 @@ class DeviceState:
 
     config: ModelConfig
     pool: Pool
+    # The pool's pages, by layer.
+    layers: tuple[torch.Tensor, ...]
     adapters: GpuAdapterDevice
     # float32 [max_len, 2, head_dim / 2]
     rope: torch.Tensor
@@ -82,15 +86,20 @@ class TritonStep:
     def __init__(self, state: DeviceState, step: StepTensors) -> None:
         self._state = state
         self._step = step
+        # Of a large batch only.
         self._row_plan: RowPlan | None = None
+        # Scratch of decoded and of prefilled tokens, by group: the same for all layers.
+        self._row_spaces: dict[Group, torch.Tensor] = {}
+        self._segment_spaces: dict[Group, torch.Tensor] = {}
 
     def embed(self, table: torch.Tensor) -> torch.Tensor:
         """The tokens' rows of the embedding; tokens that were not known to the host are taken from the device."""
         step, resolved = self._step, self._state.resolved[: len(self._step.token_ids)]
         resolve_tokens(step.token_ids, step.source, self._state.drawn, resolved)
-        if step.row_groups:
+        planner = self._state.row_planner
+        if step.row_groups and planner.needs_plan(step.num_decode):
             # Ahead of the first norm and product, as row_plan asks.
-            self._row_plan = self._state.row_planner.plan(step.adapter_slots)
+            self._row_plan = planner.plan(step.adapter_slots)
         return table.index_select(0, resolved)
 
     def add_norm(
@@ -102,8 +111,8 @@ class TritonStep:
     def project(self, layer: int, group: Group, linear: Linear, x: torch.Tensor) -> torch.Tensor:
         """The product, with what the adapters add to it."""
         y, step = linear(x), self._step
-        if self._row_plan is not None and group in step.row_groups:
-            self._add_rows(layer, group, x[: step.num_decode], self._row_plan, y[: step.num_decode])
+        if group in step.row_groups:
+            self._add_rows(layer, group, x, y)
         if step.segments is not None and step.segments.max_ranks[group].total:
             self._add_segments(layer, group, x, step.segments, y)
         return y
@@ -131,17 +140,26 @@ class TritonStep:
         """The rows whose logits are wanted."""
         return rows if self._step.logit_rows is None else rows.index_select(0, self._step.logit_rows)
 
-    def _add_rows(self, layer: int, group: Group, x: torch.Tensor, plan: RowPlan, y: torch.Tensor) -> None:
-        adapters, pages = self._state.adapters, self._state.pool.tensor[layer]
-        modules = adapters.groups[group]
-        splits, width = num_shrink_splits(len(x), modules, adapters.tables.tile_elems), 256 * modules.num_modules
-        u = self._state.rank_space[: splits * len(x) * width].view(splits, len(x), width)
-        row_shrink(x, plan, layer, int(group), pages, u)
-        row_expand(u, plan, layer, int(group), pages, y)
+    def _add_rows(self, layer: int, group: Group, x: torch.Tensor, y: torch.Tensor) -> None:
+        """The decoded tokens' part: the first rows of x and y."""
+        state, slots, plan = self._state, self._step.adapter_slots, self._row_plan
+        tables, modules, pages = state.adapters.tables, state.adapters.groups[group], state.layers[layer]
+        u = self._row_spaces.get(group)
+        if u is None:
+            shape = (num_splits_for(len(slots), modules, tables.tile_elems), len(slots), MAX_RANK * modules.num_modules)
+            u = self._row_spaces[group] = state.rank_space[: math.prod(shape)].view(shape)
+        if plan is None:
+            row_shrink(x, slots, layer, pages, tables, modules, u)
+        else:
+            planned_shrink(x, plan, layer, group, pages, u)
+        row_expand(u, slots, layer, pages, tables, modules, y)
 
     def _add_segments(self, layer: int, group: Group, x: torch.Tensor, segments: Segments, y: torch.Tensor) -> None:
-        adapters, pages = self._state.adapters, self._state.pool.tensor[layer]
-        modules, ranks = adapters.groups[group], segments.max_ranks[group]
-        u = torch.empty((len(x), -(-ranks.total // 16) * 16), dtype=x.dtype, device=x.device)
-        segment_shrink(x, segments.plan, layer, pages, adapters.tables, modules, u, ranks.total)
-        segment_expand(u, segments.plan, layer, pages, adapters.tables, modules, y, ranks.total, max_rank=ranks.single)
+        state, plan, ranks = self._state, segments.plan, segments.max_ranks[group]
+        tables, modules, pages = state.adapters.tables, state.adapters.groups[group], state.layers[layer]
+        u = self._segment_spaces.get(group)
+        if u is None:
+            shape = (len(x), -(-ranks.total // 16) * 16)
+            u = self._segment_spaces[group] = torch.empty(shape, dtype=x.dtype, device=x.device)
+        segment_shrink(x, plan, layer, pages, tables, modules, u, ranks.total)
+        segment_expand(u, plan, layer, pages, tables, modules, y, ranks.total, max_rank=ranks.single)
