@@ -139,6 +139,9 @@ async def recovered(stack: LocalStack, expected: dict[str, tuple[int, ...]], tim
 
 async def through_fault(stack: LocalStack, adapters: dict[str, Path], fault: Callable[[], Awaitable[None]]) -> Outcomes:
     """Runs the load around and through `fault`; checks what must hold whatever was killed."""
+    # What the fault before took down may still be on its way back, although others answer.
+    for name in stack.process_names:
+        await asyncio.to_thread(stack.wait_ready, name)
     expected = await answers_at_rest(stack, adapters)
     async with load(stack, expected) as outcomes:
         await asyncio.sleep(0.7)
