@@ -92,13 +92,27 @@ class Up:
 
 
 @contextmanager
+def heeding_interrupts() -> Iterator[None]:
+    """What starts within heeds SIGINT, even where whoever runs these tests has it ignored, as a shell does for what it
+    starts in the background: a process inherits that, but not a handler."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
 def running(state: Path, *arguments: object, environment: Mapping[str, str] | None = None) -> Iterator[Up]:
     """`up` for the length of a block; killed at its end if it still runs."""
     state.mkdir(exist_ok=True)
     out, err = state / "out", state / "err"
     with out.open("wb") as out_file, err.open("wb") as err_file:
         argv = command(state, "up", *arguments, *ENGINE)
-        process = subprocess.Popen(argv, stdout=out_file, stderr=err_file, env={**os.environ, **(environment or {})})
+        with heeding_interrupts():
+            process = subprocess.Popen(
+                argv, stdout=out_file, stderr=err_file, env={**os.environ, **(environment or {})}
+            )
     try:
         yield Up(process, out, err)
     finally:
