@@ -80,3 +80,17 @@ class SampledToken:
     top: tuple[tuple[int, float], ...] = ()
     # No token could be drawn (such as logits that are not finite): why. Only this request fails; token_id is void.
     error: str | None = None
+
+
+def adapter_segments(chunks: Sequence[ScheduledChunk], begin: int) -> tuple[tuple[int, int, int], ...]:
+    """Runs `(begin, end, slot)` of tokens of one adapter over `chunks`, whose first token is token `begin`."""
+    runs: list[tuple[int, int, int]] = []
+    for chunk in chunks:
+        end = begin + len(chunk.token_ids)
+        if chunk.adapter_slot != BASE_SLOT:
+            if runs and runs[-1][1] == begin and runs[-1][2] == chunk.adapter_slot:
+                runs[-1] = (runs[-1][0], end, chunk.adapter_slot)
+            else:
+                runs.append((begin, end, chunk.adapter_slot))
+        begin = end
+    return tuple(runs)

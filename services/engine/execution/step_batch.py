@@ -17,7 +17,7 @@ from services.engine.execution.forward_batch import ForwardBatch
 from services.engine.execution.lora_batch import LoraPlanner, TokenAdapters
 from services.engine.memory.pool import Pool
 from services.engine.model.config import ModelConfig
-from services.engine.step import BASE_SLOT, ScheduledChunk, StepPlan
+from services.engine.step import BASE_SLOT, ScheduledChunk, StepPlan, adapter_segments
 
 Integers = npt.NDArray[np.int64]
 
@@ -55,7 +55,7 @@ class StepBatchBuilder:
         last_row = {id(chunk): int(end) - 1 for chunk, end in zip(chunks, ends, strict=True)}
         logit_rows = [last_row[id(chunk)] for chunk in plan.chunks if chunk.sample is not None]
         adapters = TokenAdapters(
-            tuple(chunk.adapter_slot for chunk in decodes[:num_rows]), _segments(chunks[num_rows:], num_rows)
+            tuple(chunk.adapter_slot for chunk in decodes[:num_rows]), adapter_segments(chunks[num_rows:], num_rows)
         )
         device = self._pool.device
         spans = [
@@ -111,20 +111,6 @@ def _order_decodes(decodes: list[ScheduledChunk]) -> tuple[list[ScheduledChunk],
 
     ordered = sorted(decodes, key=lambda chunk: (kind(chunk), chunk.adapter_slot))
     return ordered, sum(kind(chunk) == 0 for chunk in ordered)
-
-
-def _segments(chunks: Sequence[ScheduledChunk], begin: int) -> tuple[tuple[int, int, int], ...]:
-    """Runs of tokens of one adapter over `chunks`, whose first token is token `begin`."""
-    runs: list[tuple[int, int, int]] = []
-    for chunk in chunks:
-        end = begin + len(chunk.token_ids)
-        if chunk.adapter_slot != BASE_SLOT:
-            if runs and runs[-1][1] == begin and runs[-1][2] == chunk.adapter_slot:
-                runs[-1] = (runs[-1][0], end, chunk.adapter_slot)
-            else:
-                runs.append((begin, end, chunk.adapter_slot))
-        begin = end
-    return tuple(runs)
 
 
 def _token_slots(

@@ -103,8 +103,14 @@ class GpuRunner:
         Raises ValueError for a plan that leaves the pool, the vocabulary or the model's length.
         """
         layout = lay_out(plan, self._rows_drawn, self._limits)
-        with torch.inference_mode(), self._on_stream():
-            return self._submit(layout)
+        try:
+            with torch.inference_mode(), self._on_stream():
+                return self._submit(layout)
+        except Exception:
+            # What was launched before the failure still writes to the step's pages, which the caller gives away now.
+            if self._stream is not None:
+                self._stream.synchronize()
+            raise
 
     def collect(self, handle: StepHandle) -> list[SampledToken]:
         """Waits for a step; one token for each chunk with a `sample`, in the plan's order."""

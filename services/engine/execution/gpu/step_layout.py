@@ -9,7 +9,7 @@ from itertools import chain
 import numpy as np
 import numpy.typing as npt
 
-from services.engine.step import BASE_SLOT, PENDING_TOKEN, ScheduledChunk, StepPlan
+from services.engine.step import PENDING_TOKEN, ScheduledChunk, StepPlan, adapter_segments
 
 Integers = npt.NDArray[np.int32]
 
@@ -99,7 +99,7 @@ def lay_out(plan: StepPlan, rows_drawn: Mapping[int, int], limits: StepLimits) -
         slots=pages * np.int32(limits.tokens_per_page) + positions % np.int32(limits.tokens_per_page),
         adapter_slots=np.array([chunk.adapter_slot for chunk in decodes], dtype=np.int32),
         block_tables=tables,
-        segments=_segments(prefills, len(decodes)),
+        segments=adapter_segments(prefills, len(decodes)),
         sampled=[(chunk, last_row[id(chunk)]) for chunk in plan.chunks if chunk.sample is not None],
     )
 
@@ -143,16 +143,3 @@ def _block_tables(chunks: Sequence[ScheduledChunk], ends: Integers, limits: Step
     if tables.min() < 0 or tables.max() >= limits.num_pages:
         raise ValueError(f"a block table names a page outside the pool of {limits.num_pages}")
     return tables
-
-
-def _segments(prefills: Sequence[ScheduledChunk], begin: int) -> tuple[tuple[int, int, int], ...]:
-    runs: list[tuple[int, int, int]] = []
-    for chunk in prefills:
-        end = begin + len(chunk.token_ids)
-        if chunk.adapter_slot != BASE_SLOT:
-            if runs and runs[-1][1] == begin and runs[-1][2] == chunk.adapter_slot:
-                runs[-1] = (runs[-1][0], end, chunk.adapter_slot)
-            else:
-                runs.append((begin, end, chunk.adapter_slot))
-        begin = end
-    return tuple(runs)
