@@ -34,13 +34,21 @@ def _shrink_rows(x: torch.Tensor, tiles: torch.Tensor, plan: RowsPlan) -> torch.
     x_tiles = x.reshape(plan.num_tokens, plan.num_in_tiles, plan.tile_elems).transpose(0, 1)
     if plan.pattern is not None:
         products = sampled_product(x_tiles.reshape(-1, plan.tile_elems), tiles, plan.pattern)
-        # Added tile by tile: the order of a reduction depends on where an element lies, and with it the last bit.
-        first, *others = products.view(plan.num_in_tiles, -1).unbind(0)
-        for part in others:
-            first.add_(part)
-        return first
+        return _fold(products.view(plan.num_in_tiles, -1))
     weights = tiles.index_select(0, plan.a_tiles.flatten()).view(*plan.a_tiles.shape, plan.tile_elems)
     return (weights.float() * x_tiles.index_select(1, plan.owner).float()).sum((0, 2))
+
+
+def _fold(parts: torch.Tensor) -> torch.Tensor:
+    """The sum over the first dimension, halves added to halves.
+
+    The order in which torch's own sum adds depends on where an element lies, and with it the last bit.
+    """
+    while (num_parts := parts.shape[0]) > 1:
+        half = num_parts // 2
+        parts[:half].add_(parts[num_parts - half :])
+        parts = parts[: num_parts - half]
+    return parts[0]
 
 
 def _shrink_segment(x: torch.Tensor, tiles: torch.Tensor, plan: SegmentPlan) -> torch.Tensor:

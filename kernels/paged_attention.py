@@ -111,7 +111,7 @@ def _ragged_attention(q: torch.Tensor, pages: torch.Tensor, plan: RaggedDecode, 
     head_dim = pages.shape[-1]
     rows = pages.view(-1, head_dim)
     num_pairs = plan.starts.numel() - 1
-    scores = sampled_product((q * scale).view(num_pairs, head_dim), rows, plan.scores)
+    scores = sampled_product(q.reshape(num_pairs, head_dim), rows, plan.scores, scale)
     # A softmax over lists of different lengths: subtract each list's maximum, divide by each list's sum at the end.
     highest = torch.full((num_pairs,), float("-inf")).scatter_reduce_(0, plan.owner, scores, "amax")
     weights = scores.sub_(highest.index_select(0, plan.owner)).exp_()

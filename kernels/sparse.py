@@ -30,12 +30,15 @@ def empty_pattern(starts: torch.Tensor, rows: torch.Tensor, num_rows: int) -> to
     )
 
 
-def sampled_product(x: torch.Tensor, matrix: torch.Tensor, pattern: torch.Tensor) -> torch.Tensor:
-    """For each list i of `pattern` and each row r it names, `x[i] . matrix[r]`.
+def sampled_product(x: torch.Tensor, matrix: torch.Tensor, pattern: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+    """For each list i of `pattern` and each row r it names, `scale * x[i] . matrix[r]`.
 
-    x `[num_lists, size]`, matrix `[num_rows, size]`; returns the products end to end, `[num_products]`.
+    x `[num_lists, size]`, matrix `[num_rows, size]`; returns the products end to end, `[num_products]`. They are the
+    pattern's own values: the caller may change them, and the next product with this pattern overwrites them.
     """
-    products: torch.Tensor = torch.sparse.sampled_addmm(pattern, x, matrix.t(), beta=0.0).values()
+    # Into the pattern itself: for a result of its own torch would copy the indices too, a quarter of the time.
+    products: torch.Tensor = pattern.values().zero_()
+    torch.sparse.sampled_addmm(pattern, x, matrix.t(), beta=0.0, alpha=scale, out=pattern)
     return products
 
 

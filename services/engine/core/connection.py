@@ -1,8 +1,8 @@
-"""The core's end of the socket to the frontend: a thread that reads, a thread that writes, and bounds on both.
+"""The core's end of the socket to the frontend: a thread that reads, one that writes, and bounds on both.
 
-The core itself never blocks on the socket. A frontend that reads slowly lets `send`'s queue grow to a limit, from where
-on the core pauses (`wait_for_room`) instead of piling tokens up; one that writes fast is held back by the socket. A
-frontend that is gone shows as `ended`.
+The core itself never blocks on the socket: it writes what the socket takes at once, the thread what is left. A
+frontend that reads slowly lets that queue grow to a limit, from where on the core pauses (`wait_for_room`) instead of
+piling tokens up; one that writes fast is held back by the socket. A frontend that is gone shows as `ended`.
 """
 
 from __future__ import annotations
@@ -81,13 +81,27 @@ class FrontendConnection:
         return messages
 
     def send(self, message: ToFrontend) -> None:
-        """Queues a message; it is lost if the frontend is gone."""
+        """Sends or queues a message; it is lost if the frontend is gone."""
         framed = frame(message)
         with self._changed:
-            if not self._ended:
+            if not self._outbox_bytes and not self._ended:
+                # From here, because waking the writer would hand it the interpreter in the middle of the next step's
+                # preparation (4.4 ms instead of 1.1 on two busy cores).
+                framed = framed[self._write_now(framed) :]
+            if framed and not self._ended:
                 self._outbox.append(framed)
                 self._outbox_bytes += len(framed)
                 self._changed.notify_all()
+
+    def _write_now(self, framed: bytes) -> int:
+        try:
+            return self._socket.send(framed, socket.MSG_DONTWAIT)
+        except (BlockingIOError, InterruptedError):
+            return 0
+        except OSError as error:
+            logger.debug("writing to the frontend failed: %s", error)
+            self._end("")
+            return 0
 
     def wait_for_room(self) -> None:
         """Blocks while the frontend has too much left to read."""

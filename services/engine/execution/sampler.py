@@ -34,8 +34,8 @@ def sample_tokens(
     # A sum is not finite as soon as one summand is not.
     finite = torch.isfinite(logits.sum(-1))
     scores = _penalized(logits, requests)
-    tokens = scores.argmax(-1)
-    left = torch.isfinite(scores.amax(-1))
+    best, tokens = scores.max(-1)
+    left = torch.isfinite(best)
     drawn = [i for i, p in enumerate(params) if p.temperature > 0]
     if drawn:
         rows = torch.tensor(drawn, device=logits.device)
