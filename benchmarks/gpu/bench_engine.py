@@ -3,7 +3,8 @@
 *decode*: B sequences with prompts of 256 tokens, 128 outputs; time a decode step once all are prefilled. *prefill*: 128
 prompts of 256 tokens. *paper_mix*: all requests at once, prompts and outputs uniform in [8, 512], adapters uniform,
 outputs forced to length, at most 256 running. *load*: an adapter in host memory until it may be
-used. Settings: base (no adapters), S1 (rank 8), S2 (ranks 64, 32, 16, 8).
+used. *churn*: 32 sequences without adapters while a thousand adapters are loaded one after another into room for a
+hundred. Settings: base (no adapters), S1 (rank 8), S2 (ranks 64, 32, 16, 8).
 
 Run: python -m benchmarks.gpu.bench_engine [--model llama-7b] [--targets attn] [--quick] [--only decode,prefill,...]
 """
@@ -11,6 +12,7 @@ Run: python -m benchmarks.gpu.bench_engine [--model llama-7b] [--targets attn] [
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import itertools
 import json
 import random
@@ -24,16 +26,18 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.gpu.core_driver import CoreDriver, request
+from benchmarks.gpu.core_driver import CoreDriver, CoreRun, request
 from benchmarks.gpu.synthetic import SyntheticAdapters, make_adapters, make_runner, settings_of
 from services.engine.config import EngineSettings
+from services.engine.core.launch import SWITCH_SECONDS
 from services.engine.execution.gpu.gpu_runner import GpuRunner
-from services.engine.messages import Adapter, Generate, Prefetch
+from services.engine.messages import Abort, Adapter, Generate, Prefetch, StepReport
 
 PROMPT, OUTPUT = 256, 128
 DECODE_BATCHES = (1, 32, 128)
 MIX_ADAPTERS = (5, 100, 1000, 2000)
 SHORTEST, LONGEST = 8, 512
+LOADS_AT_ONCE = 4
 
 
 @dataclass(frozen=True)
@@ -135,6 +139,45 @@ def measure_load(bench: Bench, setting: str) -> Iterator[dict[str, object]]:
     yield bench.row("load", setting, "usable_ms", 1e3 * statistics.median(usual), **label)
 
 
+def measure_churn(bench: Bench, setting: str) -> Iterator[dict[str, object]]:
+    """What 32 sequences without adapters feel of adapters that come and go: times between their tokens."""
+    source = bench.source(setting, 1000)
+    driver = CoreDriver(dataclasses.replace(bench.settings, max_adapters=100), bench.runner, source)
+    draw = random.Random(5)
+    asks = [[request(bench.prompt(draw, PROMPT), 2 * LONGEST - PROMPT) for _ in range(32)] for _ in range(3)]
+    driver.run(asks[0])
+    quiet = _step_times(driver.run(asks[1]), 32)
+    adapters = itertools.cycle(source.adapters)
+    numbers = itertools.count(-1, -1)
+    loads = 0
+
+    def load_next(report: StepReport, now: float) -> None:
+        nonlocal loads
+        loads += len(report.prefetched)
+        for _ in report.prefetched:
+            driver.core.handle(Prefetch(next(numbers), next(adapters)))
+
+    for _ in range(LOADS_AT_ONCE):
+        driver.core.handle(Prefetch(next(numbers), next(adapters)))
+    run = driver.run(asks[2], load_next)
+    churned = _step_times(run, 32)
+    for number in range(-1, next(numbers), -1):
+        driver.core.handle(Abort(number))
+    driver.close()
+    labels = {"adapters": 1000, "batch": 32, "distinct": 0}
+    yield bench.row("churn", setting, "loads_per_s", loads / run.seconds, **labels)
+    for name, share in (("p50", 0.5), ("p99", 0.99)):
+        values = [sorted(times)[int(share * len(times))] for times in (quiet, churned)]
+        yield bench.row("churn", setting, f"quiet_{name}_ms", 1e3 * values[0], **labels)
+        yield bench.row("churn", setting, f"{name}_ratio", values[1] / values[0], **labels)
+
+
+def _step_times(run: CoreRun, size: int) -> list[float]:
+    """Seconds between the steps in which all `size` sequences had a token."""
+    full = [now for now, tokens in run.reports if tokens == size]
+    return [b - a for a, b in itertools.pairwise(full[2:])]
+
+
 def measure_mix(bench: Bench, setting: str, adapters: int, requests: int) -> Iterator[dict[str, object]]:
     """The paper's mix, all at once; adapters are in host memory at the start, none on the device."""
     source = bench.source(setting, adapters)
@@ -169,6 +212,9 @@ def measure(bench: Bench, only: set[str], quick: bool) -> Iterator[dict[str, obj
     if "load" in only:
         for setting in ("S1", "S2"):
             yield from measure_load(bench, setting)
+    if "churn" in only:
+        for setting in ("S1", "S2"):
+            yield from measure_churn(bench, setting)
     if "paper_mix" in only:
         requests = 64 if quick else 768
         yield from measure_mix(bench, "base", 0, requests)
@@ -182,12 +228,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="llama-7b")
     parser.add_argument("--targets", default="attn", choices=("attn", "all"))
-    parser.add_argument("--only", default="decode,prefill,load,paper_mix")
+    parser.add_argument("--only", default="decode,prefill,load,churn,paper_mix")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
+    sys.setswitchinterval(SWITCH_SECONDS)
     with tempfile.TemporaryDirectory() as scratch:
         began = time.perf_counter()
         more = {"device": arguments.device}

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from services.common.block_digest import block_digest
 from services.engine.adapters.layout import AdapterLayout, ModulePlacement, TargetModule
 from services.engine.adapters.source import AdapterManifest
 from services.engine.config import EngineSettings
@@ -168,4 +169,4 @@ def _pack(
     layout = AdapterLayout("", dtype, tile, config.num_layers, offset_b, (tuple(placements),) * config.num_layers)
     packed = (torch.randn(config.num_layers, offset_b) * 0.01).to(config.dtype)
     data = memoryview(packed.view(torch.uint8).numpy().tobytes())
-    return layout, data, f"sha256:{hashlib.sha256(data).hexdigest()}"
+    return layout, data, block_digest(data)

@@ -7,7 +7,6 @@ is padded with zeros to whole tiles; a layer shorter than the longest one is pad
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from itertools import groupby
 
@@ -20,6 +19,7 @@ from services.adapter_store.manifest import ElementType, ModulePlacement, Packed
 from services.adapter_store.safetensors_reader import TensorEntry
 from services.adapter_store.target_resolution import AdaptedModule
 from services.adapter_store.validation import LoraPair
+from services.common.block_digest import block_digest
 from services.common.errors import Reason, SloraError
 
 Array = npt.NDArray[np.generic]
@@ -75,8 +75,8 @@ def pack(pairs: Sequence[LoraPair], layout: PackedLayout, file: memoryview, out:
 
 
 def digest_of(packed: Bytes) -> str:
-    """`sha256:` and the hexadecimal SHA-256 of packed bytes."""
-    return "sha256:" + hashlib.sha256(packed.data).hexdigest()
+    """The digest of packed bytes."""
+    return block_digest(packed.data)
 
 
 def _fill(pairs: Sequence[LoraPair], layout: PackedLayout, file: memoryview, out: Bytes) -> None:

@@ -16,6 +16,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
+from services.common.block_digest import block_digest
 from services.common.errors import Reason, SloraError
 from services.engine.adapters.layout import AdapterLayout
 from services.engine.adapters.load_job import Grant, LoadEnded, LoadEvent, LoadInstalled, LoadJob, LoadSized
@@ -120,6 +121,9 @@ class FakeDevice:
     def check(self, layout: AdapterLayout) -> None:
         if layout.dtype != "float32":
             raise SloraError(Reason.ADAPTER_INCOMPATIBLE, f"dtype {layout.dtype} is not float32", dtype=layout.dtype)
+
+    def host_buffer(self, num_bytes: int) -> memoryview:
+        return memoryview(bytearray(num_bytes))
 
     def install(self, slot: int, layout: AdapterLayout, pages: Sequence[int], weights: memoryview) -> None:
         assert slot not in self.installed, f"slot {slot} is taken"
@@ -408,7 +412,7 @@ class FakeFetch:
             raise found.error
         weights = self._source.weights(self._digest)
         layout = layout_of(self._digest, found.num_pages, self._source.page_elems, found.dtype)
-        return AdapterManifest(layout, len(weights), "sha256:" + hashlib.sha256(weights).hexdigest())
+        return AdapterManifest(layout, len(weights), block_digest(memoryview(weights)))
 
     def chunks(self, deadline: float) -> Iterator[bytes]:
         found = self._source.adapters[self._digest]

@@ -14,6 +14,9 @@ class AdapterDevice(Protocol):
     def check(self, layout: AdapterLayout) -> None:
         """Raises SloraError(ADAPTER_INCOMPATIBLE) unless `layout` fits this model: layers, dtype, tiles, shapes."""
 
+    def host_buffer(self, num_bytes: int) -> memoryview:
+        """A new buffer of at least so many bytes in host memory, of the kind that `install` copies from fastest."""
+
     def install(self, slot: int, layout: AdapterLayout, pages: Sequence[int], weights: memoryview) -> None:
         """Copies packed `weights` into `pages` and enters the adapter at `slot`.
 

@@ -9,16 +9,18 @@ wait for memory never keep others from being loaded.
 from __future__ import annotations
 
 import collections
-import hashlib
 import logging
+import os
 import queue
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 from services.common.errors import Reason, SloraError
 from services.engine.adapters.device import AdapterDevice
 from services.engine.adapters.load_job import Grant, LoadEnded, LoadEvent, LoadInstalled, LoadJob, LoadSized
+from services.engine.adapters.receiving import BlockReceiver
 from services.engine.adapters.source import AdapterManifest, AdapterSource, FetchCancelled
 from services.engine.messages import Adapter
 
@@ -27,6 +29,9 @@ logger = logging.getLogger(__name__)
 NUM_LOADER_THREADS = 8
 """Loads at once. A few keep the link busy while others wait for the store to read from S3; each thread keeps a host
 buffer of the largest adapter it has loaded, so their number bounds that memory."""
+
+NUM_HASHING_THREADS = min(8, os.cpu_count() or 1)
+"""Threads that verify what arrives, for all loads together."""
 
 GRANT_GRACE_SECONDS = 0.25
 """How long a sized load keeps its stream open for its grant, which mostly comes with the next step."""
@@ -57,6 +62,7 @@ class AdapterLoader:
         self._jobs: queue.SimpleQueue[LoadJob | None] = queue.SimpleQueue()
         self._events: collections.deque[LoadEvent] = collections.deque()
         self._install_lock = threading.Lock()
+        self._hashing = ThreadPoolExecutor(NUM_HASHING_THREADS, "adapter-hashing")
         self._threads = [
             threading.Thread(target=self._work, name=f"adapter-loader-{i}", daemon=True)
             for i in range(NUM_LOADER_THREADS)
@@ -96,9 +102,10 @@ class AdapterLoader:
         deadline = time.monotonic() + JOIN_SECONDS
         for thread in self._threads:
             thread.join(max(deadline - time.monotonic(), 0.0))
+        self._hashing.shutdown(wait=False, cancel_futures=True)
 
     def _work(self) -> None:
-        buffer = _HostBuffer()
+        buffer = _HostBuffer(self._device.host_buffer)
         while (job := self._jobs.get()) is not None:
             if not job.begin():
                 continue
@@ -154,16 +161,7 @@ class AdapterLoader:
         if num_pages != len(grant.pages):
             raise _changed(job, f"it takes {num_pages} pages and was known with {len(grant.pages)}")
         weights = buffer.view(manifest.packed_bytes)
-        received, packed_digest = 0, hashlib.sha256()
-        for chunk in job.fetch.chunks(job.deadline):
-            if received + len(chunk) > manifest.packed_bytes:
-                raise _changed(job, f"more than its {manifest.packed_bytes} bytes were sent")
-            weights[received : received + len(chunk)] = chunk
-            packed_digest.update(chunk)
-            received += len(chunk)
-        if received != manifest.packed_bytes:
-            raise _changed(job, f"{received} of its {manifest.packed_bytes} bytes were sent")
-        if f"sha256:{packed_digest.hexdigest()}" != manifest.packed_digest:
+        if self._receive(job, manifest, weights) != manifest.packed_digest:
             raise _changed(job, "the bytes that were sent do not have the manifest's digest")
         with self._install_lock:
             if job.cancelled:
@@ -171,18 +169,31 @@ class AdapterLoader:
             self._device.install(grant.slot, manifest.layout, grant.pages, weights)
         return LoadInstalled(job, job.load_seconds, manifest.packed_bytes)
 
+    def _receive(self, job: LoadJob, manifest: AdapterManifest, weights: memoryview) -> str:
+        """Fills `weights` from the source; their digest."""
+        receiver = BlockReceiver(weights, self._hashing)
+        for chunk in job.fetch.chunks(job.deadline):
+            if receiver.received + len(chunk) > manifest.packed_bytes:
+                raise _changed(job, f"more than its {manifest.packed_bytes} bytes were sent")
+            receiver.add(chunk)
+        if receiver.received != manifest.packed_bytes:
+            raise _changed(job, f"{receiver.received} of its {manifest.packed_bytes} bytes were sent")
+        return receiver.digest()
+
 
 class _HostBuffer:
     """A thread's buffer, kept between loads: fresh memory would cost a page fault every 4 KiB."""
 
-    def __init__(self) -> None:
-        self._bytes = bytearray()
+    def __init__(self, allocate: Callable[[int], memoryview]) -> None:
+        self._allocate = allocate
+        # The device says how much there is to begin with: where memory is pinned, growing it later is felt.
+        self._bytes = allocate(0)
 
     def view(self, num_bytes: int) -> memoryview:
         """The first `num_bytes` of it; what an earlier load left there is overwritten or never looked at."""
         if len(self._bytes) < num_bytes:
-            self._bytes = bytearray(num_bytes)
-        return memoryview(self._bytes)[:num_bytes]
+            self._bytes = self._allocate(num_bytes)
+        return self._bytes[:num_bytes]
 
 
 def _changed(job: LoadJob, what: str) -> SloraError:

@@ -19,7 +19,7 @@ class AdapterManifest:
 
     layout: AdapterLayout
     packed_bytes: int
-    # `sha256:` and 64 hexadecimal digits, of the packed bytes.
+    # Of the packed bytes; see services.common.block_digest.
     packed_digest: str
 
 

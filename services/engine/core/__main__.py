@@ -15,7 +15,7 @@ import msgspec
 
 from services.common.telemetry import configure_logging
 from services.engine.adapters.store_client import StoreClient
-from services.engine.core.launch import FAULT_EXIT_CODE, USAGE_EXIT_CODE, settings_from_json
+from services.engine.core.launch import FAULT_EXIT_CODE, SWITCH_SECONDS, USAGE_EXIT_CODE, settings_from_json
 from services.engine.core.loop import run_core
 from services.engine.execution.open_runner import open_runner
 
@@ -35,6 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except msgspec.MsgspecError as error:
         parser.error(f"--settings: {error}")
     configure_logging("engine-core", settings.log_level)
+    sys.setswitchinterval(SWITCH_SECONDS)
     tie_to_frontend()
     sock = socket.socket(fileno=arguments.fd)
     try:

@@ -11,6 +11,11 @@ import msgspec
 
 from services.engine.config import EngineSettings
 
+SWITCH_SECONDS = 0.0005
+"""How long a thread of the core keeps the interpreter while another waits for it, not Python's 5 ms: a load gives it up
+and takes it back some twenty times. An adapter of 134 MB is usable after 31 ms instead of 38 on an idle engine, and a
+mix of 768 requests over 1000 adapters of ranks 64 to 8 runs at 30 instead of 24 a second (one H200)."""
+
 USAGE_EXIT_CODE = 2
 """Settings or checkpoint are wrong: another try would end the same way."""
 

@@ -51,6 +51,10 @@ class PagedAdapterDevice:
         """Raises ADAPTER_INCOMPATIBLE unless `layout` fits this model: layers, dtype, tiles, shapes, bounds."""
         self._checks.check(layout)
 
+    def host_buffer(self, num_bytes: int) -> memoryview:
+        """A new buffer, as any other."""
+        return memoryview(bytearray(num_bytes))
+
     def install(self, slot: int, layout: AdapterLayout, pages: Sequence[int], weights: memoryview) -> None:
         """Copies packed `weights` into `pages` and enters the adapter at `slot`."""
         if self._alike[slot] is not None:

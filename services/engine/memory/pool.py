@@ -25,6 +25,11 @@ _INTEGER_OF_SIZE: dict[int, tuple[torch.dtype, type[np.generic]]] = {
 }
 
 
+COPY_BUFFER_BYTES = 2**27
+"""What buffers for copies to an accelerator begin with: rank 64 on four projections of a model of 7 billion
+parameters. They grow for larger adapters."""
+
+
 class Pool:
     """Allocated once, zeroed, and touched page by page, so that no step pays for first use."""
 
@@ -84,30 +89,25 @@ def _copy_pages(
 class _DeviceCopier:
     """Copies packed adapters to the accelerator, on a stream of its own: no copy waits for the step that computes.
 
-    The whole adapter goes over in one copy from pinned memory, which is what the link is fast with, and is spread over
-    its pages there. Both buffers are kept: pinning memory costs more than the copy. One copy at a time.
+    The whole adapter goes over in one copy, which is what the link is fast with (from pinned memory), and is spread
+    over its pages there. The buffer there is kept: an allocation would wait for the device. One copy at a time.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._stream = torch.cuda.Stream(device)
         self._lock = threading.Lock()
-        self._pinned = torch.empty(0, dtype=torch.uint8)
-        self._staged = torch.empty(0, dtype=torch.uint8)
+        self._staged = torch.empty(COPY_BUFFER_BYTES, dtype=torch.uint8, device=device)
 
     def write(
         self, source: np.ndarray[tuple[int, ...], np.dtype[np.generic]], target: torch.Tensor, pages: Sequence[int]
     ) -> None:
         """Columns block p of `source` goes to `target[:, pages[p]]`; complete when it returns."""
         with self._lock, torch.cuda.stream(self._stream):
-            if self._pinned.numel() < source.nbytes:
-                self._pinned = torch.empty(source.nbytes, dtype=torch.uint8, pin_memory=True)
+            if self._staged.numel() < source.nbytes:
                 self._staged = torch.empty(source.nbytes, dtype=torch.uint8, device=self._device)
-            pinned, staged = (
-                buffer[: source.nbytes].view(target.dtype).view(source.shape) for buffer in (self._pinned, self._staged)
-            )
-            np.copyto(pinned.numpy(), source)
-            staged.copy_(pinned, non_blocking=True)
+            staged = self._staged[: source.nbytes].view(target.dtype).view(source.shape)
+            staged.copy_(torch.from_numpy(source), non_blocking=True)
             num_layers, page_elems = target.shape[0], target.shape[2]
             whole = source.shape[1] // page_elems
             if whole:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -13,6 +12,7 @@ import grpc
 import pytest
 from slora.adapter_store.v1 import adapter_store_pb2 as pb
 
+from services.common.block_digest import block_digest
 from services.common.errors import Reason
 from tests.fixtures.adapter_files import write_wide_adapter, write_wide_checkpoint
 from tests.fixtures.embedded_servers import S3Server
@@ -180,10 +180,8 @@ async def test_a_slow_reader_pins_what_it_reads_and_gets_every_byte(
     assert store.metric("pinned_adapters") == 1
     with refused(Reason.HOST_CACHE_FULL):
         await store.client.fetch(other.digest)
-    sha256 = hashlib.sha256()
-    async for part in messages:
-        sha256.update(part.chunk)
-    assert manifest.packed_digest == "sha256:" + sha256.hexdigest()
+    content = b"".join([part.chunk async for part in messages])
+    assert manifest.packed_digest == block_digest(memoryview(content))
     await reader.close()
     await store.client.fetch(other.digest)
     assert store.metric("evictions_total") == 1
@@ -222,10 +220,8 @@ async def test_deleted_while_it_streams_it_ends_as_it_began(open_store: OpenStor
     with refused(Reason.ADAPTER_NOT_FOUND):
         await store.client.fetch(adapter.digest)
     assert store.metric("arena_used_bytes") > 0, "its bytes are still being sent"
-    sha256 = hashlib.sha256()
-    async for part in messages:
-        sha256.update(part.chunk)
-    assert manifest.packed_digest == "sha256:" + sha256.hexdigest()
+    content = b"".join([part.chunk async for part in messages])
+    assert manifest.packed_digest == block_digest(memoryview(content))
     await eventually(lambda: store.metric("arena_used_bytes") == 0)
     await reader.close()
 

@@ -12,13 +12,14 @@ import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from kernels.gpu.adapter_tables import GpuAdapterTables, LoraGroup
 from kernels.lora_plan import ModuleGroup
 from services.engine.adapters.layout import AdapterLayout, ModulePlacement, TargetModule
 from services.engine.execution.adapter_checks import AdapterChecks, incompatible
-from services.engine.memory.pool import Pool
+from services.engine.memory.pool import COPY_BUFFER_BYTES, Pool
 from services.engine.model.config import CheckpointError
 
 _LARGEST_TILE = 128
@@ -88,18 +89,29 @@ class GpuAdapterDevice:
             for group in self.groups:
                 _check_group(layout, number, group, by_module)
 
+    def host_buffer(self, num_bytes: int) -> memoryview:
+        """A new buffer; pinned, and not small, if there is an accelerator.
+
+        The link is three times as fast from pinned memory, but pinning it takes a tenth of a second, in which no step
+        is launched.
+        """
+        if self._pool.device.type != "cuda":
+            return memoryview(bytearray(num_bytes))
+        num_bytes = max(num_bytes, COPY_BUFFER_BYTES)
+        return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True).numpy().data
+
     def install(self, slot: int, layout: AdapterLayout, pages: Sequence[int], weights: memoryview) -> None:
         """Copies packed `weights` into `pages` and enters the adapter at `slot`."""
         if self._installed[slot]:
             raise ValueError(f"adapter slot {slot} is taken")
         self._pool.write_adapter(pages, layout.layer_elems, weights)
         tables, tile = self.tables, self.tables.tile_elems
-        rank, a_tile, b_tile = (torch.zeros(self._shape, dtype=torch.int32) for _ in range(3))
+        rows = np.zeros((3, *self._shape), dtype=np.int32)
         for number, placements in enumerate(layout.layers):
             for place in placements:
-                rank[number, place.module] = place.rank
-                a_tile[number, place.module] = place.lora_a_offset // tile
-                b_tile[number, place.module] = place.lora_b_offset // tile
+                row = (place.rank, place.lora_a_offset // tile, place.lora_b_offset // tile)
+                rows[:, number, place.module] = row
+        rank, a_tile, b_tile = torch.from_numpy(rows)
         by_group = [rank[:, g.first_module : g.first_module + g.num_modules] for g in self.groups]
         self._ranks[slot] = tuple(GroupRanks(int(ranks.sum(1).max()), int(ranks.max())) for ranks in by_group)
         with torch.cuda.stream(self._stream):
