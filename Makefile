@@ -56,11 +56,12 @@ bench-gpu: setup ## Measure the engine on an accelerator
 demo: setup ## The whole path on this machine: S3, adapter store, engine, gateway, many adapters; ends by itself
 	@python -m services.local demo
 
-up: setup ## Keep it running: make up CHECKPOINT=dir ADAPTERS=dir-or-s3-uri
-	@python -m services.local up $(if $(CHECKPOINT),--checkpoint $(CHECKPOINT)) $(if $(ADAPTERS),--adapters $(ADAPTERS))
+up: setup ## Keep it running: make up CHECKPOINT=dir ADAPTERS=dir-or-s3-uri [PORT=50051] [UP_OPTIONS=...]
+	@python -m services.local up $(if $(CHECKPOINT),--checkpoint "$(CHECKPOINT)") \
+		$(if $(ADAPTERS),--adapters "$(ADAPTERS)") $(if $(PORT),--port "$(PORT)") $(UP_OPTIONS)
 
 down: setup ## Stop what `make up` started
 	@python -m services.local down
 
-clean: ## Remove the environment and what the demo cached
-	rm -rf $(VENV) .slora out
+clean: ## Remove the environment and what the demo cached; what `make up` was given stays in .slora/up
+	rm -rf $(VENV) .slora/demo .slora/demo-cache out

@@ -27,7 +27,9 @@ async def serve(settings: AdapterStoreSettings, base: BaseModel, arena: Arena) -
     """Serves until SIGTERM or SIGINT."""
     server = GrpcServer(settings.listen, [SERVICE_NAME])
     async with running_store(settings, base, arena, REGISTRY) as store:
-        servicer = AdapterStoreServicer(store.registry, store.metrics, store.open_spool, settings.stall_seconds)
+        servicer = AdapterStoreServicer(
+            store.registry, store.metrics, store.open_spool, settings.stall_seconds, settings.max_uploads
+        )
         adapter_store_pb2_grpc.add_AdapterStoreServiceServicer_to_server(servicer, server.grpc)
         exposition = serve_metrics(settings.metrics)
         await server.start()

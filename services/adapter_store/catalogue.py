@@ -81,7 +81,7 @@ class Catalogue:
     """Adapters by name and version, in one Redis under one key prefix."""
 
     def __init__(self, url: str, prefix: str, timeout_seconds: float, max_events: int) -> None:
-        # No retries below us: a lost reply to a deletion must not become "not found". Callers retry.
+        # No retries below us: a lost reply to a deletion must not become "not found". What only reads asks twice.
         self._redis = redis.asyncio.Redis.from_url(
             url,
             decode_responses=True,
@@ -101,7 +101,12 @@ class Catalogue:
 
     async def ping(self) -> None:
         """CATALOGUE_UNAVAILABLE unless Redis answers."""
-        await self._call(self._redis.ping())
+        try:
+            await self._call(self._redis.ping())
+        except SloraError as error:
+            if not isinstance(error.__cause__, redis.exceptions.ConnectionError):
+                raise
+            await self._call(self._redis.ping())
 
     async def register(self, record: AdapterRecord) -> Registration:
         """Adds the content under the record's name, as a new version unless the name has it already (atomic).
@@ -130,7 +135,7 @@ class Catalogue:
 
     async def get(self, name: str, version: int | None) -> AdapterRecord:
         """One version, or the newest; ADAPTER_NOT_FOUND if there is none."""
-        found = await self._run("LOOK_UP", name, "" if version is None else version)
+        found = await self._look("LOOK_UP", name, "" if version is None else version)
         if not found:
             shown = name if version is None else f"{name}@{version}"
             raise SloraError(Reason.ADAPTER_NOT_FOUND, f"no adapter {shown!r} is registered", adapter_id=shown)
@@ -138,7 +143,7 @@ class Catalogue:
 
     async def find_digest(self, digest: str) -> list[AdapterRecord]:
         """Every version that has this content."""
-        return _decode_pairs(await self._run("FIND_DIGEST", digest))
+        return _decode_pairs(await self._look("FIND_DIGEST", digest))
 
     async def list_page(
         self, page_size: int, page_token: str, name_prefix: str, tenant: str | None
@@ -161,7 +166,7 @@ class Catalogue:
         if page_token:
             lowest = "(" + _page_position(page_token, name_prefix, tenant)
         index = ":index" if tenant is None else f":index:{tenant}"
-        found = await self._run("PAGE", index, lowest, "[" + name_prefix + LAST, page_size + 1)
+        found = await self._look("PAGE", index, lowest, "[" + name_prefix + LAST, page_size + 1)
         records = _decode_pairs(found)
         if len(records) <= page_size:
             return records, ""
@@ -228,7 +233,7 @@ class Catalogue:
 
         It is not one moment's, but what changed since it began lies behind `position.sequence` and follows it.
         """
-        page = _decode_pairs(await self._run("PAGE", ":index", _behind(position.after), "+", _SNAPSHOT_PAGE))
+        page = _decode_pairs(await self._look("PAGE", ":index", _behind(position.after), "+", _SNAPSHOT_PAGE))
         events = []
         for record in page:
             token = replace(position, after=index_member(record.name, record.version))
@@ -239,12 +244,12 @@ class Catalogue:
         return events
 
     async def _start(self) -> ResumeToken:
-        epoch, sequence = await self._run("POSITION", secrets.token_hex(8))
+        epoch, sequence = await self._look("POSITION", secrets.token_hex(8))
         return ResumeToken(epoch, sequence, after="")
 
     async def _changes(self, position: ResumeToken, limit: int) -> list[CatalogueEvent] | None:
         """The next changes behind `position`; None if they are not known any more."""
-        known, *entries = await self._run("CHANGES", position.epoch, position.sequence, limit)
+        known, *entries = await self._look("CHANGES", position.epoch, position.sequence, limit)
         if not known:
             return None
         events = []
@@ -265,6 +270,15 @@ class Catalogue:
     async def _run(self, script: str, *arguments: str | int) -> Any:
         return await self._call(self._scripts[script](args=[self._prefix, *arguments]))
 
+    async def _look(self, script: str, *arguments: str | int) -> Any:
+        """`_run` for a script that only reads: asked once more, since the first try may have met a dead connection."""
+        try:
+            return await self._run(script, *arguments)
+        except SloraError as error:
+            if not isinstance(error.__cause__, redis.exceptions.ConnectionError):
+                raise
+            return await self._run(script, *arguments)
+
     async def _write(self, script: str, *arguments: str | int) -> Any:
         return await self._run(script, self._max_events, secrets.token_hex(8), *arguments)
 
@@ -273,6 +287,9 @@ class Catalogue:
             answer = await command
         except (redis.exceptions.RedisError, OSError) as error:
             _obey_cancellation()
+            if isinstance(error, redis.exceptions.ConnectionError):
+                # The idle ones are as old: each would fail one more call after Redis is back.
+                await self._redis.connection_pool.disconnect(inuse_connections=False)
             raise SloraError(
                 Reason.CATALOGUE_UNAVAILABLE,
                 f"Redis, which holds the catalogue, is out of reach: {str(error)[:200] or type(error).__name__}",

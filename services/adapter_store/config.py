@@ -32,15 +32,16 @@ class AdapterStoreSettings:
     arena_dir: str = setting("/dev/shm", "directory (a tmpfs) of the shared memory segment")
     max_adapter_bytes: int = setting(2 * 2**30, "largest adapter_model.safetensors that is taken")
     max_preparing: int = setting(4, "most adapters read, validated and packed at once")
+    max_uploads: int = setting(64, "most uploads received at once")
     upload_dir: str = setting("", "directory for files being uploaded; empty: the system's temporary directory")
     orphan_seconds: float = setting(3600.0, "files of an upload that never ended are removed after this long")
     sweep_seconds: float = setting(30.0, "how often files that no version uses are looked for")
-    stall_seconds: float = setting(60.0, "a fetch whose reader takes nothing for this long is ended")
+    stall_seconds: float = setting(60.0, "a fetch or an upload that stands still for this long is ended")
     drain_seconds: float = setting(30.0, "on SIGTERM running calls have this long to end")
     log_level: LogLevel = setting("INFO", "DEBUG, INFO, WARNING or ERROR")
 
     def __post_init__(self) -> None:
         for name in ("redis_timeout_seconds", "s3_timeout_seconds", "stall_seconds", "sweep_seconds", "max_preparing",
-                     "s3_threads", "max_events", "max_adapter_bytes"):  # fmt: skip
+                     "max_uploads", "s3_threads", "max_events", "max_adapter_bytes"):  # fmt: skip
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0")

@@ -15,8 +15,10 @@ from typing import Any, NoReturn
 
 from services.common.errors import Reason, SloraError
 
-MAX_HEADER_BYTES = 16 * 2**20
-MAX_TENSORS = 100_000
+# An adapter of a model of a hundred layers has 1400 tensors of some 200 bytes each; JSON of 16 MiB would take the
+# interpreter for seconds and a gigabyte.
+MAX_HEADER_BYTES = 2 * 2**20
+MAX_TENSORS = 20_000
 MAX_DIMENSIONS = 8
 _LENGTH_BYTES = 8
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import Any, TypeVar
 
 import grpc
+from google.protobuf.message import DecodeError
 from slora.adapter_store.v1 import adapter_store_pb2 as pb
 from slora.adapter_store.v1 import adapter_store_pb2_grpc
 
@@ -35,11 +37,14 @@ class AdapterStoreServicer(adapter_store_pb2_grpc.AdapterStoreServiceServicer):
         metrics: StoreMetrics,
         open_spool: Callable[[], UploadSpool],
         stall_seconds: float,
+        max_uploads: int,
     ) -> None:
         self._registry = registry
         self._metrics = metrics
         self._open_spool = open_spool
         self._stall_seconds = stall_seconds
+        self._max_uploads = max_uploads
+        self._num_uploads = 0
         self._draining = False
 
     async def drain(self) -> None:
@@ -96,8 +101,8 @@ class AdapterStoreServicer(adapter_store_pb2_grpc.AdapterStoreServiceServicer):
 
     async def _receive_upload(self, requests: AsyncIterator[pb.UploadAdapterRequest], context: Context) -> Registration:
         header: pb.UploadAdapterHeader | None = None
-        with self._open_spool() as spool:
-            async for request in requests:
+        with self._admit_upload(), self._open_spool() as spool:
+            while (request := await self._next_part(requests)) is not None:
                 part = request.WhichOneof("part")
                 if (part == "header") != (header is None):
                     raise SloraError(Reason.UPLOAD_INVALID, "the first message must be the header, and only it")
@@ -115,6 +120,32 @@ class AdapterStoreServicer(adapter_store_pb2_grpc.AdapterStoreServiceServicer):
             if header is None:
                 raise SloraError(Reason.UPLOAD_INVALID, "the upload ended before its header")
             return await self._registry.upload(header.name, header.tenant, spool)
+
+    @contextlib.contextmanager
+    def _admit_upload(self) -> Iterator[None]:
+        if self._num_uploads >= self._max_uploads:
+            raise SloraError(
+                Reason.UPLOADS_FULL,
+                f"{self._max_uploads} uploads are under way, as many as are taken at once; try again soon",
+                max_uploads=self._max_uploads,
+            )
+        self._num_uploads += 1
+        try:
+            yield
+        finally:
+            self._num_uploads -= 1
+
+    async def _next_part(self, requests: AsyncIterator[pb.UploadAdapterRequest]) -> pb.UploadAdapterRequest | None:
+        """The next message; None at the end. A sender that stands still must not keep its place for ever."""
+        try:
+            async with asyncio.timeout(self._stall_seconds):
+                request = await anext(requests, None)
+        except TimeoutError:
+            message = f"nothing of the upload came for {self._stall_seconds:g} s; upload it again"
+            raise SloraError(Reason.DEADLINE_EXCEEDED, message) from None
+        if isinstance(request, DecodeError):
+            raise SloraError(Reason.REQUEST_INVALID, f"a message cannot be parsed: {request}")
+        return request
 
     async def _send_weights(self, request: pb.FetchAdapterRequest, context: Context) -> None:
         began = time.perf_counter()

@@ -23,7 +23,9 @@ class UploadSpool:
         self._threads = threads
         self._max_weights_bytes = max_weights_bytes
         self._config = bytearray()
-        self._weights: IO[bytes] = tempfile.TemporaryFile(dir=directory or None)  # noqa: SIM115 (closed in __exit__)
+        self._directory = directory or None
+        # Made for the first bytes: an upload that sends none holds no file.
+        self._file: IO[bytes] | None = None
         self._num_bytes = 0
         self._sha256 = hashlib.sha256()
 
@@ -33,7 +35,8 @@ class UploadSpool:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._weights.close()
+        if self._file is not None:
+            self._file.close()
 
     def add_config(self, chunk: bytes) -> None:
         """The next bytes of adapter_config.json; UPLOAD_INVALID behind weights, ADAPTER_TOO_LARGE over the limit."""
@@ -62,8 +65,9 @@ class UploadSpool:
         """Both files, complete; UPLOAD_INVALID if one is missing. Valid while the spool is open."""
         if not self._config or not self._num_bytes:
             missing = "adapter_model.safetensors" if self._config else "adapter_config.json"
-            raise SloraError(Reason.UPLOAD_INVALID, f"the upload ended without {missing}", file=missing)
-        mapped = mmap.mmap(self._weights.fileno(), self._num_bytes, access=mmap.ACCESS_READ)
+            message = f"the upload ended without {missing}, or the file is empty"
+            raise SloraError(Reason.UPLOAD_INVALID, message, file=missing)
+        mapped = mmap.mmap(self.weights_file.fileno(), self._num_bytes, access=mmap.ACCESS_READ)
         return AdapterFiles(
             config=memoryview(bytes(self._config)),
             weights=memoryview(mapped),
@@ -74,11 +78,14 @@ class UploadSpool:
     @property
     def weights_file(self) -> IO[bytes]:
         """The spooled adapter_model.safetensors."""
-        return self._weights
+        if self._file is None:
+            self._file = tempfile.TemporaryFile(dir=self._directory)  # noqa: SIM115 (closed in __exit__)
+        return self._file
 
     def _append(self, chunk: bytes) -> None:
-        self._weights.write(chunk)
-        self._weights.flush()  # a full disk is this chunk's error
+        file = self.weights_file
+        file.write(chunk)
+        file.flush()  # a full disk is this chunk's error
         self._sha256.update(chunk)
 
 

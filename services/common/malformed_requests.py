@@ -20,7 +20,10 @@ Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class MalformedRequests(grpc.aio.ServerInterceptor):
-    """Answers INVALID_ARGUMENT (REQUEST_INVALID) where a single request cannot be parsed."""
+    """Answers INVALID_ARGUMENT (REQUEST_INVALID) where a single request cannot be parsed.
+
+    A method that takes a stream of requests is handed a DecodeError in place of a message that cannot be.
+    """
 
     async def intercept_service(
         self,
@@ -29,8 +32,11 @@ class MalformedRequests(grpc.aio.ServerInterceptor):
     ) -> Any:
         """Called by grpc for each call."""
         handler = await continuation(handler_call_details)
-        if handler is None or handler.request_streaming or handler.request_deserializer is None:
+        if handler is None or handler.request_deserializer is None:
             return handler
+        if handler.request_streaming:
+            # Its method finds the DecodeError among its messages, and refuses it.
+            return handler._replace(request_deserializer=_tolerant(handler.request_deserializer))
         kind = "unary_stream" if handler.response_streaming else "unary_unary"
         method = _refusing(getattr(handler, kind))
         if method is None:

@@ -86,6 +86,10 @@ def _up(arguments: argparse.Namespace, narrator: Narrator) -> int:
         if not (name and separator):
             raise BadInput(f"--engine-option {option} is not NAME=VALUE")
         options[name.replace("-", "_")] = value
+    if "base_model" in options:
+        raise BadInput(
+            "the base model's name is that of its checkpoint's directory, for all services; link to it by another"
+        )
     if arguments.engines < 1:
         raise BadInput(f"--engines {arguments.engines}: at least one is needed")
     if not 0 <= arguments.port <= HIGHEST_PORT:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +12,6 @@ from slora_client import AdapterClient, SloraRequestError
 from services.local.checkpoint import BadInput
 from services.local.s3_client import ADAPTER_FILES, S3Client, S3Place
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _TIMEOUT_SECONDS = 600.0
 
 
@@ -43,20 +41,19 @@ def find_adapters(named: str, environment: Mapping[str, str]) -> AdapterSource:
     if not directory.is_dir():
         raise BadInput(f"{named} is neither a directory nor s3://bucket/prefix")
     if (directory / ADAPTER_FILES[0]).is_file():
-        return AdapterSource({_checked(directory.resolve().name): directory}, {})
+        return AdapterSource({directory.resolve().name: directory}, {})
     found = {path.name: path for path in sorted(directory.iterdir()) if (path / ADAPTER_FILES[0]).is_file()}
     if not found:
         raise BadInput(f"{named} has no adapters: no subdirectory of it has an {ADAPTER_FILES[0]}")
-    return AdapterSource({_checked(name): path for name, path in found.items()}, {})
+    return AdapterSource(found, {})
 
 
-def bring_adapters(source: AdapterSource, store_address: str, on_done: Callable[[str, str], None]) -> tuple[int, int]:
-    """Uploads or registers every adapter; the numbers of those taken and of those refused.
+def bring_adapters(source: AdapterSource, store_address: str, on_done: Callable[[str, str], None]) -> None:
+    """Uploads or registers every adapter.
 
     `on_done(name, refusal)` is called for each; the refusal is empty for one that was taken. Those that the store has
     already are taken at once.
     """
-    num_refused = 0
     with AdapterClient(store_address) as store:
         for name in source.names:
             refusal = ""
@@ -65,11 +62,15 @@ def bring_adapters(source: AdapterSource, store_address: str, on_done: Callable[
                     store.upload(name, source.directories[name], timeout=_TIMEOUT_SECONDS)
                 else:
                     store.register(name, source.places[name].uri, timeout=_TIMEOUT_SECONDS)
-            except (SloraRequestError, OSError) as error:
+            except (SloraRequestError, OSError, ValueError) as error:
                 refusal = str(error)
-                num_refused += 1
             on_done(name, refusal)
-    return len(source.names) - num_refused, num_refused
+
+
+def count_others(store_address: str, names: Collection[str]) -> int:
+    """How many adapters the store has besides `names`."""
+    with AdapterClient(store_address) as store:
+        return len({entry.name for entry in store.list()}.difference(names))
 
 
 def _find_in_s3(named: str, environment: Mapping[str, str]) -> AdapterSource:
@@ -82,10 +83,4 @@ def _find_in_s3(named: str, environment: Mapping[str, str]) -> AdapterSource:
         raise BadInput(f"{named} cannot be listed: {error}") from None
     if not found:
         raise BadInput(f"{named} has no adapters: nothing right below it has {' and '.join(ADAPTER_FILES)}")
-    return AdapterSource({}, {_checked(name): below for name, below in found.items()}, place)
-
-
-def _checked(name: str) -> str:
-    if not _NAME.fullmatch(name):
-        raise BadInput(f"an adapter cannot be called {name!r}: 1 to 128 of letters, digits, '.', '_' and '-'")
-    return name
+    return AdapterSource({}, found, place)

@@ -6,14 +6,16 @@ import hashlib
 import json
 import os
 import shlex
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from services.local.adapter_sources import AdapterSource, bring_adapters, find_adapters
+from services.local.adapter_sources import AdapterSource, bring_adapters, count_others, find_adapters
 from services.local.checkpoint import BadInput, open_checkpoint
 from services.local.narrator import Narrator
 from services.local.pid_file import claimed, stop_running
+from services.local.ports import LOOPBACK, is_free
 from services.local.s3_client import S3Place, named_endpoint
 from services.local.stack import LocalStack, Options
 
@@ -39,6 +41,12 @@ class UpRequest:
 def run_up(request: UpRequest, narrator: Narrator) -> int:
     """Serves until it is interrupted (Ctrl-C, SIGTERM or `down`); then 0."""
     with claimed(_pid_path(request.state_dir)):
+        # Before the demo's model is made, which takes a while.
+        if request.gateway_port and not is_free(request.gateway_port):
+            raise BadInput(
+                f"port {request.gateway_port} of {LOOPBACK} is in use; choose another one for the gateway: "
+                "`make up PORT=N`, or --port N"
+            )
         try:
             _serve(request, narrator)
         except KeyboardInterrupt:
@@ -72,10 +80,11 @@ def _serve(request: UpRequest, narrator: Narrator) -> None:
         with narrator.task("Starting", total=len(stack.process_names)) as task:
             stack.start(lambda name: task.advance(1, name))
             task.note = ", ".join(stack.process_names)
-        for source in sources:
-            _bring(source, stack, narrator)
-        names = [name for source in sources for name in source.names]
-        narrator.line(how_to_call(stack, names[0] if names else stack.base_model, example_prompt))
+        taken = [name for source in sources for name in _bring(source, stack, narrator)]
+        num_kept = count_others(stack.store_address, taken)
+        if num_kept:
+            narrator.line(f"{num_kept} more adapters are served from before, kept in {_short(stack.state_dir)}")
+        narrator.line(how_to_call(stack, taken[0] if taken else stack.base_model, example_prompt))
         while True:
             # Not signal.pause(): it would sleep through a signal that comes just before it.
             time.sleep(_NAP_SECONDS)
@@ -101,19 +110,24 @@ def _what_to_serve(request: UpRequest, narrator: Narrator) -> tuple[Path, list[A
     return materials.checkpoint, [AdapterSource(manners, {}), AdapterSource(scale, {})], prompt_of(SHOWN_QUESTIONS[0])
 
 
-def _bring(source: AdapterSource, stack: LocalStack, narrator: Narrator) -> None:
+def _bring(source: AdapterSource, stack: LocalStack, narrator: Narrator) -> list[str]:
+    """The names of those that were taken."""
     refusals: list[str] = []
+    taken: list[str] = []
     with narrator.task("Adapters", total=len(source.names)) as task:
 
         def done(name: str, refusal: str) -> None:
             if refusal:
                 refusals.append(f"  refused: {name}: {refusal}")
+            else:
+                taken.append(name)
             task.advance(1, name)
 
-        num_taken, num_refused = bring_adapters(source, stack.store_address, done)
-        task.note = f"{num_taken} served" + (f", {num_refused} refused" if num_refused else "")
+        bring_adapters(source, stack.store_address, done)
+        task.note = f"{len(taken)} served" + (f", {len(refusals)} refused" if refusals else "")
     for refusal in refusals[:_MOST_REFUSALS_SHOWN]:
         narrator.line(refusal)
+    return taken
 
 
 def how_to_call(stack: LocalStack, model: str, prompt: str) -> str:
@@ -123,7 +137,6 @@ def how_to_call(stack: LocalStack, model: str, prompt: str) -> str:
         "adapter store": stack.store_address,
         **dict(zip(stack.engine_names, stack.engine_addresses, strict=True)),
         "redis": stack.redis.url,
-        **({"s3": stack.s3.endpoint} if stack.s3 is not None else {}),
         **{f"metrics of {name}": url for name, url in stack.metrics_urls.items()},
         "logs": str(stack.log_dir),
     }
@@ -131,12 +144,14 @@ def how_to_call(stack: LocalStack, model: str, prompt: str) -> str:
     addresses = "\n".join(f"  {name:<{width}}  {address}" for name, address in services.items())
     request = {"model": model, "prompt": {"text": prompt}}
     body = json.dumps({**request, "sampling": {"temperature": 0}, "stopping": {"max_tokens": 40}})
+    activate = Path(sys.executable).parent / "activate"
+    tools = f"The client and buf are here: source {shlex.quote(_short(activate))}\n\n" if activate.is_file() else ""
     return f"""
 slora serves {stack.base_model}:
 
 {addresses}
 
-From Python:
+{tools}From Python:
 
   from slora_client import AdapterClient, SloraClient
 
@@ -151,8 +166,14 @@ From a shell:
   buf curl --protocol grpc --http2-prior-knowledge -d {shlex.quote(body)} \\
     http://{stack.gateway_address}/slora.gateway.v1.InferenceService/Generate
 
-Ctrl-C or `make down` stops it.
+Ctrl-C or `make down` stops it. What was uploaded stays in {_short(stack.state_dir)}.
 """
+
+
+def _short(path: Path) -> str:
+    """`path` as it is copied most easily: from here, if it lies below."""
+    here = Path.cwd()
+    return str(path.relative_to(here) if path.is_absolute() and path.is_relative_to(here) else path)
 
 
 def _state_name(checkpoint: Path, in_s3: S3Place | None) -> str:

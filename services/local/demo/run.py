@@ -85,7 +85,7 @@ def _run_stack(
             task.note = f"{len(adapters) - len(LEFT_IN_S3)} uploaded, {len(LEFT_IN_S3)} registered from S3"
         num_requests = sum(len(act.requests) for act in acts)
         with narrator.task("Serving", total=num_requests) as task:
-            task.note = f"{num_requests} requests by up to {MANY_CLIENTS} clients at once"
+            task.note = f"requests by up to {MANY_CLIENTS} clients at once"
             served, watch, faults = asyncio.run(_serve(stack, acts, task.advance))
         return _Run(served, watch, faults, report.read_traffic(stack.metrics_urls["engine-0"]))
     finally:

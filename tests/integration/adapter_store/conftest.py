@@ -78,7 +78,9 @@ async def open_store(
             stack.callback(arena.close)
             registry = CollectorRegistry()
             store = await stack.enter_async_context(running_store(settings, base, arena, registry))
-            servicer = AdapterStoreServicer(store.registry, store.metrics, store.open_spool, settings.stall_seconds)
+            servicer = AdapterStoreServicer(
+                store.registry, store.metrics, store.open_spool, settings.stall_seconds, settings.max_uploads
+            )
             server = GrpcServer("127.0.0.1:0", [])
             adapter_store_pb2_grpc.add_AdapterStoreServiceServicer_to_server(servicer, server.grpc)
             await server.start()

@@ -13,6 +13,7 @@ from typing import Any
 
 import grpc
 import pytest
+import redis.asyncio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
@@ -21,7 +22,7 @@ from services.common.errors import Reason
 from tests.fixtures.embedded_servers import RedisServer, S3Server
 from tests.fixtures.store_client import StoreClient, eventually, reason_of, refused
 from tests.fixtures.store_process import StoreProcess
-from tests.integration.adapter_store.conftest import MakeAdapter
+from tests.integration.adapter_store.conftest import MakeAdapter, OpenStore
 
 SERVICE = "slora.adapter_store.v1.AdapterStoreService"
 
@@ -317,3 +318,15 @@ def test_settings_that_cannot_work_end_it_with_a_message(
     (line,) = store.errors()
     assert message in line["message"]
     store.log.write_text(json.dumps(line | {"level": "INFO"}) + "\n")  # this error was wanted
+
+
+async def test_connections_that_died_while_they_were_idle_cost_no_call(
+    open_store: OpenStore, make_adapter: MakeAdapter, redis_server: RedisServer
+) -> None:
+    store = await open_store()
+    await store.client.upload("a", make_adapter())
+    await asyncio.gather(*(store.client.list_ids() for _ in range(24)))
+    async with redis.asyncio.Redis.from_url(redis_server.url) as other:
+        assert await other.execute_command("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes") > 1
+    for answer in await asyncio.gather(*(store.client.list_ids() for _ in range(24))):
+        assert answer == ["a@1"]

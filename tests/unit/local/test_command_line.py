@@ -122,7 +122,9 @@ def test_a_port_that_is_taken_is_refused(tmp_path: Path, capsys: pytest.CaptureF
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
         argv = ["--state-dir", tmp_path / "state", "up", "--checkpoint", checkpoint, "--port", port]
-        assert refusal(capsys, argv) == f"port {port} of 127.0.0.1 is in use; choose another one for the gateway"
+        told = refusal(capsys, argv)
+        assert told.startswith(f"port {port} of 127.0.0.1 is in use; choose another one for the gateway")
+        assert "make up PORT=N" in told
 
 
 def test_a_second_up_is_refused_and_a_refused_one_does_not_stay(

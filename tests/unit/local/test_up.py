@@ -42,18 +42,10 @@ def test_it_says_where_everything_is(stack: LocalStack) -> None:
         ("engine-0", stack.engine_addresses[0]),
         ("engine-1", stack.engine_addresses[1]),
         ("redis", stack.redis.url),
-        ("s3", stack.s3.endpoint if stack.s3 else ""),
         *metrics,
         ("logs", str(stack.log_dir)),
     ]
     assert len(metrics) == 4
-
-
-def test_s3_elsewhere_is_not_claimed_as_ours(tmp_path: Path) -> None:
-    checkpoint = write_hollow_checkpoint(tmp_path / "tiny")
-    told = how_to_call(LocalStack(tmp_path / "state", checkpoint, s3_environment={}), "a0", PROMPT)
-    assert re.search(r"^  redis  ", told, re.MULTILINE)
-    assert not re.search(r"^  s3  ", told, re.MULTILINE)
 
 
 def test_the_python_lines_are_python(stack: LocalStack) -> None:
