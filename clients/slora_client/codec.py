@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import reprlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
+from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
 from slora.adapter_store.v1 import adapter_pb2, adapter_store_pb2
 from slora.engine.v1 import generation_pb2
@@ -15,6 +17,8 @@ from slora.gateway.v1 import inference_pb2
 from slora_client.errors import SloraRequestError
 from slora_client.options import REQUEST_OPTIONS, SAMPLING_OPTIONS, STOPPING_OPTIONS, GenerationOptions
 from slora_client.values import Adapter, Chunk, FinishReason, Generation, Model, TokenLogprob, TopLogprob, Usage
+
+M = TypeVar("M", bound=Message)
 
 UPLOAD_CHUNK_BYTES = 2**20
 PAGE_SIZE = 1000
@@ -29,7 +33,7 @@ _TARGET_PREFIX = "TARGET_MODULE_"
 def to_generate_request(
     model: str, prompt: str | Sequence[int], options: GenerationOptions
 ) -> inference_pb2.GenerateRequest:
-    """The request. Raises ValueError or TypeError for what cannot be put into one, such as a negative count."""
+    """The request. Raises ValueError or TypeError, naming the option, for what cannot be put into one."""
     given = {key: value for key, value in options.items() if value is not None}
     unknown = given.keys() - SAMPLING_OPTIONS - STOPPING_OPTIONS - REQUEST_OPTIONS
     if unknown:
@@ -40,17 +44,37 @@ def to_generate_request(
     if isinstance(prompt, str):
         prompt_message = generation_pb2.Prompt(text=prompt)
     else:
-        prompt_message = generation_pb2.Prompt(token_ids=generation_pb2.TokenIds(ids=prompt))
-    return inference_pb2.GenerateRequest(
-        model=model,
-        prompt=prompt_message,
-        sampling=generation_pb2.SamplingParameters(**sampling),  # type: ignore[arg-type]
-        stopping=generation_pb2.StoppingCriteria(
-            stop_strings=[stop] if isinstance(stop, str) else stop,  # type: ignore[arg-type]
-            **stopping,  # type: ignore[arg-type]
-        ),
-        **{key: value for key, value in given.items() if key in REQUEST_OPTIONS},  # type: ignore[arg-type]
+        token_ids = _message(generation_pb2.TokenIds, {"ids": _not_none("prompt", prompt)}, {"ids": "prompt"})
+        prompt_message = generation_pb2.Prompt(token_ids=token_ids)
+    stopping["stop_strings"] = [stop] if isinstance(stop, str) else stop
+    request = _message(
+        inference_pb2.GenerateRequest,
+        {"model": model, **{key: value for key, value in given.items() if key in REQUEST_OPTIONS}},
     )
+    request.prompt.CopyFrom(prompt_message)
+    request.sampling.CopyFrom(_message(generation_pb2.SamplingParameters, sampling))
+    request.stopping.CopyFrom(_message(generation_pb2.StoppingCriteria, stopping, {"stop_strings": "stop"}))
+    return request
+
+
+def _not_none(name: str, value: object) -> object:
+    if value is None:
+        raise TypeError(f"{name} cannot be None: it is a text or token ids")
+    return value
+
+
+def _message(kind: type[M], fields: Mapping[str, object], options: Mapping[str, str] | None = None) -> M:
+    """`kind(**fields)`; an error names the field, or what `options` says that its option is called."""
+    try:
+        return kind(**fields)
+    except (TypeError, ValueError):
+        for name, value in fields.items():
+            try:
+                kind(**{name: value})
+            except (TypeError, ValueError) as error:
+                what = f"{(options or {}).get(name, name)} cannot be {reprlib.repr(value)}: {error}"
+                raise (TypeError if isinstance(error, TypeError) else ValueError)(what) from None
+        raise
 
 
 class ChunkReader:

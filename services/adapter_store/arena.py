@@ -70,6 +70,7 @@ def _make_segment(path: Path, num_bytes: int) -> int:
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         nameless.rename(path)
+        _check_room(path.parent, num_bytes)
         os.posix_fallocate(fd, 0, num_bytes)
     except OSError as error:
         os.close(fd)
@@ -78,6 +79,28 @@ def _make_segment(path: Path, num_bytes: int) -> int:
         why = f"{path.parent} has no room for {num_bytes} bytes" if full else str(error.strerror)
         raise ValueError(f"cannot make the arena: {why}; see the settings arena_bytes and arena_dir") from error
     return fd
+
+
+def _check_room(directory: Path, num_bytes: int) -> None:
+    """OSError(ENOSPC) before memory runs out: a tmpfs may claim more than is left, and filling it kills processes."""
+    room = os.statvfs(directory)
+    left = room.f_bavail * room.f_frsize
+    if _is_in_memory(directory):
+        left = min(left, _available_memory())
+    if num_bytes > left:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def _is_in_memory(directory: Path) -> bool:
+    place = directory.resolve()
+    mounts = [line.split() for line in Path("/proc/mounts").read_text().splitlines()]
+    around = [(len(mount[1]), mount[2]) for mount in mounts if place.is_relative_to(mount[1])]
+    return max(around, default=(0, ""))[1] in ("tmpfs", "ramfs")
+
+
+def _available_memory() -> int:
+    fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+    return int(fields["MemAvailable"].split()[0]) * 1024
 
 
 def _remove_stale_segments(directory: Path) -> None:

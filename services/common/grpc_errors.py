@@ -17,17 +17,26 @@ from services.common.errors import Reason, SloraError, Status
 
 DOMAIN = "slora"
 
+# A status travels in headers, which gRPC takes up to some 8 KiB of: what a caller sent may be part of it.
+MAX_MESSAGE_CHARACTERS = 1000
+MAX_METADATA_CHARACTERS = 250
+
 logger = logging.getLogger(__name__)
 
 
 def to_grpc_status(error: SloraError) -> grpc.Status:
     """The status, with details, that `error` travels as."""
-    detail = any_pb2.Any()
-    detail.Pack(error_details_pb2.ErrorInfo(reason=error.reason.name, domain=DOMAIN, metadata=error.metadata))
+    detail, message = any_pb2.Any(), _clipped(error.message, MAX_MESSAGE_CHARACTERS)
+    metadata = {key: _clipped(value, MAX_METADATA_CHARACTERS) for key, value in error.metadata.items()}
+    detail.Pack(error_details_pb2.ErrorInfo(reason=error.reason.name, domain=DOMAIN, metadata=metadata))
     status = rpc_status.to_status(
-        status_pb2.Status(code=code_pb2.Code.Value(error.reason.status.value), message=error.message, details=[detail])
+        status_pb2.Status(code=code_pb2.Code.Value(error.reason.status.value), message=message, details=[detail])
     )
     return cast(grpc.Status, status)
+
+
+def _clipped(text: str, size: int) -> str:
+    return text if len(text) <= size else f"{text[: size - 1]}…"
 
 
 async def abort(context: grpc.aio.ServicerContext[Any, Any], error: BaseException) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from services.common.errors import SloraError
 from services.engine.messages import SamplingParams
 
 BASE_SLOT = -1
@@ -79,7 +80,7 @@ class SampledToken:
     logprob: float | None = None
     top: tuple[tuple[int, float], ...] = ()
     # No token could be drawn (such as logits that are not finite): why. Only this request fails; token_id is void.
-    error: str | None = None
+    error: SloraError | None = None
 
 
 def adapter_segments(chunks: Sequence[ScheduledChunk], begin: int) -> tuple[tuple[int, int, int], ...]:

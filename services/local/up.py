@@ -139,6 +139,7 @@ def how_to_call(stack: LocalStack, model: str, prompt: str) -> str:
         "redis": stack.redis.url,
         **{f"metrics of {name}": url for name, url in stack.metrics_urls.items()},
         "logs": str(stack.log_dir),
+        "what is kept": _short(stack.state_dir),
     }
     width = max(map(len, services))
     addresses = "\n".join(f"  {name:<{width}}  {address}" for name, address in services.items())
@@ -166,7 +167,7 @@ From a shell:
   buf curl --protocol grpc --http2-prior-knowledge -d {shlex.quote(body)} \\
     http://{stack.gateway_address}/slora.gateway.v1.InferenceService/Generate
 
-Ctrl-C or `make down` stops it. What was uploaded stays in {_short(stack.state_dir)}.
+Ctrl-C or `make down` stops it.
 """
 
 

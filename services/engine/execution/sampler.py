@@ -12,13 +12,12 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from services.common.errors import Reason, SloraError
 from services.engine.execution.random_numbers import uniforms
 from services.engine.messages import SamplingParams
 from services.engine.step import SampledToken, SampleRequest
 
 _NO_TOKEN = -1
-NOT_FINITE_ERROR = "the model's logits are not finite: its weights or the adapter's overflow with this prompt"
-NOTHING_LEFT_ERROR = "no token can be drawn: penalties or forbidden ids leave no finite logit"
 _NUCLEUS_CANDIDATES = 128
 """Tokens looked at first for top_p; a row whose nucleus is larger is sorted whole (60 ms for 32 x 32000)."""
 
@@ -50,9 +49,22 @@ def sample_tokens(
             logprob, top = logprobs.get(i, (None, ()))
             results.append(SampledToken(sequence_ids[i], token, logprob, top))
         else:
-            error = NOTHING_LEFT_ERROR if is_finite else NOT_FINITE_ERROR
-            results.append(SampledToken(sequence_ids[i], _NO_TOKEN, error=error))
+            results.append(
+                SampledToken(sequence_ids[i], _NO_TOKEN, error=nothing_left() if is_finite else not_finite())
+            )
     return results
+
+
+def not_finite() -> SloraError:
+    """The error for logits with NaN or infinity."""
+    message = "the model's logits are not finite: its weights or the adapter's overflow with this prompt"
+    return SloraError(Reason.INTERNAL, message)
+
+
+def nothing_left() -> SloraError:
+    """The error for a request that forbids every token."""
+    message = "no token can be drawn: penalties, or stop ids that min_tokens forbids, leave no finite logit"
+    return SloraError(Reason.SAMPLING_INVALID, message)
 
 
 def _penalized(logits: torch.Tensor, requests: Sequence[SampleRequest]) -> torch.Tensor:

@@ -206,7 +206,7 @@ class Scheduler:
                 continue
             sequence.num_pending -= 1
             if token.error is not None:
-                self.fail([sequence.request_id], SloraError(Reason.INTERNAL, token.error))
+                self.fail([sequence.request_id], token.error)
             else:
                 events.append(self._advance(sequence, token))
         return events

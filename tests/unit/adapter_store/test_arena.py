@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from services.adapter_store.arena import SEGMENT_PREFIX, Arena
+from services.adapter_store.arena import SEGMENT_PREFIX, Arena, _available_memory, _is_in_memory
 
 SHARED = "/dev/shm"
 
@@ -64,3 +64,19 @@ def test_more_than_the_memory_file_system_holds_is_refused_at_the_start() -> Non
     with pytest.raises(ValueError, match="has no room"):
         Arena((room.f_bavail + 1) * room.f_frsize + 2**20, SHARED)
     assert {name for name in set(segments(Path(SHARED))) - before if SEGMENT_PREFIX in name} == set()
+
+
+def test_more_than_the_memory_that_is_left_is_refused_before_it_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tmpfs may claim to be larger than that; filling it would kill processes."""
+    monkeypatch.setattr("services.adapter_store.arena._available_memory", lambda: 8 * 2**20)
+    before = set(segments(Path(SHARED)))
+    with pytest.raises(ValueError, match="has no room for 16777216 bytes"):
+        Arena(16 * 2**20, SHARED)
+    assert set(segments(Path(SHARED))) == before
+    Arena(4 * 2**20, SHARED).close()
+
+
+def test_what_lies_in_memory_is_known() -> None:
+    assert _is_in_memory(Path(SHARED))
+    assert not _is_in_memory(Path("/proc"))
+    assert 2**20 < _available_memory() < os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

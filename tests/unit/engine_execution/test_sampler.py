@@ -19,6 +19,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from services.common.errors import Reason
 from services.engine.execution.random_numbers import uniforms
 from services.engine.execution.sampler import sample_tokens
 from services.engine.messages import SamplingParams
@@ -244,6 +245,7 @@ def test_logits_that_are_not_finite_give_an_error_for_their_row_only(bad: float,
     logits[1, 42] = bad
     results = sample(logits, [request(seed=i, temperature=temperature, num_logprobs=1) for i in range(3)])
     assert results[1].error is not None
+    assert results[1].error.reason is Reason.INTERNAL
     assert results[1].token_id == -1
     assert results[1].logprob is None
     assert [results[i].token_id for i in (0, 2)] == [expected[i].token_id for i in (0, 2)]
@@ -253,7 +255,9 @@ def test_logits_that_are_not_finite_give_an_error_for_their_row_only(bad: float,
 
 def test_nothing_left_is_an_error() -> None:
     forbid_all = SampleRequest(SamplingParams(temperature=1.0), [1], [], 0, forbidden_ids=(0, 1, 2))
-    assert sample(torch.zeros(1, 3), [forbid_all])[0].error is not None
+    error = sample(torch.zeros(1, 3), [forbid_all])[0].error
+    assert error is not None
+    assert error.reason is Reason.SAMPLING_INVALID, "the caller's doing"
     overflow = request([0], [1], temperature=1.0, repetition_penalty=1e-38)
     result = sample(torch.full((1, 3), 30.0), [overflow])[0]
     assert (result.error is None) == (result.token_id >= 0)

@@ -262,11 +262,11 @@ def test_a_token_that_could_not_be_drawn_while_the_next_step_is_in_flight() -> N
     h.add(long(1, 4, 9))
     h.add(long(2, 4, 9))
     first, second = plan(h), plan(h)
-    tokens = [SampledToken(1, -1, error="logits are not finite"), SampledToken(2, 5)]
+    tokens = [SampledToken(1, -1, error=SloraError(Reason.INTERNAL, "logits are not finite")), SampledToken(2, 5)]
     assert [event.request_id for event in h.scheduler.commit(first, tokens)] == [2]
     h.hear()
     assert h.failures[1].message == "logits are not finite"
-    tokens = [SampledToken(1, -1, error="logits are not finite"), SampledToken(2, 5)]
+    tokens = [SampledToken(1, -1, error=SloraError(Reason.INTERNAL, "logits are not finite")), SampledToken(2, 5)]
     assert [event.request_id for event in h.scheduler.commit(second, tokens)] == [2]
     assert not h.scheduler.take_news(), "it fails once"
     h.check_whole()

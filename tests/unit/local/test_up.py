@@ -44,6 +44,7 @@ def test_it_says_where_everything_is(stack: LocalStack) -> None:
         ("redis", stack.redis.url),
         *metrics,
         ("logs", str(stack.log_dir)),
+        ("what is kept", str(stack.state_dir)),
     ]
     assert len(metrics) == 4
 

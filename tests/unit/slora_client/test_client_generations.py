@@ -208,11 +208,13 @@ async def test_options_reach_the_gateway_and_what_is_left_out_does_not(gateway: 
 
 
 async def test_what_cannot_be_sent_is_not(gateway: FakeGateway, client: Client) -> None:
-    with pytest.raises(ValueError, match="-1"):
+    with pytest.raises(ValueError, match=r"^max_tokens cannot be -1: "):
         await client.generate("base", "text", max_tokens=-1)
+    with pytest.raises(TypeError, match=r"^stop cannot be "):
+        await client.generate("base", "text", stop=[3])  # type: ignore[list-item]
     with pytest.raises(TypeError, match="max_token"):
         await client.generate("base", "text", max_token=1)
-    with pytest.raises(TypeError):
+    with pytest.raises(TypeError, match=r"^prompt cannot be "):
         await client.generate("base", ["text"])
     assert gateway.requests == []
 

@@ -26,7 +26,7 @@ from services.engine.execution.gpu.step_layout import StepLayout, StepLimits, la
 from services.engine.execution.gpu.token_sampler import NOT_FINITE, Logprobs, SampleRow, TokenSampler
 from services.engine.execution.gpu.triton_step import DeviceState, Segments, StepTensors, TritonStep
 from services.engine.execution.pool_size import pool_config
-from services.engine.execution.sampler import NOT_FINITE_ERROR, NOTHING_LEFT_ERROR
+from services.engine.execution.sampler import not_finite, nothing_left
 from services.engine.memory.pool import Pool
 from services.engine.model.checkpoint import Checkpoint, Weights
 from services.engine.model.config import ModelConfig, load_model_config
@@ -264,7 +264,7 @@ def _sampled_token(
     sequence_id: int, token: int, logprobs: tuple[float, tuple[tuple[int, float], ...]] | None
 ) -> SampledToken:
     if token < 0:
-        error = NOT_FINITE_ERROR if token == NOT_FINITE else NOTHING_LEFT_ERROR
+        error = not_finite() if token == NOT_FINITE else nothing_left()
         return SampledToken(sequence_id, token, error=error)
     logprob, top = logprobs or (None, ())
     return SampledToken(sequence_id, token, logprob, top)

@@ -1,0 +1,37 @@
+"""Errors as statuses: what is in them, and that they fit where they travel."""
+
+from __future__ import annotations
+
+import grpc
+from google.rpc import error_details_pb2, status_pb2
+
+from services.common.errors import Reason, SloraError
+from services.common.grpc_errors import to_grpc_status
+
+
+def decoded(status: grpc.Status) -> tuple[status_pb2.Status, error_details_pb2.ErrorInfo]:
+    ((_, packed),) = status.trailing_metadata
+    whole, info = status_pb2.Status(), error_details_pb2.ErrorInfo()
+    whole.ParseFromString(packed)
+    assert whole.details[0].Unpack(info)
+    return whole, info
+
+
+def test_a_status_says_reason_message_and_metadata() -> None:
+    status = to_grpc_status(SloraError(Reason.PROMPT_EMPTY, "the prompt is empty", field="prompt", limit=3))
+    whole, info = decoded(status)
+    assert status.code is grpc.StatusCode.INVALID_ARGUMENT
+    assert whole.message == status.details == "the prompt is empty"
+    assert (info.reason, info.domain, dict(info.metadata)) == (
+        "PROMPT_EMPTY",
+        "slora",
+        {"field": "prompt", "limit": "3"},
+    )
+
+
+def test_what_a_caller_sent_does_not_make_it_too_large() -> None:
+    status = to_grpc_status(SloraError(Reason.ADAPTER_DIGEST_INVALID, "ä" * 100_000, adapter_id="ü" * 100_000))
+    whole, info = decoded(status)
+    assert len(status.details.encode()) + whole.ByteSize() < 6000
+    assert whole.message.endswith("ä…")
+    assert info.metadata["adapter_id"].endswith("ü…")
