@@ -41,10 +41,12 @@ def to_generate_request(
     sampling = {key: value for key, value in given.items() if key in SAMPLING_OPTIONS}
     stopping = {key: value for key, value in given.items() if key in STOPPING_OPTIONS}
     stop = stopping.pop("stop", ())
+    if prompt is None:  # what a message takes for an empty list
+        raise TypeError("prompt cannot be None: it is a text or token ids")
     if isinstance(prompt, str):
         prompt_message = generation_pb2.Prompt(text=prompt)
     else:
-        token_ids = _message(generation_pb2.TokenIds, {"ids": _not_none("prompt", prompt)}, {"ids": "prompt"})
+        token_ids = _message(generation_pb2.TokenIds, {"ids": prompt}, {"ids": "prompt"})
         prompt_message = generation_pb2.Prompt(token_ids=token_ids)
     stopping["stop_strings"] = [stop] if isinstance(stop, str) else stop
     request = _message(
@@ -55,12 +57,6 @@ def to_generate_request(
     request.sampling.CopyFrom(_message(generation_pb2.SamplingParameters, sampling))
     request.stopping.CopyFrom(_message(generation_pb2.StoppingCriteria, stopping, {"stop_strings": "stop"}))
     return request
-
-
-def _not_none(name: str, value: object) -> object:
-    if value is None:
-        raise TypeError(f"{name} cannot be None: it is a text or token ids")
-    return value
 
 
 def _message(kind: type[M], fields: Mapping[str, object], options: Mapping[str, str] | None = None) -> M:

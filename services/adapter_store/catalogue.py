@@ -81,7 +81,7 @@ class Catalogue:
     """Adapters by name and version, in one Redis under one key prefix."""
 
     def __init__(self, url: str, prefix: str, timeout_seconds: float, max_events: int) -> None:
-        # No retries below us: a lost reply to a deletion must not become "not found". What only reads asks twice.
+        # No retries below us: a lost reply to a deletion must not become "not found". See `_call_again`.
         self._redis = redis.asyncio.Redis.from_url(
             url,
             decode_responses=True,
@@ -101,12 +101,7 @@ class Catalogue:
 
     async def ping(self) -> None:
         """CATALOGUE_UNAVAILABLE unless Redis answers."""
-        try:
-            await self._call(self._redis.ping())
-        except SloraError as error:
-            if not isinstance(error.__cause__, redis.exceptions.ConnectionError):
-                raise
-            await self._call(self._redis.ping())
+        await self._call_again(self._redis.ping)
 
     async def register(self, record: AdapterRecord) -> Registration:
         """Adds the content under the record's name, as a new version unless the name has it already (atomic).
@@ -271,16 +266,20 @@ class Catalogue:
         return await self._call(self._scripts[script](args=[self._prefix, *arguments]))
 
     async def _look(self, script: str, *arguments: str | int) -> Any:
-        """`_run` for a script that only reads: asked once more, since the first try may have met a dead connection."""
-        try:
-            return await self._run(script, *arguments)
-        except SloraError as error:
-            if not isinstance(error.__cause__, redis.exceptions.ConnectionError):
-                raise
-            return await self._run(script, *arguments)
+        """`_run` for a script that may run twice: it reads, or settles something once."""
+        return await self._call_again(lambda: self._scripts[script](args=[self._prefix, *arguments]))
 
     async def _write(self, script: str, *arguments: str | int) -> Any:
         return await self._run(script, self._max_events, secrets.token_hex(8), *arguments)
+
+    async def _call_again(self, command: Callable[[], Any]) -> Any:
+        """`_call`, once more if the connection was dead: it may have died while it was idle."""
+        try:
+            return await self._call(command())
+        except SloraError as error:
+            if not isinstance(error.__cause__, redis.exceptions.ConnectionError):
+                raise
+            return await self._call(command())
 
     async def _call(self, command: Any) -> Any:
         try:

@@ -51,6 +51,13 @@ Options = Mapping[str, object]
 """Settings of a service by name: `{"num_pages": 64}` becomes `--num-pages 64`."""
 
 
+def check_gateway_port(port: int) -> None:
+    """Raises BadInput if the port is taken; 0 is any free one."""
+    if port and not is_free(port):
+        hint = "choose another one for the gateway: `make up PORT=N`, or --port N"
+        raise BadInput(f"port {port} of {LOOPBACK} is in use; {hint}")
+
+
 @dataclass
 class LocalStack:
     """All services over one checkpoint; a context manager, running inside the `with` block.
@@ -78,8 +85,7 @@ class LocalStack:
         self.checkpoint = described.path
         self.base_model = self.base_model or described.name
         self._dtype = described.dtype
-        if self.gateway_port and not is_free(self.gateway_port):
-            raise BadInput(f"port {self.gateway_port} of {LOOPBACK} is in use; choose another one for the gateway")
+        check_gateway_port(self.gateway_port)
         self._ports: dict[str, int] = {GATEWAY: self.gateway_port} if self.gateway_port else {}
         for name in self._port_names():
             self._ports[name] = self._ports.get(name) or free_port(self._ports.values())

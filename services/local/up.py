@@ -15,9 +15,8 @@ from services.local.adapter_sources import AdapterSource, bring_adapters, count_
 from services.local.checkpoint import BadInput, open_checkpoint
 from services.local.narrator import Narrator
 from services.local.pid_file import claimed, stop_running
-from services.local.ports import LOOPBACK, is_free
 from services.local.s3_client import S3Place, named_endpoint
-from services.local.stack import LocalStack, Options
+from services.local.stack import LocalStack, Options, check_gateway_port
 
 GATEWAY_PORT = 50051
 STOP_SECONDS = 60.0
@@ -42,11 +41,7 @@ def run_up(request: UpRequest, narrator: Narrator) -> int:
     """Serves until it is interrupted (Ctrl-C, SIGTERM or `down`); then 0."""
     with claimed(_pid_path(request.state_dir)):
         # Before the demo's model is made, which takes a while.
-        if request.gateway_port and not is_free(request.gateway_port):
-            raise BadInput(
-                f"port {request.gateway_port} of {LOOPBACK} is in use; choose another one for the gateway: "
-                "`make up PORT=N`, or --port N"
-            )
+        check_gateway_port(request.gateway_port)
         try:
             _serve(request, narrator)
         except KeyboardInterrupt:

@@ -171,14 +171,14 @@ class AdapterLoader:
 
     def _receive(self, job: LoadJob, manifest: AdapterManifest, weights: memoryview) -> str:
         """Fills `weights` from the source; their digest."""
-        receiver = BlockReceiver(weights, self._hashing)
-        for chunk in job.fetch.chunks(job.deadline):
-            if receiver.received + len(chunk) > manifest.packed_bytes:
-                raise _changed(job, f"more than its {manifest.packed_bytes} bytes were sent")
-            receiver.add(chunk)
-        if receiver.received != manifest.packed_bytes:
-            raise _changed(job, f"{receiver.received} of its {manifest.packed_bytes} bytes were sent")
-        return receiver.digest()
+        with BlockReceiver(weights, self._hashing) as receiver:
+            for chunk in job.fetch.chunks(job.deadline):
+                if receiver.received + len(chunk) > manifest.packed_bytes:
+                    raise _changed(job, f"more than its {manifest.packed_bytes} bytes were sent")
+                receiver.add(chunk)
+            if receiver.received != manifest.packed_bytes:
+                raise _changed(job, f"{receiver.received} of its {manifest.packed_bytes} bytes were sent")
+            return receiver.digest()
 
 
 class _HostBuffer:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from concurrent.futures import Executor, Future
+from concurrent.futures import Executor, Future, wait
+from types import TracebackType
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +16,8 @@ Bytes = npt.NDArray[np.uint8]
 class BlockReceiver:
     """Fills `content` with `add`, from its beginning; `digest` when all is there. Used by one thread.
 
-    Copies go through numpy, which lets other threads of the interpreter run meanwhile: the core's above all.
+    A context manager: once it is left, also by an error, nothing writes to `content` any more. Copies go through numpy,
+    which lets other threads of the interpreter run meanwhile: the core's above all.
     """
 
     def __init__(self, content: memoryview, executor: Executor) -> None:
@@ -23,6 +25,15 @@ class BlockReceiver:
         self._executor = executor
         self._hashes: list[Future[bytes]] = []
         self.received = 0
+
+    def __enter__(self) -> BlockReceiver:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        # The buffer goes to the next load: a late copy would spoil bytes of it that were verified already.
+        wait(self._hashes)
 
     def add(self, chunk: bytes | memoryview) -> None:
         """Appends `chunk`, which must fit; it must not change until `digest` has returned."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -33,6 +34,20 @@ def test_all_ways_give_the_digest_as_defined(size: int) -> None:
             assert receiver.received == size
             assert receiver.digest() == by_definition(content)
         assert buffer == content
+
+
+def test_what_is_left_undigested_is_not_written_to_any_more() -> None:
+    """Its buffer goes to the next load: a late copy would be a wrong answer that no digest shows."""
+    gate, buffer = threading.Event(), bytearray(3 * BLOCK_BYTES)
+    with ThreadPoolExecutor(1) as threads:
+        threads.submit(gate.wait)
+        threading.Timer(0.2, gate.set).start()
+        with BlockReceiver(memoryview(buffer), threads) as receiver:
+            receiver.add(b"1" * (2 * BLOCK_BYTES))
+            assert buffer == bytes(3 * BLOCK_BYTES), "the copies wait behind the gate"
+        assert buffer.startswith(b"1" * (2 * BLOCK_BYTES))
+        buffer[:] = b"2" * len(buffer)
+    assert buffer == b"2" * len(buffer)
 
 
 def test_more_than_the_buffer_holds_is_refused() -> None:
