@@ -21,7 +21,7 @@ import torch
 
 from kernels.gpu.adapter_tables import MAX_RANK, GpuAdapterTables, LoraGroup
 from kernels.gpu.planned_shrink import planned_shrink
-from kernels.gpu.row_expand import ExpandBlocks, row_expand
+from kernels.gpu.row_expand import ExpandBlocks, planned_expand, row_expand
 from kernels.gpu.row_plan import PlannedBlocks, RowPlanner
 from kernels.gpu.row_shrink import ShrinkBlocks, num_splits_for, row_shrink
 from kernels.gpu.segment_expand import SegmentExpandBlocks, segment_expand
@@ -184,7 +184,9 @@ class RowLora:
                     planned_shrink(x[g], plan, layer, g, pages, u[g])
                 elif not isinstance(shrink, PlannedBlocks) and parts != "expand":
                     row_shrink(x[g], slots, layer, pages, tables, group, u[g], shrink)
-                if parts != "shrink":
+                if parts != "shrink" and plan is not None:
+                    planned_expand(u[g], plan, layer, g, pages, y[g], expand)
+                elif parts != "shrink":
                     row_expand(u[g], slots, layer, pages, tables, group, y[g], expand)
 
 
@@ -236,10 +238,8 @@ def run_decode(pool: AdapterPool, quick: bool) -> None:
         _line(f"decode {case.name}", DecodeStep(pool, case).time(), case.bytes_of(case.ranks(case.batch)))
 
 
-SHRINKS: list[AnyShrinkBlocks] = [ShrinkBlocks(32, 4), ShrinkBlocks(8, 2), PlannedBlocks(8, 4, 6, 80)]
-EXPANDS = [ExpandBlocks(1, 8, 1), ExpandBlocks(2, 8, 1), ExpandBlocks(4, 8, 2), ExpandBlocks(8, 8, 4)]
-# For 128 tokens of mixed ranks: more programs an SM; smaller ones; ranks mixed on every SM at any time.
-MIXED_EXPANDS = [ExpandBlocks(8, 4, 4, 64), ExpandBlocks(4, 4, 2), ExpandBlocks(8, 4, 4, tokens_first=True)]
+SHRINKS: list[AnyShrinkBlocks] = [ShrinkBlocks(32, 4), ShrinkBlocks(8, 2), PlannedBlocks(8, 2, 8, 128)]
+EXPANDS = [ExpandBlocks(1, 8, 1), ExpandBlocks(2, 8, 1), ExpandBlocks(4, 8, 2), ExpandBlocks(8, 4, 4)]
 
 
 def run_sweep(pool: AdapterPool, quick: bool) -> None:
@@ -252,7 +252,7 @@ def run_sweep(pool: AdapterPool, quick: bool) -> None:
             _line(f"sweep {case.name} {parts}", step.time(parts=parts), part_size)
         for shrink in SHRINKS:
             _line(f"sweep {case.name} both, shrink {_values(shrink)}", step.time(shrink), size)
-        for expand in EXPANDS + (MIXED_EXPANDS if mix == "S2" and batch == 128 else []):
+        for expand in EXPANDS:
             _line(f"sweep {case.name} both, expand {_values(expand)}", step.time(None, expand), size)
 
 
@@ -324,7 +324,7 @@ def run_check() -> None:
     slot_tensor = torch.tensor(slots, dtype=torch.int32, device=DEVICE)
     rows = RowLora(tables, [group, group], len(slots))
     checks: list[tuple[int, AnyShrinkBlocks | None, ExpandBlocks | None]] = [(1, None, None), (8, None, None)]
-    checks += [(len(slots), None, expand) for expand in (None, *EXPANDS, *MIXED_EXPANDS)]
+    checks += [(len(slots), None, expand) for expand in (None, *EXPANDS)]
     checks += [(len(slots), shrink, None) for shrink in SHRINKS]
     for batch, shrink, expand in checks:
         out, other = y[:batch].clone(), y[:batch].clone()

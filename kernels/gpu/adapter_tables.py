@@ -9,19 +9,6 @@ of each module one run of rows of its `out_features`. In rank space the ranks of
 What does not change in a model (strides, sizes, blocks) is compiled into kernels, and looked up once for all layers: a
 step launches two kernels for every group of every layer, and the host's time for each counts.
 
-Early start (programmatic dependent launch). row_shrink, planned_shrink and row_expand may begin before the kernel ahead
-of them on the stream has ended. Until they wait for it they read slots, tables, pages of adapters and (planned_shrink)
-the plan, and they write nothing. This is right, in any order of the three, because
-- adapters that a step names were installed before the step was submitted, and stay until it has ended;
-- slots come by a copy ahead of the step's first kernel; only kernels let others begin early, so no kernel of the step,
-  early or not, begins before that copy has ended;
-- what kernels.gpu.row_plan asks for keeps the plan whole.
-All else comes after the wait, and a wait is for everything ahead: each program of a kernel that starts early waits for
-the kernel ahead before it ends, also one without work, so that kernel's end implies the end of all before it. Hence
-row_expand, which waits for either shrink, sees what the product ahead of both left in y; and the shrink of the next
-group, which overwrites u after its wait only, does so when row_expand, the last reader of u, has ended. An ordinary
-kernel behind row_expand starts when all have ended.
-
 Source: S-LoRA sections 5 and 6 (arXiv 2311.03285).
 """
 
@@ -118,12 +105,6 @@ class LoraGroup:
     def num_out_blocks(self, tile_elems: int, block_tiles: int) -> int:
         """Blocks of at most `block_tiles` tiles of the output, each within one module."""
         return sum(-(-width // block_tiles) for width in self.out_tiles(tile_elems))
-
-
-@functools.cache
-def has_early_launch(device: torch.device) -> bool:
-    """Whether a kernel may start before the one ahead of it ends (programmatic dependent launch, sm_90 and later)."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
 
 
 @triton.jit

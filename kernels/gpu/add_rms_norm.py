@@ -5,7 +5,7 @@ mean over the last dimension; sums in float32, `hidden` rounded to its type befo
 would.
 
 Shapes: hidden and branch `[num_tokens, size]` with a contiguous last dimension, weight `[size]`, y `[num_tokens, size]`
-contiguous. Source: Zhang and Sennrich 2019, arXiv 1910.07467.
+contiguous. Starts early (kernels.gpu.early_launch). Source: Zhang and Sennrich 2019, arXiv 1910.07467.
 """
 
 from __future__ import annotations
@@ -14,12 +14,15 @@ import torch
 import triton
 import triton.language as tl
 
+from kernels.gpu.early_launch import has_early_launch, start_early
+
 
 @triton.jit
 def _kernel(
     hidden, branch, weight, out, hidden_stride, branch_stride, eps,
-    SIZE: tl.constexpr, BLOCK: tl.constexpr, HAS_BRANCH: tl.constexpr,
+    SIZE: tl.constexpr, BLOCK: tl.constexpr, HAS_BRANCH: tl.constexpr, GDC: tl.constexpr,
 ):  # fmt: skip
+    start_early(GDC)
     token = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = columns < SIZE
@@ -41,6 +44,7 @@ def add_rms_norm(hidden: torch.Tensor, branch: torch.Tensor | None, weight: torc
     num_tokens, size = hidden.shape
     out = torch.empty((num_tokens, size), dtype=hidden.dtype, device=hidden.device)
     block = triton.next_power_of_2(size)
+    gdc = has_early_launch(hidden.device)
     _kernel[(num_tokens,)](
         hidden,
         hidden if branch is None else branch,
@@ -52,6 +56,8 @@ def add_rms_norm(hidden: torch.Tensor, branch: torch.Tensor | None, weight: torc
         SIZE=size,
         BLOCK=block,
         HAS_BRANCH=branch is not None,
+        GDC=gdc,
+        launch_pdl=gdc,
         # 16 bytes a thread of a half type: one wide load each, and a row is done by one program.
         num_warps=max(1, min(16, block // 256)),
     )

@@ -14,7 +14,9 @@ A context may be split among `num_splits` programs, so that a small batch fills 
 many from its length. Each leaves its maximum, sum and weighted values in `DecodeScratch`; the one that arrives last
 merges them and sets the count of arrivals back to 0, so that a captured launch can be replayed.
 
-Two forms of the inner product, see `DecodeTuning.dot`. Source: PagedAttention, Kwon et al. 2023, arXiv 2309.06180;
+Two forms of the inner product, see `DecodeTuning.dot`. Starts early (kernels.gpu.early_launch).
+
+Source: PagedAttention, Kwon et al. 2023, arXiv 2309.06180;
 online softmax, Milakov and Gimelshein 2018, arXiv 1805.02867.
 """
 
@@ -26,6 +28,8 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
+
+from kernels.gpu.early_launch import has_early_launch, start_early
 
 # Below every score, and finite: the difference of two of them is a number.
 _LOWEST = tl.constexpr(-3.0e38)
@@ -224,7 +228,9 @@ def _decode_kernel(
     NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr, TOKENS_PER_PAGE: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, LANES: tl.constexpr,
     ROWS: tl.constexpr, MERGED_ROWS: tl.constexpr, NUM_STAGES: tl.constexpr, DOT: tl.constexpr, SPLIT: tl.constexpr,
+    GDC: tl.constexpr,
 ):  # fmt: skip
+    start_early(GDC)
     # The heads of a sequence run side by side, as they lie in its pages.
     block = tl.program_id(0)
     sequence = tl.program_id(2)
@@ -310,6 +316,7 @@ def decode_attention(
     if num_splits > 1:
         _check_scratch(scratch, batch, num_heads, head_dim, blocks, num_splits)
     block_d = max(16, triton.next_power_of_2(head_dim))
+    gdc = has_early_launch(q.device)
     _decode_kernel[(blocks, num_splits, batch)](
         q, pages, block_tables, context_lens, out,
         scratch.weighted, scratch.maximum, scratch.total, scratch.arrivals, scale * math.log2(math.e),
@@ -318,7 +325,7 @@ def decode_attention(
         HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_N=tuning.block_n,
         LANES=_lanes(block_d, q.element_size(), tuning),
         ROWS=rows, MERGED_ROWS=triton.next_power_of_2(heads), NUM_STAGES=tuning.num_stages,
-        DOT=tuning.dot, SPLIT=num_splits > 1, num_warps=tuning.num_warps,
+        DOT=tuning.dot, SPLIT=num_splits > 1, GDC=gdc, num_warps=tuning.num_warps, launch_pdl=gdc,
     )  # fmt: skip
 
 

@@ -2,7 +2,7 @@
 
 Semantics and shapes are row_shrink's; slots, tables and groups come with the step's plan (kernels.gpu.row_plan). The
 launch depends on shapes and blocks only, so that a CUDA graph can hold it. For given shapes and blocks a token's bits
-do not depend on its neighbours. Starts early, as kernels.gpu.adapter_tables and row_plan say.
+do not depend on its neighbours. Starts early, as kernels.gpu.early_launch and row_plan say.
 
 Source: S-LoRA section 6 (MBGMV), Punica (BGMV, arXiv 2310.18547).
 """
@@ -21,10 +21,10 @@ from kernels.gpu.adapter_tables import (
     LoraGroup,
     TableLayout,
     group_rows,
-    has_early_launch,
     load_pages,
     load_tiles,
 )
+from kernels.gpu.early_launch import has_early_launch
 from kernels.gpu.row_plan import PlannedBlocks, RowPlan, block_batch, find_item, load_keys, own_items
 
 

@@ -6,8 +6,10 @@ token's slot in the pages. A token whose slot is -1 is padding: nothing of it is
 
 Shapes: qkv `[num_tokens, (num_heads + 2 * num_kv_heads) * head_dim]`, contiguous; pages `[num_pages, 2, num_kv_heads,
 tokens_per_page, head_dim]`; positions and slots int32 `[num_tokens]`; rope float32 `[max_len, 2, head_dim / 2]`,
-cosines then sines; q_norm and k_norm `[head_dim]`. Source: Su et al. 2021, arXiv 2104.09864, in the half-split form of
-Llama; QK norm as in Qwen3; pages of Kwon et al. 2023, arXiv 2309.06180.
+cosines then sines; q_norm and k_norm `[head_dim]`. Starts early (kernels.gpu.early_launch).
+
+Source: Su et al. 2021, arXiv 2104.09864, in the half-split form of Llama; QK norm as in Qwen3; pages of Kwon et al.
+2023, arXiv 2309.06180.
 """
 
 from __future__ import annotations
@@ -15,6 +17,8 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+
+from kernels.gpu.early_launch import has_early_launch, start_early
 
 _HEADS = 8
 """Heads a program: enough to fill a warp's loads, few enough that one token spreads over several processors."""
@@ -35,8 +39,9 @@ def _normed(a, b, weight, half_columns, HALF: tl.constexpr, inside, eps):
 def _kernel(
     qkv, pages, positions, slots, rope, q_norm, k_norm, eps,
     NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HALF: tl.constexpr, BLOCK_HALF: tl.constexpr,
-    TOKENS_PER_PAGE: tl.constexpr, HEADS: tl.constexpr, QK_NORM: tl.constexpr,
+    TOKENS_PER_PAGE: tl.constexpr, HEADS: tl.constexpr, QK_NORM: tl.constexpr, GDC: tl.constexpr,
 ):  # fmt: skip
+    start_early(GDC)
     token = tl.program_id(0)
     slot = tl.load(slots + token)
     if slot < 0:
@@ -87,6 +92,7 @@ def rope_kv_write(
     num_tokens, num_columns = qkv.shape
     num_all = num_columns // head_dim
     q_norm, k_norm = (rope, rope) if qk_norm is None else qk_norm
+    gdc = has_early_launch(qkv.device)
     _kernel[(num_tokens, triton.cdiv(num_all, _HEADS))](
         qkv,
         pages,
@@ -103,5 +109,7 @@ def rope_kv_write(
         TOKENS_PER_PAGE=tokens_per_page,
         HEADS=_HEADS,
         QK_NORM=qk_norm is not None,
+        GDC=gdc,
         num_warps=2,
+        launch_pdl=gdc,
     )

@@ -7,7 +7,10 @@ leaves alone, are never touched, bit for bit.
 Shapes: u float32 `[num_splits, B, ...]`, contiguous, as row_shrink or planned_shrink left it; slots int32 `[B]`; pages
 `[num_pages, page_elems]`, one layer of the pool; y `[at least B, sum of out_features]` (any row stride). The launch
 depends on shapes and blocks only; so do the order of sums and with it a token's bits. Starts early, as
-kernels.gpu.adapter_tables says.
+kernels.gpu.early_launch says.
+
+row_expand takes tokens as they come. planned_expand, for large batches, takes those of the largest ranks first: the
+last programs to end are short ones.
 
 Source: S-LoRA section 6 (MBGMV), Punica (BGMV, arXiv 2310.18547).
 """
@@ -26,12 +29,13 @@ from kernels.gpu.adapter_tables import (
     Launch,
     LoraGroup,
     TableLayout,
-    has_early_launch,
     load_pages,
     load_tiles,
     module_rows,
     output_block,
 )
+from kernels.gpu.early_launch import has_early_launch
+from kernels.gpu.row_plan import RowPlan
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,23 +43,22 @@ class ExpandBlocks:
     """How the work is cut: tiles of the output a program, rows of B at a time (powers of two), warps.
 
     With tiles of 128 elements, `tiles = 2 * num_warps` lets every thread own its columns, so that rows are summed
-    without a word between threads. registers: at most so many a thread, so that more programs run at once.
-    tokens_first: programs of different tokens run side by side, not those of one token. early: as devices allow.
+    without a word between threads. early: as devices allow.
     """
 
     tiles: int
     rows: int
     num_warps: int
-    registers: int | None = None
-    tokens_first: bool = False
     early: bool = True
 
 
 # By the largest batch it holds for: a small batch needs many small programs to keep every SM loading. 32 layers of
-# Llama-7B's attention on one H200, rank 8: at 1 token 0.186 ms in these blocks, at 32 tokens 0.29 (8 tiles no other),
-# at 128 tokens 0.52. Between the first two half of the second, so that 8 tokens have a program an SM.
+# Llama-7B's attention on one H200, rank 8: at 1 token 0.186 ms in these blocks, at 32 tokens 0.29 (8 tiles no other).
+# Between them half of the second, so that 8 tokens have a program an SM.
 _BLOCKS_BY_BATCH = ((4, ExpandBlocks(1, 8, 1)), (16, ExpandBlocks(2, 8, 1)), (63, ExpandBlocks(4, 8, 2)))
-_BLOCKS_OF_LARGE_BATCH = ExpandBlocks(8, 4, 4)
+# There too, 128 tokens, by plan: 0.366 ms at rank 8 and 1.249 with ranks 64 to 8 (1.40 in the order in which tokens
+# come). Blocks of 8 rows took 0.409 and 1.178; asking for later rows ahead of time (L2 prefetch) 1.48.
+_BLOCKS_OF_LARGE_BATCH = ExpandBlocks(4, 4, 2)
 
 
 def row_expand(
@@ -72,8 +75,27 @@ def row_expand(
     layout = tables.layout
     grid, constants = _launch(u.shape, group, layout, pages.shape[1], blocks)
     _row_expand_kernel[grid](
-        u, slots, pages, tables.page_table, tables.rank, tables.lora_b_tile, y,
-        y.stride(0), layer * layout.layer_stride + group.first_module, **constants,
+        u, slots, slots, pages, tables.page_table, tables.rank, tables.lora_b_tile, y,
+        y.stride(0), layer * layout.layer_stride + group.first_module, 0, ORDERED=False, **constants,
+    )  # fmt: skip
+
+
+def planned_expand(
+    u: torch.Tensor,
+    plan: RowPlan,
+    layer: int,
+    group: int,
+    pages: torch.Tensor,
+    y: torch.Tensor,
+    blocks: ExpandBlocks | None = None,
+) -> None:
+    """Adds what the adapters say to `y` for the plan's `group` (module docstring)."""
+    tables, modules, layout = plan.tables, plan.groups[group], plan.tables.layout
+    grid, constants = _launch(u.shape, modules, layout, pages.shape[1], blocks)
+    _row_expand_kernel[grid](
+        u, plan.slots, plan.order, pages, tables.page_table, tables.rank, tables.lora_b_tile, y,
+        y.stride(0), layer * layout.layer_stride + modules.first_module,
+        (layer * len(plan.groups) + group) * plan.batch, ORDERED=True, **constants,
     )  # fmt: skip
 
 
@@ -92,27 +114,27 @@ def _launch(
         "SPLITS": triton.next_power_of_2(num_splits),
         "BLOCK_T": blocks.tiles,
         "BLOCK_R": blocks.rows,
-        "TOKEN_AXIS": 0 if blocks.tokens_first else 1,
         "GDC": gdc,
         "num_warps": blocks.num_warps,
-        "maxnreg": blocks.registers,
         "launch_pdl": gdc and blocks.early,
     }
-    num_blocks = group.num_out_blocks(layout.tile_elems, blocks.tiles)
-    return Launch((batch, num_blocks) if blocks.tokens_first else (num_blocks, batch), constants)
+    return Launch((group.num_out_blocks(layout.tile_elems, blocks.tiles), batch), constants)
 
 
-@triton.jit(do_not_specialize=["table_offset"])
+@triton.jit(do_not_specialize=["table_offset", "order_offset"])
 def _row_expand_kernel(
-    u_ptr, slots_ptr, pages_ptr, page_table_ptr, rank_ptr, b_tile_ptr, y_ptr, y_stride, table_offset,
+    u_ptr, slots_ptr, order_ptr, pages_ptr, page_table_ptr, rank_ptr, b_tile_ptr, y_ptr,
+    y_stride, table_offset, order_offset,
     NUM_MODULES: tl.constexpr, TILE: tl.constexpr, PAGE_TILES: tl.constexpr, TABLE_STRIDE: tl.constexpr,
     PAGE_TABLE_STRIDE: tl.constexpr, TILES_0: tl.constexpr, TILES_1: tl.constexpr, TILES_2: tl.constexpr,
     NUM_SPLITS: tl.constexpr, U_STRIDE: tl.constexpr, SPLITS: tl.constexpr, BLOCK_T: tl.constexpr,
-    BLOCK_R: tl.constexpr, TOKEN_AXIS: tl.constexpr, GDC: tl.constexpr,
+    BLOCK_R: tl.constexpr, ORDERED: tl.constexpr, GDC: tl.constexpr,
 ):  # fmt: skip
-    token = tl.program_id(TOKEN_AXIS)
-    batch = tl.num_programs(TOKEN_AXIS)
-    block = tl.program_id(1 - TOKEN_AXIS)
+    block = tl.program_id(0)
+    token = tl.program_id(1)
+    batch = tl.num_programs(1)
+    if ORDERED:
+        token = tl.load(order_ptr + order_offset + token)
     if GDC:
         tl.extra.cuda.gdc_launch_dependents()
     module, width, column, place = output_block(block, TILES_0, TILES_1, TILES_2, NUM_MODULES, BLOCK_T)
@@ -143,15 +165,19 @@ def _row_expand_kernel(
     y_pointers = y_ptr + (column + own)[:, None] * TILE + tl.arange(0, TILE)[None, :]
     y_mask = has_tile[:, None] & (rank > 0)
     sums = tl.load(y_pointers, mask=y_mask, other=0.0).to(tl.float32)
+    # u is read a block ahead too.
     splits = tl.arange(0, SPLITS)[:, None]
+    has_split = splits < NUM_SPLITS
     u_pointers = u_ptr + (splits * batch + token) * U_STRIDE + start + rows[None, :]
+    parts = tl.load(u_pointers, mask=has_split & (rows < rank)[None, :], other=0.0)
     for begin in range(0, rank, BLOCK_R):
-        parts = tl.load(u_pointers + begin, mask=(splits < NUM_SPLITS) & (begin + rows < rank)[None, :], other=0.0)
         following = load_tiles(pages_ptr, page, tile, mask, PAGE_TILES, TILE)
         tile += BLOCK_R * width
         mask = (begin + 2 * BLOCK_R + rows < rank)[:, None] & has_tile[None, :]
         page = load_pages(page_table_ptr, tile, mask, PAGE_TILES)
+        has_row = (begin + BLOCK_R + rows < rank)[None, :]
+        following_parts = tl.load(u_pointers + begin + BLOCK_R, mask=has_split & has_row, other=0.0)
         weights = tl.sum(parts, 0)
         sums += tl.sum(lora_b.to(tl.float32) * weights[:, None, None], 0)
-        lora_b = following
+        lora_b, parts = following, following_parts
     tl.store(y_pointers, sums.to(y_ptr.dtype.element_ty), mask=y_mask)

@@ -1,19 +1,20 @@
-"""How shrink's work for a large decode batch is cut: into items of equal size, found once a step, for every layer.
+"""How a large decode batch is spread over the accelerator, found once a step, for every layer and group.
 
 A program that works for one token reads eight times as much for rank 64 as for rank 8, and the last ones decide when a
 kernel ends. So planned_shrink's work is cut by bytes instead: an item is a block of `PlannedBlocks.rows` rows of A of a
 token's adapter (times the parts into which in_features is cut). It does not pay for the largest rank that a server
-allows, nor for tokens without an adapter, nor for modules that an adapter leaves alone.
+allows, nor for tokens without an adapter, nor for modules that an adapter leaves alone. And planned_expand takes the
+tokens with the most items first.
 
-The kernel is launched with a fixed number of programs, each with a run of items: a CUDA graph can hold it. What it
-needs to find an item is where each token's items begin, `[num_layers, num_groups, batch + 1]`, with their number last:
-a few kilobytes that one small kernel writes at the start of a step. How an item is cut depends on its own token's
-adapter and on the blocks, never on other tokens.
+Kernels are launched with a fixed number of programs, in shrink each with a run of items: a CUDA graph can hold them.
+What they need is where each token's items begin, `[num_layers, num_groups, batch + 1]`, with their number last, and the
+order of tokens `[num_layers, num_groups, batch]`: some kilobytes that one small kernel writes at the start of a step.
+How an item is cut depends on its own token's adapter and on the blocks, never on other tokens.
 
-Early start (kernels.gpu.adapter_tables). The plan is read before the wait. It is written by a kernel that is launched
+Early start (kernels.gpu.early_launch). The plan is read before the wait. It is written by a kernel that is launched
 without early start and does not signal. The first planned_shrink must not be the next kernel behind it: with an
-ordinary kernel between them (in a step the embedding, a norm and a product) it cannot begin before that one began, thus
-not before the plan was complete. The next step's plan, an ordinary kernel too, starts when all that read this one have
+ordinary kernel between them (in a step the embedding and a product) it cannot begin before that one began, thus not
+before the plan was complete. The next step's plan, an ordinary kernel too, starts when all that read this one have
 ended.
 """
 
@@ -26,11 +27,11 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.gpu.adapter_tables import MAX_GROUP_MODULES, GpuAdapterTables, LoraGroup
+from kernels.gpu.adapter_tables import MAX_GROUP_MODULES, MAX_RANK, GpuAdapterTables, LoraGroup
 
 # From this batch on a plan pays. 32 layers of Llama-7B's attention on one H200: 32 tokens of rank 8 took 0.372 ms with
-# no plan and 0.485 with plans for both halves; shrink of 128 tokens 0.50 and 0.388, with ranks 64 to 8 1.46 and 1.12. A
-# plan did little for expand at rank 8 (0.52 and 0.47) and harm with mixed ranks (1.6 and 2.8): it has none.
+# no plan and 0.485 with items for both halves; shrink of 128 tokens 0.50 and 0.388, with ranks 64 to 8 1.46 and 1.12.
+# Expand has an order only: items did little for it at rank 8 (0.52 and 0.47) and harm with mixed ranks (1.6 and 2.8).
 PLAN_FROM_BATCH = 64
 # A token and its adapter's slot share 32 bits of a key, below where the token's items begin.
 MAX_BATCH, MAX_SLOTS = 1 << 11, 1 << 20
@@ -56,9 +57,9 @@ class PlannedBlocks:
     early: bool = True
 
 
-# 8 rows are one item at rank 8. 128 tokens of rank 8, both kernels: 0.892 ms with these, 0.918 with 6 programs of 4
-# warps and 80 registers.
-_BLOCKS = PlannedBlocks(rows=8, num_warps=2, programs=8, registers=128)
+# There too, 128 tokens: 0.357 ms at rank 8 and 1.088 with ranks 64 to 8. Blocks of 8 rows (8 programs, 128 registers)
+# took 0.362 and 1.143; 9 programs of 4 rows 0.495 and 1.49, 11 of them 0.47 and 1.39.
+_BLOCKS = PlannedBlocks(rows=4, num_warps=2, programs=10, registers=96)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +70,8 @@ class RowPlan:
     slots: torch.Tensor
     # int32 [num_layers, num_groups, batch + 1], contiguous
     starts: torch.Tensor
+    # int32 [num_layers, num_groups, batch], contiguous: every token once, those with the most items first.
+    order: torch.Tensor
     tables: GpuAdapterTables
     groups: tuple[LoraGroup, ...]
     blocks: PlannedBlocks
@@ -92,6 +95,7 @@ class RowPlanner:
         self._tables, self._groups, self._from_batch = tables, tuple(groups), from_batch
         device = tables.rank.device
         self._starts = torch.empty(num_layers * len(groups) * (max_batch + 1), dtype=torch.int32, device=device)
+        self._order = torch.empty(num_layers * len(groups) * max_batch, dtype=torch.int32, device=device)
         fields = [(group.first_module, group.num_modules) for group in groups]
         self._fields = torch.tensor(fields, dtype=torch.int32, device=device)
 
@@ -103,14 +107,15 @@ class RowPlanner:
         """Launches the kernel that plans a step with these `slots` (int32 `[batch]`); see above what may follow it."""
         tables, batch = self._tables, slots.shape[0]
         _, num_layers, num_modules = tables.rank.shape
-        shape = (num_layers, len(self._groups), batch + 1)
-        starts = self._starts[: num_layers * len(self._groups) * (batch + 1)].view(shape)
+        num_places = num_layers * len(self._groups)
+        starts = self._starts[: num_places * (batch + 1)].view(num_layers, len(self._groups), batch + 1)
+        order = self._order[: num_places * batch].view(num_layers, len(self._groups), batch)
         _plan_rows_kernel[(num_layers, len(self._groups))](
-            slots, self._fields, tables.rank, starts, batch, num_layers * num_modules, num_modules,
+            slots, self._fields, tables.rank, starts, order, batch, num_layers * num_modules, num_modules,
             GROUP_MODULES=MAX_GROUP_MODULES, BATCH=block_batch(batch), ROWS=blocks.rows,
-            num_warps=_PLAN_WARPS, num_stages=1,
+            SIZES=(MAX_GROUP_MODULES * MAX_RANK // blocks.rows).bit_length() + 1, num_warps=_PLAN_WARPS, num_stages=1,
         )  # fmt: skip
-        return RowPlan(slots, starts, tables, self._groups, blocks, batch)
+        return RowPlan(slots, starts, order, tables, self._groups, blocks, batch)
 
 
 def block_batch(batch: int) -> int:
@@ -148,8 +153,8 @@ def find_item(keys, item):
 
 @triton.jit(do_not_specialize=["batch", "table_stride", "num_modules"])
 def _plan_rows_kernel(
-    slots_ptr, groups_ptr, rank_ptr, starts_ptr, batch, table_stride, num_modules,
-    GROUP_MODULES: tl.constexpr, BATCH: tl.constexpr, ROWS: tl.constexpr,
+    slots_ptr, groups_ptr, rank_ptr, starts_ptr, order_ptr, batch, table_stride, num_modules,
+    GROUP_MODULES: tl.constexpr, BATCH: tl.constexpr, ROWS: tl.constexpr, SIZES: tl.constexpr,
 ):  # fmt: skip
     layer = tl.program_id(0)
     group = tl.program_id(1)
@@ -163,6 +168,16 @@ def _plan_rows_kernel(
         total += tl.load(rank_ptr + entry + module, mask=(slot >= 0) & (module < group_modules), other=0)
     counts = (total + ROWS - 1) // ROWS
     starts = tl.cumsum(counts, 0) - counts
-    starts_ptr += (layer * tl.num_programs(1) + group) * (batch + 1)
+    place = layer * tl.num_programs(1) + group
+    starts_ptr += place * (batch + 1)
     tl.store(starts_ptr + tokens, tl.where(counts > 0, starts, _NO_ITEMS), mask=tokens < batch)
     tl.store(starts_ptr + batch, tl.sum(counts, 0))
+    # By size to a power of two, which is enough, and in each size as they come; those with nothing to do are last.
+    order_ptr += place * batch
+    begin = 0
+    for reverse in tl.static_range(SIZES):
+        size = SIZES - 1 - reverse
+        has_size = (tokens < batch) & (counts >= (1 << size) // 2) & (counts < (1 << size))
+        position = begin + tl.cumsum(has_size.to(tl.int32), 0) - 1
+        tl.store(order_ptr + position, tokens, mask=has_size)
+        begin += tl.sum(has_size.to(tl.int32), 0)

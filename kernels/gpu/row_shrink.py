@@ -6,7 +6,7 @@ of all modules of the group, end to end; the parts are summed by row_expand. A t
 Shapes: slots int32 `[B]`; x `[at least B, in_features]` (any row stride); pages `[num_pages, page_elems]`, one layer of
 the pool; u float32 `[num_splits, B, at least the largest total rank]`, contiguous scratch; in_features is cut into u's
 num_splits parts. The launch depends on shapes and blocks only, so that a CUDA graph can hold it; so does the order of
-sums, and a token's bits do not depend on its neighbours. Starts early, as kernels.gpu.adapter_tables says.
+sums, and a token's bits do not depend on its neighbours. Starts early, as kernels.gpu.early_launch says.
 
 For small batches: a program for each token and part, and no plan ahead. With many tokens of different ranks
 kernels.gpu.planned_shrink is faster.
@@ -29,10 +29,10 @@ from kernels.gpu.adapter_tables import (
     LoraGroup,
     TableLayout,
     group_rows,
-    has_early_launch,
     load_pages,
     load_tiles,
 )
+from kernels.gpu.early_launch import has_early_launch
 
 # Tiles of a row that one program reads, by the largest batch it holds for. A small batch needs many small programs to
 # keep every SM loading; a large one has tokens enough, and each part of u costs row_expand a read. 32 layers of

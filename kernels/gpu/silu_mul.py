@@ -3,8 +3,8 @@
 Semantics: `y = silu(gate) * up` with `silu(z) = z / (1 + exp(-z))`, in float32; silu(gate) is rounded to the type of
 the input before the product, as separate ops would.
 
-Shapes: gate_up `[num_tokens, 2 * size]` contiguous, gate first; y `[num_tokens, size]`. Source: Shazeer 2020, arXiv
-2002.05202.
+Shapes: gate_up `[num_tokens, 2 * size]` contiguous, gate first; y `[num_tokens, size]`. Starts early
+(kernels.gpu.early_launch). Source: Shazeer 2020, arXiv 2002.05202.
 """
 
 from __future__ import annotations
@@ -13,11 +13,14 @@ import torch
 import triton
 import triton.language as tl
 
+from kernels.gpu.early_launch import has_early_launch, start_early
+
 _BLOCK = 1024
 
 
 @triton.jit
-def _kernel(gate_up, out, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+def _kernel(gate_up, out, SIZE: tl.constexpr, BLOCK: tl.constexpr, GDC: tl.constexpr):
+    start_early(GDC)
     token = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < SIZE
@@ -33,5 +36,6 @@ def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
     num_tokens, double = gate_up.shape
     size = double // 2
     out = torch.empty((num_tokens, size), dtype=gate_up.dtype, device=gate_up.device)
-    _kernel[(num_tokens, triton.cdiv(size, _BLOCK))](gate_up, out, SIZE=size, BLOCK=_BLOCK, num_warps=4)
+    grid, gdc = (num_tokens, triton.cdiv(size, _BLOCK)), has_early_launch(gate_up.device)
+    _kernel[grid](gate_up, out, SIZE=size, BLOCK=_BLOCK, GDC=gdc, num_warps=4, launch_pdl=gdc)
     return out

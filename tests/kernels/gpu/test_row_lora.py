@@ -1,4 +1,4 @@
-"""row_shrink or planned_shrink, then row_expand, against the reference, token by token."""
+"""row_shrink and row_expand, or the planned ones, against the reference, token by token."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 from kernels.gpu.adapter_tables import LoraGroup
 from kernels.gpu.planned_shrink import planned_shrink
-from kernels.gpu.row_expand import ExpandBlocks, row_expand
+from kernels.gpu.row_expand import ExpandBlocks, planned_expand, row_expand
 from kernels.gpu.row_plan import PLAN_FROM_BATCH, PlannedBlocks, RowPlanner
 from kernels.gpu.row_shrink import ShrinkBlocks, num_splits_for, row_shrink
 from tests.kernels.gpu.gpu_lora_cases import (
@@ -34,8 +34,8 @@ Blocks = tuple[ShrinkBlocks | PlannedBlocks | None, ExpandBlocks | None]
 # By token and by plan: what the kernels take for this batch; many small blocks; the last plan has more programs than
 # there are items.
 BY_BATCH: Blocks = (None, None)
-SMALL: Blocks = (ShrinkBlocks(2, 1), ExpandBlocks(1, 2, 1, tokens_first=True))
-UNEVEN: Blocks = (ShrinkBlocks(16, 2, early=False), ExpandBlocks(4, 8, 2, registers=128, early=False))
+SMALL: Blocks = (ShrinkBlocks(2, 1), ExpandBlocks(1, 2, 1))
+UNEVEN: Blocks = (ShrinkBlocks(16, 2, early=False), ExpandBlocks(4, 8, 2, early=False))
 PLANNED_SMALL: Blocks = (PlannedBlocks(2, 1, 3, 255), ExpandBlocks(2, 4, 1))
 PLANNED_UNEVEN: Blocks = (PlannedBlocks(16, 2, 40, 255, early=False), ExpandBlocks(8, 4, 4))
 BLOCKS = [BY_BATCH, SMALL, UNEVEN, PLANNED_SMALL, PLANNED_UNEVEN]
@@ -58,13 +58,13 @@ def run(
     out = y.clone()
     # The group is the second of two: the other's items must not matter.
     planner = RowPlanner(tables, [LoraGroup(2, 16, (16, 16)), group], len(slots) + 1, from_batch)
-    if isinstance(shrink, PlannedBlocks):
-        planned_shrink(x, planner.plan(slot_tensor, shrink), LAYER, 1, case.pages, u)
-    elif shrink is None and planner.needs_plan(len(slots)):
-        planned_shrink(x, planner.plan(slot_tensor), LAYER, 1, case.pages, u)
-    else:
+    if not isinstance(shrink, PlannedBlocks) and (shrink is not None or not planner.needs_plan(len(slots))):
         row_shrink(x, slot_tensor, LAYER, case.pages, tables, group, u, shrink)
-    row_expand(u, slot_tensor, LAYER, case.pages, tables, group, out, expand)
+        row_expand(u, slot_tensor, LAYER, case.pages, tables, group, out, expand)
+        return out
+    plan = planner.plan(slot_tensor) if shrink is None else planner.plan(slot_tensor, shrink)
+    planned_shrink(x, plan, LAYER, 1, case.pages, u)
+    planned_expand(u, plan, LAYER, 1, case.pages, out, expand)
     return out
 
 
@@ -207,7 +207,8 @@ def test_the_plan_has_the_items_that_each_token_needs(rng: random.Random, batch:
     slots = [rng.randrange(-1, 6) for _ in range(batch)]
     planner = RowPlanner(case.tables, GROUPS, batch)
     slot_tensor = torch.tensor(slots, dtype=torch.int32, device=device)
-    starts = planner.plan(slot_tensor, PlannedBlocks(4, 1, 1, 255)).starts.tolist()
+    plan = planner.plan(slot_tensor, PlannedBlocks(4, 1, 1, 255))
+    starts, order = plan.starts.tolist(), plan.order.tolist()
     assert len(starts) == NUM_LAYERS
     rows = [-(-sum(ranks[slot].values()) // 4) if slot >= 0 else 0 for slot in slots]
     for layer in range(NUM_LAYERS):
@@ -216,6 +217,9 @@ def test_the_plan_has_the_items_that_each_token_needs(rng: random.Random, batch:
             begin = [sum(counts[:token]) for token in range(batch)]
             expected = [place if count else 2**31 - 1 for place, count in zip(begin, counts, strict=True)]
             assert starts[layer][group] == [*expected, sum(counts)]
+            # The largest first, to a power of two.
+            sizes = [count.bit_length() for count in counts]
+            assert order[layer][group] == sorted(range(batch), key=lambda token: -sizes[token])
 
 
 def test_a_planner_refuses_what_a_plan_cannot_name(rng: random.Random, device: torch.device) -> None:

@@ -14,7 +14,7 @@ from kernels.gpu.pick_tokens import resolve_tokens
 from kernels.gpu.planned_shrink import planned_shrink
 from kernels.gpu.prefill_attention import PrefillPlan, prefill_attention
 from kernels.gpu.rope_kv_write import rope_kv_write
-from kernels.gpu.row_expand import row_expand
+from kernels.gpu.row_expand import planned_expand, row_expand
 from kernels.gpu.row_plan import RowPlan, RowPlanner
 from kernels.gpu.row_shrink import num_splits_for, row_shrink
 from kernels.gpu.segment_expand import segment_expand
@@ -150,9 +150,10 @@ class TritonStep:
             u = self._row_spaces[group] = state.rank_space[: math.prod(shape)].view(shape)
         if plan is None:
             row_shrink(x, slots, layer, pages, tables, modules, u)
+            row_expand(u, slots, layer, pages, tables, modules, y)
         else:
             planned_shrink(x, plan, layer, group, pages, u)
-        row_expand(u, slots, layer, pages, tables, modules, y)
+            planned_expand(u, plan, layer, group, pages, y)
 
     def _add_segments(self, layer: int, group: Group, x: torch.Tensor, segments: Segments, y: torch.Tensor) -> None:
         state, plan, ranks = self._state, segments.plan, segments.max_ranks[group]
