@@ -18,8 +18,9 @@ class Linear:
     """`y = x W^T + b`, W packed for the device."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, device: torch.device) -> None:
-        self._weight = pack_weight(weight.to(device))
-        self._bias = None if bias is None else bias.to(device)
+        # As the device is fastest with: on a CPU only kernels.linear can read it.
+        self.weight = pack_weight(weight.to(device))
+        self.bias = None if bias is None else bias.to(device)
 
     @classmethod
     def read(
@@ -41,4 +42,4 @@ class Linear:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """`[num_tokens, in_features]` to `[num_tokens, sum of out_features]`."""
-        return linear(x, self._weight, self._bias)
+        return linear(x, self.weight, self.bias)

@@ -10,6 +10,7 @@ import torch
 from kernels.gpu.adapter_tables import MAX_RANK
 from kernels.gpu.add_rms_norm import add_rms_norm
 from kernels.gpu.decode_attention import DecodeScratch, decode_attention
+from kernels.gpu.few_row_product import MAX_ROWS, few_row_product
 from kernels.gpu.pick_tokens import resolve_tokens
 from kernels.gpu.planned_shrink import planned_shrink
 from kernels.gpu.prefill_attention import PrefillPlan, prefill_attention
@@ -110,7 +111,7 @@ class TritonStep:
 
     def project(self, layer: int, group: Group, linear: Linear, x: torch.Tensor) -> torch.Tensor:
         """The product, with what the adapters add to it."""
-        y, step = linear(x), self._step
+        y, step = _product(linear, x), self._step
         if group in step.row_groups:
             self._add_rows(layer, group, x, y)
         if step.segments is not None and step.segments.max_ranks[group].total:
@@ -164,3 +165,10 @@ class TritonStep:
             u = self._segment_spaces[group] = torch.empty(shape, dtype=x.dtype, device=x.device)
         segment_shrink(x, plan, layer, pages, tables, modules, u, ranks.total)
         segment_expand(u, plan, layer, pages, tables, modules, y, ranks.total, max_rank=ranks.single)
+
+
+def _product(linear: Linear, x: torch.Tensor) -> torch.Tensor:
+    """The base's part of a projection."""
+    if len(x) <= MAX_ROWS and x.device.type == "cuda":
+        return few_row_product(x, linear.weight, linear.bias)
+    return linear(x)
