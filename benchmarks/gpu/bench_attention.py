@@ -21,7 +21,7 @@ from kernels.gpu import decode_attention as decode
 from kernels.gpu import prefill_attention as prefill
 
 DTYPE = torch.bfloat16
-HEAD_DIM, TOKENS_PER_PAGE = 128, 16
+HEAD_DIM = 128
 MAX_LAYERS = 32
 MAX_POOL_BYTES = 32 << 30
 SCALE = HEAD_DIM**-0.5
@@ -36,6 +36,7 @@ class Shape:
     num_heads: int
     num_kv_heads: int
     num_new: int = 1
+    tokens_per_page: int = 16
 
     def __str__(self) -> str:
         new = f" new {self.num_new}" if self.num_new > 1 else ""
@@ -44,12 +45,12 @@ class Shape:
     @property
     def num_pages(self) -> int:
         """Pages of a layer."""
-        return self.batch * -(-self.context // TOKENS_PER_PAGE)
+        return self.batch * -(-self.context // self.tokens_per_page)
 
     @property
     def layer_elems(self) -> int:
         """Elements of a layer of the pool."""
-        return self.num_pages * 2 * self.num_kv_heads * TOKENS_PER_PAGE * HEAD_DIM
+        return self.num_pages * 2 * self.num_kv_heads * self.tokens_per_page * HEAD_DIM
 
     @property
     def kv_bytes(self) -> int:
@@ -71,7 +72,7 @@ class Pool:
         self.shape = shape
         num_layers = max(1, min(MAX_LAYERS, memory.numel() // shape.layer_elems))
         self.layers = memory[: num_layers * shape.layer_elems].view(
-            num_layers, shape.num_pages, 2, shape.num_kv_heads, TOKENS_PER_PAGE, HEAD_DIM
+            num_layers, shape.num_pages, 2, shape.num_kv_heads, shape.tokens_per_page, HEAD_DIM
         )
         pages = torch.randperm(shape.num_pages, device=memory.device).to(torch.int32).view(shape.batch, -1)
         # One stride for all shapes: the kernels are compiled for what it is a multiple of.
@@ -86,7 +87,7 @@ class Pool:
         """Compares the rows of the first and the last sequence in `out` with torch's attention in float32."""
         shape = self.shape
         for sequence in {0, shape.batch - 1}:
-            used = self.tables[sequence, : -(-shape.context // TOKENS_PER_PAGE)].long()
+            used = self.tables[sequence, : -(-shape.context // shape.tokens_per_page)].long()
             kv = self.layers[layer, used].permute(1, 2, 0, 3, 4).flatten(2, 3)[:, :, : shape.context].float()
             rows = slice(sequence * shape.num_new, (sequence + 1) * shape.num_new)
             keys, values = kv.repeat_interleave(shape.num_heads // shape.num_kv_heads, 1)
@@ -115,8 +116,8 @@ def seconds_per_layer(launch: Callable[[int], None], num_layers: int, num_launch
     return statistics.median(times) / num_launches
 
 
-def bench_decode(pool: Pool, tuning: decode.DecodeTuning | None, num_splits: int, context: int | None = None) -> None:
-    """Prints a line; context: another length than the shape's (0: nothing but launches)."""
+def bench_decode(pool: Pool, tuning: decode.DecodeTuning | None, num_splits: int, context: int | None = None) -> float:
+    """Prints a line, and returns seconds a layer; context: another length than the shape's (0: only launches)."""
     shape = pool.shape
     length = shape.context if context is None else context
     device = pool.q.device
@@ -142,6 +143,7 @@ def bench_decode(pool: Pool, tuning: decode.DecodeTuning | None, num_splits: int
     rate = f"{shape.kv_bytes / seconds / 1e12:6.2f} TB/s" if length else "  launch only"
     mark = " (default)" if tuning is None else ""
     print(f"decode  {shape!s:36} {words:30} {seconds * 1e6:9.2f} us  {rate}{mark}", flush=True)
+    return seconds
 
 
 def bench_prefill(pool: Pool, tuning: prefill.PrefillTuning | None) -> None:

@@ -381,12 +381,12 @@ def main() -> None:
         run_check()
     if chosen := [run for name, run in parts.items() if name in options.only]:
         cases = [*decode_cases(options.quick), DecodeCase(LLAMA_7B, "attn", "S2", 128)]
-        pool = AdapterPool(max(_pool_elems(case) for case in cases))
+        pool = AdapterPool(max(pool_elems(case) for case in cases))
         for run in chosen:
             run(pool, options.quick)
 
 
-def _pool_elems(case: DecodeCase) -> int:
+def pool_elems(case: DecodeCase) -> int:
     """Elements of the pool that the case needs."""
     elems_each = [rank * elems_a_rank(case.shape.take(case.modules)) for rank in case.ranks(case.batch)]
     pages = case.rounds * sum(-(-elems // case.shape.page_elems) for elems in elems_each)

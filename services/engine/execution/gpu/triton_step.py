@@ -10,13 +10,13 @@ import torch
 from kernels.gpu.adapter_tables import MAX_RANK
 from kernels.gpu.add_rms_norm import add_rms_norm
 from kernels.gpu.decode_attention import DecodeScratch, decode_attention
-from kernels.gpu.few_row_product import MAX_ROWS, few_row_product
 from kernels.gpu.pick_tokens import resolve_tokens
 from kernels.gpu.planned_shrink import planned_shrink
 from kernels.gpu.prefill_attention import PrefillPlan, prefill_attention
 from kernels.gpu.rope_kv_write import rope_kv_write
 from kernels.gpu.row_expand import planned_expand, row_expand
 from kernels.gpu.row_plan import RowPlan, RowPlanner
+from kernels.gpu.row_product import row_product
 from kernels.gpu.row_shrink import num_splits_for, row_shrink
 from kernels.gpu.segment_expand import segment_expand
 from kernels.gpu.segment_shrink import segment_shrink
@@ -169,6 +169,6 @@ class TritonStep:
 
 def _product(linear: Linear, x: torch.Tensor) -> torch.Tensor:
     """The base's part of a projection."""
-    if len(x) <= MAX_ROWS and x.device.type == "cuda":
-        return few_row_product(x, linear.weight, linear.bias)
+    if len(x) == 1 and x.device.type == "cuda":
+        return row_product(x, linear.weight, linear.bias)
     return linear(x)
