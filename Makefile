@@ -52,6 +52,7 @@ bench: setup ## Measure the engine against transformers + PEFT on this machine's
 
 bench-gpu: setup ## Measure the engine on an accelerator
 	python -m benchmarks.gpu.bench_engine
+	python -m benchmarks.gpu.bench_peft
 
 demo: setup ## The whole path on this machine: S3, adapter store, engine, gateway, many adapters; ends by itself
 	@python -m services.local demo
