@@ -33,15 +33,19 @@ def merge(path: Path, command: str, rows: Sequence[Row], accelerator: str) -> No
     """Puts rows of one of several benchmarks into the file they share.
 
     A row takes the place of the one with the same labels and metric; others stay. What is said of the file holds for
-    the newest rows: those of another commit carry it themselves, and so do those of other hardware.
+    the newest rows; those that were measured at another commit carry theirs. Raises ValueError for a file of another
+    accelerator.
     """
     described = _described(command, accelerator)
     kept: list[Row] = []
     if path.exists():
         old: dict[str, Any] = json.loads(path.read_text())
+        measured_on = str(old["hardware"]["accelerator"])
+        if not measured_on.startswith(accelerator):
+            raise ValueError(f"{path} is of {measured_on}, not of {accelerator}")
         new_keys = {_key(row) for row in rows}
-        differs = {name: old[name] for name in ("hardware", "commit") if old.get(name) != described[name]}
-        kept = [differs | row for row in old["rows"] if _key(row) not in new_keys]
+        at = {} if old["commit"] == described["commit"] else {"commit": old["commit"]}
+        kept = [at | row for row in old["rows"] if _key(row) not in new_keys]
     _write(path, described, [*kept, *rows])
 
 
@@ -54,7 +58,7 @@ def print_row(bench: str, model: str, setting: str, targets: str, metric: str, v
 
 
 def _key(row: Mapping[str, object]) -> str:
-    labels = {name: value for name, value in row.items() if name not in ("value", "commit", "hardware")}
+    labels = {name: value for name, value in row.items() if name not in ("value", "commit")}
     return json.dumps(labels, sort_keys=True)
 
 

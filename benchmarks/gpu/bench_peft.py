@@ -2,9 +2,9 @@
 
 Both in one run, on one accelerator, in one type, with random weights of one shape and random adapters of rank 8. PEFT
 gets the first requests of the mix's list in its own mixed batches (`adapter_names`), an adapter a row, outputs forced
-to length; one batch of 32 ends when its longest output does, some 500 steps, which takes it about 90 s on an H200. The
-first 32 requests stand for the list: 261 outputs on average and 507 at most, the list 257, and its batches 500. More
-batches can be asked for. The engine serves the whole list, and then only PEFT's requests.
+to length; a batch ends when its longest output does. One batch of 32 takes it a minute or two and is a fair sample: its
+requests have 261 outputs on average and 507 at most; those of the whole list have 257, and its batches 500 at most, on
+average. More batches can be asked for. The engine serves the whole list, and PEFT's requests alone.
 
 Run: python -m benchmarks.gpu.bench_peft [--batch 32] [--batches 1] [--adapters 5] [--tiny]
 """

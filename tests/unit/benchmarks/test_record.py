@@ -42,3 +42,10 @@ def test_rows_that_stay_keep_the_commit_they_were_measured_at(tmp_path: Path, mo
     result = read(path)
     assert result["commit"] == "ccc"
     assert [one.get("commit", result["commit"]) for one in result["rows"]] == ["aaa", "bbb", "ccc"]
+
+
+def test_figures_of_two_accelerators_are_not_mixed(tmp_path: Path) -> None:
+    path = tmp_path / "h200.json"
+    merge(path, "first", [row("tpot_ms", 1.0)], "NVIDIA H200")
+    with pytest.raises(ValueError, match="is of NVIDIA H200, not of NVIDIA H100"):
+        merge(path, "second", [row("tpot_ms", 2.0)], "NVIDIA H100")
