@@ -50,8 +50,10 @@ test-gpu: setup ## Run the tests of the accelerator's kernels and runner, on an 
 bench: setup ## Measure the engine against transformers + PEFT on this machine's CPU
 	python -m benchmarks.bench_cpu_throughput
 
-bench-gpu: setup ## Measure the engine on an accelerator
+bench-gpu: setup ## Measure on an accelerator: the engine's core, against transformers + PEFT, and all services
 	python -m benchmarks.gpu.bench_engine
+	python -m benchmarks.gpu.bench_peft
+	python -m benchmarks.gpu.bench_services
 
 demo: setup ## The whole path on this machine: S3, adapter store, engine, gateway, many adapters; ends by itself
 	@python -m services.local demo

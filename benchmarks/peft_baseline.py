@@ -104,13 +104,20 @@ class PeftBaseline:
     ) -> BaselineRun:
         """Runs one batch; as `run`."""
         model = self.model_with({request.adapter for request in batch if request.adapter is not None})
-        began = time.perf_counter()
-        output = _generate(model, batch, ignore_eos, measure_margins)
-        seconds = time.perf_counter() - began
-        ends = frozenset() if ignore_eos else _eos_ids(model)
-        rows = [_cut(row, request.max_tokens, ends) for row, request in zip(output.tokens, batch, strict=True)]
-        margins = [_least_margin(output.logits[i], len(row)) for i, row in enumerate(rows)] if measure_margins else []
-        return BaselineRun(tuple(rows), tuple(margins), seconds)
+        return run_mixed_batch(model, batch, ignore_eos, measure_margins)
+
+
+def run_mixed_batch(
+    model: Any, batch: Sequence[BaselineRequest], ignore_eos: bool = False, measure_margins: bool = False
+) -> BaselineRun:
+    """Runs one batch on a PEFT model that has its adapters loaded, where that model is; as `PeftBaseline.run`."""
+    began = time.perf_counter()
+    output = _generate(model, batch, ignore_eos, measure_margins)
+    seconds = time.perf_counter() - began
+    ends = frozenset() if ignore_eos else _eos_ids(model)
+    rows = [_cut(row, request.max_tokens, ends) for row, request in zip(output.tokens, batch, strict=True)]
+    margins = [_least_margin(output.logits[i], len(row)) for i, row in enumerate(rows)] if measure_margins else []
+    return BaselineRun(tuple(rows), tuple(margins), seconds)
 
 
 def run_peft_baseline(
@@ -163,12 +170,13 @@ def _generate(model: Any, batch: Sequence[BaselineRequest], ignore_eos: bool, ke
     )
     with _eos_ignored(model) if ignore_eos else nullcontext():
         output = model.generate(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
+            input_ids=input_ids.to(model.device),
+            attention_mask=attention_mask.to(model.device),
             adapter_names=[request.adapter or BASE_ROW for request in batch],
             generation_config=configuration,
         )
     logits = torch.stack(output.logits, dim=1) if keep_logits else torch.empty(0)
+    # Waits for the device, so that the time of a batch is that of its work.
     return _Output(output.sequences[:, longest:].tolist(), logits)
 
 

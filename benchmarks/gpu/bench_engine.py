@@ -7,14 +7,13 @@ used. *churn*: 32 sequences without adapters while a thousand adapters are loade
 hundred. Settings: base (no adapters), S1 (rank 8), S2 (ranks 64, 32, 16, 8).
 
 Run: python -m benchmarks.gpu.bench_engine [--model llama-7b] [--targets attn] [--quick] [--only decode,prefill,...]
+Only some mixes: --only paper_mix --mixes base:0,S1:5
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import itertools
-import json
 import random
 import statistics
 import sys
@@ -24,47 +23,51 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
+from benchmarks.gpu.bench_model import BenchModel, chosen_model, keep_rows, model_arguments
 from benchmarks.gpu.core_driver import CoreDriver, CoreRun, request
 from benchmarks.gpu.synthetic import SyntheticAdapters, make_adapters, make_runner, settings_of
+from benchmarks.record import Row, say
+from benchmarks.trace import draw_mix
 from services.engine.config import EngineSettings
 from services.engine.core.launch import SWITCH_SECONDS
 from services.engine.execution.gpu.gpu_runner import GpuRunner
+from services.engine.execution.model_runner import ModelRunner
 from services.engine.messages import Abort, Adapter, Generate, Prefetch, StepReport
 
 PROMPT, OUTPUT = 256, 128
 DECODE_BATCHES = (1, 32, 128)
-MIX_ADAPTERS = (5, 100, 1000, 2000)
-SHORTEST, LONGEST = 8, 512
+MIX_REQUESTS = 768
+MIXES = "base:0,S1:5,S1:100,S1:1000,S1:2000,S2:5,S2:100,S2:1000,S2:2000"
+LONG_OUTPUT = 768
 LOADS_AT_ONCE = 4
 
 
 @dataclass(frozen=True)
 class Bench:
-    """A model on the device, and what is measured with it."""
+    """A model on its device, and what is measured with it."""
 
-    model: str
-    targets: str
+    model: BenchModel
     settings: EngineSettings
-    runner: GpuRunner
+    runner: ModelRunner | GpuRunner
+
+    @classmethod
+    def open(cls, model: BenchModel, scratch: Path) -> Bench:
+        """Makes the model up on its device."""
+        began = time.perf_counter()
+        settings = settings_of(scratch, model.shape, model.max_len, model.dtype, device=model.device)
+        runner = make_runner(settings)
+        say(f"# {model.shape} in {time.perf_counter() - began:.1f} s: {runner.pool_config}")
+        return cls(model, settings, runner)
 
     def prompt(self, draw: random.Random, length: int) -> list[int]:
         """Random tokens."""
         return [draw.randrange(self.runner.vocab_size) for _ in range(length)]
 
-    def row(self, bench: str, setting: str, metric: str, value: float, **more: object) -> dict[str, object]:
-        """A row of the results, printed at once."""
-        row: dict[str, object] = {"bench": bench, "model": self.model, "setting": setting, "targets": self.targets}
-        row |= {**more, "metric": metric, "value": round(value, 4)}
-        print(json.dumps(row), flush=True)
-        return row
-
     def source(self, setting: str, number: int) -> SyntheticAdapters:
         """Adapters of a setting; none for the base."""
         if setting == "base":
             return SyntheticAdapters({}, {}, ())
-        return make_adapters(self.runner.config, setting, self.targets, number, self.runner.tile_elems)
+        return make_adapters(self.runner.config, setting, self.model.targets, number)
 
     def batch(self, draw: random.Random, adapters: tuple[Adapter, ...], size: int) -> list[Generate]:
         """Requests of PROMPT and OUTPUT tokens, each with another adapter as far as there are any."""
@@ -74,7 +77,7 @@ class Bench:
         ]
 
 
-def measure_decode(bench: Bench, setting: str, sizes: tuple[int, ...]) -> Iterator[dict[str, object]]:
+def measure_decode(bench: Bench, setting: str, sizes: tuple[int, ...]) -> Iterator[Row]:
     """Time a step between tokens, when every sequence has its first token; the median of a run's steps."""
     source = bench.source(setting, max(sizes))
     driver = CoreDriver(bench.settings, bench.runner, source)
@@ -86,12 +89,14 @@ def measure_decode(bench: Bench, setting: str, sizes: tuple[int, ...]) -> Iterat
         steps = [1e3 * (b - a) for a, b in itertools.pairwise(full[2:])]
         distinct = min(size, len(source.adapters))
         mean = 1e3 * (full[-1] - full[2]) / (len(full) - 3)
-        yield bench.row("decode", setting, "tpot_ms", mean, batch=size, distinct=distinct)
-        yield bench.row("decode", setting, "tpot_ms_median", statistics.median(steps), batch=size, distinct=distinct)
+        yield bench.model.row("decode", setting, "tpot_ms", mean, batch=size, distinct=distinct)
+        yield bench.model.row(
+            "decode", setting, "tpot_ms_median", statistics.median(steps), batch=size, distinct=distinct
+        )
     driver.close()
 
 
-def measure_idle_adapters(bench: Bench) -> Iterator[dict[str, object]]:
+def measure_idle_adapters(bench: Bench) -> Iterator[Row]:
     """Batches without adapters on an engine that holds a thousand."""
     source = bench.source("S1", 1000)
     driver = CoreDriver(bench.settings, bench.runner, source)
@@ -101,11 +106,11 @@ def measure_idle_adapters(bench: Bench) -> Iterator[dict[str, object]]:
         run = driver.run(bench.batch(draw, (), size))
         full = [now for now, tokens in run.reports if tokens == size]
         mean = 1e3 * (full[-1] - full[2]) / (len(full) - 3)
-        yield bench.row("decode", "base", "tpot_ms", mean, batch=size, distinct=0, adapters=1000)
+        yield bench.model.row("decode", "base", "tpot_ms", mean, batch=size, distinct=0, adapters=1000)
     driver.close()
 
 
-def measure_prefill(bench: Bench, setting: str, num_rounds: int = 3) -> Iterator[dict[str, object]]:
+def measure_prefill(bench: Bench, setting: str, num_rounds: int = 3) -> Iterator[Row]:
     """128 prompts of 256 tokens, each with another adapter; one token each."""
     source = bench.source(setting, 128)
     driver = CoreDriver(bench.settings, bench.runner, source)
@@ -118,10 +123,10 @@ def measure_prefill(bench: Bench, setting: str, num_rounds: int = 3) -> Iterator
         seconds.append(driver.run(asks).seconds)
     driver.close()
     distinct = len(source.adapters)
-    yield bench.row("prefill", setting, "seconds", statistics.median(seconds[1:]), batch=128, distinct=distinct)
+    yield bench.model.row("prefill", setting, "seconds", statistics.median(seconds[1:]), batch=128, distinct=distinct)
 
 
-def measure_load(bench: Bench, setting: str) -> Iterator[dict[str, object]]:
+def measure_load(bench: Bench, setting: str) -> Iterator[Row]:
     """Adapters in host memory, asked for one by one while nothing else waits: until each may be used."""
     source = bench.source(setting, 64)
     driver = CoreDriver(bench.settings, bench.runner, source)
@@ -136,15 +141,15 @@ def measure_load(bench: Bench, setting: str) -> Iterator[dict[str, object]]:
     largest = max(manifest.packed_bytes for manifest in source.manifests.values())
     usual = [times[d] for d, m in source.manifests.items() if m.packed_bytes == largest][4:]
     label = {"adapters": 64, "packed_bytes": largest}
-    yield bench.row("load", setting, "usable_ms", 1e3 * statistics.median(usual), **label)
+    yield bench.model.row("load", setting, "usable_ms", 1e3 * statistics.median(usual), **label)
 
 
-def measure_churn(bench: Bench, setting: str) -> Iterator[dict[str, object]]:
+def measure_churn(bench: Bench, setting: str) -> Iterator[Row]:
     """What 32 sequences without adapters feel of adapters that come and go: times between their tokens."""
     source = bench.source(setting, 1000)
     driver = CoreDriver(dataclasses.replace(bench.settings, max_adapters=100), bench.runner, source)
     draw = random.Random(5)
-    asks = [[request(bench.prompt(draw, PROMPT), 2 * LONGEST - PROMPT) for _ in range(32)] for _ in range(3)]
+    asks = [[request(bench.prompt(draw, PROMPT), LONG_OUTPUT) for _ in range(32)] for _ in range(3)]
     driver.run(asks[0])
     quiet = _step_times(driver.run(asks[1]), 32)
     adapters = itertools.cycle(source.adapters)
@@ -165,11 +170,11 @@ def measure_churn(bench: Bench, setting: str) -> Iterator[dict[str, object]]:
         driver.core.handle(Abort(number))
     driver.close()
     labels = {"adapters": 1000, "batch": 32, "distinct": 0}
-    yield bench.row("churn", setting, "loads_per_s", loads / run.seconds, **labels)
+    yield bench.model.row("churn", setting, "loads_per_s", loads / run.seconds, **labels)
     for name, share in (("p50", 0.5), ("p99", 0.99)):
         values = [sorted(times)[int(share * len(times))] for times in (quiet, churned)]
-        yield bench.row("churn", setting, f"quiet_{name}_ms", 1e3 * values[0], **labels)
-        yield bench.row("churn", setting, f"{name}_ratio", values[1] / values[0], **labels)
+        yield bench.model.row("churn", setting, f"quiet_{name}_ms", 1e3 * values[0], **labels)
+        yield bench.model.row("churn", setting, f"{name}_ratio", values[1] / values[0], **labels)
 
 
 def _step_times(run: CoreRun, size: int) -> list[float]:
@@ -178,29 +183,34 @@ def _step_times(run: CoreRun, size: int) -> list[float]:
     return [b - a for a, b in itertools.pairwise(full[2:])]
 
 
-def measure_mix(bench: Bench, setting: str, adapters: int, requests: int) -> Iterator[dict[str, object]]:
+def measure_mix(bench: Bench, setting: str, num_adapters: int, num_requests: int) -> Iterator[Row]:
     """The paper's mix, all at once; adapters are in host memory at the start, none on the device."""
-    source = bench.source(setting, adapters)
+    source = bench.source(setting, num_adapters)
     driver = CoreDriver(bench.settings, bench.runner, source)
-    # Lengths and prompts are the same whatever the adapters: requests a second can be compared.
-    draw, pick = random.Random(4), random.Random(6)
+    mix = draw_mix(num_requests, len(source.adapters), bench.runner.vocab_size, bench.model.lengths)
     asks = [
-        request(
-            bench.prompt(draw, draw.randint(SHORTEST, LONGEST)),
-            draw.randint(SHORTEST, LONGEST),
-            pick.choice(source.adapters) if source.adapters else None,
-        )
-        for _ in range(requests)
+        request(one.prompt_ids, one.num_outputs, None if one.adapter is None else source.adapters[one.adapter])
+        for one in mix
     ]
     run = driver.run(asks)
     driver.close()
-    labels = {"adapters": adapters if source.adapters else 0, "requests": requests}
-    yield bench.row("paper_mix", setting, "requests_per_s", requests / run.seconds, **labels)
-    yield bench.row("paper_mix", setting, "tokens_per_s", run.num_tokens / run.seconds, **labels)
+    labels = {"adapters": num_adapters, "requests": num_requests}
+    yield bench.model.row("paper_mix", setting, "requests_per_s", num_requests / run.seconds, **labels)
+    yield bench.model.row("paper_mix", setting, "tokens_per_s", run.num_tokens / run.seconds, **labels)
 
 
-def measure(bench: Bench, only: set[str], quick: bool) -> Iterator[dict[str, object]]:
-    """Everything that was asked for, base first."""
+def measure_mixes(bench: Bench, mixes: str, num_requests: int) -> Iterator[Row]:
+    """Several mixes, each a setting and a number of adapters: `base:0,S1:5`."""
+    for setting in ("base", "S2"):  # kernels are compiled, clocks rise
+        for _ in measure_mix(bench, setting, 100 if setting != "base" else 0, num_requests // 2):
+            pass
+    for mix in mixes.split(","):
+        setting, _, number = mix.partition(":")
+        yield from measure_mix(bench, setting, int(number), num_requests)
+
+
+def measure(bench: Bench, only: set[str], quick: bool) -> Iterator[Row]:
+    """Everything that was asked for but the mixes, base first."""
     sizes = (1, 32) if quick else DECODE_BATCHES
     if "decode" in only:
         for setting in ("base", "S1", "S2"):
@@ -216,43 +226,25 @@ def measure(bench: Bench, only: set[str], quick: bool) -> Iterator[dict[str, obj
     if "churn" in only:
         for setting in ("S1", "S2"):
             yield from measure_churn(bench, setting)
-    if "paper_mix" in only:
-        requests = 64 if quick else 768
-        for setting in ("base", "S2"):  # kernels are compiled, clocks rise
-            list(measure_mix(bench, setting, 100, requests // 2))
-        yield from measure_mix(bench, "base", 0, requests)
-        for setting in ("S1", "S2"):
-            for adapters in MIX_ADAPTERS[:1] if quick else MIX_ADAPTERS:
-                yield from measure_mix(bench, setting, adapters, requests)
 
 
 def main() -> None:
-    """Measures and prints rows, also to --out."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="llama-7b")
-    parser.add_argument("--targets", default="attn", choices=("attn", "all"))
+    """Measures, prints rows, and merges them into the results."""
+    parser = model_arguments(__doc__)
     parser.add_argument("--only", default="decode,prefill,load,churn,paper_mix")
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--quick", action="store_true", help="few batches, requests and adapters")
+    parser.add_argument("--mixes", default=MIXES, help="of paper_mix: setting:adapters, … (default %(default)s)")
+    parser.add_argument("--requests", type=int, default=MIX_REQUESTS, help="of each mix (default %(default)s)")
     arguments = parser.parse_args()
+    model, only = chosen_model(arguments), set(arguments.only.split(","))
     sys.setswitchinterval(SWITCH_SECONDS)
     with tempfile.TemporaryDirectory() as scratch:
-        began = time.perf_counter()
-        more = {"device": arguments.device}
-        place = Path(scratch)
-        settings = settings_of(place, arguments.model, 1024, arguments.dtype, **more)
-        runner = make_runner(place, arguments.model, 1024, arguments.dtype, **more)
-        print(f"{arguments.model} in {time.perf_counter() - began:.1f} s: {runner.pool_config}", file=sys.stderr)
-        bench = Bench(arguments.model, arguments.targets, settings, runner)
-        rows = list(measure(bench, set(arguments.only.split(",")), arguments.quick))
-    if arguments.out:
-        arguments.out.write_text(json.dumps({"device": _device_name(arguments.device), "rows": rows}, indent=1))
-
-
-def _device_name(device: str) -> str:
-    return torch.cuda.get_device_name() if device == "cuda" else "cpu"
+        bench = Bench.open(model, Path(scratch))
+        rows = list(measure(bench, only, arguments.quick))
+        if "paper_mix" in only:
+            mixes, requests = ("base:0,S1:5,S2:5", 64) if arguments.quick else (arguments.mixes, arguments.requests)
+            rows += measure_mixes(bench, mixes, requests)
+    keep_rows(rows, model, arguments.out)
 
 
 if __name__ == "__main__":

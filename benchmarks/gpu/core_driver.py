@@ -12,6 +12,7 @@ from services.engine.adapters.source import AdapterSource
 from services.engine.config import EngineSettings
 from services.engine.core.engine_core import EngineCore
 from services.engine.execution.gpu.gpu_runner import GpuRunner
+from services.engine.execution.model_runner import ModelRunner
 from services.engine.messages import Adapter, Generate, SamplingParams, StepReport, StopParams
 
 GREEDY = SamplingParams(temperature=0.0)
@@ -45,7 +46,7 @@ class CoreRun:
 class CoreDriver:
     """One core over a runner; `close` gives the runner back, with every page free."""
 
-    def __init__(self, settings: EngineSettings, runner: GpuRunner, source: AdapterSource) -> None:
+    def __init__(self, settings: EngineSettings, runner: ModelRunner | GpuRunner, source: AdapterSource) -> None:
         self._news = threading.Event()
         self.core = EngineCore(settings, runner, source, self._news.set)
 

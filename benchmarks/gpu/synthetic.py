@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,9 +14,13 @@ from services.common.block_digest import block_digest
 from services.engine.adapters.layout import AdapterLayout, ModulePlacement, TargetModule
 from services.engine.adapters.source import AdapterManifest
 from services.engine.config import EngineSettings
+from services.engine.execution.gpu.adapter_device import model_tile_elems
 from services.engine.execution.gpu.gpu_runner import GpuRunner
+from services.engine.execution.model_runner import ModelRunner
+from services.engine.execution.open_runner import open_runner
 from services.engine.messages import Adapter
-from services.engine.model.config import ModelConfig, load_model_config
+from services.engine.model.config import ModelConfig
+from services.engine.model.random_weights import NAME_PREFIX
 from services.engine.model.step_ops import module_groups
 
 SHAPES: dict[str, dict[str, object]] = {
@@ -53,31 +57,6 @@ _T = TargetModule
 TARGETS: dict[str, tuple[TargetModule, ...]] = {"attn": (_T.Q, _T.K, _T.V, _T.O), "all": tuple(TargetModule)}
 
 
-class RandomWeights:
-    """`Weights` of the right shapes, scaled so that activations stay near one."""
-
-    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
-        self._device, self._dtype = device, dtype
-        self._generator = torch.Generator(device).manual_seed(0)
-
-    def __contains__(self, name: str) -> bool:
-        return True
-
-    def read(self, name: str, shape: Sequence[int]) -> torch.Tensor:
-        """Ones for a norm, else normally distributed."""
-        if len(shape) == 1:
-            return torch.ones(tuple(shape), dtype=self._dtype, device=self._device)
-        weight = torch.empty(tuple(shape), dtype=self._dtype, device=self._device)
-        return weight.normal_(0.0, shape[-1] ** -0.5, generator=self._generator)
-
-    def read_stacked(self, names: Sequence[str], shapes: Sequence[Sequence[int]]) -> torch.Tensor:
-        """As one tensor of so many rows."""
-        return self.read(names[0], (sum(shape[0] for shape in shapes), *shapes[0][1:]))
-
-    def finish(self) -> None:
-        """Nothing is left over."""
-
-
 def write_config(directory: Path, model: str, max_len: int, dtype: str) -> Path:
     """A checkpoint directory with a config.json and nothing else."""
     shape = {"model_type": "llama", "max_position_embeddings": max_len, "dtype": dtype, "rms_norm_eps": 1e-5}
@@ -86,18 +65,27 @@ def write_config(directory: Path, model: str, max_len: int, dtype: str) -> Path:
     return directory
 
 
-def make_runner(directory: Path, model: str, max_len: int = 1024, dtype: str = "bfloat16", **more: object) -> GpuRunner:
-    """A runner of the shape `model`; `more` are fields of EngineSettings."""
-    settings = settings_of(directory, model, max_len, dtype, **more)
-    config = load_model_config(Path(settings.checkpoint), settings.dtype)
-    return GpuRunner(settings, RandomWeights(torch.device(settings.device), config.dtype))
+def make_runner(settings: EngineSettings) -> ModelRunner | GpuRunner:
+    """The runner of `settings_of`, with random weights."""
+    return open_runner(settings)
 
 
 def settings_of(directory: Path, model: str, max_len: int, dtype: str, **more: object) -> EngineSettings:
-    """The settings of `make_runner`."""
-    checkpoint = str(write_config(directory, model, max_len, dtype))
-    fields: dict[str, object] = {"device": "cuda", "max_adapters": 2048}
-    return EngineSettings(checkpoint=checkpoint, adapter_store="", **(fields | more)).for_device()  # type: ignore[arg-type]
+    """Settings of an engine of the shape `model` that makes its weights up; `more` are fields of EngineSettings."""
+    fields: dict[str, object] = {
+        "checkpoint": str(write_config(directory, model, max_len, dtype)),
+        "adapter_store": "",
+        "base_model": served_name(model),
+        "random_weights": True,
+        "device": "cuda",
+        "max_adapters": 2048,
+    }
+    return EngineSettings(**(fields | more)).for_device()  # type: ignore[arg-type]
+
+
+def served_name(model: str) -> str:
+    """What a base model with made-up weights is called."""
+    return f"{NAME_PREFIX}-{model}"
 
 
 @dataclass(frozen=True)
@@ -135,8 +123,9 @@ class _Fetch:
         """Nothing is held."""
 
 
-def make_adapters(config: ModelConfig, setting: str, targets: str, number: int, tile: int = 128) -> SyntheticAdapters:
+def make_adapters(config: ModelConfig, setting: str, targets: str, number: int) -> SyntheticAdapters:
     """`number` adapters, ranks in turn, on the modules of `targets`, packed as the adapter store packs."""
+    tile = model_tile_elems(module_groups(config))
     by_rank = {rank: _pack(config, rank, TARGETS[targets], tile) for rank in RANKS[setting]}
     manifests, weights, adapters = {}, {}, []
     for i in range(number):

@@ -43,7 +43,7 @@ async def serve(settings: EngineSettings, tokenizer: TextTokenizer, command: Cal
     """Serves with cores started by `command(fd)`; returns the process's exit code."""
     metrics = EngineMetrics()
     server = GrpcServer(settings.listen, [SERVICE_NAME])
-    frontend = Frontend(tokenizer, metrics, _base_model(settings), _engine_ids(settings, server.port).__next__)
+    frontend = Frontend(tokenizer, metrics, settings.served_name, _engine_ids(settings, server.port).__next__)
     engine_pb2_grpc.add_EngineServiceServicer_to_server(EngineServicer(frontend), server.grpc)
     metrics_server = serve_metrics(settings.metrics, metrics.registry)
     await server.start(serving=False)
@@ -72,10 +72,6 @@ async def serve(settings: EngineSettings, tokenizer: TextTokenizer, command: Cal
         if metrics_server:
             metrics_server[0].shutdown()
             metrics_server[0].server_close()
-
-
-def _base_model(settings: EngineSettings) -> str:
-    return settings.base_model or Path(settings.checkpoint).resolve().name
 
 
 def _engine_ids(settings: EngineSettings, port: int) -> Iterator[str]:

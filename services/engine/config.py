@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from pathlib import Path
 
 from services.common.settings import LogLevel, setting
 
@@ -20,6 +21,7 @@ class EngineSettings:
     engine_id: str = setting("", "unique name; empty: made from host, port and time")
     device: str = setting("cpu", "torch device: cpu or cuda")
     dtype: str = setting("auto", "auto (the checkpoint's), float32, bfloat16 or float16")
+    random_weights: bool = setting(False, "make up the weights of config.json's model and read none: to size a machine")
     num_threads: int = setting(0, "CPU threads of the core; 0: torch's own choice")
     pool_bytes: int = setting(0, "bytes of the pool; 0: 512 MiB on a CPU, what the weights leave on an accelerator")
     num_pages: int = setting(0, "pages of the pool; 0: as many as pool_bytes holds")
@@ -33,6 +35,11 @@ class EngineSettings:
     load_timeout_seconds: float = setting(30.0, "an adapter load that takes longer fails")
     drain_seconds: float = setting(30.0, "on SIGTERM running requests have this long to end")
     log_level: LogLevel = setting("INFO", "DEBUG, INFO, WARNING or ERROR")
+
+    @property
+    def served_name(self) -> str:
+        """What the base model is called outside."""
+        return self.base_model or Path(self.checkpoint).resolve().name
 
     def for_device(self) -> EngineSettings:
         """These settings, with what was left to the engine chosen for its device."""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+WEIGHTS = "*.safetensors"
 SERVED_DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -27,16 +29,24 @@ class Checkpoint:
         return self.path.name
 
 
-def open_checkpoint(path: Path) -> Checkpoint:
-    """Looks at the directory; raises BadInput if it cannot be a checkpoint. The engine checks the rest."""
+def makes_weights_up(engine_options: Mapping[str, object]) -> bool:
+    """Whether engines with these options read no weights."""
+    return str(engine_options.get("random_weights", "")).lower() in ("1", "true", "yes", "on")
+
+
+def open_checkpoint(path: Path, needs_weights: bool = True) -> Checkpoint:
+    """Looks at the directory; raises BadInput if it cannot be a checkpoint. The engine checks the rest.
+
+    `needs_weights` is False for engines that make their weights up.
+    """
     if not path.is_dir():
         raise BadInput(f"{path} is not a directory; give the directory of a Hugging Face checkpoint")
     for needed, example in (
         ("config.json", "config.json"),
-        ("*.safetensors", "model.safetensors"),
+        (WEIGHTS, "model.safetensors"),
         ("tokenizer.json",) * 2,
     ):
-        if not any(path.glob(needed)):
+        if not any(path.glob(needed)) and (needs_weights or needed != WEIGHTS):
             raise BadInput(f"{path} is not a Hugging Face checkpoint: it has no {example}")
     try:
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))

@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from services.local.checkpoint import BadInput, open_checkpoint
+from services.local.checkpoint import BadInput, makes_weights_up, open_checkpoint
 from services.local.embedded_redis import EmbeddedRedis
 from services.local.embedded_s3 import EmbeddedS3
 from services.local.health_client import is_serving
@@ -65,7 +65,7 @@ class LocalStack:
     `state_dir` holds redis/, s3/ and logs/; with the same one, adapters registered before are there again. Options go
     to the services as they are and win over what is set here. `s3_environment` (the AWS way: AWS_ENDPOINT_URL, keys)
     names an S3 service elsewhere; without it one is embedded. Raises BadInput for a directory that is no checkpoint,
-    StartFailed when a process does not come up.
+    StartFailed when a process does not come up (a service has `start_timeout_seconds`).
     """
 
     state_dir: Path
@@ -78,10 +78,11 @@ class LocalStack:
     engine_options: Options = field(default_factory=dict)
     gateway_options: Options = field(default_factory=dict)
     s3_environment: Mapping[str, str] | None = None
+    start_timeout_seconds: float = 90.0
     report: Callable[[str], None] = lambda line: None
 
     def __post_init__(self) -> None:
-        described = open_checkpoint(self.checkpoint)
+        described = open_checkpoint(self.checkpoint, needs_weights=not makes_weights_up(self.engine_options))
         self.checkpoint = described.path
         self.base_model = self.base_model or described.name
         self._dtype = described.dtype
@@ -257,6 +258,7 @@ class LocalStack:
             (sys.executable, "-m", f"services.{module}", *options),
             lambda: is_serving(address),
             self._store_environment() if name == ADAPTER_STORE else {**PATIENT_THREADS, **HUGE_PAGES, **os.environ},
+            self.start_timeout_seconds,
         )
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from services.local.adapter_sources import AdapterSource, bring_adapters, count_others, find_adapters
-from services.local.checkpoint import BadInput, open_checkpoint
+from services.local.checkpoint import BadInput, makes_weights_up, open_checkpoint
 from services.local.narrator import Narrator
 from services.local.pid_file import claimed, stop_running
 from services.local.s3_client import S3Place, named_endpoint
@@ -91,7 +91,7 @@ def _serve(request: UpRequest, narrator: Narrator) -> None:
 def _what_to_serve(request: UpRequest, narrator: Narrator) -> tuple[Path, list[AdapterSource], str]:
     """The checkpoint, where its adapters are, and a prompt that suits it."""
     if request.checkpoint is not None:
-        open_checkpoint(request.checkpoint)
+        open_checkpoint(request.checkpoint, needs_weights=not makes_weights_up(request.engine_options or {}))
         sources = [find_adapters(request.adapters, os.environ)] if request.adapters else []
         return request.checkpoint, sources, "Once upon a time"
     if request.adapters is not None:

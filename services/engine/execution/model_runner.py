@@ -15,7 +15,7 @@ from services.engine.execution.sampler import sample_tokens
 from services.engine.execution.step_batch import StepBatchBuilder
 from services.engine.execution.torch_step import TorchStep
 from services.engine.memory.pool import Pool
-from services.engine.model.checkpoint import Checkpoint
+from services.engine.model.checkpoint import Checkpoint, Weights
 from services.engine.model.config import load_model_config
 from services.engine.model.decoder import Decoder
 from services.engine.model.rope import rope_table
@@ -34,8 +34,11 @@ class ModelRunner:
     # A step is computed where it is submitted.
     max_in_flight = 1
 
-    def __init__(self, settings: EngineSettings) -> None:
-        """Loads the checkpoint and allocates the pool. Raises CheckpointError, or ValueError for unusable settings."""
+    def __init__(self, settings: EngineSettings, checkpoint: Weights | None = None) -> None:
+        """Loads the checkpoint and allocates the pool. Raises CheckpointError, or ValueError for unusable settings.
+
+        checkpoint: where the weights come from, if not from the directory that the settings name.
+        """
         if settings.num_threads > 0:
             torch.set_num_threads(settings.num_threads)
         device = torch.device(settings.device)
@@ -45,8 +48,7 @@ class ModelRunner:
         self.vocab_size = self.config.vocab_size
         self.eos_token_ids = self.config.eos_token_ids
         self.pool_config = pool_config(self.config, settings, device)
-        checkpoint = Checkpoint(directory, self.config.dtype)
-        self._decoder = Decoder(self.config, checkpoint, device)
+        self._decoder = Decoder(self.config, checkpoint or Checkpoint(directory, self.config.dtype), device)
         head_dim, dtype = self.config.head_dim, self.config.dtype
         self._rope = rope_table(self.config.rope, head_dim, self.max_model_len, dtype).to(device)
         self._pool = Pool(self.pool_config, self.config.dtype, device)

@@ -22,7 +22,7 @@ _HARMLESS_SUFFIX = ".rotary_emb.inv_freq"
 
 
 class Weights(Protocol):
-    """Where a decoder's weights come from: `Checkpoint`, or random ones in benchmarks."""
+    """Where a decoder's weights come from: `Checkpoint`, or `RandomWeights`."""
 
     def __contains__(self, name: str) -> bool: ...
 
