@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from services.common.block_digest import block_digest
+from services.common.packed_digest import packed_digest
 from services.engine.adapters.layout import AdapterLayout, ModulePlacement, TargetModule
 from services.engine.adapters.source import AdapterManifest
 from services.engine.config import EngineSettings
@@ -169,4 +169,4 @@ def _pack(
     layout = AdapterLayout("", dtype, tile, config.num_layers, offset_b, (tuple(placements),) * config.num_layers)
     packed = (torch.randn(config.num_layers, offset_b) * 0.01).to(config.dtype)
     data = memoryview(packed.view(torch.uint8).numpy().tobytes())
-    return layout, data, block_digest(data)
+    return layout, data, packed_digest(data)

@@ -16,7 +16,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
-from services.common.block_digest import block_digest
+from services.common.packed_digest import packed_digest
 from services.common.errors import Reason, SloraError
 from services.engine.adapters.layout import AdapterLayout
 from services.engine.adapters.load_job import Grant, LoadEnded, LoadEvent, LoadInstalled, LoadJob, LoadSized
@@ -412,7 +412,7 @@ class FakeFetch:
             raise found.error
         weights = self._source.weights(self._digest)
         layout = layout_of(self._digest, found.num_pages, self._source.page_elems, found.dtype)
-        return AdapterManifest(layout, len(weights), block_digest(memoryview(weights)))
+        return AdapterManifest(layout, len(weights), packed_digest(weights))
 
     def chunks(self, deadline: float) -> Iterator[bytes]:
         found = self._source.adapters[self._digest]

@@ -19,7 +19,7 @@ class AdapterManifest:
 
     layout: AdapterLayout
     packed_bytes: int
-    # Of the packed bytes; see services.common.block_digest.
+    # Of the packed bytes; see services.common.packed_digest.
     packed_digest: str
 
 

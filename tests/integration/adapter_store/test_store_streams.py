@@ -12,7 +12,7 @@ import grpc
 import pytest
 from slora.adapter_store.v1 import adapter_store_pb2 as pb
 
-from services.common.block_digest import block_digest
+from services.common.packed_digest import packed_digest
 from services.common.errors import Reason
 from tests.fixtures.adapter_files import write_wide_adapter, write_wide_checkpoint
 from tests.fixtures.embedded_servers import S3Server
@@ -181,7 +181,7 @@ async def test_a_slow_reader_pins_what_it_reads_and_gets_every_byte(
     with refused(Reason.HOST_CACHE_FULL):
         await store.client.fetch(other.digest)
     content = b"".join([part.chunk async for part in messages])
-    assert manifest.packed_digest == block_digest(memoryview(content))
+    assert manifest.packed_digest == packed_digest(content)
     await reader.close()
     await store.client.fetch(other.digest)
     assert store.metric("evictions_total") == 1
@@ -221,7 +221,7 @@ async def test_deleted_while_it_streams_it_ends_as_it_began(open_store: OpenStor
         await store.client.fetch(adapter.digest)
     assert store.metric("arena_used_bytes") > 0, "its bytes are still being sent"
     content = b"".join([part.chunk async for part in messages])
-    assert manifest.packed_digest == block_digest(memoryview(content))
+    assert manifest.packed_digest == packed_digest(content)
     await eventually(lambda: store.metric("arena_used_bytes") == 0)
     await reader.close()
 

@@ -13,7 +13,7 @@ import grpc
 import pytest
 from slora.adapter_store.v1 import adapter_pb2, adapter_store_pb2, adapter_store_pb2_grpc
 
-from services.common.block_digest import block_digest
+from services.common.packed_digest import packed_digest
 from services.common.errors import Reason, SloraError
 from services.common.grpc_errors import to_grpc_status
 from services.common.grpc_server import SERVER_OPTIONS
@@ -50,7 +50,7 @@ def weights_and_manifest() -> tuple[bytes, adapter_pb2.PackedManifest]:
     ]
     manifest = adapter_pb2.PackedManifest(
         digest=DIGEST,
-        packed_digest=block_digest(memoryview(weights)),
+        packed_digest=packed_digest(weights),
         element_type=adapter_pb2.ELEMENT_TYPE_FLOAT32,
         tile_elems=16,
         num_layers=2,
