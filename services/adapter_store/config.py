@@ -30,7 +30,7 @@ class AdapterStoreSettings:
     s3_threads: int = setting(8, "most S3 objects read or written at once")
     arena_bytes: int = setting(2**30, "bytes of shared memory that hold packed adapters")
     arena_dir: str = setting("/dev/shm", "directory (a tmpfs) of the shared memory segment")
-    arena_group_readable: bool = setting(False, "engines of the same group may map the segment, not only the same user's")
+    arena_group_readable: bool = setting(False, "engines of its group may map the segment too, not only its user's")
     max_adapter_bytes: int = setting(2 * 2**30, "largest adapter_model.safetensors that is taken")
     max_preparing: int = setting(4, "most adapters read, validated and packed at once")
     max_uploads: int = setting(64, "most uploads received at once")

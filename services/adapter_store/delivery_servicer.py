@@ -37,9 +37,7 @@ class WeightDelivery:
     ) -> None:
         self._pin = pin
         self._arena = arena
-        self._arena_message = pb.Arena(
-            arena_id=arena.arena_id, path=str(arena.path), num_bytes=arena.extents.capacity
-        )
+        self._arena_message = pb.Arena(arena_id=arena.arena_id, path=str(arena.path), num_bytes=arena.extents.capacity)
         self._metrics = metrics
         self._stall_seconds = stall_seconds
 
@@ -63,7 +61,7 @@ class WeightDelivery:
                     await self._write(context, chunk)
                     self._metrics.fetched_bytes.inc(len(chunk))
 
-    async def lend(self, requests: AsyncIterator[pb.ShareAdapterRequest], context: Context) -> None:
+    async def lend(self, requests: AsyncIterator[pb.ShareAdapterRequest | DecodeError], context: Context) -> None:
         """Pins an adapter until its reader has copied it, and confirms that; the pin goes with the call."""
         began = time.perf_counter()
         digest = (await self._next_part(requests, "digest")).digest
@@ -85,7 +83,7 @@ class WeightDelivery:
         await self._write(context, pb.ShareAdapterResponse(confirmed=pb.ConfirmedLease()))
 
     async def _next_part(
-        self, requests: AsyncIterator[pb.ShareAdapterRequest], expected: str
+        self, requests: AsyncIterator[pb.ShareAdapterRequest | DecodeError], expected: str
     ) -> pb.ShareAdapterRequest:
         """The reader's next message, which is `expected`; the call ends as cancelled if there is none."""
         try:

@@ -19,8 +19,8 @@ from services.adapter_store.manifest import ElementType, ModulePlacement, Packed
 from services.adapter_store.safetensors_reader import TensorEntry
 from services.adapter_store.target_resolution import AdaptedModule
 from services.adapter_store.validation import LoraPair
-from services.common.packed_digest import packed_digest
 from services.common.errors import Reason, SloraError
+from services.common.packed_digest import packed_digest
 
 Array = npt.NDArray[np.generic]
 Bytes = npt.NDArray[np.uint8]

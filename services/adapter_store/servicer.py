@@ -196,9 +196,8 @@ def add_to_server(servicer: AdapterStoreServicer, server: grpc.aio.Server) -> No
         request_deserializer=pb.FetchAdapterRequest.FromString,
         response_serializer=serialize_part,
     )
-    # Handlers are asked in the order in which they were added.
-    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE_NAME, {"FetchAdapter": fetch}),))
     adapter_store_pb2_grpc.add_AdapterStoreServiceServicer_to_server(servicer, server)
+    server.add_registered_method_handlers(SERVICE_NAME, {"FetchAdapter": fetch})  # in place of the generated one
 
 
 def _draining() -> SloraError:

@@ -16,8 +16,8 @@ import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
-from services.common.packed_digest import packed_digest
 from services.common.errors import Reason, SloraError
+from services.common.packed_digest import packed_digest
 from services.engine.adapters.layout import AdapterLayout
 from services.engine.adapters.load_job import Grant, LoadEnded, LoadEvent, LoadInstalled, LoadJob, LoadSized
 from services.engine.adapters.source import AdapterManifest, FetchCancelled

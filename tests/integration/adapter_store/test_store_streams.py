@@ -12,8 +12,8 @@ import grpc
 import pytest
 from slora.adapter_store.v1 import adapter_store_pb2 as pb
 
-from services.common.packed_digest import packed_digest
 from services.common.errors import Reason
+from services.common.packed_digest import packed_digest
 from tests.fixtures.adapter_files import write_wide_adapter, write_wide_checkpoint
 from tests.fixtures.embedded_servers import S3Server
 from tests.fixtures.store_client import eventually, reason_of, refused, upload_parts

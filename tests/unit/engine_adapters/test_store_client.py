@@ -13,10 +13,10 @@ import grpc
 import pytest
 from slora.adapter_store.v1 import adapter_pb2, adapter_store_pb2, adapter_store_pb2_grpc
 
-from services.common.packed_digest import packed_digest
 from services.common.errors import Reason, SloraError
 from services.common.grpc_errors import to_grpc_status
 from services.common.grpc_server import SERVER_OPTIONS
+from services.common.packed_digest import packed_digest
 from services.engine.adapters.layout import AdapterLayout, ModulePlacement, TargetModule
 from services.engine.adapters.source import FetchCancelled
 from services.engine.adapters.store_client import StoreClient, StoreFetch
