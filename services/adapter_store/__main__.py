@@ -12,7 +12,7 @@ from services.adapter_store.arena import Arena
 from services.adapter_store.assembly import running_store
 from services.adapter_store.base_model import BaseModel, load_base_model
 from services.adapter_store.config import AdapterStoreSettings
-from services.adapter_store.servicer import SERVICE_NAME, add_to_server
+from services.adapter_store.delivery_servicer import SERVICE_NAME, add_to_server
 from services.common.grpc_server import GrpcServer
 from services.common.settings import AddressError, parse_settings
 from services.common.telemetry import configure_logging, serve_metrics

@@ -10,12 +10,15 @@ from typing import Any, TypeAlias
 import grpc
 from google.protobuf.message import DecodeError
 from slora.adapter_store.v1 import adapter_store_pb2 as pb
+from slora.adapter_store.v1 import adapter_store_pb2_grpc
 
 from services.adapter_store.arena import Arena
 from services.adapter_store.host_cache import Pin
 from services.adapter_store.manifest_codec import manifest_message
 from services.adapter_store.metrics import StoreMetrics
 from services.common.errors import Reason, SloraError
+
+SERVICE_NAME = pb.DESCRIPTOR.services_by_name["AdapterStoreService"].full_name
 
 # Larger messages are no faster, smaller ones are slower.
 CHUNK_BYTES = 2**20
@@ -62,7 +65,7 @@ class WeightDelivery:
                     self._metrics.fetched_bytes.inc(len(chunk))
 
     async def lend(self, requests: AsyncIterator[pb.ShareAdapterRequest | DecodeError], context: Context) -> None:
-        """Pins an adapter until its reader has copied it, and confirms that; the pin goes with the call."""
+        """Pins an adapter until its reader says that it has copied it. Returning, and only that, confirms the lease."""
         began = time.perf_counter()
         digest = (await self._next_part(requests, "digest")).digest
         outcome = "abandoned"
@@ -70,8 +73,8 @@ class WeightDelivery:
             with await self._pin(digest) as pin, self._metrics.open_leases.track_inprogress():
                 self._metrics.fetch_seconds.observe(time.perf_counter() - began)
                 manifest = manifest_message(pin.manifest)
-                lent = pb.LentExtent(manifest=manifest, arena=self._arena_message, offset=pin.offset)
-                await self._write(context, pb.ShareAdapterResponse(lent=lent))
+                lent = pb.ShareAdapterResponse(manifest=manifest, arena=self._arena_message, offset=pin.offset)
+                await self._write(context, lent)
                 await self._next_part(requests, "copied")
                 outcome = "confirmed"
                 self._metrics.shared_bytes.inc(len(pin.content))
@@ -80,7 +83,6 @@ class WeightDelivery:
             raise
         finally:
             self._metrics.leases.labels(outcome).inc()
-        await self._write(context, pb.ShareAdapterResponse(confirmed=pb.ConfirmedLease()))
 
     async def _next_part(
         self, requests: AsyncIterator[pb.ShareAdapterRequest | DecodeError], expected: str
@@ -111,6 +113,17 @@ class WeightDelivery:
                 Reason.DEADLINE_EXCEEDED,
                 f"the reader took nothing for {self._stall_seconds:g} s; fetch again from the offset reached",
             ) from None
+
+
+def add_to_server(servicer: adapter_store_pb2_grpc.AdapterStoreServiceServicer, server: grpc.aio.Server) -> None:
+    """Like the generated function, but weights are framed by `serialize_part`."""
+    fetch = grpc.unary_stream_rpc_method_handler(
+        servicer.FetchAdapter,
+        request_deserializer=pb.FetchAdapterRequest.FromString,
+        response_serializer=serialize_part,
+    )
+    adapter_store_pb2_grpc.add_AdapterStoreServiceServicer_to_server(servicer, server)
+    server.add_registered_method_handlers(SERVICE_NAME, {"FetchAdapter": fetch})  # in place of the generated one
 
 
 def serialize_part(part: FetchPart) -> bytes:

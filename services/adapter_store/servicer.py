@@ -14,14 +14,12 @@ from slora.adapter_store.v1 import adapter_store_pb2_grpc
 
 from services.adapter_store.catalogue import Registration
 from services.adapter_store.codec import adapter_message, event_message
-from services.adapter_store.delivery_servicer import WeightDelivery, serialize_part
+from services.adapter_store.delivery_servicer import WeightDelivery
 from services.adapter_store.metrics import StoreMetrics
 from services.adapter_store.registry import AdapterRegistry
 from services.adapter_store.upload_spool import UploadSpool
 from services.common.errors import Reason, SloraError
 from services.common.grpc_errors import abort
-
-SERVICE_NAME = pb.DESCRIPTOR.services_by_name["AdapterStoreService"].full_name
 
 Context = grpc.aio.ServicerContext[Any, Any]
 T = TypeVar("T")
@@ -187,17 +185,6 @@ class AdapterStoreServicer(adapter_store_pb2_grpc.AdapterStoreServiceServicer):
         # Behind everything that the call held: to a reader that takes nothing, the status takes for ever too.
         await abort(context, error)
         raise AssertionError("abort returned")
-
-
-def add_to_server(servicer: AdapterStoreServicer, server: grpc.aio.Server) -> None:
-    """Like the generated function, but weights are framed by `serialize_part`."""
-    fetch = grpc.unary_stream_rpc_method_handler(
-        servicer.FetchAdapter,
-        request_deserializer=pb.FetchAdapterRequest.FromString,
-        response_serializer=serialize_part,
-    )
-    adapter_store_pb2_grpc.add_AdapterStoreServiceServicer_to_server(servicer, server)
-    server.add_registered_method_handlers(SERVICE_NAME, {"FetchAdapter": fetch})  # in place of the generated one
 
 
 def _draining() -> SloraError:

@@ -12,7 +12,8 @@ from services.adapter_store.arena import Arena
 from services.adapter_store.assembly import Store, running_store
 from services.adapter_store.base_model import load_base_model
 from services.adapter_store.config import AdapterStoreSettings
-from services.adapter_store.servicer import AdapterStoreServicer, add_to_server
+from services.adapter_store.delivery_servicer import add_to_server
+from services.adapter_store.servicer import AdapterStoreServicer
 from services.common.grpc_server import GrpcServer
 from tests.fixtures.adapter_files import make_tensors, write_adapter, write_checkpoint_config
 from tests.fixtures.embedded_servers import RedisServer, S3Server

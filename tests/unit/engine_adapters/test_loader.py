@@ -158,7 +158,7 @@ def test_a_grant_of_another_size_is_refused(world: World) -> None:
     assert "3 pages" in error.message
 
 
-@pytest.mark.parametrize("where", ["check", "install"])
+@pytest.mark.parametrize("where", ["check", "write", "enter"])
 def test_an_unexpected_fault_ends_the_load_and_not_the_thread(
     world: World, where: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

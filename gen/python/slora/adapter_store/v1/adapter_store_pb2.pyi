@@ -140,14 +140,6 @@ class CopiedExtent(_message.Message):
     def __init__(self) -> None: ...
 
 class ShareAdapterResponse(_message.Message):
-    __slots__ = ("lent", "confirmed")
-    LENT_FIELD_NUMBER: _ClassVar[int]
-    CONFIRMED_FIELD_NUMBER: _ClassVar[int]
-    lent: LentExtent
-    confirmed: ConfirmedLease
-    def __init__(self, lent: _Optional[_Union[LentExtent, _Mapping]] = ..., confirmed: _Optional[_Union[ConfirmedLease, _Mapping]] = ...) -> None: ...
-
-class LentExtent(_message.Message):
     __slots__ = ("manifest", "arena", "offset")
     MANIFEST_FIELD_NUMBER: _ClassVar[int]
     ARENA_FIELD_NUMBER: _ClassVar[int]
@@ -166,10 +158,6 @@ class Arena(_message.Message):
     path: str
     num_bytes: int
     def __init__(self, arena_id: _Optional[bytes] = ..., path: _Optional[str] = ..., num_bytes: _Optional[int] = ...) -> None: ...
-
-class ConfirmedLease(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
 
 class WatchAdaptersRequest(_message.Message):
     __slots__ = ("resume_token",)

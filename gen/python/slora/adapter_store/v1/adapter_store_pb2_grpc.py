@@ -140,14 +140,13 @@ class AdapterStoreServiceServicer:
 
     def ShareAdapter(self, request_iterator, context):
         """Lends an adapter's packed weights to a reader on the same host, which copies them out of the store's arena: no
-        weights travel. The reader's first message names the adapter; the answer says where its bytes lie. While the call
-        is open (the lease) they stay there, also if the adapter is deleted. When the reader has copied them it says so in
-        its second message, and the store confirms that the lease lasted until then and ends the call. What was copied
-        may be used only after that: a lease that ends otherwise (either side is gone, the reader took too long) proves
-        nothing about the bytes. A reader that needs nothing more cancels the call, or ends its messages; then nothing is
-        confirmed. Idempotent. Read through from S3 like FetchAdapter.
+        weights travel. The reader's first message names the adapter; the one answer says where its bytes lie. While the
+        call is open (the lease) they stay there, also if the adapter is deleted. When the reader has copied them it says
+        so in its second message, and the call ends with OK: the lease lasted until then. Only after that may the copy be
+        used. A call that ends otherwise (either side is gone, the reader took too long) proves nothing about the bytes. A
+        reader that needs nothing more cancels the call. Idempotent. Read through from S3 like FetchAdapter.
         Errors: as FetchAdapter; INVALID_ARGUMENT (a message out of order); DEADLINE_EXCEEDED (the reader kept the lease
-        for too long: it has ended).
+        for too long: it has ended); CANCELLED (the reader ended its messages without having copied).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
