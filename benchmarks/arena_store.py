@@ -12,6 +12,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -71,23 +72,23 @@ class ArenaStore:
     """A running store."""
 
     address: str
-    arena_dir: str
+    arena: str
+    pid: int
 
 
 @contextlib.contextmanager
-def running_arena_store(adapters: StoredAdapters) -> Iterator[ArenaStore]:
-    """A store process with these adapters, for the length of a block."""
-    command = [sys.executable, "-m", "benchmarks.arena_store", json.dumps(dataclasses.asdict(adapters))]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    try:
-        assert process.stdout is not None
-        line = process.stdout.readline()
-        if not line:
-            raise RuntimeError("the store did not start")
-        yield ArenaStore(**json.loads(line))
-    finally:
-        process.terminate()
-        process.wait()
+def running_arena_store(adapters: StoredAdapters, port: int = 0) -> Iterator[ArenaStore]:
+    """A store process with these adapters, for the length of a block; on `port`, or any."""
+    command = [sys.executable, "-m", "benchmarks.arena_store", json.dumps(dataclasses.asdict(adapters)), str(port)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            line = process.stdout.readline()
+            if not line:
+                raise RuntimeError("the store did not start")
+            yield ArenaStore(**json.loads(line))
+        finally:
+            process.send_signal(signal.SIGINT)  # it removes its arena
 
 
 class _ArenaServicer(adapter_store_pb2_grpc.AdapterStoreServiceServicer):
@@ -130,7 +131,7 @@ def _arena_dir(num_bytes: int) -> str:
     return "/dev/shm" if room.f_bavail * room.f_frsize > num_bytes + 2**20 else "/tmp"
 
 
-async def _serve(cache: HostCache, arena_dir: str) -> None:
+async def _serve(cache: HostCache, port: int) -> None:
     async def pin(digest: str) -> Pin:
         found = cache.pin(digest)
         assert found is not None, digest
@@ -141,9 +142,10 @@ async def _serve(cache: HostCache, arena_dir: str) -> None:
     add_to_server(_ArenaServicer(delivery), server)
     bare = grpc.unary_stream_rpc_method_handler(_bare)
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(BARE_SERVICE, {BARE_METHOD: bare}),))
-    port = server.add_insecure_port("127.0.0.1:0")
+    port = server.add_insecure_port(f"127.0.0.1:{port}")
     await server.start()
-    print(json.dumps(dataclasses.asdict(ArenaStore(f"127.0.0.1:{port}", arena_dir))), flush=True)
+    store = ArenaStore(f"127.0.0.1:{port}", str(cache.arena.path), os.getpid())
+    print(json.dumps(dataclasses.asdict(store)), flush=True)
     await server.wait_for_termination()
 
 
@@ -154,12 +156,11 @@ def main(arguments: Sequence[str]) -> None:
     adapters = StoredAdapters(**(fields | {"modules": modules, "ranks": tuple(fields["ranks"])}))
     sizes = [adapters.layout(adapters.rank_of(number)).packed_bytes for number in range(adapters.number)]
     num_bytes = sum(-(-size // _PAGE) * _PAGE for size in sizes)
-    arena_dir = _arena_dir(num_bytes)
-    arena = Arena(num_bytes, arena_dir)
+    arena = Arena(num_bytes, _arena_dir(num_bytes))
     try:
         cache = HostCache(arena, lambda: None)
         _fill(cache, adapters)
-        asyncio.run(_serve(cache, arena_dir))
+        asyncio.run(_serve(cache, int(arguments[1])))
     finally:
         arena.close()
 

@@ -67,27 +67,28 @@ class WeightDelivery:
     async def lend(self, requests: AsyncIterator[pb.ShareAdapterRequest | DecodeError], context: Context) -> None:
         """Pins an adapter until its reader says that it has copied it. Returning, and only that, confirms the lease."""
         began = time.perf_counter()
-        digest = (await self._next_part(requests, "digest")).digest
-        outcome = "abandoned"
+        digest = (await self._next_part(requests, "digest", context)).digest
+        outcome = "refused"
         try:
             with await self._pin(digest) as pin, self._metrics.open_leases.track_inprogress():
                 self._metrics.fetch_seconds.observe(time.perf_counter() - began)
+                outcome = "abandoned"
                 manifest = manifest_message(pin.manifest)
                 lent = pb.ShareAdapterResponse(manifest=manifest, arena=self._arena_message, offset=pin.offset)
                 await self._write(context, lent)
-                await self._next_part(requests, "copied")
+                await self._next_part(requests, "copied", context)
                 outcome = "confirmed"
                 self._metrics.shared_bytes.inc(len(pin.content))
         except SloraError as error:
-            outcome = "expired" if error.reason is Reason.DEADLINE_EXCEEDED else error.reason.name
+            outcome = "expired" if error.reason is Reason.DEADLINE_EXCEEDED else outcome
             raise
         finally:
             self._metrics.leases.labels(outcome).inc()
 
     async def _next_part(
-        self, requests: AsyncIterator[pb.ShareAdapterRequest | DecodeError], expected: str
+        self, requests: AsyncIterator[pb.ShareAdapterRequest | DecodeError], expected: str, context: Context
     ) -> pb.ShareAdapterRequest:
-        """The reader's next message, which is `expected`; the call ends as cancelled if there is none."""
+        """The reader's next message, which is `expected`."""
         try:
             async with asyncio.timeout(self._stall_seconds):
                 request = await anext(requests, None)
@@ -95,7 +96,9 @@ class WeightDelivery:
             message = f"the reader said nothing for {self._stall_seconds:g} s: its lease has ended"
             raise SloraError(Reason.DEADLINE_EXCEEDED, message) from None
         if request is None:
-            raise asyncio.CancelledError  # the reader wants nothing more, or is gone
+            if context.cancelled():
+                raise asyncio.CancelledError  # to the iterator above, a cancelled call just ends
+            raise SloraError(Reason.REQUEST_INVALID, f"the messages ended; expected was {expected}")
         if isinstance(request, DecodeError):
             raise SloraError(Reason.REQUEST_INVALID, f"a message cannot be parsed: {request}")
         part = request.WhichOneof("part")

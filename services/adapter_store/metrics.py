@@ -23,7 +23,7 @@ class StoreMetrics:
         self.fetched_bytes = self._counter("fetched_bytes", "Packed bytes streamed to readers")
         self.shared_bytes = self._counter("shared_bytes", "Packed bytes that readers copied out of the arena")
         self.leases = self._counter(
-            "leases", "Leases that ended: confirmed, expired, abandoned or an error's reason", "outcome"
+            "leases", "Leases that ended: confirmed, expired (taken too long), abandoned; or refused", "outcome"
         )
         self.open_leases = self._gauge("open_leases", "Leases by which readers copy out of the arena now")
         self.evictions = self._counter("evictions", "Adapters evicted from the arena to make room")

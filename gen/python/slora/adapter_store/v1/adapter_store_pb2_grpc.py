@@ -145,8 +145,8 @@ class AdapterStoreServiceServicer:
         so in its second message, and the call ends with OK: the lease lasted until then. Only after that may the copy be
         used. A call that ends otherwise (either side is gone, the reader took too long) proves nothing about the bytes. A
         reader that needs nothing more cancels the call. Idempotent. Read through from S3 like FetchAdapter.
-        Errors: as FetchAdapter; INVALID_ARGUMENT (a message out of order); DEADLINE_EXCEEDED (the reader kept the lease
-        for too long: it has ended); CANCELLED (the reader ended its messages without having copied).
+        Errors: as FetchAdapter; INVALID_ARGUMENT (a message out of order, or missing); DEADLINE_EXCEEDED (the reader kept
+        the lease for too long: it has ended).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
