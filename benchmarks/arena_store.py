@@ -15,7 +15,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Awaitable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +29,8 @@ from services.adapter_store.delivery_servicer import CHUNK_BYTES, WeightDelivery
 from services.adapter_store.host_cache import HostCache, Pin
 from services.adapter_store.manifest import ElementType, ModulePlacement, PackedLayout, PackedManifest, TargetModule
 from services.adapter_store.metrics import StoreMetrics
+from services.common.errors import SloraError
+from services.common.grpc_errors import abort
 from services.common.grpc_server import SERVER_OPTIONS
 from services.common.packed_digest import packed_digest
 
@@ -97,11 +99,18 @@ class _ArenaServicer(adapter_store_pb2_grpc.AdapterStoreServiceServicer):
 
     async def FetchAdapter(self, request: Any, context: Any) -> None:  # noqa: N802
         """As the real store."""
-        await self._delivery.send(request, context)
+        await _answer(context, self._delivery.send(request, context))
 
     async def ShareAdapter(self, requests: Any, context: Any) -> None:  # noqa: N802
         """As the real store."""
-        await self._delivery.lend(requests, context)
+        await _answer(context, self._delivery.lend(requests, context))
+
+
+async def _answer(context: Any, answer: Awaitable[None]) -> None:
+    try:
+        await answer
+    except SloraError as error:
+        await abort(context, error)
 
 
 def _fill(cache: HostCache, adapters: StoredAdapters) -> None:
@@ -140,13 +149,16 @@ async def _serve(cache: HostCache, port: int) -> None:
     delivery = WeightDelivery(pin, cache.arena, StoreMetrics(CollectorRegistry()), 60.0)
     server = grpc.aio.server(options=SERVER_OPTIONS)
     add_to_server(_ArenaServicer(delivery), server)
-    bare = grpc.unary_stream_rpc_method_handler(_bare)
+    bare: Any = grpc.unary_stream_rpc_method_handler(_bare)
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(BARE_SERVICE, {BARE_METHOD: bare}),))
     port = server.add_insecure_port(f"127.0.0.1:{port}")
     await server.start()
     store = ArenaStore(f"127.0.0.1:{port}", str(cache.arena.path), os.getpid())
     print(json.dumps(dataclasses.asdict(store)), flush=True)
-    await server.wait_for_termination()
+    try:
+        await server.wait_for_termination()
+    finally:
+        await server.stop(None)
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import torch
 
@@ -101,7 +102,7 @@ def measure_streams(address: str, digests: list[str], num_bytes: int, readers: i
     """The bare stream and FetchAdapter, a connection and a thread a reader."""
     clients = [StoreClient(address) for _ in range(readers)]
     channels = [open_blocking_channel(address) for _ in range(readers)]
-    bare = [channel.unary_stream(f"/{BARE_SERVICE}/{BARE_METHOD}") for channel in channels]
+    bare: list[Any] = [channel.unary_stream(f"/{BARE_SERVICE}/{BARE_METHOD}") for channel in channels]
     num_chunks = str(-(-num_bytes // CHUNK_BYTES)).encode()
     with ThreadPoolExecutor(readers) as threads:
 
@@ -114,8 +115,9 @@ def measure_streams(address: str, digests: list[str], num_bytes: int, readers: i
         total = num_bytes * len(digests)
         yield "bare", best_rate(all_bare, total)
         yield "fetch", best_rate(all_fetched, total)
-    for closing in (*clients, *channels):
-        closing.close()
+    for client, channel in zip(clients, channels, strict=True):
+        client.close()
+        channel.close()
 
 
 def measure_loads(address: str, digests: list[str], num_bytes: int, readers: int) -> Iterator[tuple[str, float]]:

@@ -5,8 +5,9 @@ which owns all pages, grants them and a slot on its own thread, in arrival order
 pages, out of the store's memory or from its stream, verified, and entered at the slot. A job that waits long for its
 grant holds no thread and no connection, so that loads which wait for memory never keep others from being loaded.
 
-What the store lends is digested while it is copied. Its lease is confirmed after both, and only then is the digest
-looked at: under a lease that did not last, other bytes may have lain there, and the weights are streamed instead.
+Weights are digested while they are copied into the pages, where nobody looks at them before they are entered. A lease
+of what the store lends is confirmed after both, and only then is the digest looked at: under a lease that did not last,
+other bytes may have lain there, and the weights are streamed instead.
 """
 
 from __future__ import annotations
@@ -26,7 +27,6 @@ from services.common.errors import Reason, SloraError
 from services.common.packed_digest import packed_digest
 from services.engine.adapters.device import AdapterDevice
 from services.engine.adapters.load_job import Grant, LoadEnded, LoadEvent, LoadInstalled, LoadJob, LoadSized
-from services.engine.adapters.receiving import ChunkReceiver
 from services.engine.adapters.source import AdapterManifest, AdapterSource, FetchCancelled, WeightsLease
 from services.engine.messages import Adapter
 
@@ -173,62 +173,61 @@ class AdapterLoader:
         lease = job.fetch.lease(job.deadline)
         lent = lease is not None and self._copy_lent(job, manifest, grant, buffer, lease)
         if not lent:
-            self._write(job, manifest, grant, self._receive(job, manifest, buffer))
+            self._copy_streamed(job, manifest, grant, buffer)
         with self._device_lock:
             self._device.enter(grant.slot, manifest.layout, grant.pages)
         return LoadInstalled(job, job.load_seconds, manifest.packed_bytes, lent)
-
-    def _write(self, job: LoadJob, manifest: AdapterManifest, grant: Grant, weights: memoryview) -> None:
-        with self._device_lock:
-            if job.cancelled:
-                raise FetchCancelled
-            self._device.write(manifest.layout, grant.pages, weights)
 
     def _copy_lent(
         self, job: LoadJob, manifest: AdapterManifest, grant: Grant, buffer: _HostBuffer, lease: WeightsLease
     ) -> bool:
         """Copies what is lent into the granted pages; False if the lease ended early, and the copy is worth nothing."""
         with lease:
-            digest = self._helpers.submit(packed_digest, lease.content)
-            try:
-                self._write(job, manifest, grant, self._readable(lease.content, buffer))
-            finally:
-                wait([digest])
+            digest = self._copy(job, manifest, grant, self._readable(lease.content, buffer))
             try:
                 lease.confirm()
             except SloraError as error:
                 logger.info("a lease ended early, the adapter is streamed: %s", error.message)
                 return False
-        if digest.result() != manifest.packed_digest:
+        if digest != manifest.packed_digest:
             raise _changed(job, "the bytes that were lent do not have the manifest's digest")
         return True
+
+    def _copy_streamed(self, job: LoadJob, manifest: AdapterManifest, grant: Grant, buffer: _HostBuffer) -> None:
+        """Copies what the source sends into the granted pages."""
+        weights = buffer.view(manifest.packed_bytes)
+        received = 0
+        for chunk in job.fetch.chunks(job.deadline):
+            end = received + len(chunk)
+            if end > manifest.packed_bytes:
+                raise _changed(job, f"more than its {manifest.packed_bytes} bytes were sent")
+            _copy_bytes(chunk, weights[received:end])
+            received = end
+        if received != manifest.packed_bytes:
+            raise _changed(job, f"{received} of its {manifest.packed_bytes} bytes were sent")
+        if self._copy(job, manifest, grant, weights) != manifest.packed_digest:
+            raise _changed(job, "the bytes that were sent do not have the manifest's digest")
+
+    def _copy(self, job: LoadJob, manifest: AdapterManifest, grant: Grant, weights: memoryview) -> str:
+        """Copies `weights` into the granted pages; their digest, which is computed meanwhile."""
+        digest = self._helpers.submit(packed_digest, weights)
+        try:
+            with self._device_lock:
+                if job.cancelled:
+                    raise FetchCancelled
+                self._device.write(manifest.layout, grant.pages, weights)
+        finally:
+            wait([digest])  # nobody looks at the bytes when this has ended
+        return digest.result()
 
     def _readable(self, content: memoryview, buffer: _HostBuffer) -> memoryview:
         """`content`, or a copy of it where the device reads faster."""
         if self._device.reads_directly(content):
             return content
         copy = buffer.view(len(content))
-        source, target = np.frombuffer(content, np.uint8), np.frombuffer(copy, np.uint8)
-
-        def copy_from(begin: int) -> None:
-            np.copyto(target[begin : begin + COPY_BYTES], source[begin : begin + COPY_BYTES])
-
-        wait([self._helpers.submit(copy_from, begin) for begin in range(0, len(content), COPY_BYTES)])
+        pieces = [slice(begin, begin + COPY_BYTES) for begin in range(0, len(content), COPY_BYTES)]
+        wait([self._helpers.submit(_copy_bytes, content[piece], copy[piece]) for piece in pieces])
         return copy
-
-    def _receive(self, job: LoadJob, manifest: AdapterManifest, buffer: _HostBuffer) -> memoryview:
-        """The weights from the source's stream, verified, in the buffer."""
-        weights = buffer.view(manifest.packed_bytes)
-        receiver = ChunkReceiver(weights)
-        for chunk in job.fetch.chunks(job.deadline):
-            if receiver.received + len(chunk) > manifest.packed_bytes:
-                raise _changed(job, f"more than its {manifest.packed_bytes} bytes were sent")
-            receiver.add(chunk)
-        if receiver.received != manifest.packed_bytes:
-            raise _changed(job, f"{receiver.received} of its {manifest.packed_bytes} bytes were sent")
-        if receiver.digest() != manifest.packed_digest:
-            raise _changed(job, "the bytes that were sent do not have the manifest's digest")
-        return weights
 
 
 class _HostBuffer:
@@ -244,6 +243,11 @@ class _HostBuffer:
         if len(self._bytes) < num_bytes:
             self._bytes = self._allocate(num_bytes)
         return self._bytes[:num_bytes]
+
+
+def _copy_bytes(source: bytes | memoryview, target: memoryview) -> None:
+    # numpy lets other threads of the interpreter run meanwhile: the core's above all.
+    np.copyto(np.frombuffer(target, np.uint8), np.frombuffer(source, np.uint8))
 
 
 def _changed(job: LoadJob, what: str) -> SloraError:
