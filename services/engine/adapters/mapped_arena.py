@@ -133,13 +133,19 @@ class ArenaReader:
             self._changed.wait(WATCH_SECONDS)
             self._changed.clear()
             for arena_id, arena in list(self._arenas.items()):
-                if arena.is_abandoned:
-                    self._let_go(arena_id, arena)
-                elif arena_id not in self._registered:
-                    self._registered.add(arena_id)
-                    self._host_memory.register(arena.memory, lambda arena=arena: self._is_wanted(arena))  # type: ignore[misc]
+                try:
+                    self._look_after(arena_id, arena)
+                except Exception:
+                    logger.exception("the device cannot take an arena on, or let it go")
         for arena_id, arena in list(self._arenas.items()):
             self._let_go(arena_id, arena)
+
+    def _look_after(self, arena_id: bytes, arena: MappedArena) -> None:
+        if arena.is_abandoned:
+            self._let_go(arena_id, arena)
+        elif arena_id not in self._registered:
+            self._registered.add(arena_id)
+            self._host_memory.register(arena.memory, lambda: self._is_wanted(arena))
 
     def _is_wanted(self, arena: MappedArena) -> bool:
         return not self._closed and not arena.is_abandoned

@@ -365,10 +365,39 @@ async def test_an_upload_that_stands_still_loses_its_place(open_store: OpenStore
     assert (await store.client.upload("other", make_adapter())).created
 
 
-async def test_a_message_of_an_upload_that_is_no_protobuf_is_the_callers_fault(open_store: OpenStore) -> None:
+@pytest.mark.parametrize("method", ["UploadAdapter", "ShareAdapter"])
+async def test_a_message_of_a_stream_that_is_no_protobuf_is_the_callers_fault(
+    open_store: OpenStore, method: str
+) -> None:
     store = await open_store()
     async with grpc.aio.insecure_channel(f"127.0.0.1:{store.port}") as channel:
-        call = channel.stream_unary("/slora.adapter_store.v1.AdapterStoreService/UploadAdapter")
+        call = channel.stream_stream(f"/slora.adapter_store.v1.AdapterStoreService/{method}")
         with pytest.raises(grpc.RpcError) as caught:
-            await call(iter([b"\xff\xff\xff"]))
+            await call(iter([b"\xff\xff\xff"])).read()
     assert reason_of(caught.value) is Reason.REQUEST_INVALID
+
+
+async def test_a_lease_is_counted_beside_streams_and_ends_with_a_drain(
+    open_store: OpenStore, make_adapter: MakeAdapter
+) -> None:
+    (adapter,) = await registered(open_store, make_adapter, 1)
+    store = await open_store()
+    _, content = await store.client.fetch(adapter.digest)
+    call = store.client.stub.ShareAdapter(timeout=30)
+    await call.write(pb.ShareAdapterRequest(digest=adapter.digest))
+    lent = await call.read()
+    assert lent.arena.arena_id == store.store.cache.arena.arena_id
+    with Path(lent.arena.path).open("rb") as arena:
+        arena.seek(lent.offset)
+        assert arena.read(lent.manifest.packed_bytes) == content
+        arena.seek(lent.arena.num_bytes)
+        assert arena.read(16) == lent.arena.arena_id
+    await store.servicer.drain()
+    with refused(Reason.DRAINING):
+        async for _ in store.client.stub.ShareAdapter(iter([pb.ShareAdapterRequest(digest=adapter.digest)])):
+            pass
+    await call.write(pb.ShareAdapterRequest(copied=pb.CopiedExtent()))
+    assert await call.code() is grpc.StatusCode.OK
+    assert store.metric("shared_bytes_total") == store.metric("fetched_bytes_total") == adapter.packed_bytes
+    assert store.metric("leases_total", outcome="confirmed") == 1
+    await eventually(lambda: store.metric("calls_total", method="ShareAdapter", outcome="OK") == 1)
