@@ -387,11 +387,10 @@ async def test_a_lease_is_counted_beside_streams_and_ends_with_a_drain(
     await call.write(pb.ShareAdapterRequest(digest=adapter.digest))
     lent = await call.read()
     assert lent.arena.arena_id == store.store.cache.arena.arena_id
-    with Path(lent.arena.path).open("rb") as arena:
-        arena.seek(lent.offset)
-        assert arena.read(lent.manifest.packed_bytes) == content
-        arena.seek(lent.arena.num_bytes)
-        assert arena.read(16) == lent.arena.arena_id
+    arena = store.store.cache.arena.path.read_bytes()
+    assert lent.arena.path == str(store.store.cache.arena.path)
+    assert arena[lent.offset :][: lent.manifest.packed_bytes] == content
+    assert arena[lent.arena.num_bytes :][:16] == lent.arena.arena_id
     await store.servicer.drain()
     with refused(Reason.DRAINING):
         async for _ in store.client.stub.ShareAdapter(iter([pb.ShareAdapterRequest(digest=adapter.digest)])):
