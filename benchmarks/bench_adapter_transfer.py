@@ -3,21 +3,24 @@
 Four ways, each with one reader and with eight: *bare*, a gRPC stream of equal chunks that does nothing else; *fetch*,
 the chunks of FetchAdapter, not looked at; *streamed* and *shared*, whole loads by the engine's loader into a pool of
 pages, verified, over FetchAdapter and out of the arena. Store and readers are two processes that share the cores. The
-readers are threads of one process, as in an engine. Best of several rounds, as other work on the host only adds time.
+readers are threads of one process, as in an engine. The best of several rounds, in which the ways take turns: what else
+runs on the host only adds time.
 
 Run: python -m benchmarks.bench_adapter_transfer
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
+import math
 import queue
 import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
@@ -42,7 +45,7 @@ MODULES = tuple((module, HIDDEN, HIDDEN) for module in range(4))
 GROUPS = (ModuleGroup((0, 1, 2), HIDDEN, (HIDDEN,) * 3), ModuleGroup((3,), HIDDEN, (HIDDEN,)))
 RANKS = (8, 64)
 NUM_ADAPTERS = 8
-ROUNDS = 5
+ROUNDS = 12
 TIMEOUT_SECONDS = 60.0
 
 
@@ -88,17 +91,11 @@ def drain(client: StoreClient, digest: str) -> None:
         pass
 
 
-def best_rate(run: Callable[[], object], num_bytes: int) -> float:
-    """GB/s of the fastest round; the first one only warms up."""
-    seconds = []
-    for _ in range(ROUNDS + 1):
-        began = time.perf_counter()
-        run()
-        seconds.append(time.perf_counter() - began)
-    return num_bytes / min(seconds[1:]) / 1e9
+Way: TypeAlias = Callable[[], object]
 
 
-def measure_streams(address: str, digests: list[str], num_bytes: int, readers: int) -> Iterator[tuple[str, float]]:
+@contextlib.contextmanager
+def streams(address: str, digests: list[str], num_bytes: int, readers: int) -> Iterator[dict[str, Way]]:
     """The bare stream and FetchAdapter, a connection and a thread a reader."""
     clients = [StoreClient(address) for _ in range(readers)]
     channels = [open_blocking_channel(address) for _ in range(readers)]
@@ -112,24 +109,35 @@ def measure_streams(address: str, digests: list[str], num_bytes: int, readers: i
         def all_fetched() -> None:
             list(threads.map(lambda i: drain(clients[i % readers], digests[i]), range(len(digests))))
 
-        total = num_bytes * len(digests)
-        yield "bare", best_rate(all_bare, total)
-        yield "fetch", best_rate(all_fetched, total)
+        yield {"bare": all_bare, "fetch": all_fetched}
     for client, channel in zip(clients, channels, strict=True):
         client.close()
         channel.close()
 
 
-def measure_loads(address: str, digests: list[str], num_bytes: int, readers: int) -> Iterator[tuple[str, float]]:
+@contextlib.contextmanager
+def loads(address: str, digests: list[str], num_bytes: int, readers: int) -> Iterator[dict[str, Way]]:
     """Whole loads into pages."""
     num_pages = -(-num_bytes // 2 // NUM_LAYERS // (2 * 32 * 16 * 128))
     config = PoolConfig(NUM_LAYERS, num_pages * len(digests), 16, 32, 128)
     device = PagedAdapterDevice(Pool(config, torch.bfloat16, torch.device("cpu")), GROUPS, len(digests))
-    for way in ("streamed", "shared"):
-        client = StoreClient(address, ArenaReader(device) if way == "shared" else None)
-        loads = Loads(client, device, config.page_elems)
-        yield way, best_rate(lambda loads=loads: loads.run(digests, readers), num_bytes * len(digests))  # type: ignore[misc]
-        loads.close()
+    streamed = Loads(StoreClient(address), device, config.page_elems)
+    shared = Loads(StoreClient(address, ArenaReader(device)), device, config.page_elems)
+    yield {"streamed": lambda: streamed.run(digests, readers), "shared": lambda: shared.run(digests, readers)}
+    streamed.close()
+    shared.close()
+
+
+def best_seconds(ways: dict[str, Way]) -> dict[str, float]:
+    """Of each way's rounds the fastest. The ways take turns; the first round only warms up."""
+    best = dict.fromkeys(ways, math.inf)
+    for number in range(ROUNDS + 1):
+        for name, run in ways.items():
+            began = time.perf_counter()
+            run()
+            if number:
+                best[name] = min(best[name], time.perf_counter() - began)
+    return best
 
 
 def main() -> None:
@@ -140,11 +148,13 @@ def main() -> None:
         adapters = StoredAdapters(NUM_LAYERS, MODULES, (rank,), NUM_ADAPTERS)
         num_bytes = adapters.layout(rank).packed_bytes
         with running_arena_store(adapters) as store:
-            found = dict(measure_streams(store.address, adapters.digests(), num_bytes, readers))
-            found |= dict(measure_loads(store.address, adapters.digests(), num_bytes, readers))
-        for way, rate in found.items():
-            row = {"way": way, "readers": readers, "adapter_bytes": num_bytes, "gb_per_s": round(rate, 2)}
-            row["of_bare"] = round(rate / found["bare"], 2)
+            place = store.address, adapters.digests(), num_bytes, readers
+            with streams(*place) as some, loads(*place) as others:
+                best = best_seconds(some | others)
+        for way, seconds in best.items():
+            row = {"way": way, "readers": readers, "adapter_bytes": num_bytes}
+            row["gb_per_s"] = round(num_bytes * NUM_ADAPTERS / seconds / 1e9, 2)
+            row["of_bare"] = round(best["bare"] / seconds, 2)
             say(json.dumps(row))
             rows.append(row)
     say(f"recorded in {record('adapter_transfer', 'python -m benchmarks.bench_adapter_transfer', rows)}")
