@@ -14,7 +14,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-_PACKAGES = ("torch", "transformers", "peft", "grpcio", "numpy")
+_PACKAGES = ("torch", "transformers", "peft", "grpcio", "numpy", "blake3")
 
 
 def record(name: str, command: str, rows: Sequence[Mapping[str, object]]) -> Path:

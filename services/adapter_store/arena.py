@@ -139,7 +139,7 @@ def _remove_stale_segments(directory: Path) -> int:
         with contextlib.suppress(OSError):  # another user's, or just removed
             fd = os.open(path, os.O_RDWR)
             try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _lock_stale(fd)
                 path.unlink()
                 num_removed += 1
                 logger.info("removed the arena of a store that is gone", extra={"path": str(path)})
@@ -150,6 +150,16 @@ def _remove_stale_segments(directory: Path) -> int:
             finally:
                 os.close(fd)
     return num_removed
+
+
+def _lock_stale(fd: int) -> None:
+    """Locks a segment; BlockingIOError if its owner lives."""
+    for _ in range(2):
+        # A reader that looks whether the owner lives holds the lock for an instant.
+        with contextlib.suppress(BlockingIOError):
+            return fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        time.sleep(0.01)
+    raise BlockingIOError
 
 
 def _free_pages(segment: mmap.mmap) -> None:

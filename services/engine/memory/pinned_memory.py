@@ -43,9 +43,10 @@ class CudaRegistrar:
 
     def register(self, address: int, num_bytes: int) -> bool:
         """Pins memory, for reading only."""
+        cudart = torch.cuda.cudart()
         with torch.cuda.device(self._device):
-            code = torch.cuda.cudart().cudaHostRegister(address, num_bytes, _REGISTER_READ_ONLY)
-        return int(code) == 0
+            code = cudart.cudaHostRegister(address, num_bytes, _REGISTER_READ_ONLY)
+        return bool(code == cudart.cudaError.success)
 
     def unregister(self, address: int) -> None:
         """Unpins it."""
