@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-_PACKAGES = ("torch", "triton", "transformers", "peft", "grpcio", "numpy")
+_PACKAGES = ("torch", "triton", "transformers", "peft", "grpcio", "numpy", "blake3")
 
 Row: TypeAlias = dict[str, object]
 """One figure: a metric, its value, and the labels that say of what."""

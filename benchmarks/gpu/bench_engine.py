@@ -2,9 +2,9 @@
 
 *decode*: B sequences with prompts of 256 tokens, 128 outputs; time a decode step once all are prefilled. *prefill*: 128
 prompts of 256 tokens. *paper_mix*: all requests at once, prompts and outputs uniform in [8, 512], adapters uniform,
-outputs forced to length, at most 256 running. *load*: an adapter in host memory until it may be
-used. *churn*: 32 sequences without adapters while a thousand adapters are loaded one after another into room for a
-hundred. Settings: base (no adapters), S1 (rank 8), S2 (ranks 64, 32, 16, 8).
+outputs forced to length, at most 256 running. *load*: an adapter in host memory (this process's, or that of a store on
+this host) until it may be used. *churn*: 32 sequences without adapters while a thousand adapters are loaded one after
+another into room for a hundred. Settings: base (no adapters), S1 (rank 8), S2 (ranks 64, 32, 16, 8).
 
 Run: python -m benchmarks.gpu.bench_engine [--model llama-7b] [--targets attn] [--quick] [--only decode,prefill,...]
 Only some mixes: --only paper_mix --mixes base:0,S1:5
@@ -23,11 +23,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.arena_store import running_arena_store
 from benchmarks.gpu.bench_model import BenchModel, chosen_model, keep_rows, model_arguments
 from benchmarks.gpu.core_driver import CoreDriver, CoreRun, request
-from benchmarks.gpu.synthetic import SyntheticAdapters, make_adapters, make_runner, settings_of
+from benchmarks.gpu.synthetic import SyntheticAdapters, make_adapters, make_runner, settings_of, stored_adapters
 from benchmarks.record import Row, say
 from benchmarks.trace import draw_mix
+from services.engine.adapters.mapped_arena import ArenaReader
+from services.engine.adapters.store_client import StoreClient
 from services.engine.config import EngineSettings
 from services.engine.core.launch import SWITCH_SECONDS
 from services.engine.execution.gpu.gpu_runner import GpuRunner
@@ -40,6 +43,7 @@ MIX_REQUESTS = 768
 MIXES = "base:0,S1:5,S1:100,S1:1000,S1:2000,S2:5,S2:100,S2:1000,S2:2000"
 LONG_OUTPUT = 768
 LOADS_AT_ONCE = 4
+PINNING_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
@@ -127,21 +131,90 @@ def measure_prefill(bench: Bench, setting: str, num_rounds: int = 3) -> Iterator
 
 
 def measure_load(bench: Bench, setting: str) -> Iterator[Row]:
-    """Adapters in host memory, asked for one by one while nothing else waits: until each may be used."""
+    """Adapters in this process's memory, asked for one by one while nothing else waits: until each may be used."""
     source = bench.source(setting, 64)
     driver = CoreDriver(bench.settings, bench.runner, source)
-    times = {}
-    for number, adapter in enumerate(source.adapters):
+    times = _load_times(driver, source.adapters)
+    driver.close()
+    largest = max(manifest.packed_bytes for manifest in source.manifests.values())
+    usual = [
+        s for s, a in zip(times, source.adapters, strict=True) if source.manifests[a.digest].packed_bytes == largest
+    ]
+    label = {"adapters": 64, "packed_bytes": largest, "way": "memory"}
+    yield bench.model.row("load", setting, "usable_ms", 1e3 * statistics.median(usual[4:]), **label)
+
+
+def measure_store_load(bench: Bench, setting: str) -> Iterator[Row]:
+    """The same out of a store's arena on this host, once it is pinned, and streamed by that store.
+
+    Sixteen fit; the second time round an engine knows their sizes.
+    """
+    stored = stored_adapters(bench.runner.config, setting, bench.model.targets, 32)
+    adapters = tuple(Adapter(f"{setting}-{i}@1", digest) for i, digest in enumerate(stored.digests()))
+    largest = max(stored.ranks)
+    packed_bytes = stored.layout(largest).packed_bytes
+    settings = dataclasses.replace(bench.settings, max_adapters=16)
+    with running_arena_store(stored) as store:
+        for way in ("lent", "streamed"):
+            arenas = ArenaReader(bench.runner.adapter_device) if way == "lent" else None
+            client = StoreClient(store.address, arenas)
+            label: dict[str, object] = {"adapters": 32, "packed_bytes": packed_bytes, "way": way}
+            if arenas is not None:
+                label["direct"] = _await_pinned(bench, client, adapters)
+                yield bench.model.row("load", setting, "copy_gb_per_s", _copy_rate(bench, client, adapters[0]), **label)
+            driver = CoreDriver(settings, bench.runner, client)
+            for known in (False, True):
+                times = _load_times(driver, adapters)
+                usual = [times[i] for i in range(len(adapters)) if stored.rank_of(i) == largest]
+                usable = 1e3 * statistics.median(usual[2:])
+                yield bench.model.row("load", setting, "usable_ms", usable, known_size=known, **label)
+            driver.close()
+
+
+def _load_times(driver: CoreDriver, adapters: tuple[Adapter, ...]) -> list[float]:
+    """Seconds until each adapter may be used, asked for one after the other."""
+    times = []
+    for number, adapter in enumerate(adapters):
         began = time.perf_counter()
         driver.core.handle(Prefetch(-1 - number, adapter))
         while not ((report := driver.step()) and report.prefetched):
             pass
-        times[adapter.digest] = time.perf_counter() - began
-    driver.close()
-    largest = max(manifest.packed_bytes for manifest in source.manifests.values())
-    usual = [times[d] for d, m in source.manifests.items() if m.packed_bytes == largest][4:]
-    label = {"adapters": 64, "packed_bytes": largest}
-    yield bench.model.row("load", setting, "usable_ms", 1e3 * statistics.median(usual), **label)
+        times.append(time.perf_counter() - began)
+    return times
+
+
+def _await_pinned(bench: Bench, client: StoreClient, adapters: tuple[Adapter, ...]) -> bool:
+    """Waits until every adapter can be copied from where it lies; False if the driver has not pinned them in time."""
+    began = time.perf_counter()
+    device = bench.runner.adapter_device
+    leases = [client.open(adapter.digest).lease(time.monotonic() + 60) for adapter in adapters]
+    held = [lease for lease in leases if lease is not None]
+    assert len(held) == len(adapters), "the store's arena cannot be read here"
+    while not (direct := all(device.reads_directly(lease.content) for lease in held)):
+        if time.perf_counter() - began > PINNING_SECONDS:
+            break
+        time.sleep(0.1)
+    for lease in held:
+        with lease:
+            pass
+    print(f"pinned after {time.perf_counter() - began:.1f} s: {direct}", file=sys.stderr)
+    return direct
+
+
+def _copy_rate(bench: Bench, client: StoreClient, adapter: Adapter) -> float:
+    """GB/s of the device's `write` alone, from a lease into pages that nobody has."""
+    fetch = client.open(adapter.digest)
+    layout = fetch.manifest(time.monotonic() + 60).layout
+    pages = range(layout.num_pages(bench.runner.pool_config.page_elems))
+    seconds = []
+    lease = fetch.lease(time.monotonic() + 60)
+    assert lease is not None
+    with lease:
+        for _ in range(20):
+            began = time.perf_counter()
+            bench.runner.adapter_device.write(layout, pages, lease.content)
+            seconds.append(time.perf_counter() - began)
+    return len(lease.content) / min(seconds) / 1e9
 
 
 def measure_churn(bench: Bench, setting: str) -> Iterator[Row]:
@@ -223,6 +296,7 @@ def measure(bench: Bench, only: set[str], quick: bool) -> Iterator[Row]:
     if "load" in only:
         for setting in ("S1", "S2"):
             yield from measure_load(bench, setting)
+            yield from measure_store_load(bench, setting)
     if "churn" in only:
         for setting in ("S1", "S2"):
             yield from measure_churn(bench, setting)

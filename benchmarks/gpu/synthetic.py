@@ -10,9 +10,10 @@ from pathlib import Path
 
 import torch
 
-from services.common.block_digest import block_digest
+from benchmarks.arena_store import StoredAdapters
+from services.common.packed_digest import packed_digest
 from services.engine.adapters.layout import AdapterLayout, ModulePlacement, TargetModule
-from services.engine.adapters.source import AdapterManifest
+from services.engine.adapters.source import AdapterManifest, WeightsLease
 from services.engine.config import EngineSettings
 from services.engine.execution.gpu.adapter_device import model_tile_elems
 from services.engine.execution.gpu.gpu_runner import GpuRunner
@@ -112,6 +113,10 @@ class _Fetch:
         """At once."""
         return self._manifest
 
+    def lease(self, deadline: float) -> WeightsLease | None:
+        """None: they come as from a stream."""
+        return None
+
     def chunks(self, deadline: float) -> Iterator[memoryview]:
         """All in one."""
         yield self._weights
@@ -140,14 +145,26 @@ def make_adapters(config: ModelConfig, setting: str, targets: str, number: int) 
     return SyntheticAdapters(manifests, weights, tuple(adapters))
 
 
-def _pack(
-    config: ModelConfig, rank: int, modules: tuple[TargetModule, ...], tile: int
-) -> tuple[AdapterLayout, memoryview, str]:
-    shapes = {
+def stored_adapters(config: ModelConfig, setting: str, targets: str, number: int) -> StoredAdapters:
+    """The same shapes, for a store in a process of its own."""
+    shapes, tile = _shapes(config), model_tile_elems(module_groups(config))
+    modules = tuple((int(module), *shapes[module]) for module in TARGETS[targets])
+    dtype = str(config.dtype).removeprefix("torch.")
+    return StoredAdapters(config.num_layers, modules, RANKS[setting], number, dtype, tile)
+
+
+def _shapes(config: ModelConfig) -> dict[TargetModule, tuple[int, int]]:
+    return {
         TargetModule(module): (group.in_features, size)
         for group in module_groups(config)
         for module, size in zip(group.modules, group.out_features, strict=True)
     }
+
+
+def _pack(
+    config: ModelConfig, rank: int, modules: tuple[TargetModule, ...], tile: int
+) -> tuple[AdapterLayout, memoryview, str]:
+    shapes = _shapes(config)
     offset_b = rank * sum(shapes[module][0] for module in modules)
     offset_a, placements = 0, []
     for module in modules:
@@ -158,4 +175,4 @@ def _pack(
     layout = AdapterLayout("", dtype, tile, config.num_layers, offset_b, (tuple(placements),) * config.num_layers)
     packed = (torch.randn(config.num_layers, offset_b) * 0.01).to(config.dtype)
     data = memoryview(packed.view(torch.uint8).numpy().tobytes())
-    return layout, data, block_digest(data)
+    return layout, data, packed_digest(data)

@@ -7,18 +7,15 @@ import logging
 import sys
 
 from prometheus_client import REGISTRY
-from slora.adapter_store.v1 import adapter_store_pb2, adapter_store_pb2_grpc
 
 from services.adapter_store.arena import Arena
 from services.adapter_store.assembly import running_store
 from services.adapter_store.base_model import BaseModel, load_base_model
 from services.adapter_store.config import AdapterStoreSettings
-from services.adapter_store.servicer import AdapterStoreServicer
+from services.adapter_store.delivery_servicer import SERVICE_NAME, add_to_server
 from services.common.grpc_server import GrpcServer
 from services.common.settings import AddressError, parse_settings
 from services.common.telemetry import configure_logging, serve_metrics
-
-SERVICE_NAME = adapter_store_pb2.DESCRIPTOR.services_by_name["AdapterStoreService"].full_name
 
 logger = logging.getLogger("services.adapter_store")
 
@@ -27,10 +24,8 @@ async def serve(settings: AdapterStoreSettings, base: BaseModel, arena: Arena) -
     """Serves until SIGTERM or SIGINT."""
     server = GrpcServer(settings.listen, [SERVICE_NAME])
     async with running_store(settings, base, arena, REGISTRY) as store:
-        servicer = AdapterStoreServicer(
-            store.registry, store.metrics, store.open_spool, settings.stall_seconds, settings.max_uploads
-        )
-        adapter_store_pb2_grpc.add_AdapterStoreServiceServicer_to_server(servicer, server.grpc)
+        servicer = store.make_servicer()
+        add_to_server(servicer, server.grpc)
         exposition = serve_metrics(settings.metrics)
         await server.start()
         listening = {
@@ -53,7 +48,7 @@ def main() -> None:
         settings = parse_settings(AdapterStoreSettings, "adapter-store")
         configure_logging("adapter-store", settings.log_level)
         base = load_base_model(settings.base_model_config, settings.base_model, settings.dtype)
-        arena = Arena(settings.arena_bytes, settings.arena_dir)
+        arena = Arena(settings.arena_bytes, settings.arena_dir, settings.arena_group_readable)
     except ValueError as error:
         logger.error("cannot start: %s", error)
         sys.exit(2)

@@ -3,6 +3,10 @@
 A file in a tmpfs: an engine on the same host can map it, and a GPU driver can register it as pinned memory. Its pages
 are reserved at the start, so that a full tmpfs is an error then and not a SIGBUS later, and stay warm while reused. A
 lock on the file tells its owner's life: the segment of a store that was killed is removed by the next one to start.
+
+Readers find the file by its path and know it by the arena's id, which lies behind the arena. They map it to read only,
+and whoever else may do so is decided by the file's mode. What a reader still maps of an arena that is gone costs no
+memory (unless a driver pins it) and reads as zeros: it never faults, and no digest fits it.
 """
 
 from __future__ import annotations
@@ -14,6 +18,7 @@ import logging
 import mmap
 import os
 import secrets
+import time
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +27,12 @@ import numpy.typing as npt
 from services.adapter_store.extents import ExtentAllocator
 
 SEGMENT_PREFIX = "slora-arena-"
+TRAILER_BYTES = mmap.PAGESIZE
+ID_BYTES = 16
+"""The trailer behind the arena begins with its id. Part of the API: see the Arena message."""
+
+ROOM_SECONDS = 10.0
+"""How long to wait for the memory of a store that is gone, which its readers' drivers may have pinned."""
 
 logger = logging.getLogger(__name__)
 
@@ -29,19 +40,25 @@ logger = logging.getLogger(__name__)
 class Arena:
     """Shared memory of `num_bytes` bytes and who owns which part of it. Not for several threads at once.
 
-    `close` removes the segment; mappings that exist go on working.
+    `close` removes the segment; mappings that exist read zeros then.
     """
 
-    def __init__(self, num_bytes: int, directory: str) -> None:
-        """Makes the segment in `directory`, a tmpfs; ValueError, with a message for the operator, if it cannot."""
-        _remove_stale_segments(Path(directory))
+    def __init__(self, num_bytes: int, directory: str, group_readable: bool = False) -> None:
+        """Makes the segment in `directory`, a tmpfs; ValueError, with a message for the operator, if it cannot.
+
+        Processes of the same user may map it, and with `group_readable` those of the same group.
+        """
+        room_until = time.monotonic() + (ROOM_SECONDS if _remove_stale_segments(Path(directory)) else 0.0)
         self.extents = ExtentAllocator(num_bytes)
         if not self.extents.capacity:
             raise ValueError(f"arena_bytes is {num_bytes}; it must be at least {self.extents.alignment}")
         self.path = Path(directory) / f"{SEGMENT_PREFIX}{os.getpid()}-{secrets.token_hex(4)}"
-        self._fd = _make_segment(self.path, self.extents.capacity)
-        self._map = mmap.mmap(self._fd, self.extents.capacity, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
-        self._bytes: npt.NDArray[np.uint8] = np.frombuffer(self._map, np.uint8)
+        self.arena_id = secrets.token_bytes(ID_BYTES)
+        num_bytes = self.extents.capacity + TRAILER_BYTES
+        self._fd = _make_segment(self.path, num_bytes, 0o640 if group_readable else 0o600, room_until)
+        self._map = mmap.mmap(self._fd, num_bytes, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
+        self._map[self.extents.capacity : self.extents.capacity + ID_BYTES] = self.arena_id
+        self._bytes: npt.NDArray[np.uint8] = np.frombuffer(self._map, np.uint8, self.extents.capacity)
 
     def view(self, offset: int, num_bytes: int) -> npt.NDArray[np.uint8]:
         """The bytes from `offset` on, writable. The caller owns the extent there."""
@@ -52,6 +69,7 @@ class Arena:
         with contextlib.suppress(FileNotFoundError):
             self.path.unlink()
         if self._fd >= 0:
+            _free_pages(self._map)
             os.close(self._fd)
             self._fd = -1
         self._bytes = np.empty(0, np.uint8)
@@ -60,7 +78,7 @@ class Arena:
             self._map.close()
 
 
-def _make_segment(path: Path, num_bytes: int) -> int:
+def _make_segment(path: Path, num_bytes: int, mode: int, room_until: float) -> int:
     # It gets its real name only with the lock held; before, another store that starts would take it for a stale one.
     nameless = path.with_name("." + path.name)
     try:
@@ -70,7 +88,8 @@ def _make_segment(path: Path, num_bytes: int) -> int:
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         nameless.rename(path)
-        _check_room(path.parent, num_bytes)
+        os.fchmod(fd, mode)
+        _await_room(path.parent, num_bytes, room_until)
         os.posix_fallocate(fd, 0, num_bytes)
     except OSError as error:
         os.close(fd)
@@ -79,6 +98,16 @@ def _make_segment(path: Path, num_bytes: int) -> int:
         why = f"{path.parent} has no room for {num_bytes} bytes" if full else str(error.strerror)
         raise ValueError(f"cannot make the arena: {why}; see the settings arena_bytes and arena_dir") from error
     return fd
+
+
+def _await_room(directory: Path, num_bytes: int, until: float) -> None:
+    while True:
+        try:
+            return _check_room(directory, num_bytes)
+        except OSError:
+            if time.monotonic() >= until:
+                raise
+        time.sleep(0.1)
 
 
 def _check_room(directory: Path, num_bytes: int) -> None:
@@ -103,16 +132,37 @@ def _available_memory() -> int:
     return int(fields["MemAvailable"].split()[0]) * 1024
 
 
-def _remove_stale_segments(directory: Path) -> None:
-    """Removes segments whose owner is gone: those that nobody holds a lock on."""
+def _remove_stale_segments(directory: Path) -> int:
+    """Removes segments whose owner is gone: those that nobody holds a lock on. Returns how many."""
+    num_removed = 0
     for path in directory.glob(SEGMENT_PREFIX + "*"):
         with contextlib.suppress(OSError):  # another user's, or just removed
             fd = os.open(path, os.O_RDWR)
             try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _lock_stale(fd)
                 path.unlink()
+                num_removed += 1
                 logger.info("removed the arena of a store that is gone", extra={"path": str(path)})
-            except BlockingIOError:
+                with mmap.mmap(fd, 0) as segment:
+                    _free_pages(segment)
+            except (BlockingIOError, ValueError):  # in use; empty, so that there is nothing to free
                 pass
             finally:
                 os.close(fd)
+    return num_removed
+
+
+def _lock_stale(fd: int) -> None:
+    """Locks a segment; BlockingIOError if its owner lives."""
+    for _ in range(2):
+        # A reader that looks whether the owner lives holds the lock for an instant.
+        with contextlib.suppress(BlockingIOError):
+            return fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        time.sleep(0.01)
+    raise BlockingIOError
+
+
+def _free_pages(segment: mmap.mmap) -> None:
+    """Gives a segment's memory back although readers may map it: they read zeros where there was something."""
+    with contextlib.suppress(OSError):  # a file system that cannot; the memory goes with the last mapping
+        segment.madvise(mmap.MADV_REMOVE)

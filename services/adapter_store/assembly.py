@@ -15,10 +15,12 @@ from services.adapter_store.base_model import BaseModel
 from services.adapter_store.blob_store import BlobStore
 from services.adapter_store.catalogue import Catalogue
 from services.adapter_store.config import AdapterStoreSettings
+from services.adapter_store.delivery_servicer import WeightDelivery
 from services.adapter_store.host_cache import HostCache
 from services.adapter_store.metrics import StoreMetrics
 from services.adapter_store.registry import AdapterRegistry, UploadPlace
 from services.adapter_store.residency import Residency
+from services.adapter_store.servicer import AdapterStoreServicer
 from services.adapter_store.upkeep import follow_deletions, sweep
 from services.adapter_store.upload_spool import UploadSpool
 
@@ -34,6 +36,14 @@ class Store:
     catalogue: Catalogue
     registry: AdapterRegistry
     threads: ThreadPoolExecutor
+
+    def make_servicer(self) -> AdapterStoreServicer:
+        """What answers its RPCs."""
+        stall_seconds = self.settings.stall_seconds
+        delivery = WeightDelivery(self.registry.pin, self.cache.arena, self.metrics, stall_seconds)
+        return AdapterStoreServicer(
+            self.registry, delivery, self.metrics, self.open_spool, stall_seconds, self.settings.max_uploads
+        )
 
     def open_spool(self) -> UploadSpool:
         """A spool for one upload."""

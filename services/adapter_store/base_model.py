@@ -66,7 +66,7 @@ class BaseModel:
         """Names how this store packs: format, element type, tile, geometry. Equal names give equal bytes."""
         shapes = [(self.in_features(module), self.out_features(module)) for module in TargetModule]
         geometry = hashlib.sha256(repr((self.num_layers, shapes)).encode()).hexdigest()[:16]
-        return f"2/{self.element_type.value}/{self.tile_elems}/{geometry}"
+        return f"3/{self.element_type.value}/{self.tile_elems}/{geometry}"
 
     def module_path(self, layer: int, module: TargetModule) -> str:
         """The module's name as transformers and PEFT give it, such as `model.layers.0.self_attn.q_proj`."""

@@ -6,7 +6,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from slora.adapter_store.v1 import adapter_pb2, adapter_store_pb2
 
 from services.adapter_store.catalogue import CatalogueEvent, EventKind
-from services.adapter_store.manifest import AdapterRecord, ModulePlacement, PackedManifest
+from services.adapter_store.manifest import AdapterRecord
 
 
 def adapter_message(record: AdapterRecord, deleted: bool = False) -> adapter_pb2.Adapter:
@@ -30,21 +30,6 @@ def adapter_message(record: AdapterRecord, deleted: bool = False) -> adapter_pb2
     )
 
 
-def manifest_message(manifest: PackedManifest) -> adapter_pb2.PackedManifest:
-    """The manifest that goes before packed bytes."""
-    layout = manifest.layout
-    return adapter_pb2.PackedManifest(
-        digest=manifest.digest,
-        packed_digest=manifest.packed_digest,
-        element_type=f"ELEMENT_TYPE_{layout.element_type.name}",
-        tile_elems=layout.tile_elems,
-        num_layers=layout.num_layers,
-        layer_elems=layout.layer_elems,
-        packed_bytes=layout.packed_bytes,
-        layers=[adapter_pb2.PackedLayer(modules=[_module_message(p) for p in layer]) for layer in layout.layers],
-    )
-
-
 def event_message(event: CatalogueEvent) -> adapter_store_pb2.WatchAdaptersResponse:
     """An event of a watch."""
     deleted = event.kind is EventKind.DELETED
@@ -52,15 +37,4 @@ def event_message(event: CatalogueEvent) -> adapter_store_pb2.WatchAdaptersRespo
         event=f"WATCH_EVENT_{event.kind.name}",
         adapter=None if event.record is None else adapter_message(event.record, deleted),
         resume_token=event.resume_token,
-    )
-
-
-def _module_message(placement: ModulePlacement) -> adapter_pb2.PackedModule:
-    return adapter_pb2.PackedModule(
-        target_module=f"TARGET_MODULE_{placement.module.name}",
-        rank=placement.rank,
-        in_features=placement.in_features,
-        out_features=placement.out_features,
-        lora_a_offset=placement.lora_a_offset,
-        lora_b_offset=placement.lora_b_offset,
     )

@@ -29,16 +29,18 @@ class _Entry:
 
 
 class Pin:
-    """Keeps one adapter's bytes where they are until closed. A context manager."""
+    """Keeps one adapter's bytes where they are, `offset` bytes into the arena, until closed. A context manager."""
 
     def __init__(
         self,
         manifest: PackedManifest,
+        offset: int,
         view: npt.NDArray[np.uint8],
         release: Callable[[], None],
         share: Callable[[], Pin],
     ) -> None:
         self.manifest = manifest
+        self.offset = offset
         self.content = view.data.toreadonly()
         self._release: Callable[[], None] | None = release
         self._share = share
@@ -214,7 +216,7 @@ class HostCache:
         entry.last_used = self._clock
         entry.num_pins += 1
         view = self.arena.view(entry.offset, entry.manifest.layout.packed_bytes)
-        return Pin(entry.manifest, view, lambda: self._unpin(entry), lambda: self._pin(entry))
+        return Pin(entry.manifest, entry.offset, view, lambda: self._unpin(entry), lambda: self._pin(entry))
 
     def _unpin(self, entry: _Entry) -> None:
         entry.num_pins -= 1

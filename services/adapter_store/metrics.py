@@ -20,7 +20,12 @@ class StoreMetrics:
         self._lookups = self._counter(
             "lookups", "Fetches by where the adapter was: hit (memory) or miss (S3)", "result"
         )
-        self.fetched_bytes = self._counter("fetched_bytes", "Packed bytes sent to readers")
+        self.fetched_bytes = self._counter("fetched_bytes", "Packed bytes streamed to readers")
+        self.shared_bytes = self._counter("shared_bytes", "Packed bytes that readers copied out of the arena")
+        self.leases = self._counter(
+            "leases", "Leases that ended: confirmed, expired (taken too long), abandoned; or refused", "outcome"
+        )
+        self.open_leases = self._gauge("open_leases", "Leases by which readers copy out of the arena now")
         self.evictions = self._counter("evictions", "Adapters evicted from the arena to make room")
         self._reads = self._counter("reads", "Adapters whose files were read from S3, to fetch or to register")
         self.registrations = self._counter(
@@ -44,7 +49,7 @@ class StoreMetrics:
             "arena_free_bytes": ("Bytes of the arena that nothing holds", lambda f: f.free_bytes),
             "arena_largest_free_bytes": ("Bytes of the arena's largest free extent", lambda f: f.largest_free_bytes),
             "resident_adapters": ("Adapters in memory", lambda f: f.num_adapters),
-            "pinned_adapters": ("Adapters in memory that are being sent", lambda f: f.num_pinned),
+            "pinned_adapters": ("Adapters in memory that are being sent or copied", lambda f: f.num_pinned),
         }
         for name, (description, read) in shown.items():
             self._gauge(name, description).set_function(lambda read=read: read(figures()))  # type: ignore[misc]

@@ -19,8 +19,8 @@ from services.adapter_store.manifest import ElementType, ModulePlacement, Packed
 from services.adapter_store.safetensors_reader import TensorEntry
 from services.adapter_store.target_resolution import AdaptedModule
 from services.adapter_store.validation import LoraPair
-from services.common.block_digest import block_digest
 from services.common.errors import Reason, SloraError
+from services.common.packed_digest import packed_digest
 
 Array = npt.NDArray[np.generic]
 Bytes = npt.NDArray[np.uint8]
@@ -76,7 +76,7 @@ def pack(pairs: Sequence[LoraPair], layout: PackedLayout, file: memoryview, out:
 
 def digest_of(packed: Bytes) -> str:
     """The digest of packed bytes."""
-    return block_digest(packed.data)
+    return packed_digest(packed.data)
 
 
 def _fill(pairs: Sequence[LoraPair], layout: PackedLayout, file: memoryview, out: Bytes) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import Any, TypeVar
 
@@ -14,15 +13,13 @@ from slora.adapter_store.v1 import adapter_store_pb2 as pb
 from slora.adapter_store.v1 import adapter_store_pb2_grpc
 
 from services.adapter_store.catalogue import Registration
-from services.adapter_store.codec import adapter_message, event_message, manifest_message
+from services.adapter_store.codec import adapter_message, event_message
+from services.adapter_store.delivery_servicer import WeightDelivery
 from services.adapter_store.metrics import StoreMetrics
 from services.adapter_store.registry import AdapterRegistry
 from services.adapter_store.upload_spool import UploadSpool
 from services.common.errors import Reason, SloraError
 from services.common.grpc_errors import abort
-
-# Larger messages are no faster, smaller ones are slower.
-CHUNK_BYTES = 2**20
 
 Context = grpc.aio.ServicerContext[Any, Any]
 T = TypeVar("T")
@@ -34,12 +31,14 @@ class AdapterStoreServicer(adapter_store_pb2_grpc.AdapterStoreServiceServicer):
     def __init__(
         self,
         registry: AdapterRegistry,
+        delivery: WeightDelivery,
         metrics: StoreMetrics,
         open_spool: Callable[[], UploadSpool],
         stall_seconds: float,
         max_uploads: int,
     ) -> None:
         self._registry = registry
+        self._delivery = delivery
         self._metrics = metrics
         self._open_spool = open_spool
         self._stall_seconds = stall_seconds
@@ -93,7 +92,11 @@ class AdapterStoreServicer(adapter_store_pb2_grpc.AdapterStoreServiceServicer):
 
     async def FetchAdapter(self, request: pb.FetchAdapterRequest, context: Context) -> None:  # noqa: N802
         """Streams packed weights."""
-        await self._answer("FetchAdapter", context, lambda: self._send_weights(request, context))
+        await self._answer("FetchAdapter", context, lambda: self._delivery.send(request, context))
+
+    async def ShareAdapter(self, requests: AsyncIterator[pb.ShareAdapterRequest], context: Context) -> None:  # noqa: N802
+        """Lends packed weights to a reader on this host."""
+        await self._answer("ShareAdapter", context, lambda: self._delivery.lend(requests, context))
 
     async def WatchAdapters(self, request: pb.WatchAdaptersRequest, context: Context) -> None:  # noqa: N802
         """Streams the catalogue and its changes."""
@@ -146,35 +149,6 @@ class AdapterStoreServicer(adapter_store_pb2_grpc.AdapterStoreServiceServicer):
         if isinstance(request, DecodeError):
             raise SloraError(Reason.REQUEST_INVALID, f"a message cannot be parsed: {request}")
         return request
-
-    async def _send_weights(self, request: pb.FetchAdapterRequest, context: Context) -> None:
-        began = time.perf_counter()
-        with await self._registry.pin(request.digest) as pin:
-            self._metrics.fetch_seconds.observe(time.perf_counter() - began)
-            size = len(pin.content)
-            if request.offset > size:
-                raise SloraError(
-                    Reason.REQUEST_INVALID,
-                    f"offset is {request.offset}; the packed weights have {size} bytes",
-                    field="offset",
-                    packed_bytes=size,
-                )
-            await self._send(context, pb.FetchAdapterResponse(manifest=manifest_message(pin.manifest)))
-            for begin in range(request.offset, size, CHUNK_BYTES):
-                chunk = bytes(pin.content[begin : begin + CHUNK_BYTES])
-                await self._send(context, pb.FetchAdapterResponse(chunk=chunk))
-                self._metrics.fetched_bytes.inc(len(chunk))
-
-    async def _send(self, context: Context, message: pb.FetchAdapterResponse) -> None:
-        """Sends when the reader's flow control lets it; a reader that stands still must not pin memory for ever."""
-        try:
-            async with asyncio.timeout(self._stall_seconds):
-                await context.write(message)
-        except TimeoutError:
-            raise SloraError(
-                Reason.DEADLINE_EXCEEDED,
-                f"the reader took nothing for {self._stall_seconds:g} s; fetch again from the offset reached",
-            ) from None
 
     async def _send_events(self, request: pb.WatchAdaptersRequest, context: Context) -> None:
         with self._metrics.watchers.track_inprogress():

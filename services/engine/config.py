@@ -32,6 +32,7 @@ class EngineSettings:
     admission_batch: int = setting(0, "when full, fill so many places at a time; 0: 1 on a CPU, 8 on an accelerator")
     max_model_len: int = setting(0, "longest sequence in tokens; 0: the checkpoint's")
     max_waiting: int = setting(4096, "most requests in the queue; further ones are refused")
+    share_arena: bool = setting(True, "copy adapters out of the memory of a store on this host, if it may be read")
     load_timeout_seconds: float = setting(30.0, "an adapter load that takes longer fails")
     drain_seconds: float = setting(30.0, "on SIGTERM running requests have this long to end")
     log_level: LogLevel = setting("INFO", "DEBUG, INFO, WARNING or ERROR")

@@ -101,11 +101,12 @@ class RequestFailed(msgspec.Struct, frozen=True):
 
 
 class AdapterLoaded(msgspec.Struct, frozen=True):
-    """An adapter became resident."""
+    """An adapter became resident. `lent`: its bytes were copied out of the store's memory, not streamed."""
 
     adapter: Adapter
     load_seconds: float
     packed_bytes: int
+    lent: bool = False
 
 
 class CoreLoad(msgspec.Struct, frozen=True):

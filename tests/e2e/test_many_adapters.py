@@ -109,9 +109,13 @@ def test_two_thousand_adapters_through_a_pool_for_twenty(tmp_path: Path) -> None
             most_resident = max(most_resident, metric(engine, "slora_engine_resident_adapters"))
             memory.append(resident_bytes(stack))
         loads = metric(engine, "slora_engine_adapter_load_seconds_count")
+        lent, streamed = (
+            metric(engine, "slora_engine_adapter_loaded_bytes_total", path=p) for p in ("lent", "streamed")
+        )
         assert_no_page_lost(stack)
 
     assert loads >= NUM_ADAPTERS
+    assert lent > 100 * streamed, "store and engine are on one host"
     assert most_resident < 60, "the pool was meant to be too small for many"
     for process in memory[0]:
         growth = memory[-1][process] - memory[1][process]

@@ -16,14 +16,15 @@ import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
-from services.common.block_digest import block_digest
 from services.common.errors import Reason, SloraError
+from services.common.packed_digest import packed_digest
 from services.engine.adapters.layout import AdapterLayout
 from services.engine.adapters.load_job import Grant, LoadEnded, LoadEvent, LoadInstalled, LoadJob, LoadSized
 from services.engine.adapters.source import AdapterManifest, FetchCancelled
 from services.engine.config import PoolConfig
 from services.engine.messages import Adapter, Generate, SamplingParams, StopParams
 from services.engine.step import BASE_SLOT, PENDING_TOKEN, SampledToken, ScheduledChunk, StepPlan
+from tests.fixtures.installing import install
 
 VOCAB_SIZE = 101
 EOS = 0
@@ -115,6 +116,7 @@ class FakeDevice:
         self.installed: dict[int, tuple[str, tuple[int, ...]]] = {}
         self.weights: dict[str, bytes] = {}
         self.num_installs = 0
+        self.is_direct = True
         self.on_install: object = None
         self.in_flight: list[SubmittedStep] = []
 
@@ -125,14 +127,25 @@ class FakeDevice:
     def host_buffer(self, num_bytes: int) -> memoryview:
         return memoryview(bytearray(num_bytes))
 
-    def install(self, slot: int, layout: AdapterLayout, pages: Sequence[int], weights: memoryview) -> None:
-        assert slot not in self.installed, f"slot {slot} is taken"
+    def register(self, memory: memoryview, wanted: object) -> None:
+        pass
+
+    def unregister(self, memory: memoryview) -> None:
+        pass
+
+    def reads_directly(self, weights: memoryview) -> bool:
+        return self.is_direct
+
+    def write(self, layout: AdapterLayout, pages: Sequence[int], weights: memoryview) -> None:
         assert not self.pages_in_flight() & set(pages), "a step in flight has a page that an adapter was given"
         if callable(self.on_install):
             self.on_install(layout.digest)
         self.weights[layout.digest] = bytes(weights)
         for index, page in enumerate(pages):
             self.contents[page] = (layout.digest, index)
+
+    def enter(self, slot: int, layout: AdapterLayout, pages: Sequence[int]) -> None:
+        assert slot not in self.installed, f"slot {slot} is taken"
         self.installed[slot] = (layout.digest, tuple(pages))
         self.num_installs += 1
 
@@ -339,12 +352,38 @@ class ScriptedLoader:
         elif isinstance(grant, Grant):
             assert len(grant.pages) == self.sizes[digest]
             layout = layout_of(digest, self.sizes[digest], self._page_elems)
-            self._device.install(grant.slot, layout, grant.pages, memoryview(b""))
+            install(self._device, grant.slot, layout, grant.pages, memoryview(b""))
             self._finish(job, LoadInstalled(job, 0.25, 4096))
 
     def _finish(self, job: LoadJob, event: LoadEvent) -> None:
         del self._jobs[job]
         self._events.append(event)
+
+
+class FakeLease:
+    """A `WeightsLease`; with `lapses` it ends while it is used, and other bytes lie there."""
+
+    def __init__(self, lapses: bool = False) -> None:
+        self.lapses = lapses
+        self.is_open = False
+        self.num_confirmed = 0
+
+    def open(self, weights: bytes, corrupt: bool) -> None:
+        self.is_open = True
+        spoiled = corrupt or self.lapses
+        self.content = memoryview(bytes([weights[0] ^ 1]) + weights[1:] if spoiled else weights)
+
+    def confirm(self) -> None:
+        assert self.is_open
+        if self.lapses:
+            raise SloraError(Reason.DEADLINE_EXCEEDED, "the lease has ended")
+        self.num_confirmed += 1
+
+    def __enter__(self) -> FakeLease:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.is_open = False
 
 
 @dataclass
@@ -362,6 +401,8 @@ class FakeAdapter:
     # Blocks until set (or cancelled), before the manifest or before the weights.
     manifest_gate: threading.Event | None = None
     weights_gate: threading.Event | None = None
+    # The weights are lent too.
+    lease: FakeLease | None = None
 
 
 class FakeSource:
@@ -412,7 +453,14 @@ class FakeFetch:
             raise found.error
         weights = self._source.weights(self._digest)
         layout = layout_of(self._digest, found.num_pages, self._source.page_elems, found.dtype)
-        return AdapterManifest(layout, len(weights), block_digest(memoryview(weights)))
+        return AdapterManifest(layout, len(weights), packed_digest(weights))
+
+    def lease(self, deadline: float) -> FakeLease | None:
+        found = self._source.adapters[self._digest]
+        if found.lease is None:
+            return None
+        found.lease.open(self._source.weights(self._digest), found.corrupt)
+        return found.lease
 
     def chunks(self, deadline: float) -> Iterator[bytes]:
         found = self._source.adapters[self._digest]

@@ -9,6 +9,7 @@ S-LoRA section 5 (Unified Paging).
 from __future__ import annotations
 
 import enum
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 
@@ -50,3 +51,20 @@ class AdapterLayout:
     def num_pages(self, page_elems: int) -> int:
         """Pages that the adapter takes; at most the last one is partly filled."""
         return -(-self.layer_elems // page_elems)
+
+    def runs(self) -> Iterator[LayerRun]:
+        """Runs of layers that are laid out alike, in order; mostly a single one. All that looks at rows looks here."""
+        begin = 0
+        for end in range(1, len(self.layers) + 1):
+            if end == len(self.layers) or self.layers[end] != self.layers[begin]:
+                yield LayerRun(begin, end, self.layers[begin])
+                begin = end
+
+
+@dataclass(frozen=True, slots=True)
+class LayerRun:
+    """Layers from `begin` to before `end`, each with these placements."""
+
+    begin: int
+    end: int
+    placements: tuple[ModulePlacement, ...]

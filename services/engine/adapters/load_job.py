@@ -128,11 +128,15 @@ class LoadSized:
 
 @dataclass(frozen=True, slots=True)
 class LoadInstalled:
-    """The adapter is in its pages and at its slot. `load_seconds` leaves out the wait for pages."""
+    """The adapter is in its pages and at its slot. `load_seconds` leaves out the wait for pages.
+
+    `lent`: its bytes were copied out of the store's memory, not streamed.
+    """
 
     job: LoadJob
     load_seconds: float
     packed_bytes: int
+    lent: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,9 +1,13 @@
 """Brings adapters from a source into the pool on threads of its own, so that no step ever waits for a load.
 
 A load has two parts. First the manifest is fetched and checked, which tells how many pages are needed; then the core,
-which owns all pages, grants them and a slot on its own thread, in arrival order; then the weights are streamed,
-verified and installed. A job that waits long for its grant holds no thread and no connection, so that loads which
-wait for memory never keep others from being loaded.
+which owns all pages, grants them and a slot on its own thread, in arrival order; then the weights are copied into the
+pages, out of the store's memory or from its stream, verified, and entered at the slot. A job that waits long for its
+grant holds no thread and no connection, so that loads which wait for memory never keep others from being loaded.
+
+Weights are digested while they are copied into the pages, where nobody looks at them before they are entered. A lease
+of what the store lends is confirmed after both, and only then is the digest looked at: under a lease that did not last,
+other bytes may have lain there, and the weights are streamed instead.
 """
 
 from __future__ import annotations
@@ -15,13 +19,15 @@ import queue
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
+
+import numpy as np
 
 from services.common.errors import Reason, SloraError
+from services.common.packed_digest import packed_digest
 from services.engine.adapters.device import AdapterDevice
 from services.engine.adapters.load_job import Grant, LoadEnded, LoadEvent, LoadInstalled, LoadJob, LoadSized
-from services.engine.adapters.receiving import BlockReceiver
-from services.engine.adapters.source import AdapterManifest, AdapterSource, FetchCancelled
+from services.engine.adapters.source import AdapterManifest, AdapterSource, FetchCancelled, WeightsLease
 from services.engine.messages import Adapter
 
 logger = logging.getLogger(__name__)
@@ -30,8 +36,11 @@ NUM_LOADER_THREADS = 8
 """Loads at once. A few keep the link busy while others wait for the store to read from S3; each thread keeps a host
 buffer of the largest adapter it has loaded, so their number bounds that memory."""
 
-NUM_HASHING_THREADS = min(8, os.cpu_count() or 1)
-"""Threads that verify what arrives, for all loads together."""
+NUM_COPYING_THREADS = min(8, os.cpu_count() or 1)
+"""Threads that copy lent weights into host buffers, for all loads together."""
+
+COPY_BYTES = 2**21
+"""What one of them copies at a time."""
 
 GRANT_GRACE_SECONDS = 0.25
 """How long a sized load keeps its stream open for its grant, which mostly comes with the next step."""
@@ -43,7 +52,7 @@ JOIN_SECONDS = 2.0
 class AdapterLoader:
     """The core calls `start`, `grant`, `cancel` and `poll`; none of them blocks. `wake` says that `poll` has news.
 
-    `device.check` and `device.install` run on the loader's threads, one `install` at a time.
+    `device.check`, `write` and `enter` run on the loader's threads, one `write` or `enter` at a time.
     """
 
     def __init__(
@@ -61,8 +70,9 @@ class AdapterLoader:
         self._wake = wake
         self._jobs: queue.SimpleQueue[LoadJob | None] = queue.SimpleQueue()
         self._events: collections.deque[LoadEvent] = collections.deque()
-        self._install_lock = threading.Lock()
-        self._hashing = ThreadPoolExecutor(NUM_HASHING_THREADS, "adapter-hashing")
+        self._device_lock = threading.Lock()
+        # Each load has one digest under way at most: none waits behind copies.
+        self._helpers = ThreadPoolExecutor(NUM_LOADER_THREADS + NUM_COPYING_THREADS, "adapter-loader-helper")
         self._threads = [
             threading.Thread(target=self._work, name=f"adapter-loader-{i}", daemon=True)
             for i in range(NUM_LOADER_THREADS)
@@ -102,7 +112,7 @@ class AdapterLoader:
         deadline = time.monotonic() + JOIN_SECONDS
         for thread in self._threads:
             thread.join(max(deadline - time.monotonic(), 0.0))
-        self._hashing.shutdown(wait=False, cancel_futures=True)
+        self._helpers.shutdown(wait=False, cancel_futures=True)
 
     def _work(self) -> None:
         buffer = _HostBuffer(self._device.host_buffer)
@@ -160,25 +170,64 @@ class AdapterLoader:
         num_pages = manifest.layout.num_pages(self._page_elems)
         if num_pages != len(grant.pages):
             raise _changed(job, f"it takes {num_pages} pages and was known with {len(grant.pages)}")
-        weights = buffer.view(manifest.packed_bytes)
-        if self._receive(job, manifest, weights) != manifest.packed_digest:
-            raise _changed(job, "the bytes that were sent do not have the manifest's digest")
-        with self._install_lock:
-            if job.cancelled:
-                raise FetchCancelled
-            self._device.install(grant.slot, manifest.layout, grant.pages, weights)
-        return LoadInstalled(job, job.load_seconds, manifest.packed_bytes)
+        lease = job.fetch.lease(job.deadline)
+        lent = lease is not None and self._copy_lent(job, manifest, grant, buffer, lease)
+        if not lent:
+            self._copy_streamed(job, manifest, grant, buffer)
+        with self._device_lock:
+            self._device.enter(grant.slot, manifest.layout, grant.pages)
+        return LoadInstalled(job, job.load_seconds, manifest.packed_bytes, lent)
 
-    def _receive(self, job: LoadJob, manifest: AdapterManifest, weights: memoryview) -> str:
-        """Fills `weights` from the source; their digest."""
-        with BlockReceiver(weights, self._hashing) as receiver:
-            for chunk in job.fetch.chunks(job.deadline):
-                if receiver.received + len(chunk) > manifest.packed_bytes:
-                    raise _changed(job, f"more than its {manifest.packed_bytes} bytes were sent")
-                receiver.add(chunk)
-            if receiver.received != manifest.packed_bytes:
-                raise _changed(job, f"{receiver.received} of its {manifest.packed_bytes} bytes were sent")
-            return receiver.digest()
+    def _copy_lent(
+        self, job: LoadJob, manifest: AdapterManifest, grant: Grant, buffer: _HostBuffer, lease: WeightsLease
+    ) -> bool:
+        """Copies what is lent into the granted pages; False if the lease ended early, and the copy is worth nothing."""
+        with lease:
+            digest = self._copy(job, manifest, grant, self._readable(lease.content, buffer))
+            try:
+                lease.confirm()
+            except SloraError as error:
+                logger.info("a lease ended early, the adapter is streamed: %s", error.message)
+                return False
+        if digest != manifest.packed_digest:
+            raise _changed(job, "the bytes that were lent do not have the manifest's digest")
+        return True
+
+    def _copy_streamed(self, job: LoadJob, manifest: AdapterManifest, grant: Grant, buffer: _HostBuffer) -> None:
+        """Copies what the source sends into the granted pages."""
+        weights = buffer.view(manifest.packed_bytes)
+        received = 0
+        for chunk in job.fetch.chunks(job.deadline):
+            end = received + len(chunk)
+            if end > manifest.packed_bytes:
+                raise _changed(job, f"more than its {manifest.packed_bytes} bytes were sent")
+            _copy_bytes(chunk, weights[received:end])
+            received = end
+        if received != manifest.packed_bytes:
+            raise _changed(job, f"{received} of its {manifest.packed_bytes} bytes were sent")
+        if self._copy(job, manifest, grant, weights) != manifest.packed_digest:
+            raise _changed(job, "the bytes that were sent do not have the manifest's digest")
+
+    def _copy(self, job: LoadJob, manifest: AdapterManifest, grant: Grant, weights: memoryview) -> str:
+        """Copies `weights` into the granted pages; their digest, which is computed meanwhile."""
+        digest = self._helpers.submit(packed_digest, weights)
+        try:
+            with self._device_lock:
+                if job.cancelled:
+                    raise FetchCancelled
+                self._device.write(manifest.layout, grant.pages, weights)
+        finally:
+            wait([digest])  # nobody looks at the bytes when this has ended
+        return digest.result()
+
+    def _readable(self, content: memoryview, buffer: _HostBuffer) -> memoryview:
+        """`content`, or a copy of it where the device reads faster."""
+        if self._device.reads_directly(content):
+            return content
+        copy = buffer.view(len(content))
+        pieces = [slice(begin, begin + COPY_BYTES) for begin in range(0, len(content), COPY_BYTES)]
+        wait([self._helpers.submit(_copy_bytes, content[piece], copy[piece]) for piece in pieces])
+        return copy
 
 
 class _HostBuffer:
@@ -194,6 +243,11 @@ class _HostBuffer:
         if len(self._bytes) < num_bytes:
             self._bytes = self._allocate(num_bytes)
         return self._bytes[:num_bytes]
+
+
+def _copy_bytes(source: bytes | memoryview, target: memoryview) -> None:
+    # numpy lets other threads of the interpreter run meanwhile: the core's above all.
+    np.copyto(np.frombuffer(target, np.uint8), np.frombuffer(source, np.uint8))
 
 
 def _changed(job: LoadJob, what: str) -> SloraError:

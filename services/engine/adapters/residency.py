@@ -223,7 +223,7 @@ class Residency:
                 entry.state, entry.job = AdapterState.RESIDENT, None
                 del self._loads[entry.adapter.digest]
                 self._become_idle(entry)
-                news.loaded.append(AdapterLoaded(entry.adapter, event.load_seconds, event.packed_bytes))
+                news.loaded.append(AdapterLoaded(entry.adapter, event.load_seconds, event.packed_bytes, event.lent))
             else:
                 self._note_end(entry, event, news)
         return news

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -19,12 +20,26 @@ class AdapterManifest:
 
     layout: AdapterLayout
     packed_bytes: int
-    # Of the packed bytes; see services.common.block_digest.
+    # Of the packed bytes; see services.common.packed_digest.
     packed_digest: str
 
 
+class WeightsLease(AbstractContextManager["WeightsLease"], Protocol):
+    """The right to read an adapter's weights where the store keeps them, until the context is left.
+
+    It may end early (the store is gone, the reader was stopped for too long), and then other bytes may lie there. So
+    nothing that was read may be used, nor blamed, before `confirm` has returned.
+    """
+
+    content: memoryview
+    """The packed bytes, read-only; nobody reads them when the context is left."""
+
+    def confirm(self) -> None:
+        """All is read. Returns if the lease lasted until now; SloraError otherwise."""
+
+
 class AdapterFetch(Protocol):
-    """One fetch of one adapter. `manifest` and `chunks` are called by one thread at a time, `cancel` by any.
+    """One fetch of one adapter. `cancel` is called by any thread, all else by one at a time.
 
     Deadlines are `time.monotonic()` seconds. Faults that may pass (store away, stream cut) are retried until then;
     what remains is raised as a `SloraError`, or as `FetchCancelled`.
@@ -32,6 +47,9 @@ class AdapterFetch(Protocol):
 
     def manifest(self, deadline: float) -> AdapterManifest:
         """The manifest; blocks until it is here. Later calls return the same."""
+
+    def lease(self, deadline: float) -> WeightsLease | None:
+        """The packed bytes in the store's own memory, if that can be read here; else they come by `chunks`."""
 
     def chunks(self, deadline: float) -> Iterator[bytes | memoryview]:
         """The packed bytes in order, exactly `packed_bytes` of them; blocks for each chunk."""

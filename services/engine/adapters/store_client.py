@@ -1,89 +1,106 @@
 """Fetches adapters from the adapter store over gRPC: `AdapterSource` as the loader's threads use it.
 
-A stream that breaks is opened again at the byte where it broke; a store that is away is asked again, with growing
-pauses, until the deadline.
+A store on the same host lends the weights where they lie; another sends them. A stream that breaks is opened again at
+the byte where it broke; a store that is away is asked again, with growing pauses, until the deadline.
 """
 
 from __future__ import annotations
 
+import logging
 import random
 import threading
 import time
 import weakref
 from collections.abc import Iterator
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import grpc
-from slora.adapter_store.v1 import adapter_pb2, adapter_store_pb2, adapter_store_pb2_grpc
+from slora.adapter_store.v1 import adapter_store_pb2, adapter_store_pb2_grpc
 
 from services.common.errors import Reason, SloraError, Status
 from services.common.grpc_client import open_blocking_channel
 from services.common.grpc_errors import from_rpc_error
-from services.engine.adapters.layout import AdapterLayout, ModulePlacement, TargetModule
+from services.engine.adapters.lease_client import LeaseCall, StoreLease, to_place
+from services.engine.adapters.manifest_codec import to_manifest
+from services.engine.adapters.mapped_arena import NO_ARENA, ArenaReader
 from services.engine.adapters.source import AdapterManifest, FetchCancelled
 
 FIRST_PAUSE_SECONDS = 0.05
 LONGEST_PAUSE_SECONDS = 1.0
-MAX_RANK = 256
 
-# By element type: its name in layouts and its bytes.
-_ELEMENT_TYPES = {
-    adapter_pb2.ELEMENT_TYPE_FLOAT32: ("float32", 4),
-    adapter_pb2.ELEMENT_TYPE_FLOAT16: ("float16", 2),
-    adapter_pb2.ELEMENT_TYPE_BFLOAT16: ("bfloat16", 2),
-}
-_TARGET_MODULES = {
-    adapter_pb2.TARGET_MODULE_Q: TargetModule.Q,
-    adapter_pb2.TARGET_MODULE_K: TargetModule.K,
-    adapter_pb2.TARGET_MODULE_V: TargetModule.V,
-    adapter_pb2.TARGET_MODULE_O: TargetModule.O,
-    adapter_pb2.TARGET_MODULE_GATE: TargetModule.GATE,
-    adapter_pb2.TARGET_MODULE_UP: TargetModule.UP,
-    adapter_pb2.TARGET_MODULE_DOWN: TargetModule.DOWN,
-}
 # Besides everything UNAVAILABLE: a full host cache empties again, and an attempt's deadline may be an older one.
 _MAY_PASS = {Reason.HOST_CACHE_FULL, Reason.DEADLINE_EXCEEDED}
+
+
+_FETCH_METHOD = "/slora.adapter_store.v1.AdapterStoreService/FetchAdapter"
+_CHUNK_TAG = adapter_store_pb2.FetchAdapterResponse.CHUNK_FIELD_NUMBER << 3 | 2
+
+logger = logging.getLogger(__name__)
+
+FetchPart: TypeAlias = "adapter_store_pb2.FetchAdapterResponse | memoryview"
 
 
 class _Call(Protocol):
     """A running FetchAdapter call."""
 
-    def __next__(self) -> adapter_store_pb2.FetchAdapterResponse: ...
+    def __next__(self) -> FetchPart: ...
 
     def cancel(self) -> bool: ...
 
 
 class StoreClient:
-    """An `AdapterSource`: the adapter store at `address` (`host:port`). It need not be up yet."""
+    """An `AdapterSource`: the adapter store at `address` (`host:port`). It need not be up yet.
 
-    def __init__(self, address: str) -> None:
+    With `arenas`, weights of a store on this host are read where they lie.
+    """
+
+    def __init__(self, address: str, arenas: ArenaReader | None = None) -> None:
         self._address = address
+        self._arenas = arenas
         self._channel = open_blocking_channel(address)
         self._stub = adapter_store_pb2_grpc.AdapterStoreServiceStub(self._channel)
+        # As the generated stub does it, but chunks are not copied twice more.
+        self._stub.FetchAdapter = self._channel.unary_stream(
+            _FETCH_METHOD,
+            request_serializer=adapter_store_pb2.FetchAdapterRequest.SerializeToString,
+            response_deserializer=parse_part,
+        )
         self._fetches: weakref.WeakSet[StoreFetch] = weakref.WeakSet()
 
     def open(self, digest: str) -> StoreFetch:
         """Begins to fetch; returns at once."""
-        fetch = StoreFetch(self._stub, self._address, digest)
+        fetch = StoreFetch(self._stub, self._address, digest, self._arenas)
         self._fetches.add(fetch)
         return fetch
 
     def close(self) -> None:
-        """Cancels every fetch and closes the channel."""
+        """Cancels every fetch, closes the channel and lets go of arenas."""
         for fetch in list(self._fetches):
             fetch.cancel()
         self._channel.close()
+        if self._arenas is not None:
+            self._arenas.close()
 
 
 class StoreFetch:
-    """An `AdapterFetch` by `AdapterStoreService.FetchAdapter`."""
+    """An `AdapterFetch` by `AdapterStoreService.ShareAdapter`, where that helps, and `FetchAdapter`."""
 
-    def __init__(self, stub: adapter_store_pb2_grpc.AdapterStoreServiceStub, address: str, digest: str) -> None:
+    def __init__(
+        self,
+        stub: adapter_store_pb2_grpc.AdapterStoreServiceStub,
+        address: str,
+        digest: str,
+        arenas: ArenaReader | None = None,
+    ) -> None:
         self._stub = stub
         self._address = address
         self._digest = digest
+        self._arenas = arenas
         self._manifest: AdapterManifest | None = None
+        self._lease: StoreLease | None = None
+        # The one call that is open: a fetch, or a lease.
         self._call: _Call | None = None
+        self._lease_call: LeaseCall | None = None
         self._call_offset = 0
         self._pause_seconds = FIRST_PAUSE_SECONDS
         self._cancelled = threading.Event()
@@ -92,12 +109,24 @@ class StoreFetch:
         """The manifest; blocks until it is here."""
         while self._manifest is None:
             try:
-                self._connect(0, deadline)
+                if not self._borrow(deadline):
+                    self._connect(0, deadline)
             except SloraError as error:
                 self._recover(error, deadline)
         return self._manifest
 
-    def chunks(self, deadline: float) -> Iterator[bytes]:
+    def lease(self, deadline: float) -> StoreLease | None:
+        """The packed bytes in the store's arena; None if they cannot be read here, or not now."""
+        self.manifest(deadline)
+        if self._lease is None:
+            try:
+                self._borrow(deadline)
+            except SloraError as error:
+                logger.info("no lease, the adapter is streamed: %s", error.message, extra={"digest": self._digest})
+        lease, self._lease = self._lease, None
+        return lease
+
+    def chunks(self, deadline: float) -> Iterator[memoryview]:
         """The packed bytes in order; resumes by itself where a stream broke."""
         num_bytes = self.manifest(deadline).packed_bytes
         offset = 0
@@ -115,17 +144,55 @@ class StoreFetch:
         self.pause()
 
     def pause(self) -> None:
-        """Ends the call; the next chunk opens another one."""
+        """Ends the call; the next lease or chunk opens another one."""
         call, self._call = self._call, None
         if call is not None:
             call.cancel()
+        lease_call, self._lease_call, self._lease = self._lease_call, None, None
+        if lease_call is not None:
+            lease_call.cancel()
 
     def cancel(self) -> None:
         """Gives up, from any thread."""
         self._cancelled.set()
-        call = self._call
-        if call is not None:
+        for call in (self._call, self._lease_call):
+            if call is not None:
+                call.cancel()
+
+    def _borrow(self, deadline: float) -> bool:
+        """Opens a lease and keeps the manifest that comes with it; False if the arena is out of reach."""
+        if self._arenas is None or not self._arenas.is_worth_trying:
+            return False
+        self.pause()
+        try:
+            call = self._lease_call = LeaseCall(self._stub, self._digest, max(deadline - time.monotonic(), 0.001))
+        except ValueError as closed:  # grpc's way to say that the channel was closed
+            raise FetchCancelled from closed
+        if self._cancelled.is_set():
             call.cancel()
+        try:
+            lent = call.lent()
+        except SloraError as error:
+            self.pause()
+            if self._cancelled.is_set():
+                raise FetchCancelled from error
+            raise
+        if lent is None:
+            self._arenas.note(NO_ARENA)
+        else:
+            self._keep(to_manifest(lent.manifest, self._digest))
+            self._lease = self._open_lease(call, lent)
+        if self._lease is None:
+            self.pause()
+        return self._lease is not None
+
+    def _open_lease(self, call: LeaseCall, lent: adapter_store_pb2.ShareAdapterResponse) -> StoreLease | None:
+        assert self._arenas is not None
+        end = lent.offset + lent.manifest.packed_bytes
+        if end > lent.arena.num_bytes:
+            raise SloraError(Reason.INTERNAL, f"adapter store {self._address} lent bytes outside of its arena")
+        arena = self._arenas.map(to_place(lent.arena))
+        return None if arena is None else StoreLease(call, arena[lent.offset : end])
 
     def _connect(self, offset: int, deadline: float) -> None:
         """Opens a call at `offset` and reads its manifest."""
@@ -139,9 +206,13 @@ class StoreFetch:
         if self._cancelled.is_set():
             self._call.cancel()
         response = self._read()
-        if response is None or response.WhichOneof("part") != "manifest":
+        if response is None or isinstance(response, memoryview) or not response.HasField("manifest"):
             raise SloraError(Reason.INTERNAL, f"adapter store {self._address} began a fetch without a manifest")
-        manifest = _to_manifest(response.manifest, self._digest)
+        if self._arenas is not None:
+            self._arenas.note(response.arena_id)
+        self._keep(to_manifest(response.manifest, self._digest))
+
+    def _keep(self, manifest: AdapterManifest) -> None:
         if self._manifest is not None and manifest != self._manifest:
             raise SloraError(
                 Reason.ADAPTER_CHANGED,
@@ -150,19 +221,19 @@ class StoreFetch:
             )
         self._manifest = manifest
 
-    def _read_chunk(self, num_bytes: int) -> bytes:
+    def _read_chunk(self, num_bytes: int) -> memoryview:
         response = self._read()
         if response is None:
             raise SloraError(
                 Reason.ADAPTER_STORE_UNAVAILABLE,
                 f"adapter store {self._address} ended a fetch after {self._call_offset} of {num_bytes} bytes",
             )
-        if response.WhichOneof("part") != "chunk":
+        if not isinstance(response, memoryview):
             raise SloraError(Reason.INTERNAL, f"adapter store {self._address} sent something other than a chunk")
-        self._call_offset += len(response.chunk)
-        return response.chunk
+        self._call_offset += len(response)
+        return response
 
-    def _read(self) -> adapter_store_pb2.FetchAdapterResponse | None:
+    def _read(self) -> FetchPart | None:
         """The next message; None at the stream's end."""
         if self._call is None:
             raise FetchCancelled
@@ -190,57 +261,21 @@ class StoreFetch:
             raise FetchCancelled
 
 
-def _to_manifest(packed: adapter_pb2.PackedManifest, digest: str) -> AdapterManifest:
-    """The manifest in the engine's words; SloraError(ADAPTER_INCOMPATIBLE) if it contradicts itself."""
-    if packed.digest != digest:
-        raise SloraError(Reason.ADAPTER_CHANGED, f"asked for adapter {digest}, got {packed.digest}", digest=digest)
-    dtype, element_bytes = _ELEMENT_TYPES.get(packed.element_type, ("", 0))
-    _require(bool(dtype), digest, f"element type {packed.element_type} is unknown")
-    tile = packed.tile_elems
-    _require(tile > 0 and tile & (tile - 1) == 0, digest, f"a tile of {tile} elements is not a power of two")
-    _require(packed.layer_elems % tile == 0, digest, f"{packed.layer_elems} elements a layer are no whole tiles")
-    _require(len(packed.layers) == packed.num_layers > 0, digest, f"{len(packed.layers)} of {packed.num_layers} layers")
-    num_bytes = packed.num_layers * packed.layer_elems * element_bytes
-    _require(packed.packed_bytes == num_bytes, digest, f"{packed.packed_bytes} bytes instead of {num_bytes}")
-    layers = tuple(_to_layer(layer, tile, packed.layer_elems, digest) for layer in packed.layers)
-    layout = AdapterLayout(digest, dtype, tile, packed.num_layers, packed.layer_elems, layers)
-    return AdapterManifest(layout, packed.packed_bytes, packed.packed_digest)
+def parse_part(data: bytes) -> FetchPart:
+    """A FetchAdapterResponse from its bytes; one that is nothing but a chunk is that chunk, where it lies."""
+    size, begin = _varint(data, 1)
+    if data[:1] == bytes((_CHUNK_TAG,)) and begin + size == len(data):
+        return memoryview(data)[begin:]
+    message = adapter_store_pb2.FetchAdapterResponse.FromString(data)
+    return memoryview(message.chunk) if message.HasField("chunk") else message
 
 
-def _to_layer(layer: adapter_pb2.PackedLayer, tile: int, layer_elems: int, digest: str) -> tuple[ModulePlacement, ...]:
-    placements = []
-    for packed in layer.modules:
-        module = _TARGET_MODULES.get(packed.target_module)
-        if module is None:
-            raise _incompatible(digest, f"target module {packed.target_module} is unknown")
-        _require(1 <= packed.rank <= MAX_RANK, digest, f"{module.name} has rank {packed.rank}")
-        for offset, row in (
-            (packed.lora_a_offset, packed.in_features),
-            (packed.lora_b_offset, packed.out_features),
-        ):
-            end = offset + packed.rank * -(-row // tile) * tile
-            fits = row > 0 and offset % tile == 0 and end <= layer_elems
-            _require(fits, digest, f"{module.name} has rows of {row} at {offset} in a layer of {layer_elems}")
-        placements.append(
-            ModulePlacement(
-                module,
-                packed.rank,
-                packed.in_features,
-                packed.out_features,
-                packed.lora_a_offset,
-                packed.lora_b_offset,
-            )
-        )
-    modules = [placement.module for placement in placements]
-    _require(len(set(modules)) == len(modules), digest, "a layer has a module twice")
-    return tuple(placements)
-
-
-def _require(holds: bool, digest: str, otherwise: str) -> None:
-    if not holds:
-        raise _incompatible(digest, otherwise)
-
-
-def _incompatible(digest: str, what: str) -> SloraError:
-    message = f"the manifest of adapter {digest} contradicts itself: {what}"
-    return SloraError(Reason.ADAPTER_INCOMPATIBLE, message, digest=digest)
+def _varint(data: bytes, begin: int) -> tuple[int, int]:
+    """The number that is written from `begin` on, and where it ends; nonsense where there is none."""
+    number = shift = 0
+    for end, byte in enumerate(data[begin : begin + 10], begin + 1):
+        number |= (byte & 0x7F) << shift
+        shift += 7
+        if byte < 0x80:
+            return number, end
+    return -1, begin

@@ -44,11 +44,11 @@ class AdapterChecks:
         if layout.layer_elems < 1 or layout.num_pages(pool.page_elems) > self.max_pages:
             what = f"has {layout.layer_elems} elements a layer, at most {self.max_pages} pages can be addressed"
             raise incompatible(layout, what, "layer_elems")
-        for number, placements in enumerate(layout.layers):
-            if len({place.module for place in placements}) != len(placements):
-                raise incompatible(layout, f"names a module twice in layer {number}", "layers")
-            for place in placements:
-                self._check_module(layout, number, place)
+        for run in layout.runs():
+            if len({place.module for place in run.placements}) != len(run.placements):
+                raise incompatible(layout, f"names a module twice in layer {run.begin}", "layers")
+            for place in run.placements:
+                self._check_module(layout, run.begin, place)
 
     def _check_module(self, layout: AdapterLayout, layer: int, place: ModulePlacement) -> None:
         where = f"layer {layer}, {place.module.name.lower()}"

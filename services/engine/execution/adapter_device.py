@@ -6,7 +6,7 @@ Implements `services.engine.adapters.device.AdapterDevice`.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -22,8 +22,8 @@ _WIDEST_TILE = 512
 class PagedAdapterDevice:
     """Adapters in the pool's pages, and `tables` about them, one row a slot.
 
-    `install` writes pages and a row that nobody reads yet, so it needs no lock against the step that computes; the
-    caller hands slot and pages to the core through a queue, which orders the writes before the core's reads.
+    `write` and `enter` write pages and a row that nobody reads yet, so they need no lock against the step that
+    computes; the caller hands slot and pages to the core through a queue, which orders the writes before its reads.
     """
 
     def __init__(self, pool: Pool, groups: Sequence[ModuleGroup], max_adapters: int) -> None:
@@ -55,31 +55,43 @@ class PagedAdapterDevice:
         """A new buffer, as any other."""
         return memoryview(bytearray(num_bytes))
 
-    def install(self, slot: int, layout: AdapterLayout, pages: Sequence[int], weights: memoryview) -> None:
-        """Copies packed `weights` into `pages` and enters the adapter at `slot`."""
+    def register(self, memory: memoryview, wanted: Callable[[], bool]) -> None:
+        """Nothing to do: any memory is as good as any other."""
+
+    def unregister(self, memory: memoryview) -> None:
+        """Nothing to undo."""
+
+    def reads_directly(self, weights: memoryview) -> bool:
+        """Always."""
+        return True
+
+    def write(self, layout: AdapterLayout, pages: Sequence[int], weights: memoryview) -> None:
+        """Copies packed `weights` into `pages`."""
+        self._pool.write_adapter(pages, layout.layer_elems, weights)
+
+    def enter(self, slot: int, layout: AdapterLayout, pages: Sequence[int]) -> None:
+        """Enters the adapter in `pages` at `slot`."""
         if self._alike[slot] is not None:
             raise ValueError(f"adapter slot {slot} is taken")
-        self._pool.write_adapter(pages, layout.layer_elems, weights)
         tables = self.tables
+        rows = torch.zeros(3, layout.num_layers, len(TargetModule), dtype=torch.int64)
+        first: dict[tuple[ModulePlacement, ...], int] = {}
+        alike: list[int] = []
+        for run in layout.runs():
+            alike += [first.setdefault(run.placements, run.begin)] * (run.end - run.begin)
+            for place in run.placements:
+                row = torch.tensor((place.rank, place.lora_a_offset, place.lora_b_offset))
+                rows[:, run.begin : run.end, place.module] = row.unsqueeze(1)
         tables.page_table[slot, : len(pages)] = torch.tensor(pages, dtype=torch.int64)
         tables.tile_elems[slot] = self._tile_elems(layout)
-        shape = (layout.num_layers, len(TargetModule))
-        rank, a_offset, b_offset = (torch.zeros(shape, dtype=torch.int64) for _ in range(3))
-        for number, placements in enumerate(layout.layers):
-            for place in placements:
-                rank[number, place.module] = place.rank
-                a_offset[number, place.module] = place.lora_a_offset
-                b_offset[number, place.module] = place.lora_b_offset
-        tables.rank[slot] = rank.to(tables.rank.device)
-        tables.lora_a_offset[slot] = a_offset.to(tables.rank.device)
-        tables.lora_b_offset[slot] = b_offset.to(tables.rank.device)
-        first: dict[tuple[ModulePlacement, ...], int] = {}
+        tables.rank[slot], tables.lora_a_offset[slot], tables.lora_b_offset[slot] = rows
         self._generations[slot] += 1
-        self._alike[slot] = tuple(first.setdefault(layer, number) for number, layer in enumerate(layout.layers))
+        self._alike[slot] = tuple(alike)
 
     def _tile_elems(self, layout: AdapterLayout) -> int:
         """The widest tiles in which the adapter's rows may be read: fewer products and sums for the same rows."""
-        offsets = (offset for layer in layout.layers for p in layer for offset in (p.lora_a_offset, p.lora_b_offset))
+        places = (place for run in layout.runs() for place in run.placements)
+        offsets = (offset for place in places for offset in (place.lora_a_offset, place.lora_b_offset))
         return max(layout.tile_elems, math.gcd(self._widest_tile, *offsets))
 
     def remove(self, slot: int) -> None:

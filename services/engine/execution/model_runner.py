@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 class ModelRunner:
     """The model, the pool and the adapters' tables on one device. Owned by the core's thread.
 
-    Only `adapter_device.install` may be called from another thread while a step runs.
+    Only `adapter_device.write` and `enter` may be called from another thread while a step runs.
     """
 
     # A step is computed where it is submitted.

@@ -142,6 +142,13 @@ class EngineMetrics:
             "adapter_load_seconds", "Time until an adapter was resident.", LOAD_BUCKETS
         )
 
+        self._loaded_bytes = Counter(
+            "slora_engine_adapter_loaded_bytes",
+            "Bytes of adapters that became resident: lent by a store on this host, or streamed.",
+            ("path",),
+            registry=self.registry,
+        )
+
     def _histogram(self, name: str, documentation: str, buckets: tuple[float, ...]) -> AdapterHistogram:
         return AdapterHistogram(f"slora_engine_{name}", documentation, buckets, self.registry)
 
@@ -166,6 +173,7 @@ class EngineMetrics:
     def adapter_loaded(self, event: AdapterLoaded) -> None:
         """An adapter became resident."""
         self._adapter_load.observe(self.claim_label(event.adapter), event.load_seconds)
+        self._loaded_bytes.labels("lent" if event.lent else "streamed").inc(event.packed_bytes)
 
     def tokens_came(self, intervals: Mapping[tuple[str, float], int], firsts: Iterable[str], now: float) -> None:
         """A step's tokens: counts by label and the moment of the token before, and the labels of first tokens."""

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 from prometheus_client import CollectorRegistry
-from slora.adapter_store.v1 import adapter_store_pb2_grpc
 
 from services.adapter_store.arena import Arena
 from services.adapter_store.assembly import Store, running_store
 from services.adapter_store.base_model import load_base_model
 from services.adapter_store.config import AdapterStoreSettings
+from services.adapter_store.delivery_servicer import add_to_server
 from services.adapter_store.servicer import AdapterStoreServicer
 from services.common.grpc_server import GrpcServer
 from tests.fixtures.adapter_files import make_tensors, write_adapter, write_checkpoint_config
@@ -78,11 +78,9 @@ async def open_store(
             stack.callback(arena.close)
             registry = CollectorRegistry()
             store = await stack.enter_async_context(running_store(settings, base, arena, registry))
-            servicer = AdapterStoreServicer(
-                store.registry, store.metrics, store.open_spool, settings.stall_seconds, settings.max_uploads
-            )
+            servicer = store.make_servicer()
             server = GrpcServer("127.0.0.1:0", [])
-            adapter_store_pb2_grpc.add_AdapterStoreServiceServicer_to_server(servicer, server.grpc)
+            add_to_server(servicer, server.grpc)
             await server.start()
             stack.push_async_callback(server.grpc.stop, 0)
             client = await stack.enter_async_context(StoreClient(server.port))

@@ -12,8 +12,8 @@ import grpc
 import pytest
 from slora.adapter_store.v1 import adapter_store_pb2 as pb
 
-from services.common.block_digest import block_digest
 from services.common.errors import Reason
+from services.common.packed_digest import packed_digest
 from tests.fixtures.adapter_files import write_wide_adapter, write_wide_checkpoint
 from tests.fixtures.embedded_servers import S3Server
 from tests.fixtures.store_client import eventually, reason_of, refused, upload_parts
@@ -181,7 +181,7 @@ async def test_a_slow_reader_pins_what_it_reads_and_gets_every_byte(
     with refused(Reason.HOST_CACHE_FULL):
         await store.client.fetch(other.digest)
     content = b"".join([part.chunk async for part in messages])
-    assert manifest.packed_digest == block_digest(memoryview(content))
+    assert manifest.packed_digest == packed_digest(content)
     await reader.close()
     await store.client.fetch(other.digest)
     assert store.metric("evictions_total") == 1
@@ -221,7 +221,7 @@ async def test_deleted_while_it_streams_it_ends_as_it_began(open_store: OpenStor
         await store.client.fetch(adapter.digest)
     assert store.metric("arena_used_bytes") > 0, "its bytes are still being sent"
     content = b"".join([part.chunk async for part in messages])
-    assert manifest.packed_digest == block_digest(memoryview(content))
+    assert manifest.packed_digest == packed_digest(content)
     await eventually(lambda: store.metric("arena_used_bytes") == 0)
     await reader.close()
 
@@ -365,10 +365,38 @@ async def test_an_upload_that_stands_still_loses_its_place(open_store: OpenStore
     assert (await store.client.upload("other", make_adapter())).created
 
 
-async def test_a_message_of_an_upload_that_is_no_protobuf_is_the_callers_fault(open_store: OpenStore) -> None:
+@pytest.mark.parametrize("method", ["UploadAdapter", "ShareAdapter"])
+async def test_a_message_of_a_stream_that_is_no_protobuf_is_the_callers_fault(
+    open_store: OpenStore, method: str
+) -> None:
     store = await open_store()
     async with grpc.aio.insecure_channel(f"127.0.0.1:{store.port}") as channel:
-        call = channel.stream_unary("/slora.adapter_store.v1.AdapterStoreService/UploadAdapter")
+        call = channel.stream_stream(f"/slora.adapter_store.v1.AdapterStoreService/{method}")
         with pytest.raises(grpc.RpcError) as caught:
-            await call(iter([b"\xff\xff\xff"]))
+            await call(iter([b"\xff\xff\xff"])).read()
     assert reason_of(caught.value) is Reason.REQUEST_INVALID
+
+
+async def test_a_lease_is_counted_beside_streams_and_ends_with_a_drain(
+    open_store: OpenStore, make_adapter: MakeAdapter
+) -> None:
+    (adapter,) = await registered(open_store, make_adapter, 1)
+    store = await open_store()
+    _, content = await store.client.fetch(adapter.digest)
+    call = store.client.stub.ShareAdapter(timeout=30)
+    await call.write(pb.ShareAdapterRequest(digest=adapter.digest))
+    lent = await call.read()
+    assert lent.arena.arena_id == store.store.cache.arena.arena_id
+    arena = store.store.cache.arena.path.read_bytes()
+    assert lent.arena.path == str(store.store.cache.arena.path)
+    assert arena[lent.offset :][: lent.manifest.packed_bytes] == content
+    assert arena[lent.arena.num_bytes :][:16] == lent.arena.arena_id
+    await store.servicer.drain()
+    with refused(Reason.DRAINING):
+        async for _ in store.client.stub.ShareAdapter(iter([pb.ShareAdapterRequest(digest=adapter.digest)])):
+            pass
+    await call.write(pb.ShareAdapterRequest(copied=pb.CopiedExtent()))
+    assert await call.code() is grpc.StatusCode.OK
+    assert store.metric("shared_bytes_total") == store.metric("fetched_bytes_total") == adapter.packed_bytes
+    assert store.metric("leases_total", outcome="confirmed") == 1
+    await eventually(lambda: store.metric("calls_total", method="ShareAdapter", outcome="OK") == 1)

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import errno
+import fcntl
+import mmap
 import os
 import signal
 import subprocess
@@ -70,7 +73,7 @@ def test_more_than_the_memory_that_is_left_is_refused_before_it_is_taken(monkeyp
     """A tmpfs may claim to be larger than that; filling it would kill processes."""
     monkeypatch.setattr("services.adapter_store.arena._available_memory", lambda: 8 * 2**20)
     before = set(segments(Path(SHARED)))
-    with pytest.raises(ValueError, match="has no room for 16777216 bytes"):
+    with pytest.raises(ValueError, match=f"has no room for {16 * 2**20 + 4096} bytes"):
         Arena(16 * 2**20, SHARED)
     assert set(segments(Path(SHARED))) == before
     Arena(4 * 2**20, SHARED).close()
@@ -80,3 +83,51 @@ def test_what_lies_in_memory_is_known() -> None:
     assert _is_in_memory(Path(SHARED))
     assert not _is_in_memory(Path("/proc"))
     assert 2**20 < _available_memory() < os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_a_reader_knows_the_segment_by_its_trailer_and_may_read_it_as_the_mode_says(tmp_path: Path) -> None:
+    for group_readable, mode in ((False, 0o600), (True, 0o640)):
+        arena = Arena(2 * 4096, str(tmp_path), group_readable)
+        found = arena.path.stat()
+        assert (found.st_mode & 0o777, found.st_size) == (mode, 3 * 4096)
+        assert arena.path.read_bytes()[2 * 4096 :][:16] == arena.arena_id
+        assert len(arena.view(0, 3 * 4096)) == 2 * 4096, "the trailer is nobody's extent"
+        arena.close()
+    assert Arena(4096, str(tmp_path)).arena_id != arena.arena_id
+
+
+@pytest.mark.parametrize("how", ["closed", "stale"])
+def test_what_readers_map_of_an_arena_that_is_gone_is_zeros_and_no_memory(how: str) -> None:
+    arena = Arena(2**20, SHARED)
+    arena.view(0, 2**20)[:] = 7
+    with arena.path.open("rb") as file, mmap.mmap(file.fileno(), 2**20, prot=mmap.PROT_READ) as mapped:
+        assert mapped[:] == b"\7" * 2**20
+        if how == "closed":
+            arena.close()
+        else:
+            fcntl.flock(arena._fd, fcntl.LOCK_UN)  # as if its store had been killed
+            Arena(4096, SHARED).close()
+            assert not arena.path.exists()
+        assert os.fstat(file.fileno()).st_blocks == 0
+        assert mapped[:] == bytes(2**20)
+    arena.close()
+
+
+def test_a_new_store_waits_for_the_memory_that_readers_of_the_old_one_have_pinned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_room_yet(directory: Path, num_bytes: int) -> None:
+        asked.append(num_bytes)
+        if len(asked) < 3:
+            raise OSError(errno.ENOSPC, "full")
+
+    asked: list[int] = []
+    monkeypatch.setattr("services.adapter_store.arena._check_room", no_room_yet)
+    with pytest.raises(ValueError, match="has no room"):
+        Arena(4096, str(tmp_path))
+    assert len(asked) == 1, "nobody is gone: nothing will come back"
+    stale = tmp_path / f"{SEGMENT_PREFIX}1-0"
+    stale.touch()
+    Arena(4096, str(tmp_path)).close()
+    assert len(asked) == 3
+    assert not stale.exists()

@@ -13,7 +13,7 @@ from services.engine.adapters import loader as loader_module
 from services.engine.adapters.load_job import Grant, LoadEnded, LoadEvent, LoadInstalled, LoadJob, LoadSized
 from services.engine.adapters.loader import NUM_LOADER_THREADS, AdapterLoader
 from services.engine.messages import Adapter
-from tests.fakes.engine_fakes import FakeDevice, FakeSource, digest_of
+from tests.fakes.engine_fakes import FakeDevice, FakeLease, FakeSource, digest_of
 
 PAGE_ELEMS = 32
 NUM_PAGES = 40
@@ -138,6 +138,52 @@ def test_failures_after_the_grant(world: World, fault: dict[str, object], reason
     assert isinstance(world.load("a"), LoadInstalled), "a failure poisons nothing"
 
 
+@pytest.mark.parametrize("direct", [True, False])
+def test_what_is_lent_is_confirmed_and_not_streamed(world: World, direct: bool) -> None:
+    """A device that does not read it where it lies is given a copy."""
+    world.device.is_direct = direct
+    lease = FakeLease()
+    world.source.add("a", num_pages=3, lease=lease, error_midway=SloraError(Reason.INTERNAL, "streamed"))
+    event = world.load("a", slot=7)
+    assert isinstance(event, LoadInstalled), event
+    assert event.lent
+    assert (lease.num_confirmed, lease.is_open) == (1, False)
+    assert world.device.weights[digest_of("a")] == world.source.weights(digest_of("a"))
+    assert 7 in world.device.installed
+
+
+def test_what_is_lent_and_wrong_is_refused(world: World) -> None:
+    lease = FakeLease()
+    world.source.add("a", lease=lease, corrupt=True)
+    error = ended(world.load("a"))
+    assert error.reason is Reason.ADAPTER_CHANGED
+    assert not lease.is_open
+    assert world.device.num_installs == 0
+    assert world.device.installed == {}
+
+
+def test_a_lease_that_did_not_last_is_no_fault_and_the_weights_are_streamed(world: World) -> None:
+    lease = FakeLease(lapses=True)
+    world.source.add("a", lease=lease)
+    event = world.load("a")
+    assert isinstance(event, LoadInstalled), event
+    assert not event.lent
+    assert not lease.is_open
+    assert world.device.weights[digest_of("a")] == world.source.weights(digest_of("a"))
+
+
+def test_cancel_under_a_lease_ends_it(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    lease = FakeLease()
+    world.source.add("a", lease=lease)
+    job = world.start("a")
+    assert isinstance(world.next(), LoadSized)
+    monkeypatch.setattr(world.device, "reads_directly", lambda _: world.loader.cancel(job) or True)
+    world.loader.grant(job, Grant(0, [0]))
+    assert world.next() == LoadEnded(job, None)
+    assert not lease.is_open
+    assert world.device.installed == {}
+
+
 def test_more_bytes_than_announced_never_leave_the_buffer(world: World) -> None:
     world.source.add("a", num_pages=1)
     job = world.start("a")
@@ -158,7 +204,7 @@ def test_a_grant_of_another_size_is_refused(world: World) -> None:
     assert "3 pages" in error.message
 
 
-@pytest.mark.parametrize("where", ["check", "install"])
+@pytest.mark.parametrize("where", ["check", "write", "enter"])
 def test_an_unexpected_fault_ends_the_load_and_not_the_thread(
     world: World, where: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

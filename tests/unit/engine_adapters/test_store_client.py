@@ -13,10 +13,10 @@ import grpc
 import pytest
 from slora.adapter_store.v1 import adapter_pb2, adapter_store_pb2, adapter_store_pb2_grpc
 
-from services.common.block_digest import block_digest
 from services.common.errors import Reason, SloraError
 from services.common.grpc_errors import to_grpc_status
 from services.common.grpc_server import SERVER_OPTIONS
+from services.common.packed_digest import packed_digest
 from services.engine.adapters.layout import AdapterLayout, ModulePlacement, TargetModule
 from services.engine.adapters.source import FetchCancelled
 from services.engine.adapters.store_client import StoreClient, StoreFetch
@@ -50,7 +50,7 @@ def weights_and_manifest() -> tuple[bytes, adapter_pb2.PackedManifest]:
     ]
     manifest = adapter_pb2.PackedManifest(
         digest=DIGEST,
-        packed_digest=block_digest(memoryview(weights)),
+        packed_digest=packed_digest(weights),
         element_type=adapter_pb2.ELEMENT_TYPE_FLOAT32,
         tile_elems=16,
         num_layers=2,
@@ -291,7 +291,7 @@ def test_after_close_nothing_is_fetched(client: StoreClient) -> None:
 def test_weights_packed_anew_between_two_attempts_are_never_mixed(store: FakeStore, client: StoreClient) -> None:
     other = adapter_pb2.PackedManifest()
     other.CopyFrom(store.manifest)
-    other.packed_digest = "sha256:" + "0" * 64
+    other.packed_digest = "blake3:" + "0" * 64
     store.script = [store.cut_after(2000, UNAVAILABLE), lambda *_: iter([other, store.weights[2000:]])]
     error = failure(lambda: fetch_all(client.open(DIGEST)))
     assert error.reason is Reason.ADAPTER_CHANGED
@@ -323,6 +323,7 @@ def _edit(**fields: object) -> Callable[[adapter_pb2.PackedManifest], None]:
 @pytest.mark.parametrize(
     ("edit", "says"),
     [
+        (_edit(packed_digest="sha256:" + "0" * 64), "another version"),
         (_edit(element_type=0), "element type"),
         (_edit(tile_elems=0), "power of two"),
         (_edit(tile_elems=24), "power of two"),

@@ -16,6 +16,7 @@ from services.engine.adapters.layout import AdapterLayout, ModulePlacement, Targ
 from services.engine.config import PoolConfig
 from services.engine.execution.adapter_device import PagedAdapterDevice
 from services.engine.memory.pool import Pool
+from tests.fixtures.installing import install
 
 CONFIG = PoolConfig(num_layers=3, num_pages=9, tokens_per_page=4, num_kv_heads=2, head_dim=8)  # pages of 128
 GROUPS = (ModuleGroup((0, 1, 2), 32, (32, 16, 16)), ModuleGroup((6,), 48, (32,)))
@@ -45,7 +46,7 @@ def test_weights_land_in_their_pages_and_nowhere_else(dtype: torch.dtype) -> Non
     layout = make_layout(dtype=str(dtype).removeprefix("torch."))
     array = torch.randn(3, 208).to(dtype)
     device.check(layout)
-    device.install(2, layout, [5, 3], memoryview(array.view(torch.uint8).numpy().tobytes()))
+    install(device, 2, layout, [5, 3], memoryview(array.view(torch.uint8).numpy().tobytes()))
     expected = torch.full_like(pool.tensor, 7.0)
     expected[:, 5] = array[:, :128]
     expected[:, 3, :80] = array[:, 128:]
@@ -55,7 +56,7 @@ def test_weights_land_in_their_pages_and_nowhere_else(dtype: torch.dtype) -> Non
 def test_tables() -> None:
     _, device = make_device()
     layout = make_layout()
-    device.install(2, layout, [5, 3], packed(layout)[1])
+    install(device, 2, layout, [5, 3], packed(layout)[1])
     tables = device.tables
     assert tables.page_table[2, :2].tolist() == [5, 3]
     assert tables.rank[2].tolist() == [[2, 0, 0, 0, 0, 0, 1], [0] * 7, [2, 0, 0, 0, 0, 0, 0]]
@@ -63,17 +64,17 @@ def test_tables() -> None:
     assert tables.tile_elems[2] == 16
     assert device.layers_alike(2) == (0, 1, 2)
     same = make_layout(layers=(layout.layers[0], layout.layers[0], layout.layers[2]))
-    device.install(0, same, [1, 2], packed(same)[1])
+    install(device, 0, same, [1, 2], packed(same)[1])
     assert device.layers_alike(0) == (0, 0, 2)
 
 
 def test_slots_are_taken_once_and_forgotten() -> None:
     _, device = make_device()
     layout = make_layout()
-    device.install(1, layout, [0, 1], packed(layout)[1])
+    install(device, 1, layout, [0, 1], packed(layout)[1])
     before = device.generations([1])
     with pytest.raises(ValueError, match="slot 1 is taken"):
-        device.install(1, layout, [2, 3], packed(layout)[1])
+        install(device, 1, layout, [2, 3], packed(layout)[1])
     device.remove(1)
     assert not device.tables.rank[1].any()
     with pytest.raises(ValueError, match="no adapter is installed at slot 1"):
@@ -81,7 +82,7 @@ def test_slots_are_taken_once_and_forgotten() -> None:
     for slot in (-1, 4):
         with pytest.raises(ValueError, match="no adapter is installed"):
             device.layers_alike(slot)
-    device.install(1, layout, [2, 3], packed(layout)[1])
+    install(device, 1, layout, [2, 3], packed(layout)[1])
     assert device.generations([1]) != before
 
 
@@ -137,16 +138,16 @@ def test_installing_on_other_threads_disturbs_nobody() -> None:
     _, device = make_device()
     layout = make_layout()
     array, weights = packed(layout)
-    device.install(0, layout, [0, 1], weights)
+    install(device, 0, layout, [0, 1], weights)
     others = {slot: packed(layout) for slot in (1, 2, 3)}
     start = threading.Barrier(4)
 
     def load(slot: int) -> None:
         start.wait()
         for _ in range(200):
-            device.install(slot, layout, [2 * slot, 2 * slot + 1], others[slot][1])
+            install(device, slot, layout, [2 * slot, 2 * slot + 1], others[slot][1])
             device.remove(slot)
-        device.install(slot, layout, [2 * slot, 2 * slot + 1], others[slot][1])
+        install(device, slot, layout, [2 * slot, 2 * slot + 1], others[slot][1])
 
     threads = [threading.Thread(target=load, args=(slot,)) for slot in others]
     for thread in threads:

@@ -11,6 +11,7 @@ from services.engine.scheduling.sequence import SequenceState
 from services.engine.step import BASE_SLOT, PENDING_TOKEN, SampledToken, SampleRequest, ScheduledChunk, StepPlan
 from tests.fakes.engine_fakes import EOS, FakeRunner, digest_of, generate, layout_of
 from tests.fakes.scheduler_harness import Harness
+from tests.fixtures.installing import install
 
 FAILED = SloraError(Reason.INTERNAL, "the step failed")
 
@@ -409,12 +410,12 @@ def chunk(sequence_id: int, page: int, slot: int = BASE_SLOT) -> StepPlan:
 def test_the_fake_device_sees_what_is_taken_in_flight() -> None:
     runner = FakeRunner(4, max_in_flight=2)
     device = runner.adapter_device
-    device.install(2, layout_of(digest_of("a"), 1, 8), [3], memoryview(b""))
+    install(device, 2, layout_of(digest_of("a"), 1, 8), [3], memoryview(b""))
     step = runner.submit(chunk(1, 0, 2))
     with pytest.raises(AssertionError, match="given on in flight"):
         runner.submit(chunk(2, 0))
     with pytest.raises(AssertionError, match="an adapter was given"):
-        device.install(1, layout_of(digest_of("b"), 1, 8), [0], memoryview(b""))
+        install(device, 1, layout_of(digest_of("b"), 1, 8), [0], memoryview(b""))
     with pytest.raises(AssertionError, match="uses slot 2"):
         device.remove(2)
     runner.collect(step)

@@ -9,17 +9,19 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from kernels.gpu.adapter_tables import GpuAdapterTables, LoraGroup
 from kernels.lora_plan import ModuleGroup
 from services.engine.adapters.layout import AdapterLayout, ModulePlacement, TargetModule
 from services.engine.execution.adapter_checks import AdapterChecks, incompatible
-from services.engine.memory.pool import COPY_BUFFER_BYTES, Pool
+from services.engine.memory.device_copier import COPY_BUFFER_BYTES
+from services.engine.memory.pool import Pool
 from services.engine.model.config import CheckpointError
 
 _LARGEST_TILE = 128
@@ -53,8 +55,8 @@ class GroupRanks:
 class GpuAdapterDevice:
     """Adapters in the pool's pages, and `tables` about them, one row a slot.
 
-    `install` writes pages and a row that no submitted step names, on a stream of its own, and returns when they are
-    written; the caller tells the core by a queue, after which steps may name them.
+    `write` and `enter` write pages and a row that no submitted step names, on streams of their own, and return when
+    they are written; the caller tells the core by a queue, after which steps may name them.
     """
 
     def __init__(self, pool: Pool, groups: Sequence[ModuleGroup], max_adapters: int) -> None:
@@ -76,7 +78,11 @@ class GpuAdapterDevice:
         # By slot and group. The host's own copy: kernels that take segments are launched for the largest of a batch.
         self._ranks = [(GroupRanks(),) * len(groups)] * max_adapters
         self._installed = [False] * max_adapters
-        self._stream = torch.cuda.Stream(pool.device) if pool.device.type == "cuda" else None
+        on_accelerator = pool.device.type == "cuda"
+        self._stream = torch.cuda.Stream(pool.device) if on_accelerator else None
+        # A row of all tables, on its way to the device.
+        row_elems = 3 * math.prod(self._shape) + self._checks.max_pages
+        self._row = torch.zeros(row_elems, dtype=torch.int32, pin_memory=on_accelerator)
 
     def check(self, layout: AdapterLayout) -> None:
         """Raises ADAPTER_INCOMPATIBLE unless `layout` fits this model and these kernels."""
@@ -84,10 +90,10 @@ class GpuAdapterDevice:
         tile = self.tables.tile_elems
         if layout.tile_elems != tile:
             raise incompatible(layout, f"has tiles of {layout.tile_elems} elements, this model {tile}", "tile_elems")
-        for number, placements in enumerate(layout.layers):
-            by_module = {int(place.module): place for place in placements}
+        for run in layout.runs():
+            by_module = {int(place.module): place for place in run.placements}
             for group in self.groups:
-                _check_group(layout, number, group, by_module)
+                _check_group(layout, run.begin, group, by_module)
 
     def host_buffer(self, num_bytes: int) -> memoryview:
         """A new buffer; pinned, and not small, if there is an accelerator.
@@ -100,28 +106,58 @@ class GpuAdapterDevice:
         num_bytes = max(num_bytes, COPY_BUFFER_BYTES)
         return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True).numpy().data
 
-    def install(self, slot: int, layout: AdapterLayout, pages: Sequence[int], weights: memoryview) -> None:
-        """Copies packed `weights` into `pages` and enters the adapter at `slot`."""
+    def register(self, memory: memoryview, wanted: Callable[[], bool]) -> None:
+        """Pins `memory`, if there is an accelerator."""
+        if self._pool.pinned is not None:
+            self._pool.pinned.register(memory, wanted)
+
+    def unregister(self, memory: memoryview) -> None:
+        """Unpins it."""
+        if self._pool.pinned is not None:
+            self._pool.pinned.unregister(memory)
+
+    def reads_directly(self, weights: memoryview) -> bool:
+        """Whether `weights` is pinned, if there is an accelerator."""
+        return self._pool.pinned is None or self._pool.pinned.holds(weights)
+
+    def write(self, layout: AdapterLayout, pages: Sequence[int], weights: memoryview) -> None:
+        """Copies packed `weights` into `pages`."""
+        self._pool.write_adapter(pages, layout.layer_elems, weights)
+
+    def enter(self, slot: int, layout: AdapterLayout, pages: Sequence[int]) -> None:
+        """Enters the adapter in `pages` at `slot`."""
         if self._installed[slot]:
             raise ValueError(f"adapter slot {slot} is taken")
-        self._pool.write_adapter(pages, layout.layer_elems, weights)
-        tables, tile = self.tables, self.tables.tile_elems
-        rows = np.zeros((3, *self._shape), dtype=np.int32)
-        for number, placements in enumerate(layout.layers):
-            for place in placements:
-                row = (place.rank, place.lora_a_offset // tile, place.lora_b_offset // tile)
-                rows[:, number, place.module] = row
-        rank, a_tile, b_tile = torch.from_numpy(rows)
-        by_group = [rank[:, g.first_module : g.first_module + g.num_modules] for g in self.groups]
-        self._ranks[slot] = tuple(GroupRanks(int(ranks.sum(1).max()), int(ranks.max())) for ranks in by_group)
+        row, tables = self._row.numpy(), self.tables
+        shape = (3, *self._shape)
+        rows = row[: math.prod(shape)].reshape(shape)
+        self._fill(rows, layout)
+        row[rows.size : rows.size + len(pages)] = pages
+        self._ranks[slot] = self._group_ranks(rows[0])
+        # One copy over, then four on the device: each copy from the host takes as long as all of those.
         with torch.cuda.stream(self._stream):
-            tables.page_table[slot, : len(pages)].copy_(torch.tensor(pages, dtype=torch.int32))
+            sent = self._row.to(self._pool.device, non_blocking=True)
+            rank, a_tile, b_tile = sent[: rows.size].view(shape)
+            tables.rank[slot].copy_(rank)
             tables.lora_a_tile[slot].copy_(a_tile)
             tables.lora_b_tile[slot].copy_(b_tile)
-            tables.rank[slot].copy_(rank)
+            tables.page_table[slot, : len(pages)].copy_(sent[rows.size : rows.size + len(pages)])
             if self._stream is not None:
                 self._stream.synchronize()
         self._installed[slot] = True
+
+    def _fill(self, rows: npt.NDArray[np.int32], layout: AdapterLayout) -> None:
+        """`rows` `[3, num_layers, num_modules]`: rank, first tile of A, first tile of B."""
+        tile = self.tables.tile_elems
+        rows[:] = 0
+        for run in layout.runs():
+            for place in run.placements:
+                row = (place.rank, place.lora_a_offset // tile, place.lora_b_offset // tile)
+                rows[:, run.begin : run.end, place.module] = np.array(row, np.int32)[:, None]
+
+    def _group_ranks(self, rank: npt.NDArray[np.int32]) -> tuple[GroupRanks, ...]:
+        by_group = [rank[:, g.first_module : g.first_module + g.num_modules] for g in self.groups]
+        return tuple(GroupRanks(int(ranks.sum(1).max()), int(ranks.max())) for ranks in by_group)
 
     def remove(self, slot: int) -> None:
         """Forgets the adapter at `slot`. What its row says is not looked at until another one is installed there."""

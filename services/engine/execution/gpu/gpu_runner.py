@@ -52,8 +52,8 @@ class StepHandle:
 class GpuRunner:
     """The model, the pool and the adapters' tables on one accelerator. Owned by the core's thread.
 
-    Only `adapter_device.install` may be called from another thread while a step runs. On a CPU it works too, slowly,
-    in triton's interpreter, which is how it is tested without an accelerator.
+    Only `adapter_device.write` and `enter` may be called from another thread while a step runs. On a CPU it works too,
+    slowly, in triton's interpreter, which is how it is tested without an accelerator.
     """
 
     max_in_flight = 2

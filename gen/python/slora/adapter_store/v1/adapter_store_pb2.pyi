@@ -118,12 +118,46 @@ class FetchAdapterRequest(_message.Message):
     def __init__(self, digest: _Optional[str] = ..., offset: _Optional[int] = ...) -> None: ...
 
 class FetchAdapterResponse(_message.Message):
-    __slots__ = ("manifest", "chunk")
+    __slots__ = ("manifest", "chunk", "arena_id")
     MANIFEST_FIELD_NUMBER: _ClassVar[int]
     CHUNK_FIELD_NUMBER: _ClassVar[int]
+    ARENA_ID_FIELD_NUMBER: _ClassVar[int]
     manifest: _adapter_pb2.PackedManifest
     chunk: bytes
-    def __init__(self, manifest: _Optional[_Union[_adapter_pb2.PackedManifest, _Mapping]] = ..., chunk: _Optional[bytes] = ...) -> None: ...
+    arena_id: bytes
+    def __init__(self, manifest: _Optional[_Union[_adapter_pb2.PackedManifest, _Mapping]] = ..., chunk: _Optional[bytes] = ..., arena_id: _Optional[bytes] = ...) -> None: ...
+
+class ShareAdapterRequest(_message.Message):
+    __slots__ = ("digest", "copied")
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    COPIED_FIELD_NUMBER: _ClassVar[int]
+    digest: str
+    copied: CopiedExtent
+    def __init__(self, digest: _Optional[str] = ..., copied: _Optional[_Union[CopiedExtent, _Mapping]] = ...) -> None: ...
+
+class CopiedExtent(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ShareAdapterResponse(_message.Message):
+    __slots__ = ("manifest", "arena", "offset")
+    MANIFEST_FIELD_NUMBER: _ClassVar[int]
+    ARENA_FIELD_NUMBER: _ClassVar[int]
+    OFFSET_FIELD_NUMBER: _ClassVar[int]
+    manifest: _adapter_pb2.PackedManifest
+    arena: Arena
+    offset: int
+    def __init__(self, manifest: _Optional[_Union[_adapter_pb2.PackedManifest, _Mapping]] = ..., arena: _Optional[_Union[Arena, _Mapping]] = ..., offset: _Optional[int] = ...) -> None: ...
+
+class Arena(_message.Message):
+    __slots__ = ("arena_id", "path", "num_bytes")
+    ARENA_ID_FIELD_NUMBER: _ClassVar[int]
+    PATH_FIELD_NUMBER: _ClassVar[int]
+    NUM_BYTES_FIELD_NUMBER: _ClassVar[int]
+    arena_id: bytes
+    path: str
+    num_bytes: int
+    def __init__(self, arena_id: _Optional[bytes] = ..., path: _Optional[str] = ..., num_bytes: _Optional[int] = ...) -> None: ...
 
 class WatchAdaptersRequest(_message.Message):
     __slots__ = ("resume_token",)

@@ -65,6 +65,11 @@ class AdapterStoreServiceStub:
                 request_serializer=slora_dot_adapter__store_dot_v1_dot_adapter__store__pb2.FetchAdapterRequest.SerializeToString,
                 response_deserializer=slora_dot_adapter__store_dot_v1_dot_adapter__store__pb2.FetchAdapterResponse.FromString,
                 _registered_method=True)
+        self.ShareAdapter = channel.stream_stream(
+                '/slora.adapter_store.v1.AdapterStoreService/ShareAdapter',
+                request_serializer=slora_dot_adapter__store_dot_v1_dot_adapter__store__pb2.ShareAdapterRequest.SerializeToString,
+                response_deserializer=slora_dot_adapter__store_dot_v1_dot_adapter__store__pb2.ShareAdapterResponse.FromString,
+                _registered_method=True)
         self.WatchAdapters = channel.unary_stream(
                 '/slora.adapter_store.v1.AdapterStoreService/WatchAdapters',
                 request_serializer=slora_dot_adapter__store_dot_v1_dot_adapter__store__pb2.WatchAdaptersRequest.SerializeToString,
@@ -133,6 +138,20 @@ class AdapterStoreServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ShareAdapter(self, request_iterator, context):
+        """Lends an adapter's packed weights to a reader on the same host, which copies them out of the store's arena: no
+        weights travel. The reader's first message names the adapter; the one answer says where its bytes lie. While the
+        call is open (the lease) they stay there, also if the adapter is deleted. When the reader has copied them it says
+        so in its second message, and the call ends with OK: the lease lasted until then. Only after that may the copy be
+        used. A call that ends otherwise (either side is gone, the reader took too long) proves nothing about the bytes. A
+        reader that needs nothing more cancels the call. Idempotent. Read through from S3 like FetchAdapter.
+        Errors: as FetchAdapter; INVALID_ARGUMENT (a message out of order, or missing); DEADLINE_EXCEEDED (the reader kept
+        the lease for too long: it has ended).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def WatchAdapters(self, request, context):
         """Streams the catalogue: every adapter first, then a SYNCED event, then each change in order. With a
         resume token only the changes since then; if those are no longer known the stream begins with a RESET event
@@ -174,6 +193,11 @@ def add_AdapterStoreServiceServicer_to_server(servicer, server):
                     servicer.FetchAdapter,
                     request_deserializer=slora_dot_adapter__store_dot_v1_dot_adapter__store__pb2.FetchAdapterRequest.FromString,
                     response_serializer=slora_dot_adapter__store_dot_v1_dot_adapter__store__pb2.FetchAdapterResponse.SerializeToString,
+            ),
+            'ShareAdapter': grpc.stream_stream_rpc_method_handler(
+                    servicer.ShareAdapter,
+                    request_deserializer=slora_dot_adapter__store_dot_v1_dot_adapter__store__pb2.ShareAdapterRequest.FromString,
+                    response_serializer=slora_dot_adapter__store_dot_v1_dot_adapter__store__pb2.ShareAdapterResponse.SerializeToString,
             ),
             'WatchAdapters': grpc.unary_stream_rpc_method_handler(
                     servicer.WatchAdapters,
@@ -344,6 +368,33 @@ class AdapterStoreService:
             '/slora.adapter_store.v1.AdapterStoreService/FetchAdapter',
             slora_dot_adapter__store_dot_v1_dot_adapter__store__pb2.FetchAdapterRequest.SerializeToString,
             slora_dot_adapter__store_dot_v1_dot_adapter__store__pb2.FetchAdapterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ShareAdapter(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/slora.adapter_store.v1.AdapterStoreService/ShareAdapter',
+            slora_dot_adapter__store_dot_v1_dot_adapter__store__pb2.ShareAdapterRequest.SerializeToString,
+            slora_dot_adapter__store_dot_v1_dot_adapter__store__pb2.ShareAdapterResponse.FromString,
             options,
             channel_credentials,
             insecure,

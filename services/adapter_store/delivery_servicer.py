@@ -1,0 +1,145 @@
+"""FetchAdapter and ShareAdapter: how packed weights reach a reader, in chunks or lent where they lie."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, TypeAlias
+
+import grpc
+from google.protobuf.message import DecodeError
+from slora.adapter_store.v1 import adapter_store_pb2 as pb
+from slora.adapter_store.v1 import adapter_store_pb2_grpc
+
+from services.adapter_store.arena import Arena
+from services.adapter_store.host_cache import Pin
+from services.adapter_store.manifest_codec import manifest_message
+from services.adapter_store.metrics import StoreMetrics
+from services.common.errors import Reason, SloraError
+
+SERVICE_NAME = pb.DESCRIPTOR.services_by_name["AdapterStoreService"].full_name
+
+# Larger messages are no faster, smaller ones are slower.
+CHUNK_BYTES = 2**20
+
+_CHUNK_TAG = pb.FetchAdapterResponse.CHUNK_FIELD_NUMBER << 3 | 2
+
+Context = grpc.aio.ServicerContext[Any, Any]
+FetchPart: TypeAlias = "pb.FetchAdapterResponse | memoryview"
+
+
+class WeightDelivery:
+    """Sends what `pin` gives, or lends it; it stays where it is in `arena` meanwhile.
+
+    A reader that stands still for `stall_seconds`, or keeps a lease for so long, pins memory no longer.
+    """
+
+    def __init__(
+        self, pin: Callable[[str], Awaitable[Pin]], arena: Arena, metrics: StoreMetrics, stall_seconds: float
+    ) -> None:
+        self._pin = pin
+        self._arena = arena
+        self._arena_message = pb.Arena(arena_id=arena.arena_id, path=str(arena.path), num_bytes=arena.extents.capacity)
+        self._metrics = metrics
+        self._stall_seconds = stall_seconds
+
+    async def send(self, request: pb.FetchAdapterRequest, context: Context) -> None:
+        """Streams the manifest, then chunks as memoryviews, which `serialize_part` knows."""
+        began = time.perf_counter()
+        with await self._pin(request.digest) as pin:
+            self._metrics.fetch_seconds.observe(time.perf_counter() - began)
+            size = len(pin.content)
+            if request.offset > size:
+                raise SloraError(
+                    Reason.REQUEST_INVALID,
+                    f"offset is {request.offset}; the packed weights have {size} bytes",
+                    field="offset",
+                    packed_bytes=size,
+                )
+            manifest = manifest_message(pin.manifest)
+            await self._write(context, pb.FetchAdapterResponse(manifest=manifest, arena_id=self._arena.arena_id))
+            for begin in range(request.offset, size, CHUNK_BYTES):
+                with pin.content[begin : begin + CHUNK_BYTES] as chunk:
+                    await self._write(context, chunk)
+                    self._metrics.fetched_bytes.inc(len(chunk))
+
+    async def lend(self, requests: AsyncIterator[pb.ShareAdapterRequest | DecodeError], context: Context) -> None:
+        """Pins an adapter until its reader says that it has copied it. Returning, and only that, confirms the lease."""
+        began = time.perf_counter()
+        digest = (await self._next_part(requests, "digest", context)).digest
+        outcome = "refused"
+        try:
+            with await self._pin(digest) as pin, self._metrics.open_leases.track_inprogress():
+                self._metrics.fetch_seconds.observe(time.perf_counter() - began)
+                outcome = "abandoned"
+                manifest = manifest_message(pin.manifest)
+                lent = pb.ShareAdapterResponse(manifest=manifest, arena=self._arena_message, offset=pin.offset)
+                await self._write(context, lent)
+                await self._next_part(requests, "copied", context)
+                outcome = "confirmed"
+                self._metrics.shared_bytes.inc(len(pin.content))
+        except SloraError as error:
+            outcome = "expired" if error.reason is Reason.DEADLINE_EXCEEDED else outcome
+            raise
+        finally:
+            self._metrics.leases.labels(outcome).inc()
+
+    async def _next_part(
+        self, requests: AsyncIterator[pb.ShareAdapterRequest | DecodeError], expected: str, context: Context
+    ) -> pb.ShareAdapterRequest:
+        """The reader's next message, which is `expected`."""
+        try:
+            async with asyncio.timeout(self._stall_seconds):
+                request = await anext(requests, None)
+        except TimeoutError:
+            message = f"the reader said nothing for {self._stall_seconds:g} s: its lease has ended"
+            raise SloraError(Reason.DEADLINE_EXCEEDED, message) from None
+        if request is None:
+            if context.cancelled():
+                raise asyncio.CancelledError  # to the iterator above, a cancelled call just ends
+            raise SloraError(Reason.REQUEST_INVALID, f"the messages ended; expected was {expected}")
+        if isinstance(request, DecodeError):
+            raise SloraError(Reason.REQUEST_INVALID, f"a message cannot be parsed: {request}")
+        part = request.WhichOneof("part")
+        if part != expected:
+            raise SloraError(Reason.REQUEST_INVALID, f"the message has {part or 'nothing'}; expected was {expected}")
+        return request
+
+    async def _write(self, context: Context, message: FetchPart | pb.ShareAdapterResponse) -> None:
+        """Sends when the reader's flow control lets it; a reader that stands still must not pin memory for ever."""
+        try:
+            async with asyncio.timeout(self._stall_seconds):
+                await context.write(message)
+        except TimeoutError:
+            raise SloraError(
+                Reason.DEADLINE_EXCEEDED,
+                f"the reader took nothing for {self._stall_seconds:g} s; fetch again from the offset reached",
+            ) from None
+
+
+def add_to_server(servicer: adapter_store_pb2_grpc.AdapterStoreServiceServicer, server: grpc.aio.Server) -> None:
+    """Like the generated function, but weights are framed by `serialize_part`."""
+    fetch = grpc.unary_stream_rpc_method_handler(
+        servicer.FetchAdapter,
+        request_deserializer=pb.FetchAdapterRequest.FromString,
+        response_serializer=serialize_part,
+    )
+    adapter_store_pb2_grpc.add_AdapterStoreServiceServicer_to_server(servicer, server)
+    server.add_registered_method_handlers(SERVICE_NAME, {"FetchAdapter": fetch})  # in place of the generated one
+
+
+def serialize_part(part: FetchPart) -> bytes:
+    """A FetchAdapterResponse as it travels; a memoryview is its `chunk`, and is copied once instead of three times."""
+    if isinstance(part, memoryview):
+        return b"".join((bytes((_CHUNK_TAG,)), _varint(len(part)), part))
+    return part.SerializeToString()
+
+
+def _varint(number: int) -> bytes:
+    encoded = bytearray()
+    while number > 0x7F:
+        encoded.append(number & 0x7F | 0x80)
+        number >>= 7
+    encoded.append(number)
+    return bytes(encoded)
