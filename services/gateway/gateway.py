@@ -15,6 +15,7 @@ from services.gateway.config import GatewaySettings, retry_policy, routing_polic
 from services.gateway.dispatcher import Dispatcher
 from services.gateway.engine_client import EngineClient
 from services.gateway.engine_pool import EnginePool
+from services.gateway.generations import Generations
 from services.gateway.metrics import EngineCollector, GatewayMetrics
 from services.gateway.models import Models
 from services.gateway.servicer import SERVICE_NAME, InferenceServicer
@@ -42,7 +43,8 @@ class Gateway:
         models = Models(self.pool, self.catalogue, self._store, settings.store_timeout_seconds)
         dispatcher = Dispatcher(self.pool, retry_policy(settings))
         self.server = GrpcServer(settings.listen, [SERVICE_NAME])
-        InferenceServicer(models, dispatcher, self._admission, metrics).add_to(self.server)
+        generations = Generations(models, dispatcher, self._admission, metrics)
+        InferenceServicer(models, generations).add_to(self.server)
         self._tasks: list[asyncio.Task[None]] = []
         self._readiness: asyncio.Task[None] | None = None
 

@@ -7,14 +7,14 @@ import contextlib
 import itertools
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 
 from services.common.errors import Reason, SloraError
 from services.engine.frontend.core_client import CoreClient, CoreListener
 from services.engine.frontend.engine_state import EngineProfile, EngineState
 from services.engine.frontend.generation import Generation
 from services.engine.frontend.metrics import EngineMetrics
-from services.engine.frontend.request import GenerationRequest, ModelLimits, core_request
+from services.engine.frontend.request import Chat, GenerationRequest, ModelLimits, core_request
 from services.engine.frontend.tokenizer import TextTokenizer
 from services.engine.messages import Abort, Adapter, CoreReady, Prefetch, RequestFailed, StepReport
 
@@ -72,8 +72,7 @@ class Frontend(CoreListener):
 
     async def _start(self, request: GenerationRequest, started_at: float) -> Generation:
         self._check_open()
-        prompt = request.prompt
-        prompt_ids = await self._tokenizer.encode_async(prompt) if isinstance(prompt, str) else prompt
+        prompt_ids = await self._prompt_ids(request.prompt)
         core = self._check_open()  # a long prompt's tokenizing may outlive the core
         core_id = next(self._core_ids)
         message = core_request(request, core_id, prompt_ids, self._limits)
@@ -85,6 +84,11 @@ class Frontend(CoreListener):
         self._idle.clear()
         core.send(message)
         return generation
+
+    async def _prompt_ids(self, prompt: str | Chat | Sequence[int]) -> Sequence[int]:
+        if isinstance(prompt, Chat):
+            return await self._tokenizer.encode_chat_async(prompt)
+        return await self._tokenizer.encode_async(prompt) if isinstance(prompt, str) else prompt
 
     def _end(self, generation: Generation, outcome: str) -> None:
         del self._generations[generation.core_id]
