@@ -102,7 +102,7 @@ def _decode_chat(chat: generation_pb2.Chat) -> Chat:
     for number, message in enumerate(chat.messages):
         if not 1 <= len(message.role) <= MAX_ROLE_CHARACTERS or len(message.name) > MAX_ROLE_CHARACTERS:
             complaint = (
-                f"message {number}: its role has 1 to {MAX_ROLE_CHARACTERS} characters, its name at most as many"
+                f"message {number}: its role has 1 to {MAX_ROLE_CHARACTERS} characters, its name at most so many"
             )
             raise SloraError(Reason.CHAT_INVALID, complaint, field="messages", position=number)
     messages = (ChatMessage(m.role, m.content, m.name if m.HasField("name") else None) for m in chat.messages)

@@ -16,6 +16,8 @@ from services.gateway.dispatcher import Dispatcher
 from services.gateway.engine_client import EngineClient
 from services.gateway.engine_pool import EnginePool
 from services.gateway.generations import Generations
+from services.gateway.http.app import HttpPolicy, build_app
+from services.gateway.http.server import HttpServer
 from services.gateway.metrics import EngineCollector, GatewayMetrics
 from services.gateway.models import Models
 from services.gateway.servicer import SERVICE_NAME, InferenceServicer
@@ -45,6 +47,7 @@ class Gateway:
         self.server = GrpcServer(settings.listen, [SERVICE_NAME])
         generations = Generations(models, dispatcher, self._admission, metrics)
         InferenceServicer(models, generations).add_to(self.server)
+        self.http = self._http_server(models, generations, metrics) if settings.http else None
         self._tasks: list[asyncio.Task[None]] = []
         self._readiness: asyncio.Task[None] | None = None
 
@@ -59,6 +62,8 @@ class Gateway:
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self.pool.wait_until_heard(), self._settings.engine_wait_seconds)
         await self.server.start()
+        if self.http is not None:
+            self.http.start()
         self._readiness = asyncio.create_task(self._follow_readiness())
 
     async def drain(self) -> None:
@@ -69,13 +74,24 @@ class Gateway:
         await self._admission.drain()
 
     async def close(self) -> None:
-        """Stops following; the server must have been stopped."""
+        """Ends HTTP and stops following; the gRPC server must have been stopped."""
+        if self.http is not None:
+            await self.http.stop()
         tasks = [*self._tasks, *([self._readiness] if self._readiness is not None else [])]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await self.pool.close()
         await self._store.close()
+
+    def _http_server(self, models: Models, generations: Generations, metrics: GatewayMetrics) -> HttpServer:
+        settings = self._settings
+        policy = HttpPolicy(settings.http_max_body_bytes, settings.http_allow_adapter_updates)
+        app = build_app(models, generations, self._store, self._is_ready, metrics.count_http_response, policy)
+        return HttpServer(settings.http, app)
+
+    def _is_ready(self) -> bool:
+        return self.pool.num_serving() > 0 and not self._admission.is_draining
 
     async def _follow_readiness(self) -> None:
         while True:

@@ -28,7 +28,7 @@ _MISSING = "this checkpoint has no chat template; send the prompt as text or tok
 class GenerationBlocks(Extension):
     """`{% generation %}` marks, for training, what the assistant said; here it only shows its content."""
 
-    tags = frozenset({"generation"})
+    tags = {"generation"}  # noqa: RUF012 - as Jinja declares it
 
     def parse(self, parser: Parser) -> list[Node]:
         """The block's content."""

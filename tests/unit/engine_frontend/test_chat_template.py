@@ -29,15 +29,17 @@ You help.<|end|>
 {% endfor %}
 {%- if add_generation_prompt %}{{ '<|begin|>assistant\n' }}{% endif %}"""
 
-LLAMA_2 = """{% if messages[0]['role'] == 'system' %}{% set rest = messages[1:] %}{% set system = messages[0]['content'] %}
-{%- else %}{% set rest = messages %}{% set system = false %}{% endif %}
+LLAMA_2 = """{% if messages[0]['role'] == 'system' %}{% set rest = messages[1:] %}
+{%- set system = messages[0]['content'] %}{% else %}{% set rest = messages %}{% set system = false %}{% endif %}
 {%- for message in rest %}
 {%- if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}
 {{- raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}{% endif %}
-{%- if loop.index0 == 0 and system != false %}{% set content = '<<SYS>>\n' + system + '\n<</SYS>>\n\n' + message.content %}
+{%- if loop.index0 == 0 and system != false %}
+{%- set content = '<<SYS>>\n' + system + '\n<</SYS>>\n\n' + message.content %}
 {%- else %}{% set content = message['content'] %}{% endif %}
 {%- if message['role'] == 'user' %}{{ bos_token + '[INST] ' + content.strip() + ' [/INST]' }}
-{%- elif message['role'] == 'assistant' %}{% generation %}{{ ' ' + content.strip() + ' ' + eos_token }}{% endgeneration %}
+{%- elif message['role'] == 'assistant' %}
+{%- generation %}{{ ' ' + content.strip() + ' ' + eos_token }}{% endgeneration %}
 {%- endif %}{% endfor %}"""
 
 NAMESPACES = """{% set ns = namespace(count=0) %}
