@@ -56,9 +56,10 @@ bench-gpu: setup ## Measure the engine on an accelerator
 demo: setup ## The whole path on this machine: S3, adapter store, engine, gateway, many adapters; ends by itself
 	@python -m services.local demo
 
-up: setup ## Keep it running: make up CHECKPOINT=dir ADAPTERS=dir-or-s3-uri [PORT=50051] [UP_OPTIONS=...]
+up: setup ## Keep it running: make up CHECKPOINT=dir ADAPTERS=dir-or-s3-uri [PORT=50051] [HTTP_PORT=8000] [UP_OPTIONS=...]
 	@python -m services.local up $(if $(CHECKPOINT),--checkpoint "$(CHECKPOINT)") \
-		$(if $(ADAPTERS),--adapters "$(ADAPTERS)") $(if $(PORT),--port "$(PORT)") $(UP_OPTIONS)
+		$(if $(ADAPTERS),--adapters "$(ADAPTERS)") $(if $(PORT),--port "$(PORT)") \
+		$(if $(HTTP_PORT),--http-port "$(HTTP_PORT)") $(UP_OPTIONS)
 
 down: setup ## Stop what `make up` started
 	@python -m services.local down

@@ -12,6 +12,8 @@ from starlette.types import ASGIApp
 
 from services.common.settings import AddressError
 
+_BACKLOG = 1024
+_HIGHEST_PORT = 65_535
 _CUT_SECONDS = 1
 """What still runs at the end, when the drain is over, has this long to notice that it is cut."""
 
@@ -59,8 +61,10 @@ class _QuietServer(uvicorn.Server):
 def _listen(address: str) -> socket.socket:
     host, _, port = address.rpartition(":")
     host = host.strip("[]") or "127.0.0.1"
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        return socket.create_server((host, int(port)), family=family, backlog=1024)
-    except (OSError, ValueError, OverflowError) as error:
+        if not 0 <= int(port) <= _HIGHEST_PORT:
+            raise ValueError(f"a port is a number up to {_HIGHEST_PORT}")
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        return socket.create_server((host, int(port)), family=family, backlog=_BACKLOG)
+    except (OSError, ValueError) as error:
         raise AddressError(f"--http {address}: {error}") from error

@@ -15,6 +15,7 @@ from slora.engine.v1 import generation_pb2
 from slora.gateway.v1 import inference_pb2, inference_pb2_grpc
 from slora_client import (
     AsyncSloraClient,
+    ChatMessage,
     Chunk,
     Generation,
     Model,
@@ -205,6 +206,16 @@ async def test_options_reach_the_gateway_and_what_is_left_out_does_not(gateway: 
     assert gateway.times_remaining[0] is not None
     assert 25 < gateway.times_remaining[0] <= 31
     assert gateway.times_remaining[1] is None
+
+
+async def test_a_conversation_is_a_prompt(gateway: FakeGateway, client: Client) -> None:
+    gateway.responses = answer()
+    await client.generate("base", [ChatMessage("system", "Be brief."), ChatMessage("user", "Hi", name="ann")])
+    first, second = gateway.requests[0].prompt.chat.messages
+    assert (first.role, first.content, first.HasField("name")) == ("system", "Be brief.", False)
+    assert (second.role, second.content, second.name) == ("user", "Hi", "ann")
+    with pytest.raises(TypeError, match=r"^role cannot be 7"):
+        await client.generate("base", [ChatMessage("user", "Hi"), 7])  # type: ignore[list-item]
 
 
 async def test_what_cannot_be_sent_is_not(gateway: FakeGateway, client: Client) -> None:
