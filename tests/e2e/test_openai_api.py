@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import random
+import re
+import urllib.request
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -176,6 +178,20 @@ async def test_a_client_that_leaves_frees_its_pages(stack: LocalStack, client: A
     gateway = stack.metrics_urls["gateway"]
     wait_until("the gateway knows", lambda: metric(gateway, "slora_gateway_in_flight_requests") == 0)
     assert metric(gateway, "slora_gateway_requests_total", outcome="cancelled") >= 3
+
+
+def test_the_engine_tells_vllms_names_what_is_resident(stack: LocalStack) -> None:
+    url = stack.metrics_urls["engine-0"]
+    with OpenAI(base_url=stack.http_url, api_key="none", max_retries=0, timeout=60) as client:
+        client.completions.create(model="a2", prompt="x", max_tokens=2)
+    with urllib.request.urlopen(url, timeout=5) as answer:
+        (info,) = re.findall(r"^vllm:lora_requests_info\{(.*)\} ", answer.read().decode(), re.MULTILINE)
+    resident = re.search(r'running_lora_adapters="([^"]*)"', info)
+    assert resident is not None
+    assert "a2" in resident[1].split(",")
+    assert len(resident[1].split(",")) == metric(url, "slora_engine_resident_adapters")
+    assert metric(url, "vllm:num_requests_running", model_name=stack.base_model) == 0
+    assert metric(url, "vllm:kv_cache_usage_perc") == 0
 
 
 def test_models_of_the_synchronous_client(stack: LocalStack) -> None:

@@ -16,6 +16,7 @@ from services.engine.frontend.generation import Generation
 from services.engine.frontend.metrics import EngineMetrics
 from services.engine.frontend.request import Chat, GenerationRequest, ModelLimits, core_request
 from services.engine.frontend.tokenizer import TextTokenizer
+from services.engine.frontend.vllm_metrics import AdapterPresence
 from services.engine.messages import Abort, Adapter, CoreReady, Prefetch, RequestFailed, StepReport
 
 logger = logging.getLogger(__name__)
@@ -138,6 +139,13 @@ class Frontend(CoreListener):
         """The model's limits. Raises, saying why, while no core is ready."""
         self._check_open()
         return self._limits
+
+    def adapter_presence(self) -> AdapterPresence:
+        """Adapters in the pool, and those that requests without a token yet wait for. Safe on any thread."""
+        resident = self.state.resident.copy()
+        waiting = (g.request.adapter for g in tuple(self._generations.values()) if not g.last_token_at)
+        awaited = {adapter.digest: adapter for adapter in waiting if adapter and adapter.digest not in resident}
+        return AdapterPresence(tuple(resident.values()), tuple(awaited.values()))
 
     def token_text(self, token_id: int) -> str:
         """The token's own text; empty if it is part of a character."""
