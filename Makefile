@@ -22,6 +22,8 @@ $(STAMP): pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install -q --disable-pip-version-check uv
 	@$(BIN)/python -m uv pip install -q --python $(BIN)/python -e '.[dev]'
+	@! command -v npm >/dev/null || npm ci --prefix clients/node --silent --no-audit --no-fund --ignore-scripts || \
+		echo "The Node client's packages could not be installed; its test will be skipped."
 	@touch $@
 
 proto: setup ## Generate gen/python from protos/

@@ -190,8 +190,9 @@ def test_the_engine_tells_vllms_names_what_is_resident(stack: LocalStack) -> Non
     assert resident is not None
     assert "a2" in resident[1].split(",")
     assert len(resident[1].split(",")) == metric(url, "slora_engine_resident_adapters")
-    assert metric(url, "vllm:num_requests_running", model_name=stack.base_model) == 0
-    assert metric(url, "vllm:kv_cache_usage_perc") == 0
+    running = "vllm:num_requests_running"
+    wait_until("nothing runs", lambda: metric(url, running, model_name=stack.base_model) == 0)
+    wait_until("KV has no page", lambda: metric(url, "vllm:kv_cache_usage_perc") == 0)
 
 
 def test_models_of_the_synchronous_client(stack: LocalStack) -> None:
