@@ -5,6 +5,7 @@ const protoLoader = require("@grpc/proto-loader");
 
 const definition = protoLoader.loadSync("slora/gateway/v1/inference.proto", {
   includeDirs: [path.join(__dirname, "../../protos")],
+  defaults: true, // else an empty text is undefined
   longs: Number,
   enums: String,
 });

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from services.common.errors import Reason
-from tests.fakes.fake_engine import expected_tokens, fail_after, refuse
+from tests.fakes.fake_engine import FakeEngine, Received, answer_messages, expected_tokens, fail_after, refuse
 from tests.integration.gateway.conftest import Fleet, FleetFactory, eventually
 
 EXAMPLE = Path(__file__).resolve().parents[3] / "clients" / "node" / "generate.js"
@@ -49,6 +49,17 @@ async def test_node_gets_every_token(fleet_of: FleetFactory) -> None:
     completion: dict[str, Any] = json.loads(err)
     assert completion["finishReason"] == "FINISH_REASON_LENGTH"
     assert completion["usage"] == {"numPromptTokens": 3, "numCompletionTokens": 40}
+
+
+async def test_node_takes_messages_without_text(fleet_of: FleetFactory) -> None:
+    async def halves(engine: FakeEngine, received: Received, context: Any) -> None:
+        for number, message in enumerate(answer_messages(received.request)):
+            message.text = "" if number % 2 else "x"
+            await context.write(message)
+
+    fleet = await fleet_of(1, script=halves)
+    code, out, _ = await run(fleet, "base", "x")
+    assert (code, out) == (0, "x" * 20)
 
 
 async def test_node_gets_errors_by_their_status(fleet_of: FleetFactory) -> None:
