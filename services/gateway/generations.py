@@ -24,8 +24,8 @@ from services.gateway.router import Wish
 MAX_REQUEST_ID_CHARS = 128
 
 
-def _never() -> None:
-    return None
+def no_deadline() -> None:
+    """For callers that wait as long as it takes: HTTP has no deadlines."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Ask:
     """Empty: one is made."""
     to_engine_request: Callable[[str, ResolvedModel], Any]
     """Makes what an engine takes, of the request id and the model."""
-    time_remaining: Callable[[], float | None] = _never
+    time_remaining: Callable[[], float | None] = no_deadline
     """Seconds until the caller's deadline; None without one."""
     is_gone: Callable[[], bool] = lambda: False
     """Whether the caller is known to have left."""

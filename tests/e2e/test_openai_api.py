@@ -16,6 +16,7 @@ from openai import AsyncOpenAI, OpenAI
 from slora_client import AsyncSloraClient, ChatMessage
 from transformers import AutoTokenizer
 
+from services.local.s3_client import S3Client, S3Place
 from services.local.stack import LocalStack
 from tests.e2e.conftest import assert_no_page_lost, metric, upload, wait_until
 from tests.fixtures.peft_reference import PeftReference, assert_same_tokens
@@ -178,6 +179,31 @@ async def test_a_client_that_leaves_frees_its_pages(stack: LocalStack, client: A
     gateway = stack.metrics_urls["gateway"]
     wait_until("the gateway knows", lambda: metric(gateway, "slora_gateway_in_flight_requests") == 0)
     assert metric(gateway, "slora_gateway_requests_total", outcome="cancelled") >= 3
+
+
+async def test_adapters_come_from_s3_and_go(stack: LocalStack, client: AsyncOpenAI, adapters: dict[str, Path]) -> None:
+    place = S3Place("adapters", "team/copy/")
+    S3Client(stack.client_s3_environment).put_adapter(adapters["a3"], place)
+    asked: Any = {"prompt": "the quick", "max_tokens": 8, "temperature": 0}
+
+    async def change(kind: str, **body: str) -> str:
+        return await client.post(f"/{kind}_lora_adapter", body=body, cast_to=str)
+
+    await change("load", lora_name="copy", lora_path=place.uri)
+    text = (await client.completions.create(model="copy", **asked)).choices[0].text
+    assert text == (await client.completions.create(model="a3", **asked)).choices[0].text
+    with pytest.raises(openai.NotFoundError) as missing:
+        await change("load", lora_name="copy2", lora_path="s3://adapters/nowhere/")
+    assert missing.value.code == "source_not_found"
+    await change("unload", lora_name="copy")
+    wait_until("the gateway has heard", lambda: "copy" not in listed(stack))
+    with pytest.raises(openai.NotFoundError):
+        await client.completions.create(model="copy", **asked)
+
+
+def listed(stack: LocalStack) -> set[str]:
+    with OpenAI(base_url=stack.http_url, api_key="none", max_retries=0, timeout=60) as client:
+        return {model.id for model in client.models.list()}
 
 
 def test_the_engine_tells_vllms_names_what_is_resident(stack: LocalStack) -> None:

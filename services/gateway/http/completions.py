@@ -10,7 +10,7 @@ import msgspec
 from starlette.requests import Request
 from starlette.types import Message, Receive, Scope, Send
 
-from services.gateway.generations import Ask, Generations
+from services.gateway.generations import Ask, Generations, no_deadline
 from services.gateway.http.bodies import read_body
 from services.gateway.http.codec import engine_request_of, to_chunk
 from services.gateway.http.errors import to_api_error
@@ -65,7 +65,7 @@ class GenerationEndpoint(Generic[T]):
             await self._choose(Ask(request.model, request_id, engine_request_of(request, 0)), 0, reply)
             return
         # All choices are one version's, also if the name gets a new one meanwhile.
-        model = (await self._models.resolve(request.model, lambda: None)).public_id
+        model = (await self._models.resolve(request.model, no_deadline)).public_id
         async with asyncio.TaskGroup() as group:
             for index in range(request.num_generations):
                 ask = Ask(model, f"{request_id}-{index}", engine_request_of(request, index))

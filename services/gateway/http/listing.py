@@ -8,6 +8,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 
+from services.gateway.generations import no_deadline
 from services.gateway.models import ListedModel, ListPosition, Models, ResolvedModel
 
 _PAGE_SIZE = 1000
@@ -33,7 +34,7 @@ class ModelListing:
     async def get(self, request: Request) -> JSONResponse:
         """One model: the base model, `name` or `name@version`, under the name that was asked for."""
         name: str = request.path_params["model"]
-        return JSONResponse(self._entry(name, await self._models.resolve(name, lambda: None)))
+        return JSONResponse(self._entry(name, await self._models.resolve(name, no_deadline)))
 
     def _entry(self, name: str, model: ResolvedModel) -> dict[str, Any]:
         """`root` and `parent` are vLLM's: what answers, and the base model of an adapter."""

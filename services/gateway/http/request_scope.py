@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import uuid
 from collections.abc import Callable
+from http import HTTPStatus
 
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from services.gateway.http.errors import invalid
+
+logger = logging.getLogger(__name__)
 
 HEADER = b"x-request-id"
 MAX_REQUEST_ID_CHARS = 120
@@ -17,6 +21,8 @@ MAX_REQUEST_ID_CHARS = 120
 
 CLIENT_LEFT = 499
 """Nobody is told this status: the client left before there was an answer."""
+
+_PATH_SHOWN = 128
 
 _REQUEST_ID = re.compile(rb"[!-~]{1,%d}" % MAX_REQUEST_ID_CHARS)
 
@@ -51,6 +57,10 @@ class RequestScope:
             await app(scope, receive, send_with_id)
         finally:
             self._count(scope["path"], status)
+            if status >= HTTPStatus.BAD_REQUEST:
+                # Generations have their own line; this one is for what never became one.
+                fields = {"request_id": request_id, "path": scope["path"][:_PATH_SHOWN], "status": status}
+                logger.info("HTTP request failed", extra=fields)
 
 
 def _refusal() -> ASGIApp:

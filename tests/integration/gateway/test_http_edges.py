@@ -151,6 +151,9 @@ async def test_ids_come_in_and_go_out(fleet: Fleet, caplog: pytest.LogCaptureFix
     ids = [received.request.request_id for received in fleet.engines[0].received]
     assert sorted(ids) == ["mine-1", "mine-1-0", "mine-1-1"]
     assert any(getattr(record, "request_id", "") == "mine-1-1" for record in caplog.records)
+    await send(fleet, "POST", "/v1/completions", {**ASK, "top_q": 1}, {**JSON, "X-Request-Id": "mine-2"})
+    (line,) = (vars(record) for record in caplog.records if getattr(record, "request_id", "") == "mine-2")
+    assert (line["message"], line["path"], line["status"]) == ("HTTP request failed", "/v1/completions", 400)
     for path in ("/health", "/nowhere", "/v1/models/nobody"):
         assert len((await send(fleet, "GET", path))[1]["x-request-id"]) == 32
     for bad in ("x" * 121, "a b", "é"):
