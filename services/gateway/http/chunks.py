@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 MIN_LOGPROB = -9999.0
 """JSON knows no infinity; OpenAI writes this for tokens that are as good as impossible."""
@@ -40,22 +40,26 @@ class Usage:
     num_completion_tokens: int = 0
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Chunk:
     """The next tokens of a generation; with the last ones `finish_reason` and `usage` are set."""
 
-    text: str = ""
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[PositionLogprobs] = field(default_factory=list)
+    text: str
+    token_ids: Sequence[int]
+    logprobs: Sequence[PositionLogprobs] = ()
     finish_reason: str | None = None
     usage: Usage = Usage()
 
-    def add(self, following: Chunk) -> None:
-        """Appends what came next."""
-        self.text += following.text
-        self.token_ids += following.token_ids
-        self.logprobs += following.logprobs
-        self.finish_reason, self.usage = following.finish_reason, following.usage
+
+def join_chunks(chunks: Sequence[Chunk]) -> Chunk:
+    """All of a generation as one chunk."""
+    return Chunk(
+        text="".join(chunk.text for chunk in chunks),
+        token_ids=[token_id for chunk in chunks for token_id in chunk.token_ids],
+        logprobs=[position for chunk in chunks for position in chunk.logprobs],
+        finish_reason=chunks[-1].finish_reason,
+        usage=chunks[-1].usage,
+    )
 
 
 def total_usage(usages: Sequence[Usage], num_choices: int) -> dict[str, int]:

@@ -32,14 +32,18 @@ def engine_request_of(request: GenerationRequest, index: int) -> Callable[[str, 
 
 def to_chunk(message: engine_pb2.GenerateResponse) -> Chunk:
     """An engine's message."""
-    chunk = Chunk(message.text, list(message.token_ids))
-    if message.logprobs:
-        chunk.logprobs = [_to_position(entry) for entry in message.logprobs]
-    if message.HasField("completion"):
-        usage = message.completion.usage
-        chunk.finish_reason = _FINISH_REASONS[message.completion.finish_reason]
-        chunk.usage = Usage(usage.num_prompt_tokens, usage.num_completion_tokens)
-    return chunk
+    token_ids = list(message.token_ids)
+    logprobs = [_to_position(entry) for entry in message.logprobs] if message.logprobs else ()
+    if not message.HasField("completion"):
+        return Chunk(message.text, token_ids, logprobs)
+    usage = message.completion.usage
+    return Chunk(
+        message.text,
+        token_ids,
+        logprobs,
+        finish_reason=_FINISH_REASONS[message.completion.finish_reason],
+        usage=Usage(usage.num_prompt_tokens, usage.num_completion_tokens),
+    )
 
 
 def _to_prompt(prompt: Prompt) -> generation_pb2.Prompt:

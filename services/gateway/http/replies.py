@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import msgspec
 from starlette.types import Send
 
-from services.gateway.http.chunks import Chunk, Usage, total_usage
+from services.gateway.http.chunks import Chunk, Usage, join_chunks, total_usage
 from services.gateway.http.errors import ApiError
 from services.gateway.http.formats import Format
 from services.gateway.http.requests import GenerationRequest
@@ -43,7 +43,7 @@ class WholeReply:
 
     def __init__(self, request: GenerationRequest, request_id: str, format: Format, send: Send) -> None:
         self._num_choices = request.num_choices
-        self._choices = [Chunk() for _ in range(request.num_generations)]
+        self._choices: list[list[Chunk]] = [[] for _ in range(request.num_generations)]
         self._head = _head(format.id_prefix + request_id, format.whole_object)
         self._format = format
         self._send = send
@@ -52,16 +52,17 @@ class WholeReply:
     async def add(self, index: int, model: str, chunk: Chunk) -> None:
         """See `Reply`."""
         self._model = model
-        self._choices[index].add(chunk)
+        self._choices[index].append(chunk)
 
     async def end(self) -> None:
         """See `Reply`."""
+        choices = [join_chunks(chunks) for chunks in self._choices]
         body = msgspec.json.encode(
             {
                 **self._head,
                 "model": self._model,
-                "choices": [self._format.whole(index, choice) for index, choice in enumerate(self._choices)],
-                "usage": total_usage([choice.usage for choice in self._choices], self._num_choices),
+                "choices": [self._format.whole(index, choice) for index, choice in enumerate(choices)],
+                "usage": total_usage([choice.usage for choice in choices], self._num_choices),
             }
         )
         headers = [*_JSON, (b"content-length", str(len(body)).encode())]
