@@ -51,6 +51,14 @@ class RetryPolicy:
     engine_grace_seconds: float = 10.0
 
 
+@dataclass(frozen=True)
+class HttpPolicy:
+    """What HTTP requests may bring and do."""
+
+    max_body_bytes: int = 4 * 2**20
+    allow_adapter_updates: bool = False
+
+
 def routing_policy(settings: GatewaySettings) -> RoutingPolicy:
     """The part of `settings` that routing needs."""
     return RoutingPolicy(settings.spill_share, settings.spill_requests, settings.loading_seconds)
@@ -59,3 +67,8 @@ def routing_policy(settings: GatewaySettings) -> RoutingPolicy:
 def retry_policy(settings: GatewaySettings) -> RetryPolicy:
     """The part of `settings` that dispatching needs."""
     return RetryPolicy(settings.max_attempts, settings.engine_wait_seconds, settings.engine_grace_seconds)
+
+
+def http_policy(settings: GatewaySettings) -> HttpPolicy:
+    """The part of `settings` that the HTTP API needs."""
+    return HttpPolicy(settings.http_max_body_bytes, settings.http_allow_adapter_updates)

@@ -11,12 +11,12 @@ from services.common.grpc_server import GrpcServer
 from services.gateway.adapter_source import CatalogueFeed
 from services.gateway.admission import Admission
 from services.gateway.catalogue import Catalogue
-from services.gateway.config import GatewaySettings, retry_policy, routing_policy
+from services.gateway.config import GatewaySettings, http_policy, retry_policy, routing_policy
 from services.gateway.dispatcher import Dispatcher
 from services.gateway.engine_client import EngineClient
 from services.gateway.engine_pool import EnginePool
 from services.gateway.generations import Generations
-from services.gateway.http.app import HttpPolicy, build_app
+from services.gateway.http.app import build_app
 from services.gateway.http.server import HttpServer
 from services.gateway.metrics import EngineCollector, GatewayMetrics
 from services.gateway.models import Models
@@ -85,10 +85,9 @@ class Gateway:
         await self._store.close()
 
     def _http_server(self, models: Models, generations: Generations, metrics: GatewayMetrics) -> HttpServer:
-        settings = self._settings
-        policy = HttpPolicy(settings.http_max_body_bytes, settings.http_allow_adapter_updates)
+        policy = http_policy(self._settings)
         app = build_app(models, generations, self._store, self._is_ready, metrics.count_http_response, policy)
-        return HttpServer(settings.http, app)
+        return HttpServer(self._settings.http, app)
 
     def _is_ready(self) -> bool:
         return self.pool.num_serving() > 0 and not self._admission.is_draining

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from http import HTTPStatus
 
 from starlette.applications import Starlette
@@ -14,6 +13,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from services.common.errors import SloraError
+from services.gateway.config import HttpPolicy
 from services.gateway.generations import Generations
 from services.gateway.http.adapter_updates import AdapterRegistry, AdapterUpdates
 from services.gateway.http.completions import GenerationEndpoint
@@ -31,14 +31,6 @@ from services.gateway.models import Models
 
 MODELS = "/v1/models"
 OTHER = "other"
-
-
-@dataclass(frozen=True)
-class HttpPolicy:
-    """What the HTTP API may do."""
-
-    max_body_bytes: int = 4 * 2**20
-    allow_adapter_updates: bool = False
 
 
 def build_app(

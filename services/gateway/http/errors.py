@@ -44,6 +44,10 @@ _PARAMETERS = {"stop_strings": "stop", "num_logprobs": "logprobs", "text": "prom
 """What fields of the gRPC API are called here, where that differs."""
 
 
+_MESSAGE_SHOWN, _PARAM_SHOWN = 1000, 128
+"""What a caller sent may be part of both."""
+
+
 class ApiError(Exception):
     """An error as it is answered over HTTP."""
 
@@ -57,9 +61,9 @@ class ApiError(Exception):
     ) -> None:
         super().__init__(message)
         self.status = status
-        self.message = message
+        self.message = _clipped(message, _MESSAGE_SHOWN)
         self.code = code
-        self.param = param
+        self.param = None if param is None else _clipped(param, _PARAM_SHOWN)
         self.headers = dict(headers or {})
 
     def body(self) -> dict[str, Any]:
@@ -89,6 +93,10 @@ def to_api_error(error: BaseException) -> ApiError:
     code = _CODES.get(reason, reason.name.lower())
     headers = {"retry-after": str(RETRY_AFTER_SECONDS)} if status in (429, 503) else {}
     return ApiError(status, error.message, code, _parameter(error), headers)
+
+
+def _clipped(text: str, size: int) -> str:
+    return text if len(text) <= size else f"{text[: size - 1]}…"
 
 
 def _parameter(error: SloraError) -> str | None:

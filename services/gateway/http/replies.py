@@ -115,8 +115,8 @@ class EventStreamReply:
         # Several choices write to one response: each event as a whole, the first one behind the head.
         async with self._lock:
             if not self._is_open:
-                self._is_open = True
                 await self._send({"type": "http.response.start", "status": 200, "headers": _EVENTS})
+                self._is_open = True
             if events:
                 await self._send({"type": "http.response.body", "body": events, "more_body": not is_last})
 

@@ -117,6 +117,7 @@ BAD_BODIES: dict[str, tuple[bytes, dict[str, str], int, str]] = {
     "deep where anything goes": (b'{"model": "base", "echo": ' + b"[" * 100_000, JSON, 400, "invalid_json"),
     "a form": (b"model=base", {"Content-Type": "application/x-www-form-urlencoded"}, 415, "not_json"),
     "no type": (b"{}", {}, 415, "not_json"),
+    "a long name": (b'{"' + b"x" * 5000 + b'": 1}', JSON, 400, "unknown_parameter"),
     "too large": (b'{"model": "' + b"x" * 5000 + b'"}', JSON, 413, "body_too_large"),
 }
 
@@ -127,6 +128,7 @@ async def test_bad_bodies(fleet_of: FleetFactory) -> None:
         content = body * 100 if name == "too large" else body
         got, _, answer = await send(fleet, "POST", "/v1/completions", content, headers)
         assert (got, answer["error"]["code"]) == (status, code), name
+        assert len(json.dumps(answer)) < 2000
     assert fleet.engines[0].received == []
 
 
