@@ -22,6 +22,8 @@ $(STAMP): pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install -q --disable-pip-version-check uv
 	@$(BIN)/python -m uv pip install -q --python $(BIN)/python -e '.[dev]'
+	@! command -v npm >/dev/null || npm ci --prefix clients/node --silent --no-audit --no-fund --ignore-scripts || \
+		echo "The Node client's packages could not be installed; its test will be skipped."
 	@touch $@
 
 proto: setup ## Generate gen/python from protos/
@@ -58,9 +60,10 @@ bench-gpu: setup ## Measure on an accelerator: the engine's core, against transf
 demo: setup ## The whole path on this machine: S3, adapter store, engine, gateway, many adapters; ends by itself
 	@python -m services.local demo
 
-up: setup ## Keep it running: make up CHECKPOINT=dir ADAPTERS=dir-or-s3-uri [PORT=50051] [UP_OPTIONS=...]
+up: setup ## Keep it running: make up CHECKPOINT=dir ADAPTERS=dir-or-s3-uri [PORT=50051] [HTTP_PORT=8000] [UP_OPTIONS=...]
 	@python -m services.local up $(if $(CHECKPOINT),--checkpoint "$(CHECKPOINT)") \
-		$(if $(ADAPTERS),--adapters "$(ADAPTERS)") $(if $(PORT),--port "$(PORT)") $(UP_OPTIONS)
+		$(if $(ADAPTERS),--adapters "$(ADAPTERS)") $(if $(PORT),--port "$(PORT)") \
+		$(if $(HTTP_PORT),--http-port "$(HTTP_PORT)") $(UP_OPTIONS)
 
 down: setup ## Stop what `make up` started
 	@python -m services.local down

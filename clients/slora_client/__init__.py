@@ -12,18 +12,31 @@ from slora_client.async_client import AsyncSloraClient
 from slora_client.errors import SloraRequestError
 from slora_client.options import GenerationOptions
 from slora_client.sync_client import SloraClient
-from slora_client.values import Adapter, Chunk, FinishReason, Generation, Model, TokenLogprob, TopLogprob, Usage
+from slora_client.values import (
+    Adapter,
+    ChatMessage,
+    Chunk,
+    FinishReason,
+    Generation,
+    Model,
+    Prompt,
+    TokenLogprob,
+    TopLogprob,
+    Usage,
+)
 
 __all__ = [
     "Adapter",
     "AdapterClient",
     "AsyncAdapterClient",
     "AsyncSloraClient",
+    "ChatMessage",
     "Chunk",
     "FinishReason",
     "Generation",
     "GenerationOptions",
     "Model",
+    "Prompt",
     "SloraClient",
     "SloraRequestError",
     "TokenLogprob",

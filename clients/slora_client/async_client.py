@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator
 from typing import Unpack
 
 import grpc
@@ -11,7 +11,7 @@ from slora.gateway.v1 import inference_pb2, inference_pb2_grpc
 from slora_client.codec import PAGE_SIZE, ChunkReader, join_chunks, to_generate_request, to_model
 from slora_client.grpc_errors import CHANNEL_OPTIONS, to_request_error
 from slora_client.options import GenerationOptions
-from slora_client.values import Chunk, Generation, Model
+from slora_client.values import Chunk, Generation, Model, Prompt
 
 
 class AsyncSloraClient:
@@ -28,12 +28,12 @@ class AsyncSloraClient:
     async def generate(
         self,
         model: str,
-        prompt: str | Sequence[int],
+        prompt: Prompt,
         *,
         timeout: float | None = None,
         **options: Unpack[GenerationOptions],
     ) -> Generation:
-        """Generates from a text or token ids and returns the whole answer.
+        """Generates from a text, token ids or a conversation (`ChatMessage`s) and returns the whole answer.
 
         `model` is the base model's name, an adapter's name (its newest version) or `name@version`.
         """
@@ -42,7 +42,7 @@ class AsyncSloraClient:
     def stream(
         self,
         model: str,
-        prompt: str | Sequence[int],
+        prompt: Prompt,
         *,
         timeout: float | None = None,
         **options: Unpack[GenerationOptions],

@@ -16,7 +16,18 @@ from slora.gateway.v1 import inference_pb2
 
 from slora_client.errors import SloraRequestError
 from slora_client.options import REQUEST_OPTIONS, SAMPLING_OPTIONS, STOPPING_OPTIONS, GenerationOptions
-from slora_client.values import Adapter, Chunk, FinishReason, Generation, Model, TokenLogprob, TopLogprob, Usage
+from slora_client.values import (
+    Adapter,
+    ChatMessage,
+    Chunk,
+    FinishReason,
+    Generation,
+    Model,
+    Prompt,
+    TokenLogprob,
+    TopLogprob,
+    Usage,
+)
 
 M = TypeVar("M", bound=Message)
 
@@ -30,9 +41,7 @@ _FINISH_REASONS: dict[int, FinishReason] = {
 _TARGET_PREFIX = "TARGET_MODULE_"
 
 
-def to_generate_request(
-    model: str, prompt: str | Sequence[int], options: GenerationOptions
-) -> inference_pb2.GenerateRequest:
+def to_generate_request(model: str, prompt: Prompt, options: GenerationOptions) -> inference_pb2.GenerateRequest:
     """The request. Raises ValueError or TypeError, naming the option, for what cannot be put into one."""
     given = {key: value for key, value in options.items() if value is not None}
     unknown = given.keys() - SAMPLING_OPTIONS - STOPPING_OPTIONS - REQUEST_OPTIONS
@@ -41,22 +50,30 @@ def to_generate_request(
     sampling = {key: value for key, value in given.items() if key in SAMPLING_OPTIONS}
     stopping = {key: value for key, value in given.items() if key in STOPPING_OPTIONS}
     stop = stopping.pop("stop", ())
-    if prompt is None:  # what a message takes for an empty list
-        raise TypeError("prompt cannot be None: it is a text or token ids")
-    if isinstance(prompt, str):
-        prompt_message = generation_pb2.Prompt(text=prompt)
-    else:
-        token_ids = _message(generation_pb2.TokenIds, {"ids": prompt}, {"ids": "prompt"})
-        prompt_message = generation_pb2.Prompt(token_ids=token_ids)
     stopping["stop_strings"] = [stop] if isinstance(stop, str) else stop
     request = _message(
         inference_pb2.GenerateRequest,
         {"model": model, **{key: value for key, value in given.items() if key in REQUEST_OPTIONS}},
     )
-    request.prompt.CopyFrom(prompt_message)
+    request.prompt.CopyFrom(_to_prompt(prompt))
     request.sampling.CopyFrom(_message(generation_pb2.SamplingParameters, sampling))
     request.stopping.CopyFrom(_message(generation_pb2.StoppingCriteria, stopping, {"stop_strings": "stop"}))
     return request
+
+
+def _to_prompt(prompt: Prompt) -> generation_pb2.Prompt:
+    if prompt is None:  # what a message takes for an empty list
+        raise TypeError("prompt cannot be None: it is a text, token ids or chat messages")
+    if isinstance(prompt, str):
+        return generation_pb2.Prompt(text=prompt)
+    if any(isinstance(part, ChatMessage) for part in prompt):
+        messages = [
+            _message(generation_pb2.ChatMessage, part._asdict() if isinstance(part, ChatMessage) else {"role": part})
+            for part in prompt
+        ]
+        return generation_pb2.Prompt(chat=generation_pb2.Chat(messages=messages))
+    token_ids = _message(generation_pb2.TokenIds, {"ids": prompt}, {"ids": "prompt"})
+    return generation_pb2.Prompt(token_ids=token_ids)
 
 
 def _message(kind: type[M], fields: Mapping[str, object], options: Mapping[str, str] | None = None) -> M:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeAlias
 
 FinishReason = Literal["stop", "length"]
 
@@ -24,6 +25,20 @@ class TokenLogprob(NamedTuple):
     logprob: float
     text: str
     top: tuple[TopLogprob, ...]
+
+
+class ChatMessage(NamedTuple):
+    """One message of a conversation; several of them are a prompt."""
+
+    role: str
+    """Such as `system`, `user` or `assistant`; the checkpoint's chat template decides which there are."""
+    content: str
+    name: str | None = None
+    """The speaker's name, for templates that heed one."""
+
+
+Prompt: TypeAlias = "str | Sequence[int] | Sequence[ChatMessage]"
+"""A text, token ids, or a conversation, which the checkpoint's chat template writes out."""
 
 
 @dataclass(frozen=True, slots=True)

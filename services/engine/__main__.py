@@ -22,6 +22,7 @@ from services.engine.frontend.metrics import EngineMetrics
 from services.engine.frontend.serving import Frontend
 from services.engine.frontend.supervisor import CoreStartError, CoreSupervisor
 from services.engine.frontend.tokenizer import TextTokenizer, TokenizerFileError, load_tokenizer
+from services.engine.frontend.vllm_metrics import VllmCollector
 from services.engine.servicer import SERVICE_NAME, EngineServicer
 
 logger = logging.getLogger("services.engine")
@@ -44,6 +45,13 @@ async def serve(settings: EngineSettings, tokenizer: TextTokenizer, command: Cal
     metrics = EngineMetrics()
     server = GrpcServer(settings.listen, [SERVICE_NAME])
     frontend = Frontend(tokenizer, metrics, settings.served_name, _engine_ids(settings, server.port).__next__)
+    vllm_names = VllmCollector(
+        settings.served_name,
+        settings.for_device().max_adapters,
+        lambda: frontend.state.core_load,
+        frontend.adapter_presence,
+    )
+    metrics.registry.register(vllm_names)
     engine_pb2_grpc.add_EngineServiceServicer_to_server(EngineServicer(frontend), server.grpc)
     metrics_server = serve_metrics(settings.metrics, metrics.registry)
     await server.start(serving=False)

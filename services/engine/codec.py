@@ -12,13 +12,14 @@ from slora.engine.v1 import engine_pb2, generation_pb2
 from services.common.errors import Reason, SloraError
 from services.engine.frontend.engine_state import StateChange
 from services.engine.frontend.generation import Completion, Delta, FinishReason
-from services.engine.frontend.request import GenerationRequest
+from services.engine.frontend.request import Chat, ChatMessage, GenerationRequest
 from services.engine.messages import Adapter, SamplingParams, TokenEvent
 
 MAX_REQUEST_ID_CHARACTERS = 128
 MAX_STOP_STRINGS = 16
 MAX_STOP_STRING_CHARACTERS = 256
 MAX_LOGPROBS = 20
+MAX_ROLE_CHARACTERS = 64
 
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 
@@ -80,16 +81,33 @@ def _decode_request_id(request_id: str) -> str:
     return request_id
 
 
-def _decode_prompt(request: engine_pb2.GenerateRequest) -> str | list[int]:
+def _decode_prompt(request: engine_pb2.GenerateRequest) -> str | Chat | list[int]:
     kind = request.prompt.WhichOneof("content")
     if kind is None:
-        raise SloraError(Reason.PROMPT_MISSING, "prompt is required: set prompt.text or prompt.token_ids")
+        message = "prompt is required: set prompt.text, prompt.token_ids or prompt.chat"
+        raise SloraError(Reason.PROMPT_MISSING, message, field="prompt")
+    if kind == "chat":
+        return _decode_chat(request.prompt.chat)
     prompt = request.prompt.text if kind == "text" else list(request.prompt.token_ids.ids)
     if not prompt:
         raise SloraError(
             Reason.PROMPT_EMPTY, f"prompt.{kind} is empty; give at least one token", field=f"prompt.{kind}"
         )
     return prompt
+
+
+def _decode_chat(chat: generation_pb2.Chat) -> Chat:
+    if not chat.messages:
+        raise SloraError(Reason.CHAT_INVALID, "prompt.chat has no messages; give at least one", field="messages")
+    for number, message in enumerate(chat.messages):
+        if not 1 <= len(message.role) <= MAX_ROLE_CHARACTERS or len(message.name) > MAX_ROLE_CHARACTERS:
+            complaint = (
+                f"message {number}: its role has 1 to {MAX_ROLE_CHARACTERS} characters, its name at most so many"
+            )
+            raise SloraError(Reason.CHAT_INVALID, complaint, field="messages", position=number)
+    messages = (ChatMessage(m.role, m.content, m.name if m.HasField("name") else None) for m in chat.messages)
+    with_prompt = chat.add_generation_prompt or not chat.HasField("add_generation_prompt")
+    return Chat(tuple(messages), with_prompt)
 
 
 def _decode_sampling(request: engine_pb2.GenerateRequest) -> SamplingParams:

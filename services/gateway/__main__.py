@@ -22,7 +22,9 @@ async def run(settings: GatewaySettings) -> None:
     await gateway.start()
     scraped = serve_metrics(settings.metrics)
     metrics_port = scraped[0].server_port if scraped else None
-    logger.info("listening", extra={"port": gateway.server.port, "metrics_port": metrics_port})
+    http_port = gateway.http.port if gateway.http is not None else None
+    ports = {"port": gateway.server.port, "http_port": http_port, "metrics_port": metrics_port}
+    logger.info("listening", extra=ports)
     await gateway.server.serve(gateway.drain, settings.drain_seconds)
     await gateway.close()
     logger.info("stopped")

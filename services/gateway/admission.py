@@ -19,6 +19,11 @@ class Admission:
         self._idle = asyncio.Event()
         self._idle.set()
 
+    @property
+    def is_draining(self) -> bool:
+        """Whether nobody is let in any more."""
+        return self._is_draining
+
     @contextlib.contextmanager
     def enter(self) -> Iterator[None]:
         """Counts a request while inside. Raises DRAINING or QUEUE_FULL instead of letting it in."""

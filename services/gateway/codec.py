@@ -19,7 +19,10 @@ _POSITION_KINDS = {b"b:": False, b"a:": True}
 def to_engine_request(
     request: inference_pb2.GenerateRequest, request_id: str, model: ResolvedModel
 ) -> engine_pb2.GenerateRequest:
-    """What is asked of an engine; what the caller left out stays left out."""
+    """What is asked of an engine; what the caller left out stays left out. Raises PROMPT_MISSING."""
+    if request.prompt.WhichOneof("content") is None:
+        message = "prompt is required: set its text, its token_ids or its chat"
+        raise SloraError(Reason.PROMPT_MISSING, message, field="prompt")
     result = engine_pb2.GenerateRequest(request_id=request_id, prompt=request.prompt)
     if model.adapter is not None:
         result.adapter.adapter_id = model.adapter.adapter_id

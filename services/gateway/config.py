@@ -15,6 +15,9 @@ class GatewaySettings:
     adapter_store: str = setting(help="host:port of the adapter store")
     listen: str = setting("127.0.0.1:50051", "host:port to serve gRPC on; port 0 takes a free one")
     metrics: str = setting("", "host:port to serve Prometheus metrics on; empty for none")
+    http: str = setting("", "host:port to serve the OpenAI-compatible HTTP API on; empty for none")
+    http_max_body_bytes: int = setting(4 * 2**20, "largest body of an HTTP request")
+    http_allow_adapter_updates: bool = setting(False, "whether /v1/load_lora_adapter and unload may change adapters")
     max_concurrent: int = setting(4096, "most requests in flight; further ones are refused")
     max_attempts: int = setting(3, "most engines a request is sent to before its first token")
     engine_wait_seconds: float = setting(2.0, "how long a request waits for an engine that is expected back")
@@ -48,6 +51,14 @@ class RetryPolicy:
     engine_grace_seconds: float = 10.0
 
 
+@dataclass(frozen=True)
+class HttpPolicy:
+    """What HTTP requests may bring and do."""
+
+    max_body_bytes: int = 4 * 2**20
+    allow_adapter_updates: bool = False
+
+
 def routing_policy(settings: GatewaySettings) -> RoutingPolicy:
     """The part of `settings` that routing needs."""
     return RoutingPolicy(settings.spill_share, settings.spill_requests, settings.loading_seconds)
@@ -56,3 +67,8 @@ def routing_policy(settings: GatewaySettings) -> RoutingPolicy:
 def retry_policy(settings: GatewaySettings) -> RetryPolicy:
     """The part of `settings` that dispatching needs."""
     return RetryPolicy(settings.max_attempts, settings.engine_wait_seconds, settings.engine_grace_seconds)
+
+
+def http_policy(settings: GatewaySettings) -> HttpPolicy:
+    """The part of `settings` that the HTTP API needs."""
+    return HttpPolicy(settings.http_max_body_bytes, settings.http_allow_adapter_updates)

@@ -11,10 +11,13 @@ from services.common.grpc_server import GrpcServer
 from services.gateway.adapter_source import CatalogueFeed
 from services.gateway.admission import Admission
 from services.gateway.catalogue import Catalogue
-from services.gateway.config import GatewaySettings, retry_policy, routing_policy
+from services.gateway.config import GatewaySettings, http_policy, retry_policy, routing_policy
 from services.gateway.dispatcher import Dispatcher
 from services.gateway.engine_client import EngineClient
 from services.gateway.engine_pool import EnginePool
+from services.gateway.generations import Generations
+from services.gateway.http.app import build_app
+from services.gateway.http.server import HttpServer
 from services.gateway.metrics import EngineCollector, GatewayMetrics
 from services.gateway.models import Models
 from services.gateway.servicer import SERVICE_NAME, InferenceServicer
@@ -42,7 +45,9 @@ class Gateway:
         models = Models(self.pool, self.catalogue, self._store, settings.store_timeout_seconds)
         dispatcher = Dispatcher(self.pool, retry_policy(settings))
         self.server = GrpcServer(settings.listen, [SERVICE_NAME])
-        InferenceServicer(models, dispatcher, self._admission, metrics).add_to(self.server)
+        generations = Generations(models, dispatcher, self._admission, metrics)
+        InferenceServicer(models, generations).add_to(self.server)
+        self.http = self._http_server(models, generations, metrics) if settings.http else None
         self._tasks: list[asyncio.Task[None]] = []
         self._readiness: asyncio.Task[None] | None = None
 
@@ -57,6 +62,8 @@ class Gateway:
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self.pool.wait_until_heard(), self._settings.engine_wait_seconds)
         await self.server.start()
+        if self.http is not None:
+            self.http.start()
         self._readiness = asyncio.create_task(self._follow_readiness())
 
     async def drain(self) -> None:
@@ -67,13 +74,23 @@ class Gateway:
         await self._admission.drain()
 
     async def close(self) -> None:
-        """Stops following; the server must have been stopped."""
+        """Ends HTTP and stops following; the gRPC server must have been stopped."""
+        if self.http is not None:
+            await self.http.stop()
         tasks = [*self._tasks, *([self._readiness] if self._readiness is not None else [])]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await self.pool.close()
         await self._store.close()
+
+    def _http_server(self, models: Models, generations: Generations, metrics: GatewayMetrics) -> HttpServer:
+        policy = http_policy(self._settings)
+        app = build_app(models, generations, self._store, self._is_ready, metrics.count_http_response, policy)
+        return HttpServer(self._settings.http, app)
+
+    def _is_ready(self) -> bool:
+        return self.pool.num_serving() > 0 and not self._admission.is_draining
 
     async def _follow_readiness(self) -> None:
         while True:

@@ -66,7 +66,17 @@ class GatewayMetrics:
             ["decision"],
             registry=registry,
         )
+        self._http_responses = Counter(
+            f"{prefix}_http_responses",
+            "HTTP requests by route and status; 499 where the client left before there was one.",
+            ["route", "status"],
+            registry=registry,
+        )
         self.in_flight = Gauge(f"{prefix}_in_flight_requests", "Requests being served.", registry=registry)
+
+    def count_http_response(self, route: str, status: int) -> None:
+        """An HTTP request ended; `route` is one of the API's, or `other`."""
+        self._http_responses.labels(route, str(status)).inc()
 
     def of_model(self, name: str) -> ModelMetrics:
         """The metrics of the model of this name (an adapter's without its version); of `other` past the limit."""

@@ -21,7 +21,7 @@ _CHANGES = {
 
 
 class StoreClient:
-    """An `AdapterSource` at `host:port`."""
+    """An `AdapterSource`, and the HTTP API's `AdapterRegistry`, at `host:port`."""
 
     def __init__(self, address: str) -> None:
         self._channel = open_channel(address)
@@ -42,6 +42,23 @@ class StoreClient:
                 raise SloraError(Reason.ADAPTER_STORE_UNAVAILABLE, message, model=adapter_id) from None
             raise error from None
         return _to_entry(response.adapter)
+
+    async def register(self, name: str, source_uri: str) -> str:
+        """See `AdapterRegistry.register`; takes as long as reading the files does."""
+        request = adapter_store_pb2.RegisterAdapterRequest(name=name, source_uri=source_uri)
+        try:
+            response = await self._stub.RegisterAdapter(request)
+        except grpc.aio.AioRpcError as error:
+            raise from_rpc_error(error, unavailable=Reason.ADAPTER_STORE_UNAVAILABLE) from None
+        return str(response.adapter.adapter_id)
+
+    async def delete(self, adapter_id: str) -> int:
+        """See `AdapterRegistry.delete`."""
+        try:
+            response = await self._stub.DeleteAdapter(adapter_store_pb2.DeleteAdapterRequest(adapter_id=adapter_id))
+        except grpc.aio.AioRpcError as error:
+            raise from_rpc_error(error, unavailable=Reason.ADAPTER_STORE_UNAVAILABLE) from None
+        return int(response.num_deleted)
 
     async def watch(self, resume_token: str) -> AsyncGenerator[CatalogueEvent, None]:
         """See `AdapterSource.watch`; waits for the store where it is away."""

@@ -14,7 +14,7 @@ from services.local.checkpoint import BadInput
 from services.local.child_process import StartFailed
 from services.local.narrator import Narrator
 from services.local.stack import PATIENT_THREADS
-from services.local.up import GATEWAY_PORT, UpRequest, run_down, run_up
+from services.local.up import GATEWAY_PORT, HTTP_PORT, UpRequest, run_down, run_up
 
 STATE_DIR = Path(".slora")
 OUT_DIR = Path("out")
@@ -57,6 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     up.add_argument("--checkpoint", type=Path, help="directory of a Hugging Face checkpoint")
     up.add_argument("--adapters", help="a directory with an adapter in each subdirectory, or s3://bucket/prefix")
     up.add_argument("--port", type=int, default=GATEWAY_PORT, help="the gateway's port (default %(default)s)")
+    up.add_argument("--http-port", type=int, default=HTTP_PORT, help="its port for HTTP (default %(default)s)")
     up.add_argument("--engines", type=int, default=1, help="how many engines (default %(default)s)")
     up.add_argument(
         "--engine-option",
@@ -92,10 +93,17 @@ def _up(arguments: argparse.Namespace, narrator: Narrator) -> int:
         )
     if arguments.engines < 1:
         raise BadInput(f"--engines {arguments.engines}: at least one is needed")
-    if not 0 <= arguments.port <= HIGHEST_PORT:
-        raise BadInput(f"--port {arguments.port}: a port is a number up to {HIGHEST_PORT}, and 0 takes a free one")
+    for option, port in (("--port", arguments.port), ("--http-port", arguments.http_port)):
+        if not 0 <= port <= HIGHEST_PORT:
+            raise BadInput(f"{option} {port}: a port is a number up to {HIGHEST_PORT}, and 0 takes a free one")
     request = UpRequest(
-        arguments.state_dir, arguments.checkpoint, arguments.adapters, arguments.port, arguments.engines, options
+        arguments.state_dir,
+        arguments.checkpoint,
+        arguments.adapters,
+        arguments.port,
+        arguments.engines,
+        options,
+        http_port=arguments.http_port,
     )
     return run_up(request, narrator)
 

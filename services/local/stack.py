@@ -34,6 +34,7 @@ from services.local.ports import LOOPBACK, free_port, is_free
 from services.local.supervisor import ProcessSpec, Supervisor
 
 REDIS, S3, ADAPTER_STORE, GATEWAY = "redis", "s3", "adapter-store", "gateway"
+HTTP = "gateway-http"
 DRAIN_SECONDS = 5
 _NOTICE_SECONDS = 5.0
 
@@ -51,11 +52,15 @@ Options = Mapping[str, object]
 """Settings of a service by name: `{"num_pages": 64}` becomes `--num-pages 64`."""
 
 
-def check_gateway_port(port: int) -> None:
-    """Raises BadInput if the port is taken; 0 is any free one."""
-    if port and not is_free(port):
-        hint = "choose another one for the gateway: `make up PORT=N`, or --port N"
-        raise BadInput(f"port {port} of {LOOPBACK} is in use; {hint}")
+def check_gateway_ports(grpc_port: int, http_port: int) -> None:
+    """Raises BadInput if one of the gateway's ports is taken; 0 is any free one."""
+    how = {"gRPC": "`make up PORT=N`, or --port N", "HTTP": "`make up HTTP_PORT=N`, or --http-port N"}
+    for api, port in (("gRPC", grpc_port), ("HTTP", http_port)):
+        if port and not is_free(port):
+            hint = f"choose another one for the gateway's {api}: {how[api]}"
+            raise BadInput(f"port {port} of {LOOPBACK} is in use; {hint}")
+    if grpc_port and grpc_port == http_port:
+        raise BadInput(f"port {grpc_port} cannot be the gateway's for gRPC and for HTTP; choose another for one")
 
 
 @dataclass
@@ -73,6 +78,7 @@ class LocalStack:
     num_engines: int = 1
     base_model: str = ""
     gateway_port: int = 0
+    http_port: int = 0
     bucket: str = "adapters"
     store_options: Options = field(default_factory=dict)
     engine_options: Options = field(default_factory=dict)
@@ -86,8 +92,9 @@ class LocalStack:
         self.checkpoint = described.path
         self.base_model = self.base_model or described.name
         self._dtype = described.dtype
-        check_gateway_port(self.gateway_port)
-        self._ports: dict[str, int] = {GATEWAY: self.gateway_port} if self.gateway_port else {}
+        chosen = {GATEWAY: self.gateway_port, HTTP: self.http_port}
+        check_gateway_ports(self.gateway_port, self.http_port)
+        self._ports: dict[str, int] = {name: port for name, port in chosen.items() if port}
         for name in self._port_names():
             self._ports[name] = self._ports.get(name) or free_port(self._ports.values())
         self.redis = EmbeddedRedis(self.state_dir / "redis", self._ports[REDIS])
@@ -162,6 +169,11 @@ class LocalStack:
         return self._address(GATEWAY)
 
     @property
+    def http_url(self) -> str:
+        """What OpenAI's clients take as their base URL."""
+        return f"http://{self._address(HTTP)}/v1"
+
+    @property
     def store_address(self) -> str:
         """`host:port` of the adapter store: where adapters are uploaded."""
         return self._address(ADAPTER_STORE)
@@ -198,7 +210,7 @@ class LocalStack:
 
     def _port_names(self) -> list[str]:
         services = [ADAPTER_STORE, *self.engine_names, GATEWAY]
-        return [REDIS, S3, *services, *(_metrics(name) for name in services)]
+        return [REDIS, S3, HTTP, *services, *(_metrics(name) for name in services)]
 
     def _address(self, name: str) -> str:
         return f"{LOOPBACK}:{self._ports[name]}"
@@ -241,6 +253,7 @@ class LocalStack:
         return {
             "engines": ",".join(self.engine_addresses),
             "adapter_store": self.store_address,
+            "http": self._address(HTTP),
             **self.gateway_options,
         }
 

@@ -16,9 +16,10 @@ from services.local.checkpoint import BadInput, makes_weights_up, open_checkpoin
 from services.local.narrator import Narrator
 from services.local.pid_file import claimed, stop_running
 from services.local.s3_client import S3Place, named_endpoint
-from services.local.stack import LocalStack, Options, check_gateway_port
+from services.local.stack import LocalStack, Options, check_gateway_ports
 
 GATEWAY_PORT = 50051
+HTTP_PORT = 8000
 STOP_SECONDS = 60.0
 _NAP_SECONDS = 1.0
 _BUCKET = "adapters"
@@ -35,13 +36,14 @@ class UpRequest:
     gateway_port: int = GATEWAY_PORT
     num_engines: int = 1
     engine_options: Options | None = None
+    http_port: int = HTTP_PORT
 
 
 def run_up(request: UpRequest, narrator: Narrator) -> int:
     """Serves until it is interrupted (Ctrl-C, SIGTERM or `down`); then 0."""
     with claimed(_pid_path(request.state_dir)):
         # Before the demo's model is made, which takes a while.
-        check_gateway_port(request.gateway_port)
+        check_gateway_ports(request.gateway_port, request.http_port)
         try:
             _serve(request, narrator)
         except KeyboardInterrupt:
@@ -64,6 +66,7 @@ def _serve(request: UpRequest, narrator: Narrator) -> None:
         checkpoint,
         num_engines=request.num_engines,
         gateway_port=request.gateway_port,
+        http_port=request.http_port,
         bucket=in_s3.bucket if in_s3 else _BUCKET,
         # What is uploaded while it runs goes beside the adapters that the user has there.
         store_options={"s3_prefix": f"{in_s3.prefix}slora-uploads"} if in_s3 else {},
@@ -129,6 +132,7 @@ def how_to_call(stack: LocalStack, model: str, prompt: str) -> str:
     """What to tell the user: where everything is and how to call it."""
     services = {
         "gateway": stack.gateway_address,
+        "gateway over HTTP": stack.http_url,
         "adapter store": stack.store_address,
         **dict(zip(stack.engine_names, stack.engine_addresses, strict=True)),
         "redis": stack.redis.url,
@@ -140,6 +144,7 @@ def how_to_call(stack: LocalStack, model: str, prompt: str) -> str:
     addresses = "\n".join(f"  {name:<{width}}  {address}" for name, address in services.items())
     request = {"model": model, "prompt": {"text": prompt}}
     body = json.dumps({**request, "sampling": {"temperature": 0}, "stopping": {"max_tokens": 40}})
+    completion = json.dumps({"model": model, "prompt": prompt, "temperature": 0, "max_tokens": 40})
     activate = Path(sys.executable).parent / "activate"
     tools = f"The client and buf are here: source {shlex.quote(_short(activate))}\n\n" if activate.is_file() else ""
     return f"""
@@ -161,6 +166,11 @@ From a shell:
 
   buf curl --protocol grpc --http2-prior-knowledge -d {shlex.quote(body)} \\
     http://{stack.gateway_address}/slora.gateway.v1.InferenceService/Generate
+
+As OpenAI's API (any client of it, with this base URL and any key):
+
+  curl {stack.http_url}/completions -H 'Content-Type: application/json' \\
+    -d {shlex.quote(completion)}
 
 Ctrl-C or `make down` stops it.
 """

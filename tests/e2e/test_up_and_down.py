@@ -108,7 +108,7 @@ def running(state: Path, *arguments: object, environment: Mapping[str, str] | No
     state.mkdir(exist_ok=True)
     out, err = state / "out", state / "err"
     with out.open("wb") as out_file, err.open("wb") as err_file:
-        argv = command(state, "up", *arguments, *ENGINE)
+        argv = command(state, "up", "--http-port", 0, *arguments, *ENGINE)
         with heeding_interrupts():
             process = subprocess.Popen(
                 argv, stdout=out_file, stderr=err_file, env={**os.environ, **(environment or {})}
@@ -192,12 +192,12 @@ def test_up_serves_until_down_and_again_with_what_was_uploaded(
 
 
 def run_what_was_told(told: str, adapter: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Runs the Python lines and the shell line that `up` printed; both ask for the first adapter."""
+    """Runs the Python lines and the shell lines that `up` printed; all ask for the first adapter."""
     code = textwrap.dedent(told.partition("From Python:\n")[2].partition("From a shell:")[0])
     exec(code.replace("directory/of/a/peft/adapter", str(adapter)), {})
     text, models = capsys.readouterr().out.rstrip("\n").rsplit("\n", 1)
     assert models == "['tiny', 'a0', 'a1']"
-    line = told.partition("From a shell:\n")[2].partition("\n\nCtrl-C")[0]
+    line = told.partition("From a shell:\n")[2].partition("\n\nAs OpenAI's")[0]
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     asked = subprocess.run(
         ["bash", "-c", line], env={**os.environ, "PATH": path}, capture_output=True, text=True, timeout=60, check=False
@@ -210,6 +210,9 @@ def run_what_was_told(told: str, adapter: Path, capsys: pytest.CaptureFixture[st
         messages.append(message)
         rest = rest[end:].lstrip()
     assert "".join(message.get("text", "") for message in messages) == text
+    line = told.partition("any key):\n")[2].partition("\n\nCtrl-C")[0]
+    asked = subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=60, check=True)
+    assert json.loads(asked.stdout)["choices"][0]["text"] == text
 
 
 def test_adapters_in_s3_are_served_from_there(
@@ -253,7 +256,7 @@ def test_a_model_that_is_not_served_is_refused_in_one_line(checkpoint: Path, tmp
     shutil.copytree(checkpoint, unknown)
     config = unknown / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"model_type": "gpt_neox"}))
-    ended = run(tmp_path / "state", "up", "--checkpoint", unknown, "--port", 0)
+    ended = run(tmp_path / "state", "up", "--checkpoint", unknown, "--port", 0, "--http-port", 0)
     assert ended.returncode == 2
     assert re.fullmatch(
         rf"slora: cannot start: {config}: model_type 'gpt_neox' is not served; served are .*llama.*\n", ended.stderr

@@ -31,6 +31,13 @@ def expected_tokens(prompt_text: str, digest: str, num_tokens: int) -> list[int]
     return [(state + 7919 * i) % 32000 for i in range(num_tokens)]
 
 
+def prompt_key(prompt: generation_pb2.Prompt) -> str:
+    """A prompt of any kind as a text."""
+    if prompt.WhichOneof("content") == "chat":
+        return "".join(f"<{m.role}>{m.content}" for m in prompt.chat.messages)
+    return prompt.text or ",".join(map(str, prompt.token_ids.ids))
+
+
 @dataclass(eq=False)
 class Received:
     """A generation that reached a fake engine."""
@@ -57,11 +64,16 @@ async def answer(engine: FakeEngine, received: Received, context: Context) -> No
 def answer_messages(request: engine_pb2.GenerateRequest) -> list[engine_pb2.GenerateResponse]:
     """The messages of a whole answer; the completion comes with the last token."""
     num_tokens = request.stopping.max_tokens or 4
-    tokens = expected_tokens(request.prompt.text, request.adapter.digest, num_tokens)
+    tokens = expected_tokens(prompt_key(request.prompt), request.adapter.digest, num_tokens)
     messages = [engine_pb2.GenerateResponse(text=f" {token}", token_ids=[token]) for token in tokens]
     if request.HasField("num_logprobs"):
         for message in messages:
-            message.logprobs.add(token_id=message.token_ids[0], logprob=-0.5, text=message.text)
+            entry = message.logprobs.add(token_id=message.token_ids[0], logprob=-0.5, text=message.text)
+            for rank in range(request.num_logprobs):
+                # The last one has no text of its own, and is as good as impossible.
+                is_last = rank == request.num_logprobs - 1
+                logprob = float("-inf") if is_last else -0.5 - rank
+                entry.top.add(token_id=rank, logprob=logprob, text="" if is_last else f" {rank}")
     usage = generation_pb2.Usage(num_prompt_tokens=3, num_completion_tokens=num_tokens)
     messages[-1].completion.CopyFrom(
         generation_pb2.Completion(finish_reason=generation_pb2.FINISH_REASON_LENGTH, usage=usage)

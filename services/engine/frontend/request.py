@@ -10,12 +10,35 @@ from services.engine.messages import Adapter, Generate, SamplingParams, StopPara
 
 
 @dataclass(frozen=True, slots=True)
+class ChatMessage:
+    """One message of a conversation; which roles there are is the chat template's to decide."""
+
+    role: str
+    content: str
+    name: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Chat:
+    """A conversation, to be written out by the checkpoint's chat template."""
+
+    messages: tuple[ChatMessage, ...]
+    # End with what begins the assistant's next message.
+    add_generation_prompt: bool = True
+
+    @property
+    def num_characters(self) -> int:
+        """Characters of all roles and contents together."""
+        return sum(len(message.role) + len(message.content) for message in self.messages)
+
+
+@dataclass(frozen=True, slots=True)
 class GenerationRequest:
     """What a caller asks for; each field is valid by itself, ids are not compared with the vocabulary yet."""
 
     request_id: str
-    # Text, or token ids taken as they are.
-    prompt: str | Sequence[int]
+    # Text, a conversation, or token ids taken as they are.
+    prompt: str | Chat | Sequence[int]
     sampling: SamplingParams
     adapter: Adapter | None = None
     # None: as many as fit in the model's length.

@@ -7,15 +7,16 @@ import contextlib
 import itertools
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 
 from services.common.errors import Reason, SloraError
 from services.engine.frontend.core_client import CoreClient, CoreListener
 from services.engine.frontend.engine_state import EngineProfile, EngineState
 from services.engine.frontend.generation import Generation
 from services.engine.frontend.metrics import EngineMetrics
-from services.engine.frontend.request import GenerationRequest, ModelLimits, core_request
+from services.engine.frontend.request import Chat, GenerationRequest, ModelLimits, core_request
 from services.engine.frontend.tokenizer import TextTokenizer
+from services.engine.frontend.vllm_metrics import AdapterPresence
 from services.engine.messages import Abort, Adapter, CoreReady, Prefetch, RequestFailed, StepReport
 
 logger = logging.getLogger(__name__)
@@ -72,8 +73,7 @@ class Frontend(CoreListener):
 
     async def _start(self, request: GenerationRequest, started_at: float) -> Generation:
         self._check_open()
-        prompt = request.prompt
-        prompt_ids = await self._tokenizer.encode_async(prompt) if isinstance(prompt, str) else prompt
+        prompt_ids = await self._prompt_ids(request.prompt)
         core = self._check_open()  # a long prompt's tokenizing may outlive the core
         core_id = next(self._core_ids)
         message = core_request(request, core_id, prompt_ids, self._limits)
@@ -85,6 +85,11 @@ class Frontend(CoreListener):
         self._idle.clear()
         core.send(message)
         return generation
+
+    async def _prompt_ids(self, prompt: str | Chat | Sequence[int]) -> Sequence[int]:
+        if isinstance(prompt, Chat):
+            return await self._tokenizer.encode_chat_async(prompt)
+        return await self._tokenizer.encode_async(prompt) if isinstance(prompt, str) else prompt
 
     def _end(self, generation: Generation, outcome: str) -> None:
         del self._generations[generation.core_id]
@@ -134,6 +139,13 @@ class Frontend(CoreListener):
         """The model's limits. Raises, saying why, while no core is ready."""
         self._check_open()
         return self._limits
+
+    def adapter_presence(self) -> AdapterPresence:
+        """Adapters in the pool, and those that requests without a token yet wait for. Safe on any thread."""
+        resident = self.state.resident.copy()
+        waiting = (g.request.adapter for g in tuple(self._generations.values()) if not g.last_token_at)
+        awaited = {adapter.digest: adapter for adapter in waiting if adapter and adapter.digest not in resident}
+        return AdapterPresence(tuple(resident.values()), tuple(awaited.values()))
 
     def token_text(self, token_id: int) -> str:
         """The token's own text; empty if it is part of a character."""

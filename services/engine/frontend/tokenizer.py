@@ -12,7 +12,9 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
+from services.engine.frontend.chat_template import ChatTemplate, NoTemplate, load_chat_template
 from services.engine.frontend.detokenizer import Detokenizer, token_texts
+from services.engine.frontend.request import Chat
 
 INLINE_CHARACTERS = 2048
 """Shorter texts (about half a millisecond) are tokenized on the event loop: a thread's round trip costs as much."""
@@ -25,10 +27,12 @@ class TokenizerFileError(Exception):
 
 
 class TextTokenizer:
-    """Text to ids and back. Thread-safe; `encode_async` keeps long texts off the event loop."""
+    """Texts and conversations to ids, and ids back to text. Thread-safe; the `_async` methods keep what is long off
+    the event loop."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, chat_template: ChatTemplate | NoTemplate | None = None) -> None:
         self._tokenizer = tokenizer
+        self._chat_template = chat_template or NoTemplate()
         # One thread: a flood of long prompts must not take every core from the streams.
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenizer")
         self._tokens = {token_id: token for token, token_id in tokenizer.get_vocab(with_added_tokens=True).items()}
@@ -62,6 +66,21 @@ class TextTokenizer:
             return self.encode(text)
         return await asyncio.get_running_loop().run_in_executor(self._thread, self.encode, text)
 
+    def encode_chat(self, chat: Chat) -> list[int]:
+        """The ids of a conversation, as the chat template writes it and with no special tokens but those it writes.
+
+        Raises CHAT_INVALID or CHAT_TEMPLATE_MISSING.
+        """
+        text = self._chat_template.render(chat)
+        ids: list[int] = self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
+        return ids
+
+    async def encode_chat_async(self, chat: Chat) -> list[int]:
+        """As `encode_chat`; a long conversation is written out and tokenized on a thread."""
+        if chat.num_characters <= INLINE_CHARACTERS:
+            return self.encode_chat(chat)
+        return await asyncio.get_running_loop().run_in_executor(self._thread, self.encode_chat, chat)
+
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of `token_ids`, special tokens kept."""
         text: str = self._tokenizer.decode(list(token_ids), skip_special_tokens=False)
@@ -93,9 +112,10 @@ def load_tokenizer(checkpoint: Path) -> TextTokenizer:
         _rebuild_as_llama(tokenizer, config)
     try:
         _add_special_tokens(tokenizer, checkpoint, config)
+        named = _named_special_tokens(checkpoint, config)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise TokenizerFileError(f"{checkpoint / 'tokenizer_config.json'} is malformed: {error!r}") from error
-    return TextTokenizer(tokenizer)
+    return TextTokenizer(tokenizer, load_chat_template(checkpoint, config, named))
 
 
 def _read_json(file: Path) -> dict[str, Any]:
@@ -127,6 +147,14 @@ def _special_tokens(config: Mapping[str, Any]) -> Iterator[Any]:
     yield from (config[name] for name in own_names if isinstance(config[name], str | dict))
     extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or ()
     yield from extra.values() if isinstance(extra, dict) else extra
+
+
+def _named_special_tokens(checkpoint: Path, config: Mapping[str, Any]) -> dict[str, str]:
+    """What a chat template is told of, such as `bos_token`; an old checkpoint names them in a file of their own."""
+    if "added_tokens_decoder" not in config:
+        config = {**config, **_read_json(checkpoint / "special_tokens_map.json")}
+    given = {name: config[name] for name in NAMED_SPECIAL_TOKENS if config.get(name)}
+    return {name: value if isinstance(value, str) else value["content"] for name, value in given.items()}
 
 
 def _added_token(value: Any) -> AddedToken:

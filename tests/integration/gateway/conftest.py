@@ -45,11 +45,18 @@ class Fleet:
         """Starts the gateway; the engines and the store must have ports by now."""
         quick: dict[str, Any] = {"engine_wait_seconds": 1.0, "store_timeout_seconds": 1.0}
         addresses = tuple(engine.address for engine in self.engines)
-        everything = {"listen": "127.0.0.1:0", **quick, **settings}
+        everything = {"listen": "127.0.0.1:0", "http": "127.0.0.1:0", **quick, **settings}
         self.gateway = Gateway(GatewaySettings(addresses, self.store.address, **everything), self.registry)
         await self.gateway.start()
         self.channel = grpc.aio.insecure_channel(f"127.0.0.1:{self.gateway.server.port}")
         self.stub = inference_pb2_grpc.InferenceServiceStub(self.channel)
+
+    @property
+    def http_port(self) -> int:
+        """Where the gateway serves HTTP."""
+        assert self.gateway is not None
+        assert self.gateway.http is not None
+        return self.gateway.http.port
 
     async def close(self) -> None:
         """Stops everything."""

@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -166,6 +167,34 @@ async def test_sigterm_ends_running_requests_well(gateway: StartGateway, engine:
     await eventually("it ended", lambda: process.process.poll() is not None, timeout=10)
     assert process.process.returncode == 0
     assert process.lines("stopped")
+
+
+async def test_sigterm_lets_http_streams_end(gateway: StartGateway, engine: FakeEngine) -> None:
+    process, _, _ = await gateway("--http", "127.0.0.1:0")
+    engine.token_seconds = 0.05
+    reader, writer = await asyncio.open_connection("127.0.0.1", process.lines("listening")[0]["http_port"])
+    body = b'{"model": "poet", "prompt": "p", "max_tokens": 20, "stream": true}'
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    writer.write(head + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+    answer = await reader.readuntil(b"data: ")
+    process.process.send_signal(signal.SIGTERM)
+    answer += await reader.read()
+    assert answer.count(b"data: ") == 21
+    assert b"data: [DONE]" in answer
+    writer.close()
+    await eventually("it ended", lambda: process.process.poll() is not None, timeout=10)
+    assert process.process.returncode == 0
+    assert process.lines("stopped")
+
+
+def test_an_http_address_that_is_taken_is_named() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        where = ("--engines", "127.0.0.1:1", "--adapter-store", "127.0.0.1:1", "--listen", "127.0.0.1:0")
+        command = [sys.executable, "-m", "services.gateway", *where, "--http", address]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2
+    assert f"gateway: --http {address}: " in done.stderr
 
 
 def test_without_engines_it_does_not_start() -> None:

@@ -32,8 +32,8 @@ async def refusal(engine: Any, fields: dict[str, Any]) -> SloraError:
 BAD: dict[str, tuple[dict[str, Any], Reason, str]] = {
     "no request id": ({"request_id": ""}, Reason.REQUEST_INVALID, "1 to 128"),
     "long request id": ({"request_id": "é" * 129}, Reason.REQUEST_INVALID, "129 characters"),
-    "no prompt": ({"prompt": None}, Reason.PROMPT_MISSING, "prompt.text or prompt.token_ids"),
-    "unset prompt": ({"prompt": {}}, Reason.PROMPT_MISSING, "prompt.text or prompt.token_ids"),
+    "no prompt": ({"prompt": None}, Reason.PROMPT_MISSING, "prompt.text, prompt.token_ids or prompt.chat"),
+    "unset prompt": ({"prompt": {}}, Reason.PROMPT_MISSING, "prompt.text, prompt.token_ids or prompt.chat"),
     "empty text": ({"prompt": {"text": ""}}, Reason.PROMPT_EMPTY, "prompt.text"),
     "empty ids": ({"prompt": {"token_ids": {}}}, Reason.PROMPT_EMPTY, "prompt.token_ids"),
     "long ids": ({"prompt": {"token_ids": {"ids": [1] * 256}}}, Reason.PROMPT_TOO_LONG, "256 tokens.*at most 255"),

@@ -14,6 +14,7 @@ from services.local import __main__ as command_line
 from services.local.child_process import StartFailed
 from services.local.narrator import Narrator
 from services.local.pid_file import claimed
+from services.local.ports import free_port
 from services.local.up import GATEWAY_PORT, UpRequest
 from tests.fixtures.hollow_checkpoint import write_hollow_checkpoint
 
@@ -57,10 +58,22 @@ def test_up_alone_serves_the_demo(requests: list[UpRequest]) -> None:
 
 def test_every_argument_of_up_is_understood(requests: list[UpRequest]) -> None:
     options = ["--engine-option", "num-pages=64", "--engine-option", "device=cuda", "--engine-option", "engine_id=a=b"]
-    where = ["--checkpoint", "models/base", "--adapters", "s3://bucket/loras", "--port", "0", "--engines", "3"]
+    where = [
+        "--checkpoint",
+        "models/base",
+        "--adapters",
+        "s3://bucket/loras",
+        "--port",
+        "0",
+        "--http-port",
+        "1",
+        "--engines",
+        "3",
+    ]
     assert command_line.main(["--state-dir", "state", "up", *where, *options]) == 0
     engine_options = {"num_pages": "64", "device": "cuda", "engine_id": "a=b"}
-    assert requests == [UpRequest(Path("state"), Path("models/base"), "s3://bucket/loras", 0, 3, engine_options)]
+    asked = UpRequest(Path("state"), Path("models/base"), "s3://bucket/loras", 0, 3, engine_options, http_port=1)
+    assert requests == [asked]
 
 
 @pytest.mark.parametrize("option", ["device", "=cuda", "", "="])
@@ -80,9 +93,12 @@ def test_at_least_one_engine_is_needed(
     assert requests == []
 
 
+@pytest.mark.parametrize("option", ["--port", "--http-port"])
 @pytest.mark.parametrize("port", [-1, 65_536])
-def test_a_port_is_a_port(requests: list[UpRequest], capsys: pytest.CaptureFixture[str], port: int) -> None:
-    assert refusal(capsys, ["up", "--port", port]).startswith(f"--port {port}: a port is a number up to 65535")
+def test_a_port_is_a_port(
+    requests: list[UpRequest], capsys: pytest.CaptureFixture[str], port: int, option: str
+) -> None:
+    assert refusal(capsys, ["up", option, port]).startswith(f"{option} {port}: a port is a number up to 65535")
     assert requests == []
 
 
@@ -121,10 +137,15 @@ def test_a_port_that_is_taken_is_refused(tmp_path: Path, capsys: pytest.CaptureF
     checkpoint = write_hollow_checkpoint(tmp_path / "hollow")
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-        argv = ["--state-dir", tmp_path / "state", "up", "--checkpoint", checkpoint, "--port", port]
-        told = refusal(capsys, argv)
-        assert told.startswith(f"port {port} of 127.0.0.1 is in use; choose another one for the gateway")
+        argv = ["--state-dir", tmp_path / "state", "up", "--checkpoint", checkpoint]
+        told = refusal(capsys, [*argv, "--port", port])
+        assert told.startswith(f"port {port} of 127.0.0.1 is in use; choose another one for the gateway's gRPC")
         assert "make up PORT=N" in told
+        assert "make up HTTP_PORT=N" in refusal(capsys, [*argv, "--port", 0, "--http-port", port])
+    port = free_port()
+    assert "cannot be the gateway's for gRPC and for HTTP" in refusal(
+        capsys, [*argv, "--port", port, "--http-port", port]
+    )
 
 
 def test_a_second_up_is_refused_and_a_refused_one_does_not_stay(

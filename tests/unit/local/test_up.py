@@ -38,6 +38,7 @@ def test_it_says_where_everything_is(stack: LocalStack) -> None:
     metrics = [(f"metrics of {name}", url) for name, url in stack.metrics_urls.items()]
     assert listed == [
         ("gateway", stack.gateway_address),
+        ("gateway over HTTP", stack.http_url),
         ("adapter store", stack.store_address),
         ("engine-0", stack.engine_addresses[0]),
         ("engine-1", stack.engine_addresses[1]),
@@ -58,7 +59,7 @@ def test_the_python_lines_are_python(stack: LocalStack) -> None:
 
 def test_the_shell_line_asks_the_gateway(stack: LocalStack) -> None:
     told = how_to_call(stack, "a0", PROMPT)
-    command = told.partition("From a shell:\n")[2].partition("\n\nCtrl-C")[0].replace("\\\n", " ")
+    command = told.partition("From a shell:\n")[2].partition("\n\nAs OpenAI's")[0].replace("\\\n", " ")
     words = shlex.split(command)
     assert words[:2] == ["buf", "curl"]
     assert words[-1] == f"http://{stack.gateway_address}/slora.gateway.v1.InferenceService/Generate"
@@ -66,6 +67,14 @@ def test_the_shell_line_asks_the_gateway(stack: LocalStack) -> None:
     assert (request.model, request.prompt.text, request.stopping.max_tokens) == ("a0", PROMPT, 40)
     assert request.sampling.HasField("temperature")
     assert request.sampling.temperature == 0
+
+
+def test_the_line_for_http_asks_for_a_completion(stack: LocalStack) -> None:
+    told = how_to_call(stack, "a0", PROMPT)
+    words = shlex.split(told.partition("any key):\n")[2].partition("\n\nCtrl-C")[0].replace("\\\n", " "))
+    assert words[:2] == ["curl", f"{stack.http_url}/completions"]
+    body = json.loads(words[words.index("-d") + 1])
+    assert body == {"model": "a0", "prompt": PROMPT, "temperature": 0, "max_tokens": 40}
 
 
 @pytest.mark.parametrize("is_terminal", [False, True])

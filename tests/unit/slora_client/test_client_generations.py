@@ -5,16 +5,17 @@ from __future__ import annotations
 import asyncio
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
 
 import grpc
 import pytest
 from slora.engine.v1 import generation_pb2
-from slora.gateway.v1 import inference_pb2, inference_pb2_grpc
+from slora.gateway.v1 import inference_pb2
 from slora_client import (
     AsyncSloraClient,
+    ChatMessage,
     Chunk,
     Generation,
     Model,
@@ -26,63 +27,7 @@ from slora_client import (
 )
 
 from services.common.errors import Reason, SloraError
-from services.common.grpc_errors import abort
-
-Context = grpc.aio.ServicerContext[Any, Any]
-
-
-class FakeGateway(inference_pb2_grpc.InferenceServiceServicer):
-    """Says what the test wants."""
-
-    def __init__(self) -> None:
-        self.requests: list[inference_pb2.GenerateRequest] = []
-        self.times_remaining: list[float | None] = []
-        self.responses: list[inference_pb2.GenerateResponse] = []
-        self.error: SloraError | None = None
-        self.bare_error: grpc.StatusCode | None = None
-        self.hangs = False
-        self.arrived = asyncio.Event()
-        self.cancelled = asyncio.Event()
-        self.models: list[inference_pb2.Model] = []
-        self.address = ""
-
-    async def Generate(self, request: inference_pb2.GenerateRequest, context: Context) -> None:
-        self.requests.append(request)
-        self.arrived.set()
-        self.times_remaining.append(context.time_remaining())
-        for response in self.responses:
-            await context.write(response)
-        if self.error is not None:
-            await abort(context, self.error)
-        if self.bare_error is not None:
-            await context.abort(self.bare_error, "from a proxy")
-        try:
-            if self.hangs:
-                await asyncio.Event().wait()
-        except asyncio.CancelledError:
-            self.cancelled.set()
-            raise
-
-    async def ListModels(
-        self, request: inference_pb2.ListModelsRequest, context: Context
-    ) -> inference_pb2.ListModelsResponse:
-        if self.error is not None:
-            await abort(context, self.error)
-        start = int(request.page_token or 0)
-        more = start + 2 < len(self.models)
-        return inference_pb2.ListModelsResponse(
-            models=self.models[start : start + 2], next_page_token=str(start + 2) if more else ""
-        )
-
-
-@pytest.fixture
-async def gateway() -> AsyncIterator[FakeGateway]:
-    servicer, server = FakeGateway(), grpc.aio.server()
-    inference_pb2_grpc.add_InferenceServiceServicer_to_server(servicer, server)
-    servicer.address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
-    await server.start()
-    yield servicer
-    await server.stop(None)
+from tests.fakes.fake_gateway import FakeGateway
 
 
 class Client:
@@ -205,6 +150,16 @@ async def test_options_reach_the_gateway_and_what_is_left_out_does_not(gateway: 
     assert gateway.times_remaining[0] is not None
     assert 25 < gateway.times_remaining[0] <= 31
     assert gateway.times_remaining[1] is None
+
+
+async def test_a_conversation_is_a_prompt(gateway: FakeGateway, client: Client) -> None:
+    gateway.responses = answer()
+    await client.generate("base", [ChatMessage("system", "Be brief."), ChatMessage("user", "Hi", name="ann")])
+    first, second = gateway.requests[0].prompt.chat.messages
+    assert (first.role, first.content, first.HasField("name")) == ("system", "Be brief.", False)
+    assert (second.role, second.content, second.name) == ("user", "Hi", "ann")
+    with pytest.raises(TypeError, match=r"^role cannot be 7"):
+        await client.generate("base", [ChatMessage("user", "Hi"), 7])  # type: ignore[list-item]
 
 
 async def test_what_cannot_be_sent_is_not(gateway: FakeGateway, client: Client) -> None:

@@ -24,29 +24,33 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n slora/engine/v1/generation.proto\x12\x0fslora.engine.v1\"S\n\x06Prompt\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12.\n\ttoken_ids\x18\x02 \x01(\x0b\x32\x19.slora.engine.v1.TokenIdsH\x00\x42\t\n\x07\x63ontent\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\xd6\x02\n\x12SamplingParameters\x12\x18\n\x0btemperature\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x12\n\x05top_k\x18\x02 \x01(\rH\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x02H\x02\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x02H\x03\x88\x01\x01\x12\x11\n\x04seed\x18\x05 \x01(\x04H\x04\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x06 \x01(\x02H\x05\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x07 \x01(\x02H\x06\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x08 \x01(\x02H\x07\x88\x01\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_kB\x08\n\x06_top_pB\x08\n\x06_min_pB\x07\n\x05_seedB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penalty\"\xa4\x01\n\x10StoppingCriteria\x12\x17\n\nmax_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x17\n\nmin_tokens\x18\x02 \x01(\rH\x01\x88\x01\x01\x12\x14\n\x0cstop_strings\x18\x03 \x03(\t\x12\x16\n\x0estop_token_ids\x18\x04 \x03(\r\x12\x12\n\nignore_eos\x18\x05 \x01(\x08\x42\r\n\x0b_max_tokensB\r\n\x0b_min_tokens\"=\n\nTopLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\x12\x0c\n\x04text\x18\x03 \x01(\t\"j\n\rTokenLogprobs\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\x12\x0c\n\x04text\x18\x03 \x01(\t\x12(\n\x03top\x18\x04 \x03(\x0b\x32\x1b.slora.engine.v1.TopLogprob\"A\n\x05Usage\x12\x19\n\x11num_prompt_tokens\x18\x01 \x01(\r\x12\x1d\n\x15num_completion_tokens\x18\x02 \x01(\r\"\xc1\x01\n\nCompletion\x12\x34\n\rfinish_reason\x18\x01 \x01(\x0e\x32\x1d.slora.engine.v1.FinishReason\x12\x18\n\x0bstop_string\x18\x02 \x01(\tH\x00\x88\x01\x01\x12\x1a\n\rstop_token_id\x18\x03 \x01(\rH\x01\x88\x01\x01\x12%\n\x05usage\x18\x04 \x01(\x0b\x32\x16.slora.engine.v1.UsageB\x0e\n\x0c_stop_stringB\x10\n\x0e_stop_token_id*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n slora/engine/v1/generation.proto\x12\x0fslora.engine.v1\"z\n\x06Prompt\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12.\n\ttoken_ids\x18\x02 \x01(\x0b\x32\x19.slora.engine.v1.TokenIdsH\x00\x12%\n\x04\x63hat\x18\x03 \x01(\x0b\x32\x15.slora.engine.v1.ChatH\x00\x42\t\n\x07\x63ontent\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"t\n\x04\x43hat\x12.\n\x08messages\x18\x01 \x03(\x0b\x32\x1c.slora.engine.v1.ChatMessage\x12\"\n\x15\x61\x64\x64_generation_prompt\x18\x02 \x01(\x08H\x00\x88\x01\x01\x42\x18\n\x16_add_generation_prompt\"H\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\x12\x11\n\x04name\x18\x03 \x01(\tH\x00\x88\x01\x01\x42\x07\n\x05_name\"\xd6\x02\n\x12SamplingParameters\x12\x18\n\x0btemperature\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x12\n\x05top_k\x18\x02 \x01(\rH\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x02H\x02\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x02H\x03\x88\x01\x01\x12\x11\n\x04seed\x18\x05 \x01(\x04H\x04\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x06 \x01(\x02H\x05\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x07 \x01(\x02H\x06\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x08 \x01(\x02H\x07\x88\x01\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_kB\x08\n\x06_top_pB\x08\n\x06_min_pB\x07\n\x05_seedB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penalty\"\xa4\x01\n\x10StoppingCriteria\x12\x17\n\nmax_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x17\n\nmin_tokens\x18\x02 \x01(\rH\x01\x88\x01\x01\x12\x14\n\x0cstop_strings\x18\x03 \x03(\t\x12\x16\n\x0estop_token_ids\x18\x04 \x03(\r\x12\x12\n\nignore_eos\x18\x05 \x01(\x08\x42\r\n\x0b_max_tokensB\r\n\x0b_min_tokens\"=\n\nTopLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\x12\x0c\n\x04text\x18\x03 \x01(\t\"j\n\rTokenLogprobs\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\x12\x0c\n\x04text\x18\x03 \x01(\t\x12(\n\x03top\x18\x04 \x03(\x0b\x32\x1b.slora.engine.v1.TopLogprob\"A\n\x05Usage\x12\x19\n\x11num_prompt_tokens\x18\x01 \x01(\r\x12\x1d\n\x15num_completion_tokens\x18\x02 \x01(\r\"\xc1\x01\n\nCompletion\x12\x34\n\rfinish_reason\x18\x01 \x01(\x0e\x32\x1d.slora.engine.v1.FinishReason\x12\x18\n\x0bstop_string\x18\x02 \x01(\tH\x00\x88\x01\x01\x12\x1a\n\rstop_token_id\x18\x03 \x01(\rH\x01\x88\x01\x01\x12%\n\x05usage\x18\x04 \x01(\x0b\x32\x16.slora.engine.v1.UsageB\x0e\n\x0c_stop_stringB\x10\n\x0e_stop_token_id*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'slora.engine.v1.generation_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_FINISHREASON']._serialized_start=1109
-  _globals['_FINISHREASON']._serialized_end=1204
+  _globals['_FINISHREASON']._serialized_start=1340
+  _globals['_FINISHREASON']._serialized_end=1435
   _globals['_PROMPT']._serialized_start=53
-  _globals['_PROMPT']._serialized_end=136
-  _globals['_TOKENIDS']._serialized_start=138
-  _globals['_TOKENIDS']._serialized_end=161
-  _globals['_SAMPLINGPARAMETERS']._serialized_start=164
-  _globals['_SAMPLINGPARAMETERS']._serialized_end=506
-  _globals['_STOPPINGCRITERIA']._serialized_start=509
-  _globals['_STOPPINGCRITERIA']._serialized_end=673
-  _globals['_TOPLOGPROB']._serialized_start=675
-  _globals['_TOPLOGPROB']._serialized_end=736
-  _globals['_TOKENLOGPROBS']._serialized_start=738
-  _globals['_TOKENLOGPROBS']._serialized_end=844
-  _globals['_USAGE']._serialized_start=846
-  _globals['_USAGE']._serialized_end=911
-  _globals['_COMPLETION']._serialized_start=914
-  _globals['_COMPLETION']._serialized_end=1107
+  _globals['_PROMPT']._serialized_end=175
+  _globals['_TOKENIDS']._serialized_start=177
+  _globals['_TOKENIDS']._serialized_end=200
+  _globals['_CHAT']._serialized_start=202
+  _globals['_CHAT']._serialized_end=318
+  _globals['_CHATMESSAGE']._serialized_start=320
+  _globals['_CHATMESSAGE']._serialized_end=392
+  _globals['_SAMPLINGPARAMETERS']._serialized_start=395
+  _globals['_SAMPLINGPARAMETERS']._serialized_end=737
+  _globals['_STOPPINGCRITERIA']._serialized_start=740
+  _globals['_STOPPINGCRITERIA']._serialized_end=904
+  _globals['_TOPLOGPROB']._serialized_start=906
+  _globals['_TOPLOGPROB']._serialized_end=967
+  _globals['_TOKENLOGPROBS']._serialized_start=969
+  _globals['_TOKENLOGPROBS']._serialized_end=1075
+  _globals['_USAGE']._serialized_start=1077
+  _globals['_USAGE']._serialized_end=1142
+  _globals['_COMPLETION']._serialized_start=1145
+  _globals['_COMPLETION']._serialized_end=1338
 # @@protoc_insertion_point(module_scope)

@@ -1,0 +1,30 @@
+"""The command's root: registers what the other modules offer, and tells failures in one line."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from slora_client.command import generation
+from slora_client.errors import SloraRequestError
+
+FAILED, INTERRUPTED = 1, 130
+
+app = typer.Typer(name="slora", help="Use a slora gateway.", no_args_is_help=True, pretty_exceptions_enable=False)
+app.add_typer(generation.app)
+
+
+def main() -> None:
+    """The entry point: exits with 0, 1 (a request failed), 2 (wrong usage) or 130 (Ctrl-C)."""
+    try:
+        app()
+    except SloraRequestError as error:
+        sys.stderr.write(f"slora: {error}\n")
+        raise SystemExit(FAILED) from None
+    except KeyboardInterrupt:
+        raise SystemExit(INTERRUPTED) from None
+
+
+if __name__ == "__main__":
+    main()

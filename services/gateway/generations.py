@@ -1,0 +1,148 @@
+"""A generation from its request to its last message: the one path that gRPC and HTTP share.
+
+It lets the request in, resolves its model, finds an engine that answers, and notes what happened. Messages are the
+engine's own; those who ask turn them into what their caller understands.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import uuid
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from dataclasses import dataclass
+from typing import Any
+
+from services.common.errors import Reason, SloraError
+from services.gateway.admission import Admission
+from services.gateway.dispatcher import Dispatcher, OpenStream, Work
+from services.gateway.metrics import GatewayMetrics
+from services.gateway.models import Models, ResolvedModel
+from services.gateway.request_record import CANCELLED, OK, RequestRecord
+from services.gateway.router import Wish
+
+MAX_REQUEST_ID_CHARS = 128
+
+
+def no_deadline() -> None:
+    """For callers that wait as long as it takes: HTTP has no deadlines."""
+
+
+@dataclass(frozen=True)
+class Ask:
+    """A generation as a caller asks for it."""
+
+    model: str
+    request_id: str
+    """Empty: one is made."""
+    to_engine_request: Callable[[str, ResolvedModel], Any]
+    """Makes what an engine takes, of the request id and the model."""
+    time_remaining: Callable[[], float | None] = no_deadline
+    """Seconds until the caller's deadline; None without one."""
+    is_gone: Callable[[], bool] = lambda: False
+    """Whether the caller is known to have left."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A generation that has begun."""
+
+    request_id: str
+    model: ResolvedModel
+    messages: AsyncGenerator[Any, None]
+    """The engine's messages, to be iterated over once; the last one has the completion. Raises `SloraError`."""
+
+
+class Generations:
+    """Starts generations; each is a request of its own in metrics, log and admission."""
+
+    def __init__(self, models: Models, dispatcher: Dispatcher, admission: Admission, metrics: GatewayMetrics) -> None:
+        self._models = models
+        self._dispatcher = dispatcher
+        self._admission = admission
+        self._metrics = metrics
+
+    @contextlib.asynccontextmanager
+    async def open(self, ask: Ask) -> AsyncIterator[Answer]:
+        """A generation whose first message is here. Leaving the context ends it: the engine frees what it holds.
+
+        Raises `SloraError`: what the model, the engines, or the bound on requests in flight have against it.
+        """
+        record = RequestRecord(self._metrics)
+        outcome = Reason.INTERNAL.name.lower()
+        try:
+            with self._admission.enter(), contextlib.ExitStack() as held:
+                answer = await self._begin(ask, record, held)
+                async with contextlib.aclosing(answer.messages):
+                    yield answer
+            outcome = OK
+        except asyncio.CancelledError:
+            outcome = _outcome_of_cancellation(ask)
+            raise
+        except Exception as error:
+            if ask.is_gone():
+                # Writing to the caller failed before its cancellation arrived here.
+                outcome = _outcome_of_cancellation(ask)
+            elif isinstance(error, SloraError):
+                outcome = error.reason.name.lower()
+            raise
+        finally:
+            record.finish(outcome)
+
+    async def _begin(self, ask: Ask, record: RequestRecord, held: contextlib.ExitStack) -> Answer:
+        record.request_id = request_id = _checked_request_id(ask.request_id)
+        model = await self._models.resolve(ask.model, ask.time_remaining)
+        record.on_resolved(model.name, model.public_id)
+        digest = None if model.adapter is None else model.adapter.digest
+        work = Work(
+            request=ask.to_engine_request(request_id, model),
+            wish=Wish(model.base_model, digest, request_id),
+            time_remaining=ask.time_remaining,
+        )
+        try:
+            stream = await self._dispatcher.open(work, record, held)
+        except SloraError as error:
+            raise _as_callers_error(error, model) from None
+        return Answer(request_id, model, _messages(stream, model, record))
+
+
+async def _messages(stream: OpenStream, model: ResolvedModel, record: RequestRecord) -> AsyncGenerator[Any, None]:
+    """A stream's messages, taken from the engine no faster than they are asked for: it then merges tokens."""
+    message = stream.first
+    on_message = record.on_message
+    on_message(len(message.token_ids))
+    yield message
+    try:
+        if not message.HasField("completion"):
+            async for message in stream.rest:
+                on_message(len(message.token_ids))
+                yield message
+                if message.HasField("completion"):
+                    break
+            else:
+                raise SloraError(Reason.INTERNAL, "the engine ended the stream without saying why the generation ended")
+    except SloraError as error:
+        raise _as_callers_error(error, model) from None
+    record.on_completion(message.completion.usage.num_prompt_tokens)
+
+
+def _checked_request_id(request_id: str) -> str:
+    if len(request_id) > MAX_REQUEST_ID_CHARS:
+        message = f"request_id has {len(request_id)} characters; at most {MAX_REQUEST_ID_CHARS} are allowed"
+        raise SloraError(Reason.REQUEST_INVALID, message, field="request_id", limit=MAX_REQUEST_ID_CHARS)
+    return request_id or uuid.uuid4().hex
+
+
+def _as_callers_error(error: SloraError, model: ResolvedModel) -> SloraError:
+    """Engines' errors are passed on as they are, but for an adapter that was deleted since it was resolved: what the
+    caller named is a model."""
+    if error.reason is not Reason.ADAPTER_NOT_FOUND:
+        return error
+    message = f"no model {model.public_id!r} any more: it was deleted; ListModels lists what there is"
+    return SloraError(Reason.MODEL_NOT_FOUND, message, model=model.public_id)
+
+
+def _outcome_of_cancellation(ask: Ask) -> str:
+    """A passed deadline and a caller that goes away both arrive as a cancellation."""
+    remaining = ask.time_remaining()
+    return Reason.DEADLINE_EXCEEDED.name.lower() if remaining is not None and remaining <= 0 else CANCELLED

@@ -1,0 +1,1 @@
+"""The OpenAI-compatible HTTP API: another way to say the same requests. It decides nothing that gRPC does not."""

@@ -1,0 +1,106 @@
+"""Errors as OpenAI's clients know them: a status, and an object that names type, code and parameter.
+
+`STATUSES` is the one table from the reasons of `services.common.errors` to HTTP (docs/errors.md explains the reasons).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from services.common.errors import Reason, SloraError, Status
+
+logger = logging.getLogger(__name__)
+
+RETRY_AFTER_SECONDS = 1
+
+STATUSES: Mapping[Status, int] = {
+    Status.INVALID_ARGUMENT: 400,
+    Status.NOT_FOUND: 404,
+    Status.FAILED_PRECONDITION: 422,
+    Status.RESOURCE_EXHAUSTED: 503,
+    Status.DATA_LOSS: 409,
+    Status.UNAVAILABLE: 503,
+    Status.DEADLINE_EXCEEDED: 504,
+    Status.INTERNAL: 500,
+}
+
+EXCEPTIONS: Mapping[Reason, int] = {
+    Reason.CHAT_TEMPLATE_MISSING: 400,
+    Reason.QUEUE_FULL: 429,
+    Reason.UPLOADS_FULL: 429,
+    Reason.REQUEST_TOO_LARGE: 413,
+    Reason.ADAPTER_TOO_LARGE: 413,
+}
+"""Reasons whose HTTP status is not that of their gRPC status."""
+
+_CODES = {Reason.PROMPT_TOO_LONG: "context_length_exceeded"}
+"""Codes that OpenAI has a name of its own for; the others are the reasons, in lower case."""
+
+_TYPES = {403: "permission_error", 429: "rate_limit_error"}
+
+_PARAMETERS = {"stop_strings": "stop", "num_logprobs": "logprobs", "text": "prompt", "token_ids": "prompt"}
+"""What fields of the gRPC API are called here, where that differs."""
+
+
+_MESSAGE_SHOWN, _PARAM_SHOWN = 1000, 128
+"""What a caller sent may be part of both."""
+
+
+class ApiError(Exception):
+    """An error as it is answered over HTTP."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        code: str,
+        param: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = _clipped(message, _MESSAGE_SHOWN)
+        self.code = code
+        self.param = None if param is None else _clipped(param, _PARAM_SHOWN)
+        self.headers = dict(headers or {})
+
+    def body(self) -> dict[str, Any]:
+        """The error object."""
+        kind = _TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+
+def invalid(param: str | None, message: str, code: str = "invalid_value") -> ApiError:
+    """A parameter is malformed: 400."""
+    return ApiError(400, message, code, param)
+
+
+def http_status(reason: Reason) -> int:
+    """The HTTP status of a reason."""
+    return EXCEPTIONS.get(reason, STATUSES[reason.status])
+
+
+def to_api_error(error: BaseException) -> ApiError:
+    """What `error` is over HTTP; one that nobody meant for a caller is logged and becomes INTERNAL."""
+    if isinstance(error, ApiError):
+        return error
+    if not isinstance(error, SloraError):
+        logger.error("a request failed unexpectedly", exc_info=error)
+        error = SloraError(Reason.INTERNAL, f"internal error: {type(error).__name__}; the server's log has more")
+    reason, status = error.reason, http_status(error.reason)
+    code = _CODES.get(reason, reason.name.lower())
+    headers = {"retry-after": str(RETRY_AFTER_SECONDS)} if status in (429, 503) else {}
+    return ApiError(status, error.message, code, _parameter(error), headers)
+
+
+def _clipped(text: str, size: int) -> str:
+    return text if len(text) <= size else f"{text[: size - 1]}…"
+
+
+def _parameter(error: SloraError) -> str | None:
+    if error.reason is Reason.MODEL_NOT_FOUND:
+        return "model"
+    field = error.metadata.get("field", "").rpartition(".")[2]
+    return _PARAMETERS.get(field, field) or None

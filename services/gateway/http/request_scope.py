@@ -1,0 +1,69 @@
+"""Around every HTTP request: its id in and out, and a count of how it ended."""
+
+from __future__ import annotations
+
+import logging
+import re
+import uuid
+from collections.abc import Callable
+from http import HTTPStatus
+
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from services.gateway.http.errors import invalid
+
+logger = logging.getLogger(__name__)
+
+HEADER = b"x-request-id"
+MAX_REQUEST_ID_CHARS = 120
+"""Choices of one request add a number to it, and gRPC's limit is 128."""
+
+CLIENT_LEFT = 499
+"""Nobody is told this status: the client left before there was an answer."""
+
+_PATH_SHOWN = 128
+
+_REQUEST_ID = re.compile(rb"[!-~]{1,%d}" % MAX_REQUEST_ID_CHARS)
+
+
+class RequestScope:
+    """Gives each request an id: the caller's `X-Request-Id`, or one that is made; answers carry it too."""
+
+    def __init__(self, app: ASGIApp, count: Callable[[str, int], None]) -> None:
+        """`count` is called once a request, with its path and status."""
+        self._app = app
+        self._count = count
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serves one request."""
+        if scope["type"] != "http":
+            return
+        given = dict(scope["headers"]).get(HEADER, b"")
+        is_valid = not given or _REQUEST_ID.fullmatch(given) is not None
+        request_id = given.decode() if given and is_valid else uuid.uuid4().hex
+        scope.setdefault("state", {})["request_id"] = request_id
+        status = CLIENT_LEFT
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message["headers"], (HEADER, request_id.encode())]
+            await send(message)
+
+        try:
+            app = self._app if is_valid else _refusal()
+            await app(scope, receive, send_with_id)
+        finally:
+            self._count(scope["path"], status)
+            if status >= HTTPStatus.BAD_REQUEST:
+                # Generations have their own line; this one is for what never became one.
+                fields = {"request_id": request_id, "path": scope["path"][:_PATH_SHOWN], "status": status}
+                logger.info("HTTP request failed", extra=fields)
+
+
+def _refusal() -> ASGIApp:
+    message = f"X-Request-Id has 1 to {MAX_REQUEST_ID_CHARS} printable ASCII characters and no space"
+    error = invalid("X-Request-Id", message)
+    return JSONResponse(error.body(), error.status)

@@ -1,0 +1,70 @@
+"""An HTTP server on the event loop that runs already, which leaves signals to the process."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import Iterator
+
+import uvicorn
+from starlette.types import ASGIApp
+
+from services.common.settings import AddressError
+
+_BACKLOG = 1024
+_HIGHEST_PORT = 65_535
+_CUT_SECONDS = 1
+"""What still runs at the end, when the drain is over, has this long to notice that it is cut."""
+
+
+class HttpServer:
+    """Serves an ASGI application at `host:port`."""
+
+    def __init__(self, address: str, app: ASGIApp) -> None:
+        """Listens from now on. Raises AddressError if that is not possible."""
+        self._socket = _listen(address)
+        self.port: int = self._socket.getsockname()[1]
+        config = uvicorn.Config(
+            app,
+            http="h11",
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=_CUT_SECONDS,
+        )
+        self._server = _QuietServer(config)
+        self._serving: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Begins to answer, also those who connected before."""
+        self._serving = asyncio.create_task(self._server.serve([self._socket]))
+
+    async def stop(self) -> None:
+        """Closes every connection; what still runs is cut. Idempotent."""
+        self._server.should_exit = True
+        if self._serving is not None:
+            await self._serving
+        self._socket.close()
+
+
+class _QuietServer(uvicorn.Server):
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Signals are the process's: it drains HTTP and gRPC together."""
+        yield
+
+
+def _listen(address: str) -> socket.socket:
+    host, _, port = address.rpartition(":")
+    host = host.strip("[]") or "127.0.0.1"
+    try:
+        if not 0 <= int(port) <= _HIGHEST_PORT:
+            raise ValueError(f"a port is a number up to {_HIGHEST_PORT}")
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        return socket.create_server((host, int(port)), family=family, backlog=_BACKLOG)
+    except (OSError, ValueError) as error:
+        raise AddressError(f"--http {address}: {error}") from error

@@ -1,0 +1,80 @@
+"""Every reason has an HTTP status and an error object; what nobody meant for a caller stays inside."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from services.common.errors import Reason, SloraError, Status
+from services.gateway.http.errors import ApiError, http_status, to_api_error
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+@pytest.mark.parametrize("reason", Reason)
+def test_every_reason_has_its_status_and_object(reason: Reason) -> None:
+    error = to_api_error(SloraError(reason, "what is right", field="sampling.top_p"))
+    assert error.status == http_status(reason)
+    shown = error.body()["error"]
+    assert shown["message"] == "what is right"
+    assert shown["code"] in (reason.name.lower(), "context_length_exceeded")
+    assert (shown["type"] == "server_error") == (error.status >= 500)
+    assert ("retry-after" in error.headers) == (error.status in (429, 503))
+
+
+def test_callers_faults_are_4xx_and_ours_5xx() -> None:
+    ours = {Status.UNAVAILABLE, Status.DEADLINE_EXCEEDED, Status.INTERNAL}
+    capacity = {Reason.POOL_EXHAUSTED, Reason.HOST_CACHE_FULL}
+    for reason in Reason:
+        assert (http_status(reason) >= 500) == (reason.status in ours or reason in capacity), reason
+
+
+@pytest.mark.parametrize(
+    ("reason", "status", "code", "kind"),
+    [
+        (Reason.MODEL_NOT_FOUND, 404, "model_not_found", "invalid_request_error"),
+        (Reason.PROMPT_TOO_LONG, 400, "context_length_exceeded", "invalid_request_error"),
+        (Reason.CHAT_TEMPLATE_MISSING, 400, "chat_template_missing", "invalid_request_error"),
+        (Reason.QUEUE_FULL, 429, "queue_full", "rate_limit_error"),
+        (Reason.REQUEST_TOO_LARGE, 413, "request_too_large", "invalid_request_error"),
+        (Reason.ADAPTER_CHANGED, 409, "adapter_changed", "invalid_request_error"),
+        (Reason.ADAPTER_INCOMPATIBLE, 422, "adapter_incompatible", "invalid_request_error"),
+        (Reason.DRAINING, 503, "draining", "server_error"),
+        (Reason.DEADLINE_EXCEEDED, 504, "deadline_exceeded", "server_error"),
+    ],
+)
+def test_what_clients_rely_on(reason: Reason, status: int, code: str, kind: str) -> None:
+    error = to_api_error(SloraError(reason, "x"))
+    assert (error.status, error.code, error.body()["error"]["type"]) == (status, code, kind)
+
+
+@pytest.mark.parametrize(
+    ("field", "param"),
+    [("sampling.top_p", "top_p"), ("stopping.stop_strings", "stop"), ("num_logprobs", "logprobs"), ("", None)],
+)
+def test_the_parameter_has_the_callers_name(field: str, param: str | None) -> None:
+    error = SloraError(Reason.SAMPLING_INVALID, "x", **({"field": field} if field else {}))
+    assert to_api_error(error).param == param
+
+
+def test_what_went_wrong_inside_is_not_told(caplog: pytest.LogCaptureFixture) -> None:
+    error = to_api_error(KeyError("a secret"))
+    assert error.status == 500
+    assert "secret" not in error.message
+    assert "KeyError" in error.message
+    assert "a secret" in caplog.text
+
+
+def test_an_api_error_stays_as_it_is() -> None:
+    error = ApiError(418, "x", "teapot")
+    assert to_api_error(error) is error
+
+
+def test_the_table_of_statuses_is_the_documented_one() -> None:
+    page = (ROOT / "docs" / "errors.md").read_text().partition("## Over HTTP")[2]
+    rows = re.findall(r"^\| (\d+) \| ([^|]*) \|", page, re.MULTILINE)
+    told = {name: int(status) for status, names in rows for name in re.findall(r"`([A-Z_]+)`", names)}
+    for reason in Reason:
+        assert told.get(reason.name, told.get(reason.status.value)) == http_status(reason), reason
