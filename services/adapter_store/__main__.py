@@ -12,8 +12,8 @@ from slora.adapter_store.v1 import adapter_store_pb2, adapter_store_pb2_grpc
 from services.adapter_store.arena import Arena
 from services.adapter_store.assembly import running_store
 from services.adapter_store.base_model import BaseModel, load_base_model
+from services.adapter_store.catalogue_servicer import CatalogueServicer
 from services.adapter_store.config import AdapterStoreSettings
-from services.adapter_store.servicer import AdapterStoreServicer
 from services.common.grpc_server import GrpcServer
 from services.common.settings import AddressError, parse_settings
 from services.common.telemetry import configure_logging, serve_metrics
@@ -27,9 +27,7 @@ async def serve(settings: AdapterStoreSettings, base: BaseModel, arena: Arena) -
     """Serves until SIGTERM or SIGINT."""
     server = GrpcServer(settings.listen, [SERVICE_NAME])
     async with running_store(settings, base, arena, REGISTRY) as store:
-        servicer = AdapterStoreServicer(
-            store.registry, store.metrics, store.open_spool, settings.stall_seconds, settings.max_uploads
-        )
+        servicer = CatalogueServicer(store)
         adapter_store_pb2_grpc.add_AdapterStoreServiceServicer_to_server(servicer, server.grpc)
         exposition = serve_metrics(settings.metrics)
         await server.start()
