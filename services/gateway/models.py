@@ -77,7 +77,7 @@ class Models:
         self._confirm_from = 0.0
 
     async def resolve(self, model: str, time_remaining: Callable[[], float | None]) -> ResolvedModel:
-        """What `model` means: a base model's name, an adapter's name (its newest version), `name@version`, `name@alias`.
+        """What `model` means: a base model's name, an adapter's (its newest version), `name@version` or `name@alias`.
 
         A base model's name wins over an adapter of the same name. An adapter that the catalogue does not know is
         asked of the store, so that one registered a moment ago is found. While the store's watch is not open, one that
