@@ -12,11 +12,27 @@ from slora_client.async_client import AsyncSloraClient
 from slora_client.errors import SloraRequestError
 from slora_client.options import GenerationOptions
 from slora_client.sync_client import SloraClient
-from slora_client.values import Adapter, Chunk, FinishReason, Generation, Model, TokenLogprob, TopLogprob, Usage
+from slora_client.values import (
+    Adapter,
+    AdapterFit,
+    Chunk,
+    FinishReason,
+    Generation,
+    Model,
+    ModuleWidths,
+    Problem,
+    SyncRefusal,
+    SyncReport,
+    TokenLogprob,
+    TopLogprob,
+    Usage,
+    Validation,
+)
 
 __all__ = [
     "Adapter",
     "AdapterClient",
+    "AdapterFit",
     "AsyncAdapterClient",
     "AsyncSloraClient",
     "Chunk",
@@ -24,9 +40,14 @@ __all__ = [
     "Generation",
     "GenerationOptions",
     "Model",
+    "ModuleWidths",
+    "Problem",
     "SloraClient",
     "SloraRequestError",
+    "SyncRefusal",
+    "SyncReport",
     "TokenLogprob",
     "TopLogprob",
     "Usage",
+    "Validation",
 ]
