@@ -22,6 +22,7 @@ from services.adapter_store.catalogue_scripts import NOT_WHOLE
 from services.common.errors import Reason, SloraError
 
 _FILL_WAIT_SECONDS = 2.0
+_MAX_CONNECTIONS, _MAX_WATCHERS = 32, 10_000
 
 
 class _NotFilledError(Exception):
@@ -33,13 +34,19 @@ class CatalogueRedis:
 
     def __init__(self, url: str, prefix: str, timeout_seconds: float, max_events: int) -> None:
         # No retries below us: a lost reply to a deletion must not become "not found". See `call_again`.
-        self.client = redis.asyncio.Redis.from_url(
-            url,
-            decode_responses=True,
-            socket_timeout=timeout_seconds,
-            socket_connect_timeout=timeout_seconds,
-            retry=Retry(NoBackoff(), 0),
+        options: dict[str, Any] = {
+            "decode_responses": True,
+            "socket_timeout": timeout_seconds,
+            "socket_connect_timeout": timeout_seconds,
+            "retry": Retry(NoBackoff(), 0),
+        }
+        # Commands in excess wait for a connection, instead of being refused.
+        pool = redis.asyncio.BlockingConnectionPool.from_url(
+            url, max_connections=_MAX_CONNECTIONS, timeout=timeout_seconds, **options
         )
+        self.client = redis.asyncio.Redis.from_pool(pool)
+        # Watchers hold a connection each while they wait for a change: they must not take those of the others.
+        self.waiting_client = redis.asyncio.Redis.from_url(url, max_connections=_MAX_WATCHERS, **options)
         self.prefix = "{" + prefix + "}"
         self.poll_ms = max(int(min(timeout_seconds / 2, 1.0) * 1000), 1)
         self._emptied = asyncio.Event()
@@ -51,6 +58,7 @@ class CatalogueRedis:
     async def close(self) -> None:
         """Closes the connections."""
         await self.client.aclose()
+        await self.waiting_client.aclose()
 
     async def await_emptied(self, seconds: float) -> None:
         """Returns when a call found that Redis does not hold the catalogue, or after `seconds`."""
@@ -105,7 +113,8 @@ class CatalogueRedis:
                 raise _NotFilledError from None
             if isinstance(error, redis.exceptions.ConnectionError):
                 # The idle ones are as old: each would fail one more call after Redis is back.
-                await self.client.connection_pool.disconnect(inuse_connections=False)
+                for client in (self.client, self.waiting_client):
+                    await client.connection_pool.disconnect(inuse_connections=False)
             raise SloraError(
                 Reason.CATALOGUE_UNAVAILABLE,
                 f"Redis, which holds the catalogue, is out of reach: {str(error)[:200] or type(error).__name__}",

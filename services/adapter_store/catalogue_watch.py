@@ -104,7 +104,7 @@ class CatalogueWatches:
     async def _await_change(self, position: ResumeToken) -> None:
         """Returns on a change, or after a second at most."""
         streams: Any = {self._redis.key(":events"): f"{position.sequence}-0"}
-        await self._redis.call(self._redis.client.xread(streams, count=1, block=self._redis.poll_ms))
+        await self._redis.call(self._redis.waiting_client.xread(streams, count=1, block=self._redis.poll_ms))
 
 
 def _behind(member: str | None) -> str:

@@ -30,6 +30,8 @@ from services.adapter_store.manifest import AdapterRecord, SourceLocation
 from services.adapter_store.peft_config import MAX_CONFIG_BYTES
 from services.common.errors import Reason, SloraError
 
+_FOLDERS_AT_ONCE = 50
+
 logger = logging.getLogger(__name__)
 
 
@@ -106,7 +108,9 @@ class PrefixSync:
                 if file and "/" not in file:
                     folders.setdefault(folder, {})[file] = entry
         found = {}
-        for name, files in folders.items():
+        for number, (name, files) in enumerate(folders.items()):
+            if not number % _FOLDERS_AT_ONCE:
+                await asyncio.sleep(0)  # others have their turn
             try:
                 found[name] = self._describe(root, name, files)
             except SloraError as error:
