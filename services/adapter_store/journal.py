@@ -61,17 +61,20 @@ class Journal:
         self._writing: set[asyncio.Task[None]] = set()
         self._roots: set[str] = set()
 
-    async def copy(self, name: str) -> None:
+    async def copy(self, name: str, must: bool = False) -> None:
         """To be awaited between a change of `name` and its acknowledgement.
 
-        Returns early if S3 is away; the copy is then made when it is back. CATALOGUE_UNAVAILABLE if Redis was emptied
-        meanwhile: the change may be lost.
+        Returns early if S3 is away; the copy is then made when it is back. With `must` it is made now, or the error is
+        raised. CATALOGUE_UNAVAILABLE if Redis was emptied meanwhile: the change may be lost.
         """
-        if self._root is None or self._is_behind:
+        if self._root is None or (self._is_behind and not must):
             return
         task = asyncio.create_task(self._copy(self._root, name), name=f"copy {name}")
         self._writing.add(task)
         task.add_done_callback(self._written)
+        if must:
+            await asyncio.shield(task)
+            return
         try:
             async with asyncio.timeout(_COPY_WAIT_SECONDS):
                 await asyncio.shield(task)

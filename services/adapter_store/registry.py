@@ -119,10 +119,12 @@ class AdapterRegistry:
                 record = self._record(name, tenant, files, candidate.manifest, SourceLocation(""))
                 record = replace(record, marks=Marks(labels=tuple((labels or {}).items())))
                 registration = await self._register_stored(record)
+                is_stored_now = registration is None
                 if registration is None:
                     registration = await self._store_and_register(record, files, spool)
                 candidate.keep()
-        await self._journal.copy(name)
+        # S3 took the files a moment ago: the copy is not put off.
+        await self._journal.copy(name, must=is_stored_now)
         return registration
 
     async def inspect(self, spool: UploadSpool) -> Inspection:
