@@ -63,13 +63,21 @@ return 1
 """
 )
 
-# fresh epoch -> 1; 0 if it was filled already. Whoever watched an older history hears RESET.
+# fresh epoch -> 1; 0 if it was filled already. Whoever watched an older history hears RESET. What an older store wrote,
+# before there were copies, is copied soon.
 FILLED = (
     KEYS
     + """
 if not redis.call('SET', key(':whole'), '1', 'NX') then return 0 end
 redis.call('SET', key(':epoch'), ARGV[2])
 redis.call('DEL', key(':events'), key(':sequence'))
+for _, member in ipairs(redis.call('ZRANGE', key(':index'), 0, -1)) do
+  local name = name_of(member)
+  if redis.call('HEXISTS', key(':revisions'), name) == 0
+     and not string.find(redis.call('HGET', key(':records'), member), '"content"', 1, true) then
+    redis.call('HSET', key(':unjournaled'), name, redis.call('HINCRBY', key(':revisions'), name, 1))
+  end
+end
 return 1
 """
 )

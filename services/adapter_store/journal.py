@@ -112,6 +112,11 @@ class Journal:
                     self._fill.failed(error)
                     logger.warning("the catalogue cannot be filled from S3: %s", error.message)
                 await asyncio.sleep(_ROUND_SECONDS)
+            except Exception as error:
+                # A copy that cannot be understood must not end this loop: it is tried again when it was mended.
+                logger.exception("the catalogue cannot be filled from S3")
+                self._fill.failed(SloraError(Reason.INTERNAL, f"a copy cannot be read: {error}"))
+                await asyncio.sleep(_ROUND_SECONDS)
 
     async def remember_root(self, uri: str) -> None:
         """Adapters were found under this prefix: it is synced again before a filled Redis is asked."""

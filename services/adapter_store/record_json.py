@@ -93,7 +93,7 @@ def decode_row(member: str, text: str, marks: str, aliases: str, used: str) -> A
         tenant=fields["tenant"],
         base_model=fields["base_model"],
         create_time_ms=fields["create_time_ms"],
-        content=fields["content"],
+        content=fields.get("content", fields["digest"]),
         marks=_decode_marks(version, marks, aliases, used),
     )
 
