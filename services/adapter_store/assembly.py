@@ -90,6 +90,7 @@ async def running_store(
     parts = _open_catalogue(settings, blob_store)
     cache = HostCache(arena, metrics.evictions.inc)
     metrics.observe_cache(cache.figures)
+    metrics.observe_copies(lambda: parts.journal.num_due)
     limits = {"max_adapter_bytes": settings.max_adapter_bytes, "max_loads": settings.max_preparing}
     residency = Residency(base, cache, parts.catalogue, parts.synced, blob_store, threads, metrics, **limits)
     pinnable = int(settings.pinned_share * arena.extents.capacity)
@@ -108,7 +109,8 @@ async def running_store(
         sweep(registry, settings.sweep_seconds, settings.orphan_seconds),
     ]
     if settings.sync_uri:
-        work.append(sync_now_and_then(sync, settings.sync_uri, settings.sync_seconds))
+        timer = (settings.sync_uri, settings.sync_seconds)
+        work.append(sync_now_and_then(sync, *timer, count=lambda outcome: metrics.syncs.labels(outcome).inc()))
     background = [asyncio.create_task(task) for task in work]
     try:
         yield Store(settings, base, metrics, cache, registry, administration, sync, threads)

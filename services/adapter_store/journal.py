@@ -60,6 +60,8 @@ class Journal:
         self._is_behind = False
         self._writing: set[asyncio.Task[None]] = set()
         self._roots: set[str] = set()
+        self.num_due = 0
+        """Names whose copy is due for a round or longer."""
 
     async def copy(self, name: str, must: bool = False) -> None:
         """To be awaited between a change of `name` and its acknowledgement.
@@ -94,9 +96,10 @@ class Journal:
                 continue
             try:
                 due = set(await self._fill.uncopied())
-                await self._copy_all(self._root, sorted(due & seen))  # younger ones are under way
-                seen = due
-                self._is_behind = False
+                late = sorted(due & seen)  # younger ones are under way
+                seen, self.num_due = due, len(late)
+                await self._copy_all(self._root, late)
+                self.num_due, self._is_behind = 0, False
             except SloraError as error:
                 logger.debug("copies of the catalogue are due: %s", error.message)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable
 
 from services.adapter_store.catalogue import Catalogue
 from services.adapter_store.catalogue_watch import CatalogueWatches, EventKind
@@ -14,6 +15,7 @@ from services.adapter_store.sync import PrefixSync
 from services.common.errors import Reason, SloraError
 
 RETRY_SECONDS = 1.0
+_RETRY_SYNC_SECONDS = 5.0
 
 logger = logging.getLogger(__name__)
 
@@ -61,17 +63,23 @@ async def sweep(registry: AdapterRegistry, every_seconds: float, orphan_seconds:
         await asyncio.sleep(every_seconds)
 
 
-async def sync_now_and_then(sync: PrefixSync, source_uri: str, every_seconds: float) -> None:
-    """Syncs one prefix, at once and then on a timer. Runs until cancelled."""
+async def sync_now_and_then(
+    sync: PrefixSync, source_uri: str, every_seconds: float, count: Callable[[str], None]
+) -> None:
+    """Syncs one prefix, at once and then on a timer; `count` hears how each ended. Runs until cancelled."""
     complaint = ""
     while True:
         try:
             report = await sync.sync(source_uri)
             problem = ", ".join(f"{name}: {error.message}" for name, error in list(report.refused.items())[:5])
             problem = f"{len(report.refused)} folders are no adapters: {problem}" if problem else ""
+            count("REFUSED" if problem else "OK")
+            pause = every_seconds
         except SloraError as error:
             problem = error.message
+            count(error.reason.name)
+            pause = min(every_seconds, _RETRY_SYNC_SECONDS)
         if problem and problem != complaint:
             logger.warning("sync of %s: %s", source_uri, problem)
         complaint = problem
-        await asyncio.sleep(every_seconds if not problem else min(every_seconds, RETRY_SECONDS * 5))
+        await asyncio.sleep(pause)

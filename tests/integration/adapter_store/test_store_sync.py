@@ -187,6 +187,7 @@ async def test_on_a_timer_and_what_was_deleted_by_hand_stays_deleted(
     put(s3_server, make_adapter(1, lora_alpha=config["lora_alpha"] + 1), "a")
     await watcher.until("+a@2")
     assert (await store.client.sync()).num_found == 2
+    assert store.metric("syncs_total", outcome="OK") > 1
 
 
 async def test_a_store_that_syncs_holds_nothing_it_was_not_asked_for(
