@@ -50,8 +50,11 @@ class PinKeeper:
 
     async def keep(self, record: AdapterRecord) -> None:
         """Holds an adapter from now on."""
-        if record.digest not in self._held:
-            self._held[record.digest] = await self._residency.pin(record.digest)
+        if record.digest in self._held:
+            return
+        pin = await self._residency.pin(record.digest)
+        if self._held.setdefault(record.digest, pin) is not pin:
+            pin.close()  # another call was as fast
 
     def look_again(self) -> None:
         """Something was pinned, unpinned or deleted."""
