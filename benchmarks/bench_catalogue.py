@@ -179,7 +179,7 @@ def percentiles(times: list[float], what: str) -> dict[str, object]:
 
 async def measure(servers: Servers, count: int) -> dict[str, object]:
     """Everything about one number of adapters, from an empty Redis on."""
-    row: dict[str, object] = {"adapters": count}
+    row: dict[str, object] = {"adapters": count, "load_average_before": round(os.getloadavg()[0], 1)}
     with servers.store() as (address, seconds):
         row["ready_s_empty_catalogue"] = round(seconds, 2)
         async with connected(address) as client:
