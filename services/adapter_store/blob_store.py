@@ -45,11 +45,12 @@ class Blob:
 
 @dataclass(frozen=True, slots=True)
 class ListedObject:
-    """An object of a listing: its key behind the prefix that was listed, its size and ETag."""
+    """An object of a listing: its key behind the prefix that was listed, its size and ETag, when it was written."""
 
     name: str
     num_bytes: int
     etag: str
+    modified_ms: int
 
 
 class BlobStore:
@@ -161,9 +162,10 @@ def _list(client: S3Client, place: ObjectPrefix, token: str) -> tuple[list[Liste
     more = {"ContinuationToken": token} if token else {}
     answer = client.list_objects_v2(Bucket=place.bucket, Prefix=place.prefix, **more)  # type: ignore[arg-type]
     cut = len(place.prefix)
-    found = [
-        ListedObject(entry["Key"][cut:], entry["Size"], _etag(entry["ETag"])) for entry in answer.get("Contents", ())
-    ]
+    found = []
+    for entry in answer.get("Contents", ()):
+        modified_ms = int(entry["LastModified"].timestamp() * 1000)
+        found.append(ListedObject(entry["Key"][cut:], entry["Size"], _etag(entry["ETag"]), modified_ms))
     return found, answer.get("NextContinuationToken") if answer["IsTruncated"] else None
 
 

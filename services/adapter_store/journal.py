@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import io
 import json
 import logging
@@ -22,7 +23,8 @@ from services.adapter_store.identifiers import ObjectPrefix
 from services.common.errors import Reason, SloraError
 
 MAX_COPY_BYTES = 64 * 2**20
-ROOTS_FILE = "synced-prefixes.json"
+# No name begins with a dot.
+ROOTS_FOLDER = ".synced"
 _COPY_WAIT_SECONDS = 1.0
 _ROUND_SECONDS = 1.0
 _MOST_AT_ONCE = 16
@@ -30,7 +32,8 @@ _AWAY = (Reason.BLOB_STORE_UNAVAILABLE, Reason.SOURCE_NOT_FOUND)
 
 logger = logging.getLogger(__name__)
 
-SyncRoot = Callable[[str], Awaitable[object]]
+SyncRoot = Callable[[str, str], Awaitable[object]]
+"""Syncs a prefix for a tenant."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +53,10 @@ class JournalPlace:
         return ObjectPrefix(self.bucket, "/".join(parts) + "/")
 
 
+class _NoSuchRootError(Exception):
+    """This prefix was never synced."""
+
+
 class Journal:
     """Writes copies of names, and fills an emptied Redis from them."""
 
@@ -59,7 +66,7 @@ class Journal:
         self._root = place.root
         self._is_behind = False
         self._writing: set[asyncio.Task[None]] = set()
-        self._roots: set[str] = set()
+        self._roots: dict[str, str] = {}
         self.num_due = 0
         """Names whose copy is due for a round or longer."""
 
@@ -121,15 +128,22 @@ class Journal:
                 self._fill.failed(SloraError(Reason.INTERNAL, f"a copy cannot be read: {error}"))
                 await asyncio.sleep(_ROUND_SECONDS)
 
-    async def remember_root(self, uri: str) -> None:
-        """Adapters were found under this prefix: it is synced again before a filled Redis is asked."""
-        if self._root is None or uri in self._roots:
-            return
-        known = await self._read_roots(self._root)
-        if uri not in known:
-            text = json.dumps(sorted(known | {uri})).encode()
-            await self._blob_store.write(self._root, ROOTS_FILE, io.BytesIO(text))
-        self._roots = known | {uri}
+    async def remember_root(self, uri: str, tenant: str) -> str:
+        """Adapters were found under this prefix: it is synced again before a filled Redis is asked.
+
+        Gives the tenant that owns what is new there: the given one, or if that is empty the one remembered.
+        """
+        if self._root is None:
+            return tenant
+        file = f"{ROOTS_FOLDER}/{hashlib.sha256(uri.encode()).hexdigest()}.json"
+        if uri not in self._roots:
+            with contextlib.suppress(_NoSuchRootError):
+                self._roots |= dict([await self._read_root(self._root, file)])
+        if uri not in self._roots or tenant not in ("", self._roots[uri]):
+            text = json.dumps({"uri": uri, "tenant": tenant}, ensure_ascii=False).encode()
+            await self._blob_store.write(self._root, file, io.BytesIO(text))
+            self._roots[uri] = tenant
+        return self._roots[uri]
 
     async def close(self) -> None:
         """Waits a moment for copies under way."""
@@ -151,29 +165,33 @@ class Journal:
             await asyncio.gather(*(self._copy(root, name) for name in names[begin : begin + _MOST_AT_ONCE]))
 
     async def _fill_from_copies(self, sync_root: SyncRoot) -> None:
-        num_names, roots = 0, set[str]()
+        names, roots = list[str](), dict[str, str]()
         if self._root is not None:
-            files = await self._newest_files(self._root)
-            for begin in range(0, len(files), _MOST_AT_ONCE):
+            names, root_files = await self._list_copies(self._root)
+            for begin in range(0, len(names), _MOST_AT_ONCE):
                 await asyncio.gather(
-                    *(self._restore(self._root, file) for file in files[begin : begin + _MOST_AT_ONCE])
+                    *(self._restore(self._root, file) for file in names[begin : begin + _MOST_AT_ONCE])
                 )
-            num_names, roots = len(files), await self._read_roots(self._root)
-        for uri in sorted(roots):
-            await sync_root(uri)
-        if await self._fill.finish() and (num_names or roots):
-            logger.warning("filled an empty Redis from S3", extra={"num_names": num_names, "num_prefixes": len(roots)})
+            roots = dict([await self._read_root(self._root, file) for file in root_files])
+        for uri, tenant in sorted(roots.items()):
+            await sync_root(uri, tenant)
+        if await self._fill.finish() and (names or roots):
+            extra = {"num_names": len(names), "num_prefixes": len(roots)}
+            logger.warning("filled an empty Redis from S3", extra=extra)
 
-    async def _newest_files(self, root: ObjectPrefix) -> list[str]:
-        """The file with the highest revision of each name."""
+    async def _list_copies(self, root: ObjectPrefix) -> tuple[list[str], list[str]]:
+        """The file with the highest revision of each name, and those of synced prefixes."""
         newest: dict[str, tuple[int, str]] = {}
+        roots = []
         async for entries in self._blob_store.list_pages(root):
             for entry in entries:
                 name, _, file = entry.name.partition("/")
                 revision = file.removesuffix(".json")
-                if revision.isdecimal():
+                if name == ROOTS_FOLDER:
+                    roots.append(entry.name)
+                elif revision.isdecimal():
                     newest[name] = max(newest.get(name, (0, "")), (int(revision), entry.name))
-        return [file for _, file in newest.values()]
+        return [file for _, file in newest.values()], roots
 
     async def _restore(self, root: ObjectPrefix, file: str) -> None:
         blob = await self._blob_store.read(root, file, MAX_COPY_BYTES)
@@ -184,14 +202,16 @@ class Journal:
             raise SloraError(Reason.BLOB_STORE_UNAVAILABLE, message, object=root.uri + file) from error
         await self._fill.restore(state)
 
-    async def _read_roots(self, root: ObjectPrefix) -> set[str]:
+    async def _read_root(self, root: ObjectPrefix, file: str) -> tuple[str, str]:
+        """A synced prefix and the tenant of what is new there."""
         try:
-            blob = await self._blob_store.read(root, ROOTS_FILE, MAX_COPY_BYTES)
+            blob = await self._blob_store.read(root, file, MAX_COPY_BYTES)
         except SloraError as error:
             if error.reason is Reason.SOURCE_NOT_FOUND:
-                return set()
+                raise _NoSuchRootError from error
             raise
-        return set(json.loads(bytes(blob.content)))
+        fields = json.loads(bytes(blob.content))
+        return fields["uri"], fields["tenant"]
 
     def _fall_behind(self, why: str) -> None:
         if not self._is_behind:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -64,6 +63,8 @@ class PrefixSync:
     async def sync(self, source_uri: str, tenant: str = "", allow_empty: bool = False) -> SyncReport:
         """Adds, renews and removes. Nothing is changed unless the prefix was listed to its end.
 
+        `tenant` owns what is new; empty: whoever an earlier sync of the prefix named.
+
         Errors: SOURCE_URI_INVALID, SOURCE_NOT_FOUND, SYNC_EMPTY, BLOB_STORE_UNAVAILABLE, CATALOGUE_UNAVAILABLE.
         """
         root = parse_source_uri(source_uri)
@@ -72,7 +73,7 @@ class PrefixSync:
             report = SyncReport(root.uri)
             seen = await self._catalogue.seen(root.uri)
             found = await self._list(root, report)
-            if not found and seen and not allow_empty:
+            if not found and not report.refused and seen and not allow_empty:
                 raise SloraError(
                     Reason.SYNC_EMPTY,
                     f"{root.uri} has no adapters now, and had {len(seen)}: nothing was removed; if that is meant, sync "
@@ -81,23 +82,24 @@ class PrefixSync:
                     num_known=len(seen),
                 )
             if found:
-                await self._journal.remember_root(root.uri)
+                tenant = await self._journal.remember_root(root.uri, tenant)
             fresh = [folder for name, folder in found.items() if seen.get(name) != folder.seen]
             await self._add(root, tenant, fresh, report)
-            await self._remove(root, sorted(seen.keys() - found.keys()), report)
+            # What is half there is being written, or a mistake: nothing is removed for it.
+            await self._remove(root, sorted(seen.keys() - found.keys() - report.refused.keys()), report)
         counts = {"num_found": len(found), "num_added": len(report.added), "num_changed": len(report.changed)}
         if fresh or report.removed or report.kept:
             logger.info("synced", extra={"source_uri": root.uri, **counts, "num_removed": len(report.removed)})
         return report
 
-    async def fill(self, source_uri: str) -> None:
+    async def fill(self, source_uri: str, tenant: str) -> None:
         """Adds what a prefix has to a catalogue that is being filled; removes nothing."""
         root = parse_source_uri(source_uri)
         report = SyncReport(root.uri)
         found = await self._list(root, report)
         seen = await self._catalogue.seen(root.uri, while_filling=True)
         fresh = [folder for name, folder in found.items() if seen.get(name) != folder.seen]
-        await self._add(root, "", fresh, report, while_filling=True)
+        await self._add(root, tenant, fresh, report, while_filling=True)
 
     async def _list(self, root: ObjectPrefix, report: SyncReport) -> dict[str, Found]:
         """The adapters under `root` by name, in order; those that cannot be any go to the report."""
@@ -140,7 +142,7 @@ class PrefixSync:
             source=SourceLocation(uri),
             tenant="",
             base_model=self._base.name,
-            create_time_ms=time.time_ns() // 1_000_000,
+            create_time_ms=weights.modified_ms,
             content="",
         )
         return Found(record, json.dumps(identity))

@@ -126,7 +126,8 @@ async def test_folders_that_are_no_adapters_are_refused_with_reasons(
     (directory / WEIGHTS).rename(directory / "adapter_model.bin")
     put(s3_server, directory, "pickle")
     remove(s3_server, f"lib/pickle/{WEIGHTS}")
-    report = await (await open_store()).client.sync(ROOT)
+    store = await open_store()
+    report = await store.client.sync(ROOT)
     refusals = {refusal.name: (refusal.reason, refusal.message) for refusal in report.refused}
     assert {name: reason for name, (reason, _) in refusals.items()} == {
         "-bad": "ADAPTER_NAME_INVALID",
@@ -138,6 +139,10 @@ async def test_folders_that_are_no_adapters_are_refused_with_reasons(
     assert "never read" in refusals["pickle"][1]
     assert list(report.added) == ["ok@1"]
     assert report.num_refused == 4
+    remove(s3_server, "lib/ok/adapter_config.json")
+    half = await store.client.sync(ROOT)
+    assert (half.num_refused, half.num_removed, half.num_found) == (5, 0, 0)
+    assert await store.client.list_ids() == ["ok@1"], "what is half there is being written, or a mistake"
 
 
 async def test_syncs_at_once_make_no_version_twice(

@@ -215,6 +215,7 @@ class AdapterStoreServiceServicer:
         `adapter_model.safetensors` beside it), with the catalogue: adds what is new, gives what changed (by sizes and
         ETags) a new version, removes what is gone. Reads no file: adapters are DISCOVERED until they are used. A changed
         or removed version that an alias means is kept, and can be served as long as a store has it in memory.
+        A folder with one of the two files changes nothing.
         Nothing is changed unless the prefix could be listed to its end. Idempotent; several may run at once.
         Errors: INVALID_ARGUMENT (URI), NOT_FOUND (bucket), FAILED_PRECONDITION (the prefix is empty and was not: see
         allow_empty), UNAVAILABLE (S3 or Redis out of reach).
