@@ -106,7 +106,9 @@ class Journal:
                 late = sorted(due & seen)  # younger ones are under way
                 seen, self.num_due = due, len(late)
                 await self._copy_all(self._root, late)
-                self.num_due, self._is_behind = 0, False
+                self.num_due = 0
+                if late or not due:  # S3 took them, or nothing says that it would not
+                    self._is_behind = False
             except SloraError as error:
                 logger.debug("copies of the catalogue are due: %s", error.message)
 
@@ -134,7 +136,8 @@ class Journal:
         Gives the tenant that owns what is new there: the given one, or if that is empty the one remembered.
         """
         if self._root is None:
-            return tenant
+            self._roots[uri] = tenant or self._roots.get(uri, "")
+            return self._roots[uri]
         file = f"{ROOTS_FOLDER}/{hashlib.sha256(uri.encode()).hexdigest()}.json"
         if uri not in self._roots:
             with contextlib.suppress(_NoSuchRootError):
@@ -165,14 +168,14 @@ class Journal:
             await asyncio.gather(*(self._copy(root, name) for name in names[begin : begin + _MOST_AT_ONCE]))
 
     async def _fill_from_copies(self, sync_root: SyncRoot) -> None:
-        names, roots = list[str](), dict[str, str]()
+        names, roots = list[str](), dict(self._roots)
         if self._root is not None:
             names, root_files = await self._list_copies(self._root)
             for begin in range(0, len(names), _MOST_AT_ONCE):
                 await asyncio.gather(
                     *(self._restore(self._root, file) for file in names[begin : begin + _MOST_AT_ONCE])
                 )
-            roots = dict([await self._read_root(self._root, file) for file in root_files])
+            roots |= dict([await self._read_root(self._root, file) for file in root_files])
         for uri, tenant in sorted(roots.items()):
             await sync_root(uri, tenant)
         if await self._fill.finish() and (names or roots):

@@ -106,6 +106,17 @@ async def test_synced_prefixes_are_found_again_with_their_aliases_and_versions(
     assert await client.list_ids() == ["a@1", "b@2", "c@1"]
 
 
+async def test_without_a_bucket_what_was_synced_is_found_again(
+    open_store: OpenStore, redis_server: RedisServer, s3_server: S3Server, make_adapter: MakeAdapter
+) -> None:
+    store = await open_store(s3_bucket="")
+    put(s3_server, make_adapter(1), "a")
+    await store.client.sync(ROOT, tenant="acme")
+    before = await everything(store.client)
+    await flush(redis_server)
+    assert await everything(store.client) == before
+
+
 async def test_an_emptied_redis_is_not_asked_while_s3_is_away(
     open_store: OpenStore, redis_server: RedisServer, s3_server: S3Server, make_adapter: MakeAdapter
 ) -> None:
