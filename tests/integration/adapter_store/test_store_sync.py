@@ -10,7 +10,7 @@ from slora.adapter_store.v1 import adapter_pb2
 
 from services.common.errors import Reason
 from tests.fixtures.embedded_servers import S3Server
-from tests.fixtures.store_client import eventually, refused
+from tests.fixtures.store_client import refused
 from tests.fixtures.tcp_proxy import running_proxy
 from tests.integration.adapter_store.conftest import MakeAdapter, OpenStore
 from tests.integration.adapter_store.test_store_calls import assert_fetches
@@ -200,6 +200,5 @@ async def test_a_store_that_syncs_holds_nothing_it_was_not_asked_for(
 ) -> None:
     put(s3_server, make_adapter(1), "a")
     store = await open_store(sync_uri=ROOT, sync_seconds=60.0)
-    await eventually(lambda: bool(store.store.sync))
     await store.client.sync()
     assert store.metric("resident_adapters") == store.metric("reads_total") == 0
