@@ -14,20 +14,27 @@ from slora_client.options import GenerationOptions
 from slora_client.sync_client import SloraClient
 from slora_client.values import (
     Adapter,
+    AdapterFit,
     ChatMessage,
     Chunk,
     FinishReason,
     Generation,
     Model,
+    ModuleWidths,
+    Problem,
     Prompt,
+    SyncRefusal,
+    SyncReport,
     TokenLogprob,
     TopLogprob,
     Usage,
+    Validation,
 )
 
 __all__ = [
     "Adapter",
     "AdapterClient",
+    "AdapterFit",
     "AsyncAdapterClient",
     "AsyncSloraClient",
     "ChatMessage",
@@ -36,10 +43,15 @@ __all__ = [
     "Generation",
     "GenerationOptions",
     "Model",
+    "ModuleWidths",
+    "Problem",
     "Prompt",
     "SloraClient",
     "SloraRequestError",
+    "SyncRefusal",
+    "SyncReport",
     "TokenLogprob",
     "TopLogprob",
     "Usage",
+    "Validation",
 ]

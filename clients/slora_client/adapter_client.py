@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
 import grpc
 from slora.adapter_store.v1 import adapter_store_pb2, adapter_store_pb2_grpc
 
-from slora_client.codec import PAGE_SIZE, UploadSource, to_adapter
+from slora_client.adapter_codec import ValidationSource, to_set_alias, to_sync_report, to_update, to_validation
+from slora_client.codec import PAGE_SIZE, Progress, UploadSource, to_adapter
 from slora_client.grpc_errors import CHANNEL_OPTIONS, to_request_error
-from slora_client.values import Adapter
+from slora_client.values import Adapter, SyncReport, Validation
 
 T = TypeVar("T")
 
@@ -26,20 +27,39 @@ class AdapterClient:
         self._channel = grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
         self._stub = adapter_store_pb2_grpc.AdapterStoreServiceStub(self._channel)
 
-    def register(self, name: str, source_uri: str, *, tenant: str = "", timeout: float | None = None) -> Adapter:
+    def register(
+        self,
+        name: str,
+        source_uri: str,
+        *,
+        tenant: str = "",
+        labels: Mapping[str, str] | None = None,
+        timeout: float | None = None,
+    ) -> Adapter:
         """Registers the adapter whose files lie under `s3://bucket/prefix/`; the version that exists if it has the
         same content."""
-        request = adapter_store_pb2.RegisterAdapterRequest(name=name, source_uri=source_uri, tenant=tenant)
+        request = adapter_store_pb2.RegisterAdapterRequest(
+            name=name, source_uri=source_uri, tenant=tenant, labels=labels or {}
+        )
         return to_adapter(_call(lambda: self._stub.RegisterAdapter(request, timeout=timeout)).adapter)
 
-    def upload(self, name: str, directory: str | Path, *, tenant: str = "", timeout: float | None = None) -> Adapter:
+    def upload(
+        self,
+        name: str,
+        directory: str | Path,
+        *,
+        tenant: str = "",
+        labels: Mapping[str, str] | None = None,
+        on_progress: Progress | None = None,
+        timeout: float | None = None,
+    ) -> Adapter:
         """Uploads and registers an adapter directory as PEFT saves it (adapter_config.json and
-        adapter_model.safetensors)."""
-        source = UploadSource(name, directory, tenant)
+        adapter_model.safetensors). `on_progress` hears how many bytes of how many were read."""
+        source = UploadSource(name, directory, tenant, labels, on_progress)
         return to_adapter(_call(lambda: self._stub.UploadAdapter(source.messages(), timeout=timeout)).adapter)
 
     def get(self, adapter_id: str, *, timeout: float | None = None) -> Adapter:
-        """The adapter `name` (its newest version) or `name@version`."""
+        """The adapter `name` (its newest version), `name@version` or `name@alias`."""
         request = adapter_store_pb2.GetAdapterRequest(adapter_id=adapter_id)
         return to_adapter(_call(lambda: self._stub.GetAdapter(request, timeout=timeout)).adapter)
 
@@ -61,6 +81,49 @@ class AdapterClient:
         request = adapter_store_pb2.DeleteAdapterRequest(adapter_id=adapter_id)
         response = _call(lambda: self._stub.DeleteAdapter(request, timeout=timeout))
         return int(response.num_deleted)
+
+    def set_alias(
+        self, adapter_id: str, alias: str, *, expected: int | None = None, timeout: float | None = None
+    ) -> Adapter:
+        """Makes `name@alias` mean `name@version`, in one step; with `expected` only if it means that version now
+        (0: none)."""
+        request = to_set_alias(adapter_id, alias, expected)
+        return to_adapter(_call(lambda: self._stub.SetAlias(request, timeout=timeout)).adapter)
+
+    def delete_alias(
+        self, name: str, alias: str, *, expected: int | None = None, timeout: float | None = None
+    ) -> Adapter:
+        """Removes an alias; returns the version that it meant."""
+        request = adapter_store_pb2.DeleteAliasRequest(name=name, alias=alias, expected_version=expected)
+        return to_adapter(_call(lambda: self._stub.DeleteAlias(request, timeout=timeout)).adapter)
+
+    def update(
+        self,
+        adapter_id: str,
+        *,
+        set_labels: Mapping[str, str] | None = None,
+        remove_labels: Sequence[str] = (),
+        pinned: bool | None = None,
+        timeout: float | None = None,
+    ) -> Adapter:
+        """Changes labels of the version that `adapter_id` means, and whether stores keep it in memory."""
+        request = to_update(adapter_id, set_labels, remove_labels, pinned)
+        return to_adapter(_call(lambda: self._stub.UpdateAdapter(request, timeout=timeout)).adapter)
+
+    def sync(
+        self, source_uri: str = "", *, tenant: str = "", allow_empty: bool = False, timeout: float | None = None
+    ) -> SyncReport:
+        """Compares a prefix in S3, a folder an adapter, with the catalogue; by default the one that the store syncs by
+        itself."""
+        request = adapter_store_pb2.SyncAdaptersRequest(source_uri=source_uri, tenant=tenant, allow_empty=allow_empty)
+        return to_sync_report(_call(lambda: self._stub.SyncAdapters(request, timeout=timeout)))
+
+    def validate(
+        self, directory: str | Path, *, on_progress: Progress | None = None, timeout: float | None = None
+    ) -> Validation:
+        """Whether the store could serve this adapter directory, by the checks of an upload; nothing is kept."""
+        source = ValidationSource(directory, on_progress)
+        return to_validation(_call(lambda: self._stub.ValidateAdapter(source.messages(), timeout=timeout)))
 
     def close(self) -> None:
         """Closes the connection."""

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import grpc
 from slora.adapter_store.v1 import adapter_store_pb2, adapter_store_pb2_grpc
 
-from slora_client.codec import PAGE_SIZE, UploadSource, to_adapter
+from slora_client.adapter_codec import ValidationSource, to_set_alias, to_sync_report, to_update, to_validation
+from slora_client.codec import PAGE_SIZE, AdapterFiles, Progress, UploadSource, to_adapter
 from slora_client.grpc_errors import CHANNEL_OPTIONS, to_request_error
-from slora_client.values import Adapter
+from slora_client.values import Adapter, SyncReport, Validation
 
 T = TypeVar("T")
 
@@ -33,11 +34,14 @@ class AsyncAdapterClient:
         source_uri: str,
         *,
         tenant: str = "",
+        labels: Mapping[str, str] | None = None,
         timeout: float | None = None,
     ) -> Adapter:
         """Registers the adapter whose files lie under `s3://bucket/prefix/`; the version that exists if it has the
         same content."""
-        request = adapter_store_pb2.RegisterAdapterRequest(name=name, source_uri=source_uri, tenant=tenant)
+        request = adapter_store_pb2.RegisterAdapterRequest(
+            name=name, source_uri=source_uri, tenant=tenant, labels=labels or {}
+        )
         return to_adapter((await _answer(self._stub.RegisterAdapter(request, timeout=timeout))).adapter)
 
     async def upload(
@@ -46,16 +50,18 @@ class AsyncAdapterClient:
         directory: str | Path,
         *,
         tenant: str = "",
+        labels: Mapping[str, str] | None = None,
+        on_progress: Progress | None = None,
         timeout: float | None = None,
     ) -> Adapter:
         """Uploads and registers an adapter directory as PEFT saves it (adapter_config.json and
-        adapter_model.safetensors)."""
-        source = await asyncio.to_thread(UploadSource, name, directory, tenant)
+        adapter_model.safetensors). `on_progress` hears, on another thread, how many bytes of how many were read."""
+        source = await asyncio.to_thread(UploadSource, name, directory, tenant, labels, on_progress)
         call = self._stub.UploadAdapter(_without_blocking(source), timeout=timeout)
         return to_adapter((await _answer(call)).adapter)
 
     async def get(self, adapter_id: str, *, timeout: float | None = None) -> Adapter:
-        """The adapter `name` (its newest version) or `name@version`."""
+        """The adapter `name` (its newest version), `name@version` or `name@alias`."""
         request = adapter_store_pb2.GetAdapterRequest(adapter_id=adapter_id)
         return to_adapter((await _answer(self._stub.GetAdapter(request, timeout=timeout))).adapter)
 
@@ -82,6 +88,49 @@ class AsyncAdapterClient:
         response = await _answer(self._stub.DeleteAdapter(request, timeout=timeout))
         return int(response.num_deleted)
 
+    async def set_alias(
+        self, adapter_id: str, alias: str, *, expected: int | None = None, timeout: float | None = None
+    ) -> Adapter:
+        """Makes `name@alias` mean `name@version`, in one step; with `expected` only if it means that version now
+        (0: none)."""
+        request = to_set_alias(adapter_id, alias, expected)
+        return to_adapter((await _answer(self._stub.SetAlias(request, timeout=timeout))).adapter)
+
+    async def delete_alias(
+        self, name: str, alias: str, *, expected: int | None = None, timeout: float | None = None
+    ) -> Adapter:
+        """Removes an alias; returns the version that it meant."""
+        request = adapter_store_pb2.DeleteAliasRequest(name=name, alias=alias, expected_version=expected)
+        return to_adapter((await _answer(self._stub.DeleteAlias(request, timeout=timeout))).adapter)
+
+    async def update(
+        self,
+        adapter_id: str,
+        *,
+        set_labels: Mapping[str, str] | None = None,
+        remove_labels: Sequence[str] = (),
+        pinned: bool | None = None,
+        timeout: float | None = None,
+    ) -> Adapter:
+        """Changes labels of the version that `adapter_id` means, and whether stores keep it in memory."""
+        request = to_update(adapter_id, set_labels, remove_labels, pinned)
+        return to_adapter((await _answer(self._stub.UpdateAdapter(request, timeout=timeout))).adapter)
+
+    async def sync(
+        self, source_uri: str = "", *, tenant: str = "", allow_empty: bool = False, timeout: float | None = None
+    ) -> SyncReport:
+        """Compares a prefix in S3, a folder an adapter, with the catalogue; by default the one that the store syncs by
+        itself."""
+        request = adapter_store_pb2.SyncAdaptersRequest(source_uri=source_uri, tenant=tenant, allow_empty=allow_empty)
+        return to_sync_report(await _answer(self._stub.SyncAdapters(request, timeout=timeout)))
+
+    async def validate(
+        self, directory: str | Path, *, on_progress: Progress | None = None, timeout: float | None = None
+    ) -> Validation:
+        """Whether the store could serve this adapter directory, by the checks of an upload; nothing is kept."""
+        source = await asyncio.to_thread(ValidationSource, directory, on_progress)
+        return to_validation(await _answer(self._stub.ValidateAdapter(_without_blocking(source), timeout=timeout)))
+
     async def close(self) -> None:
         """Closes the connection."""
         await self._channel.close()
@@ -100,7 +149,7 @@ async def _answer(call: Awaitable[T]) -> T:
         raise to_request_error(error) from None
 
 
-async def _without_blocking(source: UploadSource) -> AsyncIterator[adapter_store_pb2.UploadAdapterRequest]:
+async def _without_blocking(source: AdapterFiles) -> AsyncIterator[Any]:
     messages = source.messages()
     while (message := await asyncio.to_thread(next, messages, None)) is not None:
         yield message

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import BinaryIO, TypeVar
+from typing import BinaryIO, Literal, TypeVar
 
 from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
@@ -39,6 +39,12 @@ _FINISH_REASONS: dict[int, FinishReason] = {
     generation_pb2.FINISH_REASON_LENGTH: "length",
 }
 _TARGET_PREFIX = "TARGET_MODULE_"
+_STATES: dict[int, Literal["ready", "discovered"]] = {
+    adapter_pb2.ADAPTER_STATE_READY: "ready",
+    adapter_pb2.ADAPTER_STATE_DISCOVERED: "discovered",
+}
+
+Progress = Callable[[int, int], None]
 
 
 def to_generate_request(model: str, prompt: Prompt, options: GenerationOptions) -> inference_pb2.GenerateRequest:
@@ -163,41 +169,86 @@ def to_adapter(adapter: adapter_pb2.Adapter) -> Adapter:
         adapter_id=adapter.adapter_id,
         digest=adapter.digest,
         rank=adapter.rank,
-        target_modules=tuple(
-            adapter_pb2.TargetModule.Name(module).removeprefix(_TARGET_PREFIX).lower()
-            for module in adapter.target_modules
-        ),
+        target_modules=tuple(map(to_module_name, adapter.target_modules)),
         packed_bytes=adapter.packed_bytes,
         source_bytes=adapter.source_bytes,
         source_uri=adapter.source_uri,
         tenant=adapter.tenant,
         base_model=adapter.base_model,
         create_time=_to_datetime(adapter.create_time),
+        state=_STATES.get(adapter.state, "ready"),
+        aliases=tuple(adapter.aliases),
+        labels=dict(adapter.labels),
+        pinned=adapter.pinned,
+        last_use_time=_to_datetime(adapter.last_use_time) if adapter.HasField("last_use_time") else None,
     )
 
 
-class UploadSource:
-    """An adapter directory in PEFT's layout, as the messages of an upload.
+def to_module_name(module: adapter_pb2.TargetModule) -> str:
+    """Of `q k v o gate up down`."""
+    return adapter_pb2.TargetModule.Name(module).removeprefix(_TARGET_PREFIX).lower()
 
-    Raises FileNotFoundError, naming the file, if `directory` lacks one of the two.
+
+class AdapterFiles:
+    """An adapter directory in PEFT's layout, as the chunks of a stream.
+
+    Raises FileNotFoundError, naming the file, if `directory` lacks one of the two. `on_progress` hears how many bytes
+    of how many were taken from the files.
     """
 
-    def __init__(self, name: str, directory: str | Path, tenant: str) -> None:
-        self._header = adapter_store_pb2.UploadAdapterHeader(name=name, tenant=tenant)
-        self._config = Path(directory) / "adapter_config.json"
-        self._weights = Path(directory) / "adapter_model.safetensors"
-        for path in (self._config, self._weights):
+    def __init__(
+        self,
+        directory: str | Path,
+        config_part: Callable[[bytes], M],
+        weights_part: Callable[[bytes], M],
+        on_progress: Progress | None = None,
+    ) -> None:
+        self._on_progress = on_progress or (lambda done, total: None)
+        self._files = (
+            (Path(directory) / "adapter_config.json", config_part),
+            (Path(directory) / "adapter_model.safetensors", weights_part),
+        )
+        for path, _ in self._files:
             if not path.is_file():
                 raise FileNotFoundError(f"{path} is missing; save the adapter with PEFT's save_pretrained")
+        self.num_bytes = sum(path.stat().st_size for path, _ in self._files)
 
-    def messages(self) -> Iterator[adapter_store_pb2.UploadAdapterRequest]:
-        """The header, then the configuration, then the weights, in chunks of about 1 MiB."""
+    def messages(self) -> Iterator[Message]:
+        """The configuration, then the weights, in chunks of about 1 MiB."""
+        done = 0
+        for path, part in self._files:
+            with path.open("rb") as file:
+                for chunk in _chunks(file):
+                    yield part(chunk)
+                    done += len(chunk)
+                    self._on_progress(done, self.num_bytes)
+
+
+class UploadSource(AdapterFiles):
+    """An adapter directory as the messages of an upload: the header first."""
+
+    def __init__(
+        self,
+        name: str,
+        directory: str | Path,
+        tenant: str,
+        labels: Mapping[str, str] | None = None,
+        on_progress: Progress | None = None,
+    ) -> None:
         request = adapter_store_pb2.UploadAdapterRequest
-        yield request(header=self._header)
-        with self._config.open("rb") as config:
-            yield from (request(config_chunk=chunk) for chunk in _chunks(config))
-        with self._weights.open("rb") as weights:
-            yield from (request(weights_chunk=chunk) for chunk in _chunks(weights))
+        super().__init__(
+            directory,
+            lambda chunk: request(config_chunk=chunk),
+            lambda chunk: request(weights_chunk=chunk),
+            on_progress,
+        )
+        header = adapter_store_pb2.UploadAdapterHeader(name=name, tenant=tenant, labels=labels or {})
+        self._header = request(header=header)
+
+    def messages(self) -> Iterator[Message]:
+        """The header, then the chunks."""
+        yield self._header
+        yield from super().messages()
 
 
 def _chunks(file: BinaryIO) -> Iterable[bytes]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Literal, NamedTuple, TypeAlias
 
@@ -110,6 +110,7 @@ class Adapter:
     """`name@version`."""
     digest: str
     rank: int
+    """Largest LoRA rank; 0 while it is `discovered`, as the modules and `packed_bytes` are empty."""
     target_modules: tuple[str, ...]
     """Of `q k v o gate up down`."""
     packed_bytes: int
@@ -119,3 +120,94 @@ class Adapter:
     base_model: str
     create_time: datetime
     """When it was registered (UTC)."""
+    state: Literal["ready", "discovered"] = "ready"
+    """`discovered`: a sync found it, and it is read and validated when it is first used."""
+    aliases: tuple[str, ...] = ()
+    """Aliases that mean this version: `name@alias`."""
+    labels: Mapping[str, str] = field(default_factory=dict, hash=False)
+    pinned: bool = False
+    """Whether stores keep it in memory."""
+    last_use_time: datetime | None = None
+    """When a gateway last sent a request to it (UTC), some seconds late; None for never."""
+
+
+@dataclass(frozen=True, slots=True)
+class SyncRefusal:
+    """A folder that a sync refused; `reason` is one of docs/errors.md."""
+
+    name: str
+    reason: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class SyncReport:
+    """What a sync did. The lists hold at most 1000 entries, the counts are of all."""
+
+    source_uri: str
+    num_found: int
+    num_added: int
+    num_changed: int
+    num_removed: int
+    num_refused: int
+    added: tuple[str, ...]
+    """`name@version`."""
+    changed: tuple[str, ...]
+    """`name@version`, the new version."""
+    removed: tuple[str, ...]
+    """Names."""
+    kept: tuple[str, ...]
+    """`name@version` of those whose files changed or are gone, and that an alias means."""
+    refused: tuple[SyncRefusal, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Something that is wrong with an adapter; `reason` is one of docs/errors.md."""
+
+    reason: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleWidths:
+    """A module's ranks and widths in an adapter (0 where they are not one value), and its widths in the base model."""
+
+    module: str
+    ranks: tuple[int, ...]
+    in_features: int
+    out_features: int
+    base_in_features: int
+    base_out_features: int
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterFit:
+    """What an adapter says of the base model that it was made for, and the store's base model."""
+
+    stated_base_model: str
+    """As its configuration says; not compared."""
+    min_layers: int
+    """Layers that its base model has at least."""
+    modules: tuple[ModuleWidths, ...]
+    base_model: str
+    base_layers: int
+    fits: bool
+    """Whether widths and layers are those of the store's base model."""
+
+
+@dataclass(frozen=True, slots=True)
+class Validation:
+    """What was found of an adapter; digest, rank and packed_bytes are empty if it cannot be served."""
+
+    problems: tuple[Problem, ...]
+    """Most basic first; empty if it can be served."""
+    fit: AdapterFit
+    digest: str
+    rank: int
+    packed_bytes: int
+
+    @property
+    def is_valid(self) -> bool:
+        """Whether it can be served."""
+        return not self.problems

@@ -11,6 +11,7 @@ from prometheus_client import REGISTRY
 from services.adapter_store.arena import Arena
 from services.adapter_store.assembly import running_store
 from services.adapter_store.base_model import BaseModel, load_base_model
+from services.adapter_store.catalogue_servicer import CatalogueServicer
 from services.adapter_store.config import AdapterStoreSettings
 from services.adapter_store.delivery_servicer import SERVICE_NAME, add_to_server
 from services.common.grpc_server import GrpcServer
@@ -24,7 +25,7 @@ async def serve(settings: AdapterStoreSettings, base: BaseModel, arena: Arena) -
     """Serves until SIGTERM or SIGINT."""
     server = GrpcServer(settings.listen, [SERVICE_NAME])
     async with running_store(settings, base, arena, REGISTRY) as store:
-        servicer = store.make_servicer()
+        servicer = CatalogueServicer(store)
         add_to_server(servicer, server.grpc)
         exposition = serve_metrics(settings.metrics)
         await server.start()
@@ -43,6 +44,8 @@ async def serve(settings: AdapterStoreSettings, base: BaseModel, arena: Arena) -
 
 def main() -> None:
     """Reads settings and serves; exit status 2 on settings that cannot work."""
+    # Listings of S3 are parsed on threads; Python would let each keep the interpreter from the server for 5 ms.
+    sys.setswitchinterval(0.0005)
     configure_logging("adapter-store")
     try:
         settings = parse_settings(AdapterStoreSettings, "adapter-store")

@@ -10,18 +10,25 @@ from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry
 
+from services.adapter_store.administration import Administration
 from services.adapter_store.arena import Arena
 from services.adapter_store.base_model import BaseModel
 from services.adapter_store.blob_store import BlobStore
 from services.adapter_store.catalogue import Catalogue
+from services.adapter_store.catalogue_fill import CatalogueFill
+from services.adapter_store.catalogue_marks import CatalogueMarks
+from services.adapter_store.catalogue_redis import CatalogueRedis
+from services.adapter_store.catalogue_sync import CatalogueSync
+from services.adapter_store.catalogue_watch import CatalogueWatches
 from services.adapter_store.config import AdapterStoreSettings
-from services.adapter_store.delivery_servicer import WeightDelivery
 from services.adapter_store.host_cache import HostCache
+from services.adapter_store.journal import Journal, JournalPlace
 from services.adapter_store.metrics import StoreMetrics
+from services.adapter_store.pin_keeper import PinKeeper
 from services.adapter_store.registry import AdapterRegistry, UploadPlace
 from services.adapter_store.residency import Residency
-from services.adapter_store.servicer import AdapterStoreServicer
-from services.adapter_store.upkeep import follow_deletions, sweep
+from services.adapter_store.sync import PrefixSync
+from services.adapter_store.upkeep import follow_changes, sweep, sync_now_and_then
 from services.adapter_store.upload_spool import UploadSpool
 
 
@@ -33,21 +40,42 @@ class Store:
     base: BaseModel
     metrics: StoreMetrics
     cache: HostCache
-    catalogue: Catalogue
     registry: AdapterRegistry
+    administration: Administration
+    sync: PrefixSync
     threads: ThreadPoolExecutor
-
-    def make_servicer(self) -> AdapterStoreServicer:
-        """What answers its RPCs."""
-        stall_seconds = self.settings.stall_seconds
-        delivery = WeightDelivery(self.registry.pin, self.cache.arena, self.metrics, stall_seconds)
-        return AdapterStoreServicer(
-            self.registry, delivery, self.metrics, self.open_spool, stall_seconds, self.settings.max_uploads
-        )
 
     def open_spool(self) -> UploadSpool:
         """A spool for one upload."""
         return UploadSpool(self.settings.upload_dir, self.settings.max_adapter_bytes, self.threads)
+
+
+@dataclass(frozen=True, slots=True)
+class _CatalogueParts:
+    """The catalogue in Redis and its copies in S3."""
+
+    redis: CatalogueRedis
+    catalogue: Catalogue
+    watches: CatalogueWatches
+    marks: CatalogueMarks
+    synced: CatalogueSync
+    journal: Journal
+
+
+def _open_catalogue(settings: AdapterStoreSettings, blob_store: BlobStore) -> _CatalogueParts:
+    redis = CatalogueRedis(
+        settings.redis_url, settings.catalogue_prefix, settings.redis_timeout_seconds, settings.max_events
+    )
+    catalogue = Catalogue(redis)
+    place = JournalPlace(settings.s3_bucket, settings.s3_prefix, settings.catalogue_prefix)
+    return _CatalogueParts(
+        redis,
+        catalogue,
+        CatalogueWatches(redis),
+        CatalogueMarks(redis, catalogue),
+        CatalogueSync(redis, catalogue),
+        Journal(CatalogueFill(redis), blob_store, place),
+    )
 
 
 @contextlib.asynccontextmanager
@@ -58,27 +86,41 @@ async def running_store(
     metrics = StoreMetrics(metrics_registry)
     # Uploads append to their spools on these threads too, and must not wait behind packing.
     threads = ThreadPoolExecutor(2 * settings.max_preparing + 2, thread_name_prefix="prepare")
-    catalogue = Catalogue(
-        settings.redis_url, settings.catalogue_prefix, settings.redis_timeout_seconds, settings.max_events
-    )
     blob_store = BlobStore(settings.s3_endpoint, settings.s3_timeout_seconds, settings.s3_threads)
+    parts = _open_catalogue(settings, blob_store)
     cache = HostCache(arena, metrics.evictions.inc)
     metrics.observe_cache(cache.figures)
+    metrics.observe_copies(lambda: parts.journal.num_due)
     limits = {"max_adapter_bytes": settings.max_adapter_bytes, "max_loads": settings.max_preparing}
-    residency = Residency(base, cache, catalogue, blob_store, threads, metrics, **limits)
+    residency = Residency(base, cache, parts.catalogue, parts.synced, blob_store, threads, metrics, **limits)
+    pinnable = int(settings.pinned_share * arena.extents.capacity)
+    keeper = PinKeeper(parts.catalogue, parts.marks, residency, pinnable)
     uploads = UploadPlace(settings.s3_bucket, settings.s3_prefix)
-    registry = AdapterRegistry(base, catalogue, blob_store, residency, uploads, settings.max_preparing)
-    background = [
-        asyncio.create_task(follow_deletions(catalogue, residency)),
-        asyncio.create_task(sweep(registry, settings.sweep_seconds, settings.orphan_seconds)),
+    registry = AdapterRegistry(
+        base, parts.catalogue, parts.watches, parts.journal, blob_store, residency, uploads, settings.max_preparing
+    )
+    sync = PrefixSync(base, parts.synced, blob_store, parts.journal, settings.max_adapter_bytes)
+    administration = Administration(parts.catalogue, parts.marks, parts.journal, keeper)
+    work = [
+        parts.journal.keep_whole(sync.fill),
+        parts.journal.catch_up(),
+        follow_changes(parts.catalogue, parts.watches, residency, keeper),
+        keeper.follow(),
+        sweep(registry, settings.sweep_seconds, settings.orphan_seconds),
     ]
+    if settings.sync_uri:
+        timer = (settings.sync_uri, settings.sync_seconds)
+        work.append(sync_now_and_then(sync, *timer, count=lambda outcome: metrics.syncs.labels(outcome).inc()))
+    background = [asyncio.create_task(task) for task in work]
     try:
-        yield Store(settings, base, metrics, cache, catalogue, registry, threads)
+        yield Store(settings, base, metrics, cache, registry, administration, sync, threads)
     finally:
         for task in background:
             task.cancel()
         await asyncio.gather(*background, return_exceptions=True)
+        keeper.close()
         await registry.close()
-        await catalogue.close()
+        await parts.journal.close()
+        await parts.redis.close()
         await asyncio.to_thread(blob_store.close)
         threads.shutdown(wait=True, cancel_futures=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING, NoReturn, TypeVar
@@ -43,6 +43,16 @@ class Blob:
     etag: str
 
 
+@dataclass(frozen=True, slots=True)
+class ListedObject:
+    """An object of a listing: its key behind the prefix that was listed, its size and ETag, when it was written."""
+
+    name: str
+    num_bytes: int
+    etag: str
+    modified_ms: int
+
+
 class BlobStore:
     """Reads and writes objects of any bucket that the process's AWS credentials reach."""
 
@@ -66,10 +76,18 @@ class BlobStore:
 
         def put() -> str:
             content.seek(0)
-            return client.put_object(Bucket=place.bucket, Key=place.prefix + name, Body=content)["ETag"]
+            return _etag(client.put_object(Bucket=place.bucket, Key=place.prefix + name, Body=content)["ETag"])
 
         # To its end even when cancelled: `content` is lent, and nothing may appear in S3 after the caller's clean-up.
         return await self._run(put, place, name)
+
+    async def list_pages(self, place: ObjectPrefix) -> AsyncIterator[list[ListedObject]]:
+        """Every object under `place`, in the order of their keys, up to 1000 at a time."""
+        client = await self._connected()
+        token: str | None = ""
+        while token is not None:
+            page, token = await self._run(lambda token=token: _list(client, place, token), place, "")  # type: ignore[misc]
+            yield page
 
     async def remove(self, place: ObjectPrefix, name: str) -> None:
         """Removes the object; one that does not exist is removed already."""
@@ -131,7 +149,24 @@ def _read(client: S3Client, place: ObjectPrefix, name: str, max_bytes: int) -> B
         sha256 = _read_into(body, content, f"{place.uri}{name}")
     finally:
         body.close()
-    return Blob(content.toreadonly(), sha256, answer["ETag"])
+    return Blob(content.toreadonly(), sha256, _etag(answer["ETag"]))
+
+
+def _etag(text: str) -> str:
+    """Without the quotes, which some services leave out in listings."""
+    return text.strip('"')
+
+
+def _list(client: S3Client, place: ObjectPrefix, token: str) -> tuple[list[ListedObject], str | None]:
+    """A page, and the token of the next one; None behind the last."""
+    more = {"ContinuationToken": token} if token else {}
+    answer = client.list_objects_v2(Bucket=place.bucket, Prefix=place.prefix, **more)  # type: ignore[arg-type]
+    cut = len(place.prefix)
+    found = []
+    for entry in answer.get("Contents", ()):
+        modified_ms = int(entry["LastModified"].timestamp() * 1000)
+        found.append(ListedObject(entry["Key"][cut:], entry["Size"], _etag(entry["ETag"]), modified_ms))
+    return found, answer.get("NextContinuationToken") if answer["IsTruncated"] else None
 
 
 def _read_into(body: StreamingBody, content: memoryview, shown: str) -> str:

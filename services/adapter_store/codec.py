@@ -5,20 +5,23 @@ from __future__ import annotations
 from google.protobuf.timestamp_pb2 import Timestamp
 from slora.adapter_store.v1 import adapter_pb2, adapter_store_pb2
 
-from services.adapter_store.catalogue import CatalogueEvent, EventKind
+from services.adapter_store.catalogue_watch import CatalogueEvent, EventKind
 from services.adapter_store.manifest import AdapterRecord
 
 
 def adapter_message(record: AdapterRecord, deleted: bool = False) -> adapter_pb2.Adapter:
     """A catalogue record as callers see it."""
-    created = Timestamp()
-    created.FromMilliseconds(record.create_time_ms)
+    if deleted:
+        state = adapter_pb2.ADAPTER_STATE_DELETED
+    else:
+        state = adapter_pb2.ADAPTER_STATE_READY if record.content else adapter_pb2.ADAPTER_STATE_DISCOVERED
+    marks = record.marks
     return adapter_pb2.Adapter(
         name=record.name,
         version=record.version,
         adapter_id=record.adapter_id,
         digest=record.digest,
-        state=adapter_pb2.ADAPTER_STATE_DELETED if deleted else adapter_pb2.ADAPTER_STATE_READY,
+        state=state,
         rank=record.rank,
         target_modules=[f"TARGET_MODULE_{module.name}" for module in record.target_modules],
         packed_bytes=record.packed_bytes,
@@ -26,8 +29,18 @@ def adapter_message(record: AdapterRecord, deleted: bool = False) -> adapter_pb2
         source_uri=record.source.uri,
         tenant=record.tenant,
         base_model=record.base_model,
-        create_time=created,
+        create_time=_timestamp(record.create_time_ms),
+        aliases=marks.aliases,
+        labels=dict(marks.labels),
+        pinned=marks.pinned,
+        last_use_time=_timestamp(marks.last_use_ms) if marks.last_use_ms else None,
     )
+
+
+def _timestamp(milliseconds: int) -> Timestamp:
+    timestamp = Timestamp()
+    timestamp.FromMilliseconds(milliseconds)
+    return timestamp
 
 
 def event_message(event: CatalogueEvent) -> adapter_store_pb2.WatchAdaptersResponse:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from services.adapter_store.identifiers import parse_source_uri
+from services.common.errors import SloraError
 from services.common.settings import LogLevel, setting
 
 
@@ -37,12 +39,23 @@ class AdapterStoreSettings:
     upload_dir: str = setting("", "directory for files being uploaded; empty: the system's temporary directory")
     orphan_seconds: float = setting(3600.0, "files of an upload that never ended are removed after this long")
     sweep_seconds: float = setting(30.0, "how often files that no version uses are looked for")
+    sync_uri: str = setting("", "s3://bucket/prefix/ whose folders are adapters: followed by itself; empty for none")
+    sync_seconds: float = setting(60.0, "how often that prefix is listed")
+    pinned_share: float = setting(0.75, "most of the arena that pinned adapters may take, in (0, 1]")
     stall_seconds: float = setting(60.0, "a fetch or upload that stands still, or a lease that lasts, so long is ended")
     drain_seconds: float = setting(30.0, "on SIGTERM running calls have this long to end")
     log_level: LogLevel = setting("INFO", "DEBUG, INFO, WARNING or ERROR")
 
     def __post_init__(self) -> None:
         for name in ("redis_timeout_seconds", "s3_timeout_seconds", "stall_seconds", "sweep_seconds", "max_preparing",
-                     "max_uploads", "s3_threads", "max_events", "max_adapter_bytes"):  # fmt: skip
+                     "max_uploads", "s3_threads", "max_events", "max_adapter_bytes", "sync_seconds",
+                     "pinned_share"):  # fmt: skip
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0")
+        if self.pinned_share > 1:
+            raise ValueError(f"pinned_share is {self.pinned_share}; it must be at most 1")
+        if self.sync_uri:
+            try:
+                parse_source_uri(self.sync_uri)
+            except SloraError as error:
+                raise ValueError(f"sync_uri: {error.message}") from error

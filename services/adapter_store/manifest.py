@@ -93,12 +93,30 @@ class SourceLocation:
 
 
 @dataclass(frozen=True, slots=True)
+class Marks:
+    """What an operator may change of a version, and when it was last used. None of it changes what it computes.
+
+    `aliases`: the names, such as prod, that mean this version now; in order. `labels`: keys and values, by key.
+    `pinned`: stores keep it in their arenas. `last_use_ms`: milliseconds since the epoch; 0 for never.
+    """
+
+    aliases: tuple[str, ...] = ()
+    labels: tuple[tuple[str, str], ...] = ()
+    pinned: bool = False
+    last_use_ms: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class AdapterRecord:
     """What the catalogue keeps of one immutable version: enough to find its files again and to verify them.
 
+    One that a sync discovered was not read yet: its digest is that of its place and ETags (`source_digest`), and
+    `content` is the digest of its files once they were read. Until then rank, modules and sizes of its packed form are
+    empty. For all others `content` is the digest.
+
     `packing` names how its weights were packed (format, element type, tile, base geometry); `packed_digest` is
-    comparable only under the same `packing`. ETags are kept for people who look for the cause of a change; what
-    decides is the digest.
+    comparable only under the same `packing`. ETags identify the files of a discovered one; of the others they are kept
+    for people who look for the cause of a change.
     """
 
     name: str
@@ -117,6 +135,13 @@ class AdapterRecord:
     tenant: str
     base_model: str
     create_time_ms: int
+    content: str
+    marks: Marks = Marks()
+
+    @property
+    def discovered(self) -> bool:
+        """Whether a sync found it; its identity is then its place and ETags, not its content."""
+        return self.content != self.digest
 
     @property
     def adapter_id(self) -> str:

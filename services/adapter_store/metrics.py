@@ -31,6 +31,9 @@ class StoreMetrics:
         self.registrations = self._counter(
             "registrations", "Registrations and uploads: created, exists or the error's reason", "outcome"
         )
+        self.syncs = self._counter(
+            "syncs", "Syncs on the timer: OK, REFUSED (some folders) or the error's reason", "outcome"
+        )
         self.calls = self._counter("calls", "Calls: OK, CANCELLED or the error's reason", "method", "outcome")
         self._reads_in_flight = self._gauge("reads_in_flight", "Adapters whose files are being read from S3")
         self.watchers = self._gauge("watchers", "Open watches of the catalogue")
@@ -53,6 +56,10 @@ class StoreMetrics:
         }
         for name, (description, read) in shown.items():
             self._gauge(name, description).set_function(lambda read=read: read(figures()))  # type: ignore[misc]
+
+    def observe_copies(self, num_due: Callable[[], int]) -> None:
+        """Shows from now on how many names have changes that S3 may not have."""
+        self._gauge("copies_due", "Names whose copy in S3 is due for a second or longer").set_function(num_due)
 
     def on_lookup(self, hit: bool) -> None:
         """An adapter was asked for, and was in memory or not."""

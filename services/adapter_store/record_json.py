@@ -5,14 +5,16 @@ from __future__ import annotations
 import base64
 import binascii
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from services.adapter_store.manifest import AdapterRecord, SourceLocation, TargetModule
+from services.adapter_store.manifest import AdapterRecord, Marks, SourceLocation, TargetModule
 
 # Separates name and version in index members. It sorts before every character a name may have, so that members sort
 # by name first: `a!1` before `a-b!1`.
 _SEPARATOR = "!"
+ROW_PARTS = 5
 LAST = "\x7f"  # sorts behind every character a member may have
 
 
@@ -21,8 +23,20 @@ def index_member(name: str, version: int) -> str:
     return f"{name}{_SEPARATOR}{version:010d}"
 
 
+def split_member(member: str) -> tuple[str, int]:
+    """Name and version of an index member."""
+    name, _, version = member.partition(_SEPARATOR)
+    return name, int(version)
+
+
+def decode_aliases(text: str) -> dict[str, int]:
+    """A name's aliases and the versions they mean, in order; of '' none."""
+    return {alias: int(version) for alias, version in sorted(json.loads(text).items())} if text else {}
+
+
 def encode_record(record: AdapterRecord) -> str:
-    """The record as JSON, without its version: that is given by the catalogue, and kept in the index member."""
+    """The record as JSON, without its version and marks: the one is given by the catalogue and kept in the index
+    member, the others change and are kept beside it."""
     return json.dumps(
         {
             "rank": record.rank,
@@ -40,19 +54,31 @@ def encode_record(record: AdapterRecord) -> str:
             "tenant": record.tenant,
             "base_model": record.base_model,
             "create_time_ms": record.create_time_ms,
+            "content": record.content,
         },
         ensure_ascii=False,
         separators=(",", ":"),
     )
 
 
-def decode_record(member: str, text: str) -> AdapterRecord:
-    """The record of an index member."""
-    name, _, version = member.partition(_SEPARATOR)
+def encode_marks(labels: Mapping[str, str], pinned: bool = False) -> str:
+    """Labels and pin as JSON."""
+    marks: dict[str, Any] = {"labels": dict(labels)} if labels else {}
+    return json.dumps(marks | ({"pinned": True} if pinned else {}), ensure_ascii=False, separators=(",", ":"))
+
+
+def decode_rows(flat: Sequence[str]) -> list[AdapterRecord]:
+    """The records of rows, one behind the other."""
+    return [decode_row(*flat[begin : begin + ROW_PARTS]) for begin in range(0, len(flat), ROW_PARTS)]
+
+
+def decode_row(member: str, text: str, marks: str, aliases: str, used: str) -> AdapterRecord:
+    """The record of a row, as the scripts give it; `aliases` are those of its name."""
+    name, version = split_member(member)
     fields = json.loads(text)
     return AdapterRecord(
         name=name,
-        version=int(version),
+        version=version,
         digest=fields["digest"],
         rank=fields["rank"],
         target_modules=tuple(TargetModule[module] for module in fields["modules"]),
@@ -67,6 +93,20 @@ def decode_record(member: str, text: str) -> AdapterRecord:
         tenant=fields["tenant"],
         base_model=fields["base_model"],
         create_time_ms=fields["create_time_ms"],
+        content=fields.get("content", fields["digest"]),
+        marks=_decode_marks(version, marks, aliases, used),
+    )
+
+
+def _decode_marks(version: int, marks: str, aliases: str, used: str) -> Marks:
+    if not (marks or aliases or used):
+        return Marks()
+    fields = json.loads(marks) if marks else {}
+    return Marks(
+        aliases=tuple(alias for alias, means in decode_aliases(aliases).items() if means == version),
+        labels=tuple(sorted(fields.get("labels", {}).items())),
+        pinned=fields.get("pinned", False),
+        last_use_ms=int(used) if used else 0,
     )
 
 

@@ -11,24 +11,28 @@ import io
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, replace
 
 from services.adapter_store.base_model import BaseModel
 from services.adapter_store.blob_store import BlobStore
-from services.adapter_store.catalogue import Catalogue, CatalogueEvent, Registration, SourceGoneError
+from services.adapter_store.catalogue import Catalogue, Registration, SourceGoneError
+from services.adapter_store.catalogue_watch import CatalogueEvent, CatalogueWatches
 from services.adapter_store.host_cache import Pin
 from services.adapter_store.identifiers import (
     CONFIG_FILE,
     WEIGHTS_FILE,
     ObjectPrefix,
     check_digest,
+    check_labels,
     check_name,
     check_tenant,
     parse_adapter_id,
     parse_source_uri,
 )
-from services.adapter_store.manifest import AdapterRecord, PackedManifest, SourceLocation
+from services.adapter_store.inspection import Inspection, inspect
+from services.adapter_store.journal import Journal
+from services.adapter_store.manifest import AdapterRecord, Marks, PackedManifest, SourceLocation
 from services.adapter_store.preparation import AdapterFiles
 from services.adapter_store.residency import Residency
 from services.adapter_store.upload_spool import UploadSpool
@@ -61,6 +65,8 @@ class AdapterRegistry:
         self,
         base: BaseModel,
         catalogue: Catalogue,
+        watches: CatalogueWatches,
+        journal: Journal,
         blob_store: BlobStore,
         residency: Residency,
         uploads: UploadPlace,
@@ -68,51 +74,67 @@ class AdapterRegistry:
     ) -> None:
         self._base = base
         self._catalogue = catalogue
+        self._watches = watches
+        self._journal = journal
         self._blob_store = blob_store
         self._residency = residency
         self._uploads = uploads
         self._preparing = asyncio.Semaphore(max_preparing)
         self._clearing: set[asyncio.Task[None]] = set()
 
-    async def register(self, name: str, source_uri: str, tenant: str) -> Registration:
+    async def register(
+        self, name: str, source_uri: str, tenant: str, labels: Mapping[str, str] | None = None
+    ) -> Registration:
         """Registers the files under `source_uri`, which stay where they are."""
-        self._check_name(name)
-        check_tenant(tenant)
+        self._check_header(name, tenant, labels or {})
         place = parse_source_uri(source_uri)
-        await self._catalogue.ping()  # rather than read gigabytes in vain
+        await self._catalogue.check()  # rather than read gigabytes in vain
         async with self._preparing:
             files = await self._residency.read(place.uri)
             with await self._residency.validate(files) as candidate:
                 record = self._record(name, tenant, files, candidate.manifest, SourceLocation(place.uri))
+                record = replace(record, marks=Marks(labels=tuple((labels or {}).items())))
                 registration = await self._catalogue.register(record)
                 candidate.keep()
-                return registration
+        await self._journal.copy(name)
+        return registration
 
-    def check_upload(self, name: str, tenant: str) -> None:
+    def check_upload(self, name: str, tenant: str, labels: Mapping[str, str] | None = None) -> None:
         """Whether an upload with this header is worth receiving; the errors of `upload` that need no files."""
-        self._check_name(name)
-        check_tenant(tenant)
+        self._check_header(name, tenant, labels or {})
         if not self._uploads.bucket:
             raise SloraError(
                 Reason.UPLOAD_INVALID, "this store takes no uploads: its setting s3_bucket is empty; register from S3"
             )
 
-    async def upload(self, name: str, tenant: str, spool: UploadSpool) -> Registration:
+    async def upload(
+        self, name: str, tenant: str, spool: UploadSpool, labels: Mapping[str, str] | None = None
+    ) -> Registration:
         """Stores a complete spool's files in S3 and registers them. Cancelled or failed, it leaves nothing behind."""
-        self.check_upload(name, tenant)
+        self.check_upload(name, tenant, labels)
         files = spool.files()
-        await self._catalogue.ping()
+        await self._catalogue.check()
         async with self._preparing:
             with await self._residency.validate(files) as candidate:
-                registration = await self._register_stored(name, tenant, files, candidate.manifest)
+                record = self._record(name, tenant, files, candidate.manifest, SourceLocation(""))
+                record = replace(record, marks=Marks(labels=tuple((labels or {}).items())))
+                registration = await self._register_stored(record)
+                is_stored_now = registration is None
                 if registration is None:
-                    registration = await self._store_and_register(name, tenant, files, candidate.manifest, spool)
+                    registration = await self._store_and_register(record, files, spool)
                 candidate.keep()
-                return registration
+        # S3 took the files a moment ago: the copy is not put off.
+        await self._journal.copy(name, must=is_stored_now)
+        return registration
+
+    async def inspect(self, spool: UploadSpool) -> Inspection:
+        """Looks a complete spool's files over, as uploading them would, and keeps nothing."""
+        async with self._preparing:
+            return await inspect(spool.files(), self._base, self._residency)
 
     async def get(self, adapter_id: str) -> AdapterRecord:
-        """One version, or of a bare name the newest."""
-        return await self._catalogue.get(*parse_adapter_id(adapter_id))
+        """The version that `name` (the newest), `name@version` or `name@alias` means."""
+        return await self._catalogue.get(parse_adapter_id(adapter_id))
 
     async def list_page(
         self, page_size: int, page_token: str, name_prefix: str, tenant: str | None
@@ -122,12 +144,17 @@ class AdapterRegistry:
 
     async def delete(self, adapter_id: str) -> int:
         """Deletes a version, or with a bare name all; gives how many. Files of uploads go in the background."""
-        deletions = await self._catalogue.delete(*parse_adapter_id(adapter_id))
+        doomed = parse_adapter_id(adapter_id)
+        if doomed.alias:
+            message = f"{adapter_id} is an alias: name the version to delete, name@version, or remove the alias"
+            raise SloraError(Reason.ADAPTER_NAME_INVALID, message, adapter_id=adapter_id)
+        deletions = await self._catalogue.delete(doomed)
         for deletion in deletions:
             if deletion.content_is_gone:
                 self._residency.discard(deletion.record.digest)
         for uri in {d.record.source.uri for d in deletions if d.record.source.managed}:
             self._clear_soon(uri)
+        await self._journal.copy(doomed.name)
         return len(deletions)
 
     async def pin(self, digest: str) -> Pin:
@@ -136,7 +163,7 @@ class AdapterRegistry:
 
     def watch(self, resume_token: str, stopped: Callable[[], bool]) -> AsyncIterator[CatalogueEvent]:
         """The catalogue and its changes."""
-        return self._catalogue.watch(resume_token, stopped)
+        return self._watches.watch(resume_token, stopped)
 
     async def clear_unreferenced(self, older_than_seconds: float) -> int:
         """Removes files that no version uses: of deleted versions, and of uploads that began so long ago."""
@@ -151,7 +178,9 @@ class AdapterRegistry:
             await asyncio.wait(self._clearing, timeout=5.0)
         await self._residency.close()
 
-    def _check_name(self, name: str) -> None:
+    def _check_header(self, name: str, tenant: str, labels: Mapping[str, str]) -> None:
+        check_tenant(tenant)
+        check_labels(labels)
         if check_name(name) == self._base.name:
             raise SloraError(
                 Reason.ADAPTER_NAME_INVALID, f"{name!r} is the base model's name; choose another", name=name
@@ -178,26 +207,22 @@ class AdapterRegistry:
             tenant=tenant,
             base_model=self._base.name,
             create_time_ms=time.time_ns() // 1_000_000,
+            content=files.digest,
         )
 
-    async def _register_stored(
-        self, name: str, tenant: str, files: AdapterFiles, manifest: PackedManifest
-    ) -> Registration | None:
+    async def _register_stored(self, record: AdapterRecord) -> Registration | None:
         """Registers with the files of an earlier upload of the same content; None if there are none (any more)."""
-        records = await self._catalogue.find_digest(files.digest)
+        records = await self._catalogue.find_digest(record.digest)
         stored = next((record for record in records if record.source.managed), None)
         if stored is None:
             return None
-        record = self._record(name, tenant, files, manifest, stored.source)
-        record = replace(record, config_etag=stored.config_etag, weights_etag=stored.weights_etag)
+        record = replace(record, source=stored.source, config_etag=stored.config_etag, weights_etag=stored.weights_etag)
         try:
             return await self._catalogue.register(record)
         except SourceGoneError:
             return None  # deleted just now
 
-    async def _store_and_register(
-        self, name: str, tenant: str, files: AdapterFiles, manifest: PackedManifest, spool: UploadSpool
-    ) -> Registration:
+    async def _store_and_register(self, record: AdapterRecord, files: AdapterFiles, spool: UploadSpool) -> Registration:
         place = self._uploads.fresh(files.digest)
         source = SourceLocation(place.uri, managed=True)
         await self._catalogue.announce_source(source)
@@ -205,8 +230,7 @@ class AdapterRegistry:
         try:
             config_etag = await self._blob_store.write(place, CONFIG_FILE, io.BytesIO(files.config))
             weights_etag = await self._blob_store.write(place, WEIGHTS_FILE, spool.weights_file)
-            record = self._record(name, tenant, files, manifest, source)
-            record = replace(record, config_etag=config_etag, weights_etag=weights_etag)
+            record = replace(record, source=source, config_etag=config_etag, weights_etag=weights_etag)
             registration = await self._catalogue.register(record)
             used = registration.record.source == source
             return registration

@@ -9,7 +9,7 @@ import asyncio
 import logging
 from collections.abc import Iterable
 from concurrent.futures import Executor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Protocol
 
@@ -18,6 +18,7 @@ import numpy as np
 from services.adapter_store.base_model import BaseModel
 from services.adapter_store.blob_store import BlobStore
 from services.adapter_store.catalogue import Catalogue
+from services.adapter_store.catalogue_sync import CatalogueSync
 from services.adapter_store.host_cache import HostCache, Pin, Reservation
 from services.adapter_store.identifiers import parse_source_uri
 from services.adapter_store.manifest import AdapterRecord, PackedManifest
@@ -82,6 +83,7 @@ class Residency:
         base: BaseModel,
         cache: HostCache,
         catalogue: Catalogue,
+        synced: CatalogueSync,
         blob_store: BlobStore,
         threads: Executor,
         observer: ResidencyObserver,
@@ -91,6 +93,7 @@ class Residency:
         self._base = base
         self._cache = cache
         self._catalogue = catalogue
+        self._synced = synced
         self._blob_store = blob_store
         self._threads = threads
         self._observer = observer
@@ -191,10 +194,28 @@ class Residency:
                 raise SloraError(Reason.ADAPTER_NOT_FOUND, f"no version has the digest {digest}", digest=digest)
             files = await self._read_verified(digest, records)
             prepared = await run_to_end(self._threads, lambda: prepare(files, self._base))
+            prepared = replace(prepared, digest=digest)  # what a sync discovered is known by where it was found
             with self._cache.reserve(prepared.layout.packed_bytes, evict=True) as reservation:
                 manifest = await self._pack(prepared, reservation.view)
                 self._check_packed(manifest, records)
+                await self._complete(files, manifest, records)
                 return reservation.commit(manifest)
+
+    async def _complete(self, files: AdapterFiles, manifest: PackedManifest, records: Iterable[AdapterRecord]) -> None:
+        """Notes what is known now of those that a sync discovered and nobody had read."""
+        layout = manifest.layout
+        for record in records:
+            if not record.content:
+                read = replace(
+                    record,
+                    rank=layout.max_rank,
+                    target_modules=layout.target_modules,
+                    packed_bytes=layout.packed_bytes,
+                    packed_digest=manifest.packed_digest,
+                    packing=self._base.packing,
+                    content=files.digest,
+                )
+                await self._synced.complete(record, read)
 
     async def _pack(self, prepared: PreparedAdapter, out: Bytes) -> PackedManifest:
         return await run_to_end(self._threads, lambda: pack_into(prepared, out))
@@ -202,20 +223,21 @@ class Residency:
     async def _read_verified(self, digest: str, records: Iterable[AdapterRecord]) -> AdapterFiles:
         """The files from the first place that still holds this content."""
         failure: SloraError | None = None
-        for uri in dict.fromkeys(record.source.uri for record in records):
+        for uri, record in {record.source.uri: record for record in records}.items():
             try:
                 files = await self.read(uri)
             except SloraError as error:
                 if failure is None or error.reason is Reason.BLOB_STORE_UNAVAILABLE:
                     failure = _as_changed(error, digest, uri)
                 continue
-            if files.digest == digest:
+            if _are_those_of(files, record):
                 return files
             failure = failure or SloraError(
                 Reason.ADAPTER_CHANGED,
-                f"the files under {uri} have the digest {files.digest}; registered was {digest}",
+                f"the files under {uri} have the digest {files.digest}; "
+                + (f"registered was {digest}" if not record.discovered else "they changed since they were synced"),
                 source_uri=uri,
-                expected=digest,
+                expected=record.content or digest,
                 got=files.digest,
             )
         assert failure is not None, "there was no record"
@@ -230,6 +252,15 @@ class Residency:
                     expected=record.packed_digest,
                     got=manifest.packed_digest,
                 )
+
+
+def _are_those_of(files: AdapterFiles, record: AdapterRecord) -> bool:
+    """Whether these are the files of the record; of a discovered one, those that were listed, and once read."""
+    if not record.discovered:
+        return files.digest == record.digest
+    listed = (record.config_etag, record.config_bytes, record.weights_etag, record.weights_bytes)
+    got = (files.config_etag, len(files.config), files.weights_etag, len(files.weights))
+    return got == listed and record.content in ("", files.digest)
 
 
 def _close_behind_last(flight: _Flight) -> None:

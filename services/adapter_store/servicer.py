@@ -23,6 +23,7 @@ from services.common.grpc_errors import abort
 
 Context = grpc.aio.ServicerContext[Any, Any]
 T = TypeVar("T")
+P = TypeVar("P", pb.UploadAdapterRequest, pb.ValidateAdapterRequest)
 
 
 class AdapterStoreServicer(adapter_store_pb2_grpc.AdapterStoreServiceServicer):
@@ -56,7 +57,9 @@ class AdapterStoreServicer(adapter_store_pb2_grpc.AdapterStoreServiceServicer):
         done = await self._answer(
             "RegisterAdapter",
             context,
-            lambda: self._count_registration(registered(request.name, request.source_uri, request.tenant)),
+            lambda: self._count_registration(
+                registered(request.name, request.source_uri, request.tenant, dict(request.labels))
+            ),
         )
         return pb.RegisterAdapterResponse(adapter=adapter_message(done.record), created=done.created)
 
@@ -111,7 +114,7 @@ class AdapterStoreServicer(adapter_store_pb2_grpc.AdapterStoreServiceServicer):
                     raise SloraError(Reason.UPLOAD_INVALID, "the first message must be the header, and only it")
                 if part == "header":
                     header = request.header
-                    self._registry.check_upload(header.name, header.tenant)
+                    self._registry.check_upload(header.name, header.tenant, dict(header.labels))
                 elif part == "config_chunk":
                     spool.add_config(request.config_chunk)
                 elif part == "weights_chunk":
@@ -122,7 +125,7 @@ class AdapterStoreServicer(adapter_store_pb2_grpc.AdapterStoreServiceServicer):
                 raise asyncio.CancelledError  # to the iterator above, a cancelled upload just ends
             if header is None:
                 raise SloraError(Reason.UPLOAD_INVALID, "the upload ended before its header")
-            return await self._registry.upload(header.name, header.tenant, spool)
+            return await self._registry.upload(header.name, header.tenant, spool, dict(header.labels))
 
     @contextlib.contextmanager
     def _admit_upload(self) -> Iterator[None]:
@@ -138,7 +141,7 @@ class AdapterStoreServicer(adapter_store_pb2_grpc.AdapterStoreServiceServicer):
         finally:
             self._num_uploads -= 1
 
-    async def _next_part(self, requests: AsyncIterator[pb.UploadAdapterRequest]) -> pb.UploadAdapterRequest | None:
+    async def _next_part(self, requests: AsyncIterator[P]) -> P | None:
         """The next message; None at the end. A sender that stands still must not keep its place for ever."""
         try:
             async with asyncio.timeout(self._stall_seconds):

@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator
 from typing import Protocol
 
 from services.common.errors import Reason, SloraError
-from services.gateway.catalogue import AdapterEntry, Catalogue, CatalogueEvent
+from services.gateway.catalogue import AdapterEntry, Catalogue, CatalogueChange, CatalogueEvent
 
 logger = logging.getLogger(__name__)
 
@@ -20,7 +20,7 @@ class AdapterSource(Protocol):
     """The adapter store as the gateway sees it; `store_client.StoreClient` is the real one."""
 
     async def find(self, adapter_id: str, timeout: float | None) -> AdapterEntry | None:
-        """The adapter `name` (newest version) or `name@version`, None if there is none.
+        """The adapter `name` (newest version), `name@version` or `name@alias`, None if there is none.
 
         Raises `SloraError` with an UNAVAILABLE reason when the store cannot tell.
         """
@@ -42,6 +42,8 @@ class CatalogueFeed:
         self._source = source
         self._resume_token = ""
         self.is_connected = False
+        self.is_current = False
+        """Whether the catalogue is the store's, as fast as a change travels: the watch is open and all was told."""
 
     async def run(self) -> None:
         """Runs until cancelled."""
@@ -59,7 +61,7 @@ class CatalogueFeed:
                 # An event that cannot be understood must not end the feed; everything is asked for again.
                 logger.exception("the adapter store's watch failed")
                 self._resume_token = ""
-            self.is_connected = False
+            self.is_connected = self.is_current = False
             await asyncio.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
 
@@ -75,5 +77,7 @@ class CatalogueFeed:
                     self.is_connected = True
                     logger.info("following the adapter store's catalogue")
                 self._catalogue.apply(event)
+                if event.change in (CatalogueChange.SYNCED, CatalogueChange.RESET):
+                    self.is_current = event.change is CatalogueChange.SYNCED
                 self._resume_token = event.resume_token
         raise SloraError(Reason.ADAPTER_STORE_UNAVAILABLE, "the adapter store ended its watch")

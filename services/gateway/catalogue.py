@@ -23,6 +23,8 @@ class AdapterEntry:
     base_model: str
     created_at: tuple[int, int] = (0, 0)
     """When it was registered: seconds since the epoch, and nanoseconds."""
+    aliases: tuple[str, ...] = ()
+    """Aliases that mean it: `name@alias`. An alias means one version of its name."""
 
     @property
     def adapter_id(self) -> str:
@@ -62,6 +64,7 @@ class Catalogue:
     def __init__(self) -> None:
         self._versions: dict[str, dict[int, AdapterEntry]] = {}
         self._names: list[str] = []
+        self._aliases: dict[str, dict[str, int]] = {}
         self._unconfirmed: set[tuple[str, int]] = set()
         self._is_syncing = True
         self.is_complete = False
@@ -98,12 +101,19 @@ class Catalogue:
                 self._remove(event.adapter.name, event.adapter.version)
 
     def find(self, model: str) -> AdapterEntry | None:
-        """The adapter that `name` (its newest version) or `name@version` means, if it is known."""
+        """The adapter that `name` (its newest version), `name@version` or `name@alias` means, if it is known."""
         name, version = split_adapter_id(model)
+        if version is None and "@" in model:
+            name, _, alias = model.rpartition("@")
+            version = self._aliases.get(name, {}).get(alias, 0)
         versions = self._versions.get(name)
         if versions is None:
             return None
         return versions.get(max(versions) if version is None else version)
+
+    def versions_of(self, name: str) -> tuple[list[int], dict[str, int]]:
+        """The versions of a name, in order, and what its aliases mean."""
+        return sorted(self._versions.get(name, ())), dict(sorted(self._aliases.get(name, {}).items()))
 
     def newest_after(self, name: str) -> Iterator[AdapterEntry]:
         """The newest version of each name that sorts after `name`, in order; the empty string begins with the first."""
@@ -116,9 +126,21 @@ class Catalogue:
             self._versions[adapter.name] = {}
             bisect.insort(self._names, adapter.name)
         self._versions[adapter.name][adapter.version] = adapter
+        self._set_aliases(adapter.name, adapter.version, adapter.aliases)
 
     def _remove(self, name: str, version: int) -> None:
         versions = self._versions.get(name, {})
+        self._set_aliases(name, version, ())
         if versions.pop(version, None) is not None and not versions:
             del self._versions[name]
             del self._names[bisect.bisect_left(self._names, name)]
+
+    def _set_aliases(self, name: str, version: int, aliases: tuple[str, ...]) -> None:
+        """These, and no others of the name, mean this version; whatever they meant before."""
+        present = self._aliases.get(name, {})
+        kept = {alias: meant for alias, meant in present.items() if meant != version}
+        changed = {**kept, **dict.fromkeys(aliases, version)}
+        if changed:
+            self._aliases[name] = changed
+        else:
+            self._aliases.pop(name, None)

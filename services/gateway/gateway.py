@@ -22,6 +22,7 @@ from services.gateway.metrics import EngineCollector, GatewayMetrics
 from services.gateway.models import Models
 from services.gateway.servicer import SERVICE_NAME, InferenceServicer
 from services.gateway.store_client import StoreClient
+from services.gateway.use_reporter import UseReporter
 
 
 class Gateway:
@@ -42,7 +43,16 @@ class Gateway:
         self._admission = Admission(settings.max_concurrent)
         metrics = GatewayMetrics(registry, settings.max_model_labels)
         registry.register(EngineCollector(self.pool.states, lambda: len(self.catalogue)))
-        models = Models(self.pool, self.catalogue, self._store, settings.store_timeout_seconds)
+        feed = self._feed
+        self._uses = UseReporter(self._store)
+        models = Models(
+            self.pool,
+            self.catalogue,
+            self._store,
+            settings.store_timeout_seconds,
+            lambda: feed.is_current,
+            self._uses.note,
+        )
         dispatcher = Dispatcher(self.pool, retry_policy(settings))
         self.server = GrpcServer(settings.listen, [SERVICE_NAME])
         generations = Generations(models, dispatcher, self._admission, metrics)
@@ -58,7 +68,7 @@ class Gateway:
         after a start would find none.
         """
         self.pool.start()
-        self._tasks.append(asyncio.create_task(self._feed.run()))
+        self._tasks += [asyncio.create_task(self._feed.run()), asyncio.create_task(self._uses.run())]
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self.pool.wait_until_heard(), self._settings.engine_wait_seconds)
         await self.server.start()
@@ -82,6 +92,7 @@ class Gateway:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await self.pool.close()
+        await self._uses.report()
         await self._store.close()
 
     def _http_server(self, models: Models, generations: Generations, metrics: GatewayMetrics) -> HttpServer:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -12,6 +13,11 @@ from services.gateway.catalogue import AdapterEntry, Catalogue
 from services.gateway.engine_pool import EnginePool
 
 _NAME_SHOWN = 128
+_MOST_VERSIONS_NAMED = 10
+
+# How long a request for a known name waits for the store while its watch is not open, and for how long none does
+# after the store took that long.
+_CONFIRM_SECONDS, _CONFIRM_AGAIN_SECONDS = 0.25, 1.0
 
 
 @dataclass(frozen=True)
@@ -51,17 +57,32 @@ class ListPosition:
 class Models:
     """Base models as the engines say, adapters as the catalogue says; the store is asked for what neither knows."""
 
-    def __init__(self, pool: EnginePool, catalogue: Catalogue, source: AdapterSource, store_timeout: float) -> None:
+    def __init__(
+        self,
+        pool: EnginePool,
+        catalogue: Catalogue,
+        source: AdapterSource,
+        store_timeout: float,
+        is_current: Callable[[], bool] = lambda: True,
+        note_use: Callable[[str], None] = lambda adapter_id: None,
+    ) -> None:
+        """`is_current`: whether the catalogue is what the store's watch tells now. `note_use` hears each `name@version`
+        that a request is resolved to."""
         self._pool = pool
         self._catalogue = catalogue
         self._source = source
         self._store_timeout = store_timeout
+        self._is_current = is_current
+        self._note_use = note_use
+        self._confirm_from = 0.0
 
     async def resolve(self, model: str, time_remaining: Callable[[], float | None]) -> ResolvedModel:
-        """What `model` means: a base model's name, an adapter's name (its newest version) or `name@version`.
+        """What `model` means: a base model's name, an adapter's (its newest version), `name@version` or `name@alias`.
 
         A base model's name wins over an adapter of the same name. An adapter that the catalogue does not know is
-        asked of the store, so that one registered a moment ago is found.
+        asked of the store, so that one registered a moment ago is found. While the store's watch is not open, one that
+        is known is asked of it too, so that a store that just came back is believed at once; if it cannot tell soon,
+        what is known goes on.
 
         Raises MODEL_NOT_FOUND, ADAPTER_BASE_MISMATCH (no engine has its base model), ADAPTER_STORE_UNAVAILABLE or
         another UNAVAILABLE reason (the store cannot tell), ENGINE_UNAVAILABLE (no engine was heard of yet).
@@ -73,10 +94,8 @@ class Models:
         if model in base_models:
             return ResolvedModel(model, None)
         adapter = self._catalogue.find(model)
-        if adapter is None:
-            remaining = time_remaining()
-            timeout = self._store_timeout if remaining is None else min(self._store_timeout, remaining)
-            adapter = await self._source.find(model, timeout)
+        if adapter is None or not self._is_current():
+            adapter = await self._ask(model, adapter, time_remaining())
             base_models = self._pool.base_models()
         if not base_models:
             raise SloraError(Reason.ENGINE_UNAVAILABLE, "no engine has been reached yet; retry later")
@@ -90,7 +109,25 @@ class Models:
                 adapter_id=adapter.adapter_id,
                 base_model=adapter.base_model,
             )
+        self._note_use(adapter.adapter_id)
         return ResolvedModel(adapter.base_model, adapter)
+
+    async def _ask(self, model: str, known: AdapterEntry | None, remaining: float | None) -> AdapterEntry | None:
+        """What the store says that `model` means; for a known one soon, or what is known."""
+        timeout = self._store_timeout if known is None else _CONFIRM_SECONDS
+        timeout = timeout if remaining is None else min(timeout, remaining)
+        began = time.monotonic()
+        if known is not None and began < self._confirm_from:
+            return known
+        try:
+            return await self._source.find(model, timeout)
+        except SloraError:
+            if known is None:
+                raise
+            now = time.monotonic()
+            if now - began > _CONFIRM_SECONDS / 2:  # it hangs; a refused connection costs nothing
+                self._confirm_from = now + _CONFIRM_AGAIN_SECONDS
+            return known
 
     def page(self, after: ListPosition | None, page_size: int) -> tuple[list[ListedModel], ListPosition | None]:
         """At most `page_size` models after `after`, base models first, then adapters, by name; and where the next
@@ -121,9 +158,21 @@ class Models:
 
     def _not_found(self, model: str, base_models: set[str]) -> SloraError:
         shown = model if len(model) <= _NAME_SHOWN else model[:_NAME_SHOWN] + "…"
+        name = model.rpartition("@")[0]
+        versions, aliases = self._catalogue.versions_of(name)
+        if versions:
+            numbers = ", ".join(map(str, versions[-_MOST_VERSIONS_NAMED:]))
+            more = (
+                f" (the newest {_MOST_VERSIONS_NAMED} of {len(versions)})"
+                if len(versions) > _MOST_VERSIONS_NAMED
+                else ""
+            )
+            means = ", ".join(f"{alias} → {version}" for alias, version in aliases.items()) or "none"
+            message = f"no model {shown!r}: {name!r} has the versions {numbers}{more}; its aliases: {means}"
+            return SloraError(Reason.MODEL_NOT_FOUND, message, model=shown, versions=numbers, aliases=means)
         message = (
             f"no model {shown!r}: there are the base model {_quoted(base_models)} and {len(self._catalogue)} adapters "
-            f"(by name, or name@version); ListModels lists them"
+            f"(by name, name@version or name@alias); ListModels lists them"
         )
         return SloraError(Reason.MODEL_NOT_FOUND, message, model=shown)
 

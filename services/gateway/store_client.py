@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 
 import grpc
 from slora.adapter_store.v1 import adapter_pb2, adapter_store_pb2, adapter_store_pb2_grpc
@@ -20,11 +20,17 @@ _CHANGES = {
 }
 
 
+# A store that comes back is found within this long: until then names may mean what they meant before.
+RECONNECT_OPTIONS: Mapping[str, int] = {"grpc.max_reconnect_backoff_ms": 100}
+
+_REPORT_TIMEOUT_SECONDS = 5.0
+
+
 class StoreClient:
     """An `AdapterSource`, and the HTTP API's `AdapterRegistry`, at `host:port`."""
 
     def __init__(self, address: str) -> None:
-        self._channel = open_channel(address)
+        self._channel = open_channel(address, RECONNECT_OPTIONS)
         self._stub = adapter_store_pb2_grpc.AdapterStoreServiceStub(self._channel)
 
     async def find(self, adapter_id: str, timeout: float | None) -> AdapterEntry | None:
@@ -76,6 +82,16 @@ class StoreClient:
         finally:
             call.cancel()
 
+    async def report_use(self, last_use_seconds: Mapping[str, float]) -> None:
+        """See `UseSink.report_use`."""
+        request = adapter_store_pb2.ReportAdapterUseRequest()
+        for adapter_id, seconds in last_use_seconds.items():
+            request.uses.add(adapter_id=adapter_id).last_use_time.FromMilliseconds(int(seconds * 1000))
+        try:
+            await self._stub.ReportAdapterUse(request, timeout=_REPORT_TIMEOUT_SECONDS)
+        except grpc.aio.AioRpcError as error:
+            raise from_rpc_error(error, unavailable=Reason.ADAPTER_STORE_UNAVAILABLE) from None
+
     async def close(self) -> None:
         """Closes the connection."""
         await self._channel.close()
@@ -89,4 +105,5 @@ def _to_entry(adapter: adapter_pb2.Adapter) -> AdapterEntry:
         rank=adapter.rank,
         base_model=adapter.base_model,
         created_at=(adapter.create_time.seconds, adapter.create_time.nanos),
+        aliases=tuple(adapter.aliases),
     )

@@ -146,13 +146,19 @@ def how_to_call(stack: LocalStack, model: str, prompt: str) -> str:
     body = json.dumps({**request, "sampling": {"temperature": 0}, "stopping": {"max_tokens": 40}})
     completion = json.dumps({"model": model, "prompt": prompt, "temperature": 0, "max_tokens": 40})
     activate = Path(sys.executable).parent / "activate"
-    tools = f"The client and buf are here: source {shlex.quote(_short(activate))}\n\n" if activate.is_file() else ""
+    tools = (
+        f"The client, slora and buf are here: source {shlex.quote(_short(activate))}\n\n" if activate.is_file() else ""
+    )
     return f"""
 slora serves {stack.base_model}:
 
 {addresses}
 
-{tools}From Python:
+{tools}Its adapters:
+
+  slora adapters ls --store {stack.store_address}
+
+From Python:
 
   from slora_client import AdapterClient, SloraClient
 

@@ -32,6 +32,7 @@ class FakeAdapterStore(adapter_store_pb2_grpc.AdapterStoreServiceServicer):
         self.num_gets = 0
         self.watch_tokens: list[str] = []
         self.uploads: list[tuple[adapter_store_pb2.UploadAdapterHeader, bytes, bytes]] = []
+        self.uses: dict[str, int] = {}
         self.get_error: SloraError | None = None
         self.is_watch_mute = False
         self.answer_seconds = 0.0
@@ -86,6 +87,15 @@ class FakeAdapterStore(adapter_store_pb2_grpc.AdapterStoreServiceServicer):
         adapter.state = adapter_pb2.ADAPTER_STATE_DELETED
         self._log(adapter_store_pb2.WATCH_EVENT_DELETED, adapter)
 
+    def set_alias(self, name: str, alias: str, version: int) -> None:
+        """Makes an alias mean a version: one event."""
+        for adapter in self.adapters.values():
+            if adapter.name == name and alias in adapter.aliases:
+                adapter.aliases.remove(alias)
+        adapter = self.adapters[f"{name}@{version}"]
+        adapter.aliases.append(alias)
+        self._log(adapter_store_pb2.WATCH_EVENT_REGISTERED, adapter)
+
     def forget_history(self) -> None:
         """Resume tokens given out so far now lead to a RESET."""
         self._epoch += 1
@@ -97,7 +107,10 @@ class FakeAdapterStore(adapter_store_pb2_grpc.AdapterStoreServiceServicer):
         self._grown = asyncio.Event()
 
     def _find(self, adapter_id: str) -> adapter_pb2.Adapter | None:
-        if "@" in adapter_id:
+        name, at, behind = adapter_id.partition("@")
+        if at and behind[:1].isalpha():
+            return next((a for a in self.adapters.values() if a.name == name and behind in a.aliases), None)
+        if at:
             return self.adapters.get(adapter_id)
         versions = [adapter for adapter in self.adapters.values() if adapter.name == adapter_id]
         return max(versions, key=lambda adapter: adapter.version, default=None)
@@ -137,6 +150,7 @@ class FakeAdapterStore(adapter_store_pb2_grpc.AdapterStoreServiceServicer):
                     await abort(context, SloraError(Reason.CATALOGUE_UNAVAILABLE, "stopped by the test"))
                 yield response(event=adapter_store_pb2.WATCH_EVENT_REGISTERED, adapter=adapter, resume_token=token)
             yield response(event=adapter_store_pb2.WATCH_EVENT_SYNCED, resume_token=token)
+        is_resuming = epoch == self._epoch
         while True:
             grown = self._grown
             while position < len(self._events) and not self.is_watch_mute:
@@ -144,7 +158,17 @@ class FakeAdapterStore(adapter_store_pb2_grpc.AdapterStoreServiceServicer):
                 position += 1
                 event.resume_token = f"{self._epoch}:{position}"
                 yield event
+            if is_resuming and not self.is_watch_mute:
+                is_resuming = False
+                token = f"{self._epoch}:{position}"
+                yield response(event=adapter_store_pb2.WATCH_EVENT_SYNCED, resume_token=token)
             await grown.wait()
+
+    async def ReportAdapterUse(
+        self, request: adapter_store_pb2.ReportAdapterUseRequest, context: Context
+    ) -> adapter_store_pb2.ReportAdapterUseResponse:
+        self.uses |= {use.adapter_id: use.last_use_time.ToMilliseconds() for use in request.uses}
+        return adapter_store_pb2.ReportAdapterUseResponse(num_noted=len(request.uses))
 
     async def RegisterAdapter(
         self, request: adapter_store_pb2.RegisterAdapterRequest, context: Context

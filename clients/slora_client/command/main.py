@@ -6,17 +6,23 @@ import sys
 
 import typer
 
-from slora_client.command import generation
+from slora_client.command import adapters, generation
 from slora_client.errors import SloraRequestError
 
 FAILED, INTERRUPTED = 1, 130
 
-app = typer.Typer(name="slora", help="Use a slora gateway.", no_args_is_help=True, pretty_exceptions_enable=False)
+app = typer.Typer(
+    name="slora",
+    help="Use a slora gateway, and keep its adapters.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
 app.add_typer(generation.app)
+app.add_typer(adapters.app, name="adapters")
 
 
 def main() -> None:
-    """The entry point: exits with 0, 1 (a request failed), 2 (wrong usage) or 130 (Ctrl-C)."""
+    """Exits with 0, 1 (a request failed), 2 (wrong usage), 3 (try again; `adapters` only) or 130 (Ctrl-C)."""
     try:
         app()
     except SloraRequestError as error:
@@ -24,7 +30,3 @@ def main() -> None:
         raise SystemExit(FAILED) from None
     except KeyboardInterrupt:
         raise SystemExit(INTERRUPTED) from None
-
-
-if __name__ == "__main__":
-    main()

@@ -5,15 +5,16 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 from prometheus_client import CollectorRegistry
 
 from services.adapter_store.arena import Arena
 from services.adapter_store.assembly import Store, running_store
 from services.adapter_store.base_model import load_base_model
+from services.adapter_store.catalogue_servicer import CatalogueServicer
 from services.adapter_store.config import AdapterStoreSettings
 from services.adapter_store.delivery_servicer import add_to_server
-from services.adapter_store.servicer import AdapterStoreServicer
 from services.common.grpc_server import GrpcServer
 from tests.fixtures.adapter_files import make_tensors, write_adapter, write_checkpoint_config
 from tests.fixtures.embedded_servers import RedisServer, S3Server
@@ -26,7 +27,7 @@ class Harness:
     def __init__(
         self,
         store: Store,
-        servicer: AdapterStoreServicer,
+        servicer: CatalogueServicer,
         port: int,
         client: StoreClient,
         registry: CollectorRegistry,
@@ -78,13 +79,15 @@ async def open_store(
             stack.callback(arena.close)
             registry = CollectorRegistry()
             store = await stack.enter_async_context(running_store(settings, base, arena, registry))
-            servicer = store.make_servicer()
+            servicer = CatalogueServicer(store)
             server = GrpcServer("127.0.0.1:0", [])
             add_to_server(servicer, server.grpc)
             await server.start()
             stack.push_async_callback(server.grpc.stop, 0)
             client = await stack.enter_async_context(StoreClient(server.port))
             stack.callback(store.cache.check_integrity)
+            with contextlib.suppress(grpc.RpcError):  # a new Redis is asked when S3 was asked for copies
+                await client.list_page(page_size=1)
             return Harness(store, servicer, server.port, client, registry)
 
         yield open_one

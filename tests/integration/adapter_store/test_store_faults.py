@@ -176,7 +176,7 @@ async def test_a_cold_restart_loses_nothing_that_was_acknowledged(
         existing = [await client.get(adapter_id) for adapter_id in listed]
         places = {adapter.source_uri.removeprefix(f"s3://{s3_server.bucket}/") for adapter in existing}
         # What never was registered, or was deleted, is cleared in time; what is used stays.
-        await eventually(lambda: {key.rpartition("/")[0] + "/" for key in s3_server.keys("managed/")} == places)
+        await eventually(lambda: {key.rpartition("/")[0] + "/" for key in s3_server.keys("managed/sha256/")} == places)
         for adapter in existing:
             await client.fetch(adapter.digest)
 
@@ -213,7 +213,7 @@ async def test_with_redis_away_what_is_resident_is_served_and_all_else_says_so_s
         for _ in range(3):
             with within(3):
                 assert (await client.fetch(resident.digest))[1] == content
-        assert s3_server.keys("managed/") != []
+        assert s3_server.keys("managed/sha256/") != []
         if fault == "kill":
             redis_server.start()
         else:
@@ -221,7 +221,7 @@ async def test_with_redis_away_what_is_resident_is_served_and_all_else_says_so_s
         assert await retried(lambda: client.get("a")) == resident
         assert (await retried(lambda: client.register("b", uri))).adapter.adapter_id == "b@1"
         assert await client.list_ids() == ["a@1", "b@1"]
-        assert len(s3_server.keys("managed/")) == 2, "the upload that failed left nothing"
+        assert len(s3_server.keys("managed/sha256/")) == 2, "the upload that failed left nothing"
 
 
 @pytest.mark.parametrize("fault", ["kill", "freeze"])
@@ -259,7 +259,7 @@ async def test_with_s3_away_what_is_resident_is_served_and_all_else_says_so_soon
         await retried(lambda: client.fetch(absent.digest))
         assert (await retried(lambda: client.register("b", uri))).created
         # Of the deleted upload, and of the one that failed, nothing stays.
-        await eventually(lambda: len(s3_server.keys("managed/")) == 2)
+        await eventually(lambda: len(s3_server.keys("managed/sha256/")) == 2)
 
 
 async def test_it_starts_without_redis_and_s3_and_works_when_they_come(

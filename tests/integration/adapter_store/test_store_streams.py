@@ -274,7 +274,7 @@ async def test_an_upload_cancelled_while_it_comes_in_leaves_nothing(
     call.cancel()
     await eventually(lambda: sum(store.metric("registrations_total", outcome=o) for o in ENDED_EARLY) == 1)
     assert list(spools.iterdir()) == []
-    assert s3_server.keys("managed/") == []
+    assert s3_server.keys("managed/sha256/") == []
     assert await store.client.list_ids() == []
 
 
@@ -290,7 +290,7 @@ async def test_an_upload_cancelled_while_it_is_stored_leaves_nothing(
         await asyncio.sleep(0.2)
         proxy.flowing.set()
         await eventually(lambda: store.metric("registrations_total", outcome="CANCELLED") == 1)
-        await eventually(lambda: s3_server.keys("managed/") == [])
+        await eventually(lambda: s3_server.keys("managed/sha256/") == [])
         assert await store.client.list_ids() == []
         assert store.metric("arena_used_bytes") == 0
         assert (await store.client.upload("a", make_adapter(1))).adapter.version == 1

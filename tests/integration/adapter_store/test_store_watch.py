@@ -34,7 +34,7 @@ class Watcher:
             self.known = {} if kind == "RESET" else self.known
             return kind
         if kind == "REGISTERED":
-            assert event.adapter.state == adapter_pb2.ADAPTER_STATE_READY
+            assert event.adapter.state in (adapter_pb2.ADAPTER_STATE_READY, adapter_pb2.ADAPTER_STATE_DISCOVERED)
             self.known[event.adapter.adapter_id] = event.adapter
             return "+" + event.adapter.adapter_id
         assert kind == "DELETED"
@@ -129,12 +129,21 @@ async def test_when_history_is_gone_it_begins_anew_with_reset(open_store: OpenSt
     assert await resumed.next() == "+e@1"
 
 
+@pytest.mark.parametrize(
+    ("changes", "known"), [({}, ["+a@1", "+b@1"]), ({"s3_bucket": ""}, [])], ids=["with copies", "without"]
+)
 async def test_a_redis_that_lost_everything_resets_open_and_resumed_watches(
-    open_store: OpenStore, redis_server: RedisServer, make_adapter: MakeAdapter
+    open_store: OpenStore,
+    redis_server: RedisServer,
+    s3_server: S3Server,
+    make_adapter: MakeAdapter,
+    changes: dict[str, str],
+    known: list[str],
 ) -> None:
-    store = await open_store()
+    uris = [s3_server.put_directory(make_adapter(seed), f"x{seed}") for seed in (1, 2)]
+    store = await open_store(**changes)
     for name in ("a", "b"):
-        await store.client.upload(name, make_adapter(1))
+        await store.client.register(name, uris[0])
     watcher = Watcher(store.client.watch())
     await watcher.until("SYNCED")
     digest = watcher.known["a@1"].digest
@@ -143,12 +152,15 @@ async def test_a_redis_that_lost_everything_resets_open_and_resumed_watches(
     with refused(Reason.CATALOGUE_UNAVAILABLE):
         await watcher.next()
     resumed = Watcher(store.client.watch(watcher.token))
-    assert await resumed.until("SYNCED") == ["RESET", "SYNCED"]
+    assert await resumed.until("SYNCED") == ["RESET", *known, "SYNCED"]
     for name in ("c", "d", "e"):  # as many changes as before, and more: numbers alone would not tell
-        await store.client.upload(name, make_adapter(2))
+        await store.client.register(name, uris[1])
     words = await Watcher(store.client.watch(watcher.token)).until("SYNCED")
-    assert words == ["RESET", "+c@1", "+d@1", "+e@1", "SYNCED"]
+    assert words == ["RESET", *known, "+c@1", "+d@1", "+e@1", "SYNCED"]
     assert (await Watcher(store.client.watch(resumed.token)).until("+e@1")) == ["+c@1", "+d@1", "+e@1"]
+    if known:
+        await store.client.fetch(digest)
+        return
     # Content that no version has any more leaves memory too.
     await eventually(lambda: store.metric("resident_adapters") <= 1)
     with refused(Reason.ADAPTER_NOT_FOUND):

@@ -44,6 +44,32 @@ async def test_versions_come_and_go(fleet_of: FleetFactory) -> None:
     assert (await fleet.refusal(fleet.ask("poet@3"))).reason is Reason.MODEL_NOT_FOUND
 
 
+async def test_an_alias_flips_for_new_requests_and_use_is_reported(fleet_of: FleetFactory) -> None:
+    fleet = await fleet_of(1)
+    fleet.store.set_alias("poet", "prod", 1)
+    assert await fleet.right("poet@prod", "poet@1") == "poet@1"
+    fleet.store.set_alias("poet", "prod", 2)
+    assert fleet.gateway is not None
+    catalogue = fleet.gateway.catalogue
+    await eventually("the flip is known", lambda: catalogue.versions_of("poet")[1] == {"prod": 2})
+    assert await fleet.right("poet@prod", "poet@2") == "poet@2"
+    assert (await fleet.refusal(fleet.ask("poet@9"))).message.endswith("the versions 1, 2; its aliases: prod → 2")
+    await fleet.gateway.close()
+    assert set(fleet.store.uses) == {"poet@1", "poet@2"}
+
+
+async def test_after_a_restart_of_the_store_nothing_stale_is_served(fleet_of: FleetFactory) -> None:
+    fleet = await fleet_of(1)
+    await fleet.store.stop()
+    fleet.store.add("poet", 3)
+    fleet.store.remove("cook")
+    fleet.store.is_watch_mute = True  # the watch tells nothing yet
+    await fleet.store.start()
+    await eventually("it is reached again", lambda: len(fleet.store.watch_tokens) == 2)
+    assert await fleet.right("poet", "poet@3") == "poet@3"
+    assert (await fleet.refusal(fleet.ask("cook"))).reason is Reason.MODEL_NOT_FOUND
+
+
 async def test_an_adapter_registered_just_now_works_at_once(fleet_of: FleetFactory) -> None:
     fleet = await fleet_of(1)
     fleet.store.is_watch_mute = True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import random
 from collections.abc import AsyncGenerator
 
@@ -87,6 +88,27 @@ def test_deleting_the_newest_version_uncovers_the_one_before() -> None:
     catalogue.apply(deleted("a", 1))
     assert catalogue.find("a") is None
     assert contents(catalogue) == []
+
+
+def aliased(name: str, version: int, *aliases: str) -> CatalogueEvent:
+    return CatalogueEvent(CatalogueChange.REGISTERED, dataclasses.replace(entry(name, version), aliases=aliases), "t")
+
+
+def test_an_alias_moves_in_one_event_and_goes_with_its_version() -> None:
+    catalogue = catalogue_of(aliased("a", 1, "prod", "old"), aliased("a", 2), aliased("b", 1, "prod"), SYNCED)
+    found = catalogue.find("a@prod")
+    assert found is not None
+    assert found.version == 1
+    catalogue.apply(aliased("a", 2, "prod"))
+    assert catalogue.versions_of("a") == ([1, 2], {"old": 1, "prod": 2})
+    catalogue.apply(aliased("a", 2))
+    assert catalogue.find("a@prod") is None
+    catalogue.apply(deleted("a", 1))
+    assert catalogue.find("a@old") is None
+    for event in (RESET, aliased("b", 2, "prod"), SYNCED):
+        catalogue.apply(event)
+    assert catalogue.versions_of("a") == ([], {})
+    assert catalogue.versions_of("b") == ([2], {"prod": 2})
 
 
 def test_complete_only_after_the_first_sync() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import dataclasses
 from collections.abc import AsyncGenerator, Sequence
 
 import pytest
@@ -106,6 +108,46 @@ async def test_with_the_store_away_the_known_work_and_the_unknown_are_not_denied
     assert (await known.resolve("a", no_deadline)).public_id == "a@1"
     assert (await known.resolve("base", no_deadline)).public_id == "base"
     assert (await refusal(known, "b")).reason is Reason.ADAPTER_STORE_UNAVAILABLE
+
+
+async def test_while_the_watch_is_not_open_the_store_is_asked_first() -> None:
+    known = catalogue_of(entry("a"), entry("gone"))
+    source = Source(entry("a", 2))
+    asking = Models(pool_of("base"), known, source, 5.0, is_current=lambda: False)
+    assert (await asking.resolve("a", no_deadline)).public_id == "a@2"
+    assert (await refusal(asking, "gone")).reason is Reason.MODEL_NOT_FOUND
+    assert source.timeouts == [0.25, 0.25], "what is known waits a moment only"
+    away = Source(error=SloraError(Reason.ADAPTER_STORE_UNAVAILABLE, "away"))
+    asking = Models(pool_of("base"), known, away, 5.0, is_current=lambda: False)
+    for _ in range(3):
+        assert (await asking.resolve("a", no_deadline)).public_id == "a@1"
+    assert len(away.timeouts) == 3
+
+
+async def test_a_store_that_hangs_costs_a_request_in_a_second_a_moment() -> None:
+    class Hanging(Source):
+        async def find(self, adapter_id: str, timeout: float | None) -> AdapterEntry | None:
+            self.timeouts.append(timeout)
+            await asyncio.sleep(timeout or 0)
+            raise SloraError(Reason.ADAPTER_STORE_UNAVAILABLE, "hangs")
+
+    source = Hanging()
+    asking = Models(pool_of("base"), catalogue_of(entry("a")), source, 5.0, is_current=lambda: False)
+    for _ in range(5):
+        assert (await asking.resolve("a", no_deadline)).public_id == "a@1"
+    assert len(source.timeouts) == 1
+
+
+async def test_a_version_that_is_not_there_says_which_are() -> None:
+    noted: list[str] = []
+    catalogue = catalogue_of(entry("a", 1), dataclasses.replace(entry("a", 3), aliases=("prod",)))
+    known = Models(pool_of("base"), catalogue, Source(), 5.0, note_use=noted.append)
+    assert (await known.resolve("a@prod", no_deadline)).public_id == "a@3"
+    assert noted == ["a@3"]
+    for model in ("a@2", "a@stage"):
+        error = await refusal(known, model)
+        assert error.reason is Reason.MODEL_NOT_FOUND
+        assert "has the versions 1, 3; its aliases: prod → 3" in error.message
 
 
 async def test_before_any_engine_was_heard_of_nothing_is_denied() -> None:

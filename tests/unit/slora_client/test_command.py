@@ -106,7 +106,7 @@ async def start(gateway: FakeGateway, *argv: str) -> asyncio.subprocess.Process:
     path = os.pathsep.join(str(ROOT / place) for place in ("gen/python", "clients"))
     pipe = asyncio.subprocess.PIPE
     return await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "slora_client.command.main", *words),
+        *(sys.executable, "-m", "slora_client.command.entry", *words),
         env={**os.environ, "PYTHONPATH": path},
         stdin=pipe,
         stdout=pipe,

@@ -15,6 +15,7 @@ class AdapterState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     ADAPTER_STATE_UNSPECIFIED: _ClassVar[AdapterState]
     ADAPTER_STATE_READY: _ClassVar[AdapterState]
     ADAPTER_STATE_DELETED: _ClassVar[AdapterState]
+    ADAPTER_STATE_DISCOVERED: _ClassVar[AdapterState]
 
 class TargetModule(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -36,6 +37,7 @@ class ElementType(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
 ADAPTER_STATE_UNSPECIFIED: AdapterState
 ADAPTER_STATE_READY: AdapterState
 ADAPTER_STATE_DELETED: AdapterState
+ADAPTER_STATE_DISCOVERED: AdapterState
 TARGET_MODULE_UNSPECIFIED: TargetModule
 TARGET_MODULE_Q: TargetModule
 TARGET_MODULE_K: TargetModule
@@ -50,7 +52,14 @@ ELEMENT_TYPE_FLOAT16: ElementType
 ELEMENT_TYPE_BFLOAT16: ElementType
 
 class Adapter(_message.Message):
-    __slots__ = ("name", "version", "adapter_id", "digest", "state", "rank", "target_modules", "packed_bytes", "source_bytes", "source_uri", "tenant", "base_model", "create_time")
+    __slots__ = ("name", "version", "adapter_id", "digest", "state", "rank", "target_modules", "packed_bytes", "source_bytes", "source_uri", "tenant", "base_model", "create_time", "aliases", "labels", "pinned", "last_use_time")
+    class LabelsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
     NAME_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     ADAPTER_ID_FIELD_NUMBER: _ClassVar[int]
@@ -64,6 +73,10 @@ class Adapter(_message.Message):
     TENANT_FIELD_NUMBER: _ClassVar[int]
     BASE_MODEL_FIELD_NUMBER: _ClassVar[int]
     CREATE_TIME_FIELD_NUMBER: _ClassVar[int]
+    ALIASES_FIELD_NUMBER: _ClassVar[int]
+    LABELS_FIELD_NUMBER: _ClassVar[int]
+    PINNED_FIELD_NUMBER: _ClassVar[int]
+    LAST_USE_TIME_FIELD_NUMBER: _ClassVar[int]
     name: str
     version: int
     adapter_id: str
@@ -77,7 +90,11 @@ class Adapter(_message.Message):
     tenant: str
     base_model: str
     create_time: _timestamp_pb2.Timestamp
-    def __init__(self, name: _Optional[str] = ..., version: _Optional[int] = ..., adapter_id: _Optional[str] = ..., digest: _Optional[str] = ..., state: _Optional[_Union[AdapterState, str]] = ..., rank: _Optional[int] = ..., target_modules: _Optional[_Iterable[_Union[TargetModule, str]]] = ..., packed_bytes: _Optional[int] = ..., source_bytes: _Optional[int] = ..., source_uri: _Optional[str] = ..., tenant: _Optional[str] = ..., base_model: _Optional[str] = ..., create_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...) -> None: ...
+    aliases: _containers.RepeatedScalarFieldContainer[str]
+    labels: _containers.ScalarMap[str, str]
+    pinned: bool
+    last_use_time: _timestamp_pb2.Timestamp
+    def __init__(self, name: _Optional[str] = ..., version: _Optional[int] = ..., adapter_id: _Optional[str] = ..., digest: _Optional[str] = ..., state: _Optional[_Union[AdapterState, str]] = ..., rank: _Optional[int] = ..., target_modules: _Optional[_Iterable[_Union[TargetModule, str]]] = ..., packed_bytes: _Optional[int] = ..., source_bytes: _Optional[int] = ..., source_uri: _Optional[str] = ..., tenant: _Optional[str] = ..., base_model: _Optional[str] = ..., create_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., aliases: _Optional[_Iterable[str]] = ..., labels: _Optional[_Mapping[str, str]] = ..., pinned: _Optional[bool] = ..., last_use_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...) -> None: ...
 
 class PackedManifest(_message.Message):
     __slots__ = ("digest", "packed_digest", "element_type", "tile_elems", "num_layers", "layer_elems", "packed_bytes", "layers")

@@ -22,56 +22,103 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 from slora.adapter_store.v1 import adapter_pb2 as slora_dot_adapter__store_dot_v1_dot_adapter__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n*slora/adapter_store/v1/adapter_store.proto\x12\x16slora.adapter_store.v1\x1a$slora/adapter_store/v1/adapter.proto\"J\n\x16RegisterAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nsource_uri\x18\x02 \x01(\t\x12\x0e\n\x06tenant\x18\x03 \x01(\t\"\\\n\x17RegisterAdapterResponse\x12\x30\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x1f.slora.adapter_store.v1.Adapter\x12\x0f\n\x07\x63reated\x18\x02 \x01(\x08\"\x8e\x01\n\x14UploadAdapterRequest\x12=\n\x06header\x18\x01 \x01(\x0b\x32+.slora.adapter_store.v1.UploadAdapterHeaderH\x00\x12\x16\n\x0c\x63onfig_chunk\x18\x02 \x01(\x0cH\x00\x12\x17\n\rweights_chunk\x18\x03 \x01(\x0cH\x00\x42\x06\n\x04part\"3\n\x13UploadAdapterHeader\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06tenant\x18\x02 \x01(\t\"Z\n\x15UploadAdapterResponse\x12\x30\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x1f.slora.adapter_store.v1.Adapter\x12\x0f\n\x07\x63reated\x18\x02 \x01(\x08\"\'\n\x11GetAdapterRequest\x12\x12\n\nadapter_id\x18\x01 \x01(\t\"F\n\x12GetAdapterResponse\x12\x30\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x1f.slora.adapter_store.v1.Adapter\"q\n\x13ListAdaptersRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\x12\x13\n\x0bname_prefix\x18\x03 \x01(\t\x12\x13\n\x06tenant\x18\x04 \x01(\tH\x00\x88\x01\x01\x42\t\n\x07_tenant\"b\n\x14ListAdaptersResponse\x12\x31\n\x08\x61\x64\x61pters\x18\x01 \x03(\x0b\x32\x1f.slora.adapter_store.v1.Adapter\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"*\n\x14\x44\x65leteAdapterRequest\x12\x12\n\nadapter_id\x18\x01 \x01(\t\",\n\x15\x44\x65leteAdapterResponse\x12\x13\n\x0bnum_deleted\x18\x01 \x01(\r\"5\n\x13\x46\x65tchAdapterRequest\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\x04\"}\n\x14\x46\x65tchAdapterResponse\x12:\n\x08manifest\x18\x01 \x01(\x0b\x32&.slora.adapter_store.v1.PackedManifestH\x00\x12\x0f\n\x05\x63hunk\x18\x02 \x01(\x0cH\x00\x12\x10\n\x08\x61rena_id\x18\x03 \x01(\x0c\x42\x06\n\x04part\"g\n\x13ShareAdapterRequest\x12\x10\n\x06\x64igest\x18\x01 \x01(\tH\x00\x12\x36\n\x06\x63opied\x18\x02 \x01(\x0b\x32$.slora.adapter_store.v1.CopiedExtentH\x00\x42\x06\n\x04part\"\x0e\n\x0c\x43opiedExtent\"\x8e\x01\n\x14ShareAdapterResponse\x12\x38\n\x08manifest\x18\x01 \x01(\x0b\x32&.slora.adapter_store.v1.PackedManifest\x12,\n\x05\x61rena\x18\x02 \x01(\x0b\x32\x1d.slora.adapter_store.v1.Arena\x12\x0e\n\x06offset\x18\x03 \x01(\x04\":\n\x05\x41rena\x12\x10\n\x08\x61rena_id\x18\x01 \x01(\x0c\x12\x0c\n\x04path\x18\x02 \x01(\t\x12\x11\n\tnum_bytes\x18\x03 \x01(\x04\",\n\x14WatchAdaptersRequest\x12\x14\n\x0cresume_token\x18\x01 \x01(\t\"\xa3\x01\n\x15WatchAdaptersResponse\x12\x31\n\x05\x65vent\x18\x01 \x01(\x0e\x32\".slora.adapter_store.v1.WatchEvent\x12\x35\n\x07\x61\x64\x61pter\x18\x02 \x01(\x0b\x32\x1f.slora.adapter_store.v1.AdapterH\x00\x88\x01\x01\x12\x14\n\x0cresume_token\x18\x03 \x01(\tB\n\n\x08_adapter*\x8d\x01\n\nWatchEvent\x12\x1b\n\x17WATCH_EVENT_UNSPECIFIED\x10\x00\x12\x1a\n\x16WATCH_EVENT_REGISTERED\x10\x01\x12\x17\n\x13WATCH_EVENT_DELETED\x10\x02\x12\x16\n\x12WATCH_EVENT_SYNCED\x10\x03\x12\x15\n\x11WATCH_EVENT_RESET\x10\x04\x32\x83\x07\n\x13\x41\x64\x61pterStoreService\x12r\n\x0fRegisterAdapter\x12..slora.adapter_store.v1.RegisterAdapterRequest\x1a/.slora.adapter_store.v1.RegisterAdapterResponse\x12n\n\rUploadAdapter\x12,.slora.adapter_store.v1.UploadAdapterRequest\x1a-.slora.adapter_store.v1.UploadAdapterResponse(\x01\x12\x63\n\nGetAdapter\x12).slora.adapter_store.v1.GetAdapterRequest\x1a*.slora.adapter_store.v1.GetAdapterResponse\x12i\n\x0cListAdapters\x12+.slora.adapter_store.v1.ListAdaptersRequest\x1a,.slora.adapter_store.v1.ListAdaptersResponse\x12l\n\rDeleteAdapter\x12,.slora.adapter_store.v1.DeleteAdapterRequest\x1a-.slora.adapter_store.v1.DeleteAdapterResponse\x12k\n\x0c\x46\x65tchAdapter\x12+.slora.adapter_store.v1.FetchAdapterRequest\x1a,.slora.adapter_store.v1.FetchAdapterResponse0\x01\x12m\n\x0cShareAdapter\x12+.slora.adapter_store.v1.ShareAdapterRequest\x1a,.slora.adapter_store.v1.ShareAdapterResponse(\x01\x30\x01\x12n\n\rWatchAdapters\x12,.slora.adapter_store.v1.WatchAdaptersRequest\x1a-.slora.adapter_store.v1.WatchAdaptersResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n*slora/adapter_store/v1/adapter_store.proto\x12\x16slora.adapter_store.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a$slora/adapter_store/v1/adapter.proto\"\xc5\x01\n\x16RegisterAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nsource_uri\x18\x02 \x01(\t\x12\x0e\n\x06tenant\x18\x03 \x01(\t\x12J\n\x06labels\x18\x04 \x03(\x0b\x32:.slora.adapter_store.v1.RegisterAdapterRequest.LabelsEntry\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\\\n\x17RegisterAdapterResponse\x12\x30\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x1f.slora.adapter_store.v1.Adapter\x12\x0f\n\x07\x63reated\x18\x02 \x01(\x08\"\x8e\x01\n\x14UploadAdapterRequest\x12=\n\x06header\x18\x01 \x01(\x0b\x32+.slora.adapter_store.v1.UploadAdapterHeaderH\x00\x12\x16\n\x0c\x63onfig_chunk\x18\x02 \x01(\x0cH\x00\x12\x17\n\rweights_chunk\x18\x03 \x01(\x0cH\x00\x42\x06\n\x04part\"\xab\x01\n\x13UploadAdapterHeader\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06tenant\x18\x02 \x01(\t\x12G\n\x06labels\x18\x03 \x03(\x0b\x32\x37.slora.adapter_store.v1.UploadAdapterHeader.LabelsEntry\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"Z\n\x15UploadAdapterResponse\x12\x30\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x1f.slora.adapter_store.v1.Adapter\x12\x0f\n\x07\x63reated\x18\x02 \x01(\x08\"\'\n\x11GetAdapterRequest\x12\x12\n\nadapter_id\x18\x01 \x01(\t\"F\n\x12GetAdapterResponse\x12\x30\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x1f.slora.adapter_store.v1.Adapter\"q\n\x13ListAdaptersRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\x12\x13\n\x0bname_prefix\x18\x03 \x01(\t\x12\x13\n\x06tenant\x18\x04 \x01(\tH\x00\x88\x01\x01\x42\t\n\x07_tenant\"b\n\x14ListAdaptersResponse\x12\x31\n\x08\x61\x64\x61pters\x18\x01 \x03(\x0b\x32\x1f.slora.adapter_store.v1.Adapter\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"*\n\x14\x44\x65leteAdapterRequest\x12\x12\n\nadapter_id\x18\x01 \x01(\t\",\n\x15\x44\x65leteAdapterResponse\x12\x13\n\x0bnum_deleted\x18\x01 \x01(\r\"5\n\x13\x46\x65tchAdapterRequest\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\x04\"}\n\x14\x46\x65tchAdapterResponse\x12:\n\x08manifest\x18\x01 \x01(\x0b\x32&.slora.adapter_store.v1.PackedManifestH\x00\x12\x0f\n\x05\x63hunk\x18\x02 \x01(\x0cH\x00\x12\x10\n\x08\x61rena_id\x18\x03 \x01(\x0c\x42\x06\n\x04part\"g\n\x13ShareAdapterRequest\x12\x10\n\x06\x64igest\x18\x01 \x01(\tH\x00\x12\x36\n\x06\x63opied\x18\x02 \x01(\x0b\x32$.slora.adapter_store.v1.CopiedExtentH\x00\x42\x06\n\x04part\"\x0e\n\x0c\x43opiedExtent\"\x8e\x01\n\x14ShareAdapterResponse\x12\x38\n\x08manifest\x18\x01 \x01(\x0b\x32&.slora.adapter_store.v1.PackedManifest\x12,\n\x05\x61rena\x18\x02 \x01(\x0b\x32\x1d.slora.adapter_store.v1.Arena\x12\x0e\n\x06offset\x18\x03 \x01(\x04\":\n\x05\x41rena\x12\x10\n\x08\x61rena_id\x18\x01 \x01(\x0c\x12\x0c\n\x04path\x18\x02 \x01(\t\x12\x11\n\tnum_bytes\x18\x03 \x01(\x04\",\n\x14WatchAdaptersRequest\x12\x14\n\x0cresume_token\x18\x01 \x01(\t\"\xa3\x01\n\x15WatchAdaptersResponse\x12\x31\n\x05\x65vent\x18\x01 \x01(\x0e\x32\".slora.adapter_store.v1.WatchEvent\x12\x35\n\x07\x61\x64\x61pter\x18\x02 \x01(\x0b\x32\x1f.slora.adapter_store.v1.AdapterH\x00\x88\x01\x01\x12\x14\n\x0cresume_token\x18\x03 \x01(\tB\n\n\x08_adapter\"s\n\x0fSetAliasRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x61lias\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\r\x12\x1d\n\x10\x65xpected_version\x18\x04 \x01(\rH\x00\x88\x01\x01\x42\x13\n\x11_expected_version\"D\n\x10SetAliasResponse\x12\x30\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x1f.slora.adapter_store.v1.Adapter\"e\n\x12\x44\x65leteAliasRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x61lias\x18\x02 \x01(\t\x12\x1d\n\x10\x65xpected_version\x18\x03 \x01(\rH\x00\x88\x01\x01\x42\x13\n\x11_expected_version\"G\n\x13\x44\x65leteAliasResponse\x12\x30\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x1f.slora.adapter_store.v1.Adapter\"\xe4\x01\n\x14UpdateAdapterRequest\x12\x12\n\nadapter_id\x18\x01 \x01(\t\x12O\n\nset_labels\x18\x02 \x03(\x0b\x32;.slora.adapter_store.v1.UpdateAdapterRequest.SetLabelsEntry\x12\x15\n\rremove_labels\x18\x03 \x03(\t\x12\x13\n\x06pinned\x18\x04 \x01(\x08H\x00\x88\x01\x01\x1a\x30\n\x0eSetLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\t\n\x07_pinned\"I\n\x15UpdateAdapterResponse\x12\x30\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x1f.slora.adapter_store.v1.Adapter\"K\n\x17ReportAdapterUseRequest\x12\x30\n\x04uses\x18\x01 \x03(\x0b\x32\".slora.adapter_store.v1.AdapterUse\"S\n\nAdapterUse\x12\x12\n\nadapter_id\x18\x01 \x01(\t\x12\x31\n\rlast_use_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"-\n\x18ReportAdapterUseResponse\x12\x11\n\tnum_noted\x18\x01 \x01(\r\"N\n\x13SyncAdaptersRequest\x12\x12\n\nsource_uri\x18\x01 \x01(\t\x12\x0e\n\x06tenant\x18\x02 \x01(\t\x12\x13\n\x0b\x61llow_empty\x18\x03 \x01(\x08\"\x84\x02\n\x14SyncAdaptersResponse\x12\x12\n\nsource_uri\x18\x01 \x01(\t\x12\x11\n\tnum_found\x18\x02 \x01(\r\x12\x11\n\tnum_added\x18\x03 \x01(\r\x12\x13\n\x0bnum_changed\x18\x04 \x01(\r\x12\x13\n\x0bnum_removed\x18\x05 \x01(\r\x12\x13\n\x0bnum_refused\x18\x06 \x01(\r\x12\r\n\x05\x61\x64\x64\x65\x64\x18\x07 \x03(\t\x12\x0f\n\x07\x63hanged\x18\x08 \x03(\t\x12\x0f\n\x07removed\x18\t \x03(\t\x12\x34\n\x07refused\x18\n \x03(\x0b\x32#.slora.adapter_store.v1.SyncRefusal\x12\x0c\n\x04kept\x18\x0b \x03(\t\"<\n\x0bSyncRefusal\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t\"Q\n\x16ValidateAdapterRequest\x12\x16\n\x0c\x63onfig_chunk\x18\x01 \x01(\x0cH\x00\x12\x17\n\rweights_chunk\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04part\"\xc7\x01\n\x17ValidateAdapterResponse\x12\x38\n\x08problems\x18\x01 \x03(\x0b\x32&.slora.adapter_store.v1.AdapterProblem\x12/\n\x03\x66it\x18\x02 \x01(\x0b\x32\".slora.adapter_store.v1.AdapterFit\x12\x35\n\x07\x61\x64\x61pter\x18\x03 \x01(\x0b\x32\x1f.slora.adapter_store.v1.AdapterH\x00\x88\x01\x01\x42\n\n\x08_adapter\"1\n\x0e\x41\x64\x61pterProblem\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\"\xa9\x01\n\nAdapterFit\x12\x19\n\x11stated_base_model\x18\x01 \x01(\t\x12\x12\n\nmin_layers\x18\x02 \x01(\r\x12\x35\n\x07modules\x18\x03 \x03(\x0b\x32$.slora.adapter_store.v1.ModuleWidths\x12\x12\n\nbase_model\x18\x04 \x01(\t\x12\x13\n\x0b\x62\x61se_layers\x18\x05 \x01(\r\x12\x0c\n\x04\x66its\x18\x06 \x01(\x08\"\xba\x01\n\x0cModuleWidths\x12;\n\rtarget_module\x18\x01 \x01(\x0e\x32$.slora.adapter_store.v1.TargetModule\x12\r\n\x05ranks\x18\x02 \x03(\r\x12\x13\n\x0bin_features\x18\x03 \x01(\r\x12\x14\n\x0cout_features\x18\x04 \x01(\r\x12\x18\n\x10\x62\x61se_in_features\x18\x05 \x01(\r\x12\x19\n\x11\x62\x61se_out_features\x18\x06 \x01(\r*\x8d\x01\n\nWatchEvent\x12\x1b\n\x17WATCH_EVENT_UNSPECIFIED\x10\x00\x12\x1a\n\x16WATCH_EVENT_REGISTERED\x10\x01\x12\x17\n\x13WATCH_EVENT_DELETED\x10\x02\x12\x16\n\x12WATCH_EVENT_SYNCED\x10\x03\x12\x15\n\x11WATCH_EVENT_RESET\x10\x04\x32\x90\x0c\n\x13\x41\x64\x61pterStoreService\x12r\n\x0fRegisterAdapter\x12..slora.adapter_store.v1.RegisterAdapterRequest\x1a/.slora.adapter_store.v1.RegisterAdapterResponse\x12n\n\rUploadAdapter\x12,.slora.adapter_store.v1.UploadAdapterRequest\x1a-.slora.adapter_store.v1.UploadAdapterResponse(\x01\x12\x63\n\nGetAdapter\x12).slora.adapter_store.v1.GetAdapterRequest\x1a*.slora.adapter_store.v1.GetAdapterResponse\x12i\n\x0cListAdapters\x12+.slora.adapter_store.v1.ListAdaptersRequest\x1a,.slora.adapter_store.v1.ListAdaptersResponse\x12l\n\rDeleteAdapter\x12,.slora.adapter_store.v1.DeleteAdapterRequest\x1a-.slora.adapter_store.v1.DeleteAdapterResponse\x12k\n\x0c\x46\x65tchAdapter\x12+.slora.adapter_store.v1.FetchAdapterRequest\x1a,.slora.adapter_store.v1.FetchAdapterResponse0\x01\x12m\n\x0cShareAdapter\x12+.slora.adapter_store.v1.ShareAdapterRequest\x1a,.slora.adapter_store.v1.ShareAdapterResponse(\x01\x30\x01\x12n\n\rWatchAdapters\x12,.slora.adapter_store.v1.WatchAdaptersRequest\x1a-.slora.adapter_store.v1.WatchAdaptersResponse0\x01\x12]\n\x08SetAlias\x12\'.slora.adapter_store.v1.SetAliasRequest\x1a(.slora.adapter_store.v1.SetAliasResponse\x12\x66\n\x0b\x44\x65leteAlias\x12*.slora.adapter_store.v1.DeleteAliasRequest\x1a+.slora.adapter_store.v1.DeleteAliasResponse\x12l\n\rUpdateAdapter\x12,.slora.adapter_store.v1.UpdateAdapterRequest\x1a-.slora.adapter_store.v1.UpdateAdapterResponse\x12u\n\x10ReportAdapterUse\x12/.slora.adapter_store.v1.ReportAdapterUseRequest\x1a\x30.slora.adapter_store.v1.ReportAdapterUseResponse\x12i\n\x0cSyncAdapters\x12+.slora.adapter_store.v1.SyncAdaptersRequest\x1a,.slora.adapter_store.v1.SyncAdaptersResponse\x12t\n\x0fValidateAdapter\x12..slora.adapter_store.v1.ValidateAdapterRequest\x1a/.slora.adapter_store.v1.ValidateAdapterResponse(\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'slora.adapter_store.v1.adapter_store_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_WATCHEVENT']._serialized_start=1707
-  _globals['_WATCHEVENT']._serialized_end=1848
-  _globals['_REGISTERADAPTERREQUEST']._serialized_start=108
-  _globals['_REGISTERADAPTERREQUEST']._serialized_end=182
-  _globals['_REGISTERADAPTERRESPONSE']._serialized_start=184
-  _globals['_REGISTERADAPTERRESPONSE']._serialized_end=276
-  _globals['_UPLOADADAPTERREQUEST']._serialized_start=279
-  _globals['_UPLOADADAPTERREQUEST']._serialized_end=421
-  _globals['_UPLOADADAPTERHEADER']._serialized_start=423
-  _globals['_UPLOADADAPTERHEADER']._serialized_end=474
-  _globals['_UPLOADADAPTERRESPONSE']._serialized_start=476
-  _globals['_UPLOADADAPTERRESPONSE']._serialized_end=566
-  _globals['_GETADAPTERREQUEST']._serialized_start=568
-  _globals['_GETADAPTERREQUEST']._serialized_end=607
-  _globals['_GETADAPTERRESPONSE']._serialized_start=609
-  _globals['_GETADAPTERRESPONSE']._serialized_end=679
-  _globals['_LISTADAPTERSREQUEST']._serialized_start=681
-  _globals['_LISTADAPTERSREQUEST']._serialized_end=794
-  _globals['_LISTADAPTERSRESPONSE']._serialized_start=796
-  _globals['_LISTADAPTERSRESPONSE']._serialized_end=894
-  _globals['_DELETEADAPTERREQUEST']._serialized_start=896
-  _globals['_DELETEADAPTERREQUEST']._serialized_end=938
-  _globals['_DELETEADAPTERRESPONSE']._serialized_start=940
-  _globals['_DELETEADAPTERRESPONSE']._serialized_end=984
-  _globals['_FETCHADAPTERREQUEST']._serialized_start=986
-  _globals['_FETCHADAPTERREQUEST']._serialized_end=1039
-  _globals['_FETCHADAPTERRESPONSE']._serialized_start=1041
-  _globals['_FETCHADAPTERRESPONSE']._serialized_end=1166
-  _globals['_SHAREADAPTERREQUEST']._serialized_start=1168
-  _globals['_SHAREADAPTERREQUEST']._serialized_end=1271
-  _globals['_COPIEDEXTENT']._serialized_start=1273
-  _globals['_COPIEDEXTENT']._serialized_end=1287
-  _globals['_SHAREADAPTERRESPONSE']._serialized_start=1290
-  _globals['_SHAREADAPTERRESPONSE']._serialized_end=1432
-  _globals['_ARENA']._serialized_start=1434
-  _globals['_ARENA']._serialized_end=1492
-  _globals['_WATCHADAPTERSREQUEST']._serialized_start=1494
-  _globals['_WATCHADAPTERSREQUEST']._serialized_end=1538
-  _globals['_WATCHADAPTERSRESPONSE']._serialized_start=1541
-  _globals['_WATCHADAPTERSRESPONSE']._serialized_end=1704
-  _globals['_ADAPTERSTORESERVICE']._serialized_start=1851
-  _globals['_ADAPTERSTORESERVICE']._serialized_end=2750
+  _globals['_REGISTERADAPTERREQUEST_LABELSENTRY']._loaded_options = None
+  _globals['_REGISTERADAPTERREQUEST_LABELSENTRY']._serialized_options = b'8\001'
+  _globals['_UPLOADADAPTERHEADER_LABELSENTRY']._loaded_options = None
+  _globals['_UPLOADADAPTERHEADER_LABELSENTRY']._serialized_options = b'8\001'
+  _globals['_UPDATEADAPTERREQUEST_SETLABELSENTRY']._loaded_options = None
+  _globals['_UPDATEADAPTERREQUEST_SETLABELSENTRY']._serialized_options = b'8\001'
+  _globals['_WATCHEVENT']._serialized_start=3965
+  _globals['_WATCHEVENT']._serialized_end=4106
+  _globals['_REGISTERADAPTERREQUEST']._serialized_start=142
+  _globals['_REGISTERADAPTERREQUEST']._serialized_end=339
+  _globals['_REGISTERADAPTERREQUEST_LABELSENTRY']._serialized_start=294
+  _globals['_REGISTERADAPTERREQUEST_LABELSENTRY']._serialized_end=339
+  _globals['_REGISTERADAPTERRESPONSE']._serialized_start=341
+  _globals['_REGISTERADAPTERRESPONSE']._serialized_end=433
+  _globals['_UPLOADADAPTERREQUEST']._serialized_start=436
+  _globals['_UPLOADADAPTERREQUEST']._serialized_end=578
+  _globals['_UPLOADADAPTERHEADER']._serialized_start=581
+  _globals['_UPLOADADAPTERHEADER']._serialized_end=752
+  _globals['_UPLOADADAPTERHEADER_LABELSENTRY']._serialized_start=294
+  _globals['_UPLOADADAPTERHEADER_LABELSENTRY']._serialized_end=339
+  _globals['_UPLOADADAPTERRESPONSE']._serialized_start=754
+  _globals['_UPLOADADAPTERRESPONSE']._serialized_end=844
+  _globals['_GETADAPTERREQUEST']._serialized_start=846
+  _globals['_GETADAPTERREQUEST']._serialized_end=885
+  _globals['_GETADAPTERRESPONSE']._serialized_start=887
+  _globals['_GETADAPTERRESPONSE']._serialized_end=957
+  _globals['_LISTADAPTERSREQUEST']._serialized_start=959
+  _globals['_LISTADAPTERSREQUEST']._serialized_end=1072
+  _globals['_LISTADAPTERSRESPONSE']._serialized_start=1074
+  _globals['_LISTADAPTERSRESPONSE']._serialized_end=1172
+  _globals['_DELETEADAPTERREQUEST']._serialized_start=1174
+  _globals['_DELETEADAPTERREQUEST']._serialized_end=1216
+  _globals['_DELETEADAPTERRESPONSE']._serialized_start=1218
+  _globals['_DELETEADAPTERRESPONSE']._serialized_end=1262
+  _globals['_FETCHADAPTERREQUEST']._serialized_start=1264
+  _globals['_FETCHADAPTERREQUEST']._serialized_end=1317
+  _globals['_FETCHADAPTERRESPONSE']._serialized_start=1319
+  _globals['_FETCHADAPTERRESPONSE']._serialized_end=1444
+  _globals['_SHAREADAPTERREQUEST']._serialized_start=1446
+  _globals['_SHAREADAPTERREQUEST']._serialized_end=1549
+  _globals['_COPIEDEXTENT']._serialized_start=1551
+  _globals['_COPIEDEXTENT']._serialized_end=1565
+  _globals['_SHAREADAPTERRESPONSE']._serialized_start=1568
+  _globals['_SHAREADAPTERRESPONSE']._serialized_end=1710
+  _globals['_ARENA']._serialized_start=1712
+  _globals['_ARENA']._serialized_end=1770
+  _globals['_WATCHADAPTERSREQUEST']._serialized_start=1772
+  _globals['_WATCHADAPTERSREQUEST']._serialized_end=1816
+  _globals['_WATCHADAPTERSRESPONSE']._serialized_start=1819
+  _globals['_WATCHADAPTERSRESPONSE']._serialized_end=1982
+  _globals['_SETALIASREQUEST']._serialized_start=1984
+  _globals['_SETALIASREQUEST']._serialized_end=2099
+  _globals['_SETALIASRESPONSE']._serialized_start=2101
+  _globals['_SETALIASRESPONSE']._serialized_end=2169
+  _globals['_DELETEALIASREQUEST']._serialized_start=2171
+  _globals['_DELETEALIASREQUEST']._serialized_end=2272
+  _globals['_DELETEALIASRESPONSE']._serialized_start=2274
+  _globals['_DELETEALIASRESPONSE']._serialized_end=2345
+  _globals['_UPDATEADAPTERREQUEST']._serialized_start=2348
+  _globals['_UPDATEADAPTERREQUEST']._serialized_end=2576
+  _globals['_UPDATEADAPTERREQUEST_SETLABELSENTRY']._serialized_start=2517
+  _globals['_UPDATEADAPTERREQUEST_SETLABELSENTRY']._serialized_end=2565
+  _globals['_UPDATEADAPTERRESPONSE']._serialized_start=2578
+  _globals['_UPDATEADAPTERRESPONSE']._serialized_end=2651
+  _globals['_REPORTADAPTERUSEREQUEST']._serialized_start=2653
+  _globals['_REPORTADAPTERUSEREQUEST']._serialized_end=2728
+  _globals['_ADAPTERUSE']._serialized_start=2730
+  _globals['_ADAPTERUSE']._serialized_end=2813
+  _globals['_REPORTADAPTERUSERESPONSE']._serialized_start=2815
+  _globals['_REPORTADAPTERUSERESPONSE']._serialized_end=2860
+  _globals['_SYNCADAPTERSREQUEST']._serialized_start=2862
+  _globals['_SYNCADAPTERSREQUEST']._serialized_end=2940
+  _globals['_SYNCADAPTERSRESPONSE']._serialized_start=2943
+  _globals['_SYNCADAPTERSRESPONSE']._serialized_end=3203
+  _globals['_SYNCREFUSAL']._serialized_start=3205
+  _globals['_SYNCREFUSAL']._serialized_end=3265
+  _globals['_VALIDATEADAPTERREQUEST']._serialized_start=3267
+  _globals['_VALIDATEADAPTERREQUEST']._serialized_end=3348
+  _globals['_VALIDATEADAPTERRESPONSE']._serialized_start=3351
+  _globals['_VALIDATEADAPTERRESPONSE']._serialized_end=3550
+  _globals['_ADAPTERPROBLEM']._serialized_start=3552
+  _globals['_ADAPTERPROBLEM']._serialized_end=3601
+  _globals['_ADAPTERFIT']._serialized_start=3604
+  _globals['_ADAPTERFIT']._serialized_end=3773
+  _globals['_MODULEWIDTHS']._serialized_start=3776
+  _globals['_MODULEWIDTHS']._serialized_end=3962
+  _globals['_ADAPTERSTORESERVICE']._serialized_start=4109
+  _globals['_ADAPTERSTORESERVICE']._serialized_end=5661
 # @@protoc_insertion_point(module_scope)

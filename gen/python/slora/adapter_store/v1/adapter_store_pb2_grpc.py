@@ -75,6 +75,36 @@ class AdapterStoreServiceStub:
                 request_serializer=slora_dot_adapter__store_dot_v1_dot_adapter__store__pb2.WatchAdaptersRequest.SerializeToString,
                 response_deserializer=slora_dot_adapter__store_dot_v1_dot_adapter__store__pb2.WatchAdaptersResponse.FromString,
                 _registered_method=True)
+        self.SetAlias = channel.unary_unary(
+                '/slora.adapter_store.v1.AdapterStoreService/SetAlias',
+                request_serializer=slora_dot_adapter__store_dot_v1_dot_adapter__store__pb2.SetAliasRequest.SerializeToString,
+                response_deserializer=slora_dot_adapter__store_dot_v1_dot_adapter__store__pb2.SetAliasResponse.FromString,
+                _registered_method=True)
+        self.DeleteAlias = channel.unary_unary(
+                '/slora.adapter_store.v1.AdapterStoreService/DeleteAlias',
+                request_serializer=slora_dot_adapter__store_dot_v1_dot_adapter__store__pb2.DeleteAliasRequest.SerializeToString,
+                response_deserializer=slora_dot_adapter__store_dot_v1_dot_adapter__store__pb2.DeleteAliasResponse.FromString,
+                _registered_method=True)
+        self.UpdateAdapter = channel.unary_unary(
+                '/slora.adapter_store.v1.AdapterStoreService/UpdateAdapter',
+                request_serializer=slora_dot_adapter__store_dot_v1_dot_adapter__store__pb2.UpdateAdapterRequest.SerializeToString,
+                response_deserializer=slora_dot_adapter__store_dot_v1_dot_adapter__store__pb2.UpdateAdapterResponse.FromString,
+                _registered_method=True)
+        self.ReportAdapterUse = channel.unary_unary(
+                '/slora.adapter_store.v1.AdapterStoreService/ReportAdapterUse',
+                request_serializer=slora_dot_adapter__store_dot_v1_dot_adapter__store__pb2.ReportAdapterUseRequest.SerializeToString,
+                response_deserializer=slora_dot_adapter__store_dot_v1_dot_adapter__store__pb2.ReportAdapterUseResponse.FromString,
+                _registered_method=True)
+        self.SyncAdapters = channel.unary_unary(
+                '/slora.adapter_store.v1.AdapterStoreService/SyncAdapters',
+                request_serializer=slora_dot_adapter__store_dot_v1_dot_adapter__store__pb2.SyncAdaptersRequest.SerializeToString,
+                response_deserializer=slora_dot_adapter__store_dot_v1_dot_adapter__store__pb2.SyncAdaptersResponse.FromString,
+                _registered_method=True)
+        self.ValidateAdapter = channel.stream_unary(
+                '/slora.adapter_store.v1.AdapterStoreService/ValidateAdapter',
+                request_serializer=slora_dot_adapter__store_dot_v1_dot_adapter__store__pb2.ValidateAdapterRequest.SerializeToString,
+                response_deserializer=slora_dot_adapter__store_dot_v1_dot_adapter__store__pb2.ValidateAdapterResponse.FromString,
+                _registered_method=True)
 
 
 class AdapterStoreServiceServicer:
@@ -104,7 +134,8 @@ class AdapterStoreServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def GetAdapter(self, request, context):
-        """Looks up one adapter. Idempotent. Errors: INVALID_ARGUMENT, NOT_FOUND, UNAVAILABLE.
+        """Looks up one adapter. Idempotent. Errors: INVALID_ARGUMENT, NOT_FOUND (the message says which versions and
+        aliases the name has), UNAVAILABLE.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -118,9 +149,11 @@ class AdapterStoreServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def DeleteAdapter(self, request, context):
-        """Deletes one version, or with a bare name all of them. New requests no longer find it; running ones end as they
-        began. Files in S3 stay, except those of an upload that no other version uses. Versions are never reused.
-        Errors: INVALID_ARGUMENT, NOT_FOUND, UNAVAILABLE.
+        """Deletes one version, or with a bare name all of them and their aliases. New requests no longer find it; running
+        ones end as they began. Files in S3 stay, except those of an upload that no other version uses; a sync brings
+        a deleted adapter back only when its files change. Versions are never reused.
+        Errors: INVALID_ARGUMENT (also an alias: name the version), NOT_FOUND, FAILED_PRECONDITION (an alias means the
+        version), UNAVAILABLE.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -154,8 +187,66 @@ class AdapterStoreServiceServicer:
 
     def WatchAdapters(self, request, context):
         """Streams the catalogue: every adapter first, then a SYNCED event, then each change in order. With a
-        resume token only the changes since then; if those are no longer known the stream begins with a RESET event
-        and every adapter again. Never ends by itself. Errors: INVALID_ARGUMENT (resume token), UNAVAILABLE.
+        resume token only the changes since then, with a SYNCED event behind the last; if those are no longer known the
+        stream begins with a RESET event and every adapter again. Never ends by itself. Errors: INVALID_ARGUMENT (resume token), UNAVAILABLE.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SetAlias(self, request, context):
+        """Makes an alias mean a version, in one step: nobody sees it mean two or none. Idempotent. When this returns, it
+        survives a restart. Errors: INVALID_ARGUMENT (name, alias, too many), NOT_FOUND (no such version),
+        FAILED_PRECONDITION (it does not mean expected_version now; nothing was changed), UNAVAILABLE.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DeleteAlias(self, request, context):
+        """Removes an alias; the version that it meant stays. Not idempotent. Errors: INVALID_ARGUMENT, NOT_FOUND (no such
+        alias), FAILED_PRECONDITION (it does not mean expected_version now), UNAVAILABLE.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UpdateAdapter(self, request, context):
+        """Changes what may be changed of a version: labels, and whether stores keep it in memory. Idempotent. A pin is
+        taken when the adapter is in this store's memory; other stores and later starts load it by themselves.
+        Errors: INVALID_ARGUMENT (labels), NOT_FOUND, RESOURCE_EXHAUSTED (it would be pinned more than the store's memory
+        may hold), UNAVAILABLE; for a pin also the errors of FetchAdapter.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ReportAdapterUse(self, request, context):
+        """Tells when adapters were last used; gateways send it every few seconds. Idempotent: the latest time counts, and
+        one in the future counts as now. Errors: INVALID_ARGUMENT (more than 10,000), UNAVAILABLE.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SyncAdapters(self, request, context):
+        """Compares a prefix in S3, a folder an adapter (`<prefix>/<name>/adapter_config.json` and
+        `adapter_model.safetensors` beside it), with the catalogue: adds what is new, gives what changed (by sizes and
+        ETags) a new version, removes what is gone. Reads no file: adapters are DISCOVERED until they are used. A changed
+        or removed version that an alias means is kept, and can be served as long as a store has it in memory.
+        A folder with one of the two files changes nothing.
+        Nothing is changed unless the prefix could be listed to its end. Idempotent; several may run at once.
+        Errors: INVALID_ARGUMENT (URI), NOT_FOUND (bucket), FAILED_PRECONDITION (the prefix is empty and was not: see
+        allow_empty), UNAVAILABLE (S3 or Redis out of reach).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ValidateAdapter(self, request_iterator, context):
+        """Says whether an adapter could be served, and what is wrong with it, by the checks that registering makes. Chunks
+        of adapter_config.json, then of adapter_model.safetensors. Stores nothing. What is wrong with the adapter is in the
+        answer; errors are INVALID_ARGUMENT (order of messages), RESOURCE_EXHAUSTED (over the store's limit).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -203,6 +294,36 @@ def add_AdapterStoreServiceServicer_to_server(servicer, server):
                     servicer.WatchAdapters,
                     request_deserializer=slora_dot_adapter__store_dot_v1_dot_adapter__store__pb2.WatchAdaptersRequest.FromString,
                     response_serializer=slora_dot_adapter__store_dot_v1_dot_adapter__store__pb2.WatchAdaptersResponse.SerializeToString,
+            ),
+            'SetAlias': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetAlias,
+                    request_deserializer=slora_dot_adapter__store_dot_v1_dot_adapter__store__pb2.SetAliasRequest.FromString,
+                    response_serializer=slora_dot_adapter__store_dot_v1_dot_adapter__store__pb2.SetAliasResponse.SerializeToString,
+            ),
+            'DeleteAlias': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeleteAlias,
+                    request_deserializer=slora_dot_adapter__store_dot_v1_dot_adapter__store__pb2.DeleteAliasRequest.FromString,
+                    response_serializer=slora_dot_adapter__store_dot_v1_dot_adapter__store__pb2.DeleteAliasResponse.SerializeToString,
+            ),
+            'UpdateAdapter': grpc.unary_unary_rpc_method_handler(
+                    servicer.UpdateAdapter,
+                    request_deserializer=slora_dot_adapter__store_dot_v1_dot_adapter__store__pb2.UpdateAdapterRequest.FromString,
+                    response_serializer=slora_dot_adapter__store_dot_v1_dot_adapter__store__pb2.UpdateAdapterResponse.SerializeToString,
+            ),
+            'ReportAdapterUse': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReportAdapterUse,
+                    request_deserializer=slora_dot_adapter__store_dot_v1_dot_adapter__store__pb2.ReportAdapterUseRequest.FromString,
+                    response_serializer=slora_dot_adapter__store_dot_v1_dot_adapter__store__pb2.ReportAdapterUseResponse.SerializeToString,
+            ),
+            'SyncAdapters': grpc.unary_unary_rpc_method_handler(
+                    servicer.SyncAdapters,
+                    request_deserializer=slora_dot_adapter__store_dot_v1_dot_adapter__store__pb2.SyncAdaptersRequest.FromString,
+                    response_serializer=slora_dot_adapter__store_dot_v1_dot_adapter__store__pb2.SyncAdaptersResponse.SerializeToString,
+            ),
+            'ValidateAdapter': grpc.stream_unary_rpc_method_handler(
+                    servicer.ValidateAdapter,
+                    request_deserializer=slora_dot_adapter__store_dot_v1_dot_adapter__store__pb2.ValidateAdapterRequest.FromString,
+                    response_serializer=slora_dot_adapter__store_dot_v1_dot_adapter__store__pb2.ValidateAdapterResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -422,6 +543,168 @@ class AdapterStoreService:
             '/slora.adapter_store.v1.AdapterStoreService/WatchAdapters',
             slora_dot_adapter__store_dot_v1_dot_adapter__store__pb2.WatchAdaptersRequest.SerializeToString,
             slora_dot_adapter__store_dot_v1_dot_adapter__store__pb2.WatchAdaptersResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetAlias(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/slora.adapter_store.v1.AdapterStoreService/SetAlias',
+            slora_dot_adapter__store_dot_v1_dot_adapter__store__pb2.SetAliasRequest.SerializeToString,
+            slora_dot_adapter__store_dot_v1_dot_adapter__store__pb2.SetAliasResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeleteAlias(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/slora.adapter_store.v1.AdapterStoreService/DeleteAlias',
+            slora_dot_adapter__store_dot_v1_dot_adapter__store__pb2.DeleteAliasRequest.SerializeToString,
+            slora_dot_adapter__store_dot_v1_dot_adapter__store__pb2.DeleteAliasResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UpdateAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/slora.adapter_store.v1.AdapterStoreService/UpdateAdapter',
+            slora_dot_adapter__store_dot_v1_dot_adapter__store__pb2.UpdateAdapterRequest.SerializeToString,
+            slora_dot_adapter__store_dot_v1_dot_adapter__store__pb2.UpdateAdapterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReportAdapterUse(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/slora.adapter_store.v1.AdapterStoreService/ReportAdapterUse',
+            slora_dot_adapter__store_dot_v1_dot_adapter__store__pb2.ReportAdapterUseRequest.SerializeToString,
+            slora_dot_adapter__store_dot_v1_dot_adapter__store__pb2.ReportAdapterUseResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SyncAdapters(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/slora.adapter_store.v1.AdapterStoreService/SyncAdapters',
+            slora_dot_adapter__store_dot_v1_dot_adapter__store__pb2.SyncAdaptersRequest.SerializeToString,
+            slora_dot_adapter__store_dot_v1_dot_adapter__store__pb2.SyncAdaptersResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ValidateAdapter(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_unary(
+            request_iterator,
+            target,
+            '/slora.adapter_store.v1.AdapterStoreService/ValidateAdapter',
+            slora_dot_adapter__store_dot_v1_dot_adapter__store__pb2.ValidateAdapterRequest.SerializeToString,
+            slora_dot_adapter__store_dot_v1_dot_adapter__store__pb2.ValidateAdapterResponse.FromString,
             options,
             channel_credentials,
             insecure,

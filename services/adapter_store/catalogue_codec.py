@@ -1,0 +1,67 @@
+"""Messages of syncs and of adapters that were looked over."""
+
+from __future__ import annotations
+
+from slora.adapter_store.v1 import adapter_pb2
+from slora.adapter_store.v1 import adapter_store_pb2 as pb
+
+from services.adapter_store.base_model import BaseModel
+from services.adapter_store.inspection import Inspection, ModuleFit
+from services.adapter_store.sync import SyncReport
+
+MAX_LISTED = 1000
+
+
+def sync_message(report: SyncReport) -> pb.SyncAdaptersResponse:
+    """What a sync did."""
+    refused = [
+        pb.SyncRefusal(name=name, reason=error.reason.name, message=error.message)
+        for name, error in list(report.refused.items())[:MAX_LISTED]
+    ]
+    return pb.SyncAdaptersResponse(
+        source_uri=report.source_uri,
+        num_found=report.num_found,
+        num_added=len(report.added),
+        num_changed=len(report.changed),
+        num_removed=len(report.removed),
+        num_refused=len(report.refused),
+        added=report.added[:MAX_LISTED],
+        changed=report.changed[:MAX_LISTED],
+        removed=report.removed[:MAX_LISTED],
+        refused=refused,
+        kept=report.kept[:MAX_LISTED],
+    )
+
+
+def inspection_message(found: Inspection, base: BaseModel) -> pb.ValidateAdapterResponse:
+    """What was found of an adapter."""
+    adapter = None
+    if found.layout is not None:
+        adapter = adapter_pb2.Adapter(
+            digest=found.digest,
+            rank=found.layout.max_rank,
+            target_modules=[f"TARGET_MODULE_{module.name}" for module in found.layout.target_modules],
+            packed_bytes=found.layout.packed_bytes,
+            base_model=base.name,
+        )
+    fit = pb.AdapterFit(
+        stated_base_model=found.fit.stated_base_model,
+        min_layers=found.fit.min_layers,
+        modules=[_module_message(module) for module in found.fit.modules],
+        base_model=base.name,
+        base_layers=base.num_layers,
+        fits=found.fit.fits,
+    )
+    problems = [pb.AdapterProblem(reason=error.reason.name, message=error.message) for error in found.problems]
+    return pb.ValidateAdapterResponse(problems=problems, fit=fit, adapter=adapter)
+
+
+def _module_message(module: ModuleFit) -> pb.ModuleWidths:
+    return pb.ModuleWidths(
+        target_module=f"TARGET_MODULE_{module.module.name}",
+        ranks=module.ranks,
+        in_features=module.in_features,
+        out_features=module.out_features,
+        base_in_features=module.base_in_features,
+        base_out_features=module.base_out_features,
+    )

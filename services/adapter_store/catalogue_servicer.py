@@ -1,0 +1,97 @@
+"""The RPCs of AdapterStoreService with which operators and gateways keep the catalogue."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+from slora.adapter_store.v1 import adapter_store_pb2 as pb
+
+from services.adapter_store.assembly import Store
+from services.adapter_store.catalogue_codec import inspection_message, sync_message
+from services.adapter_store.catalogue_marks import MarkChanges
+from services.adapter_store.codec import adapter_message
+from services.adapter_store.delivery_servicer import WeightDelivery
+from services.adapter_store.inspection import Inspection
+from services.adapter_store.servicer import AdapterStoreServicer
+from services.adapter_store.sync import SyncReport
+from services.common.errors import Reason, SloraError
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class CatalogueServicer(AdapterStoreServicer):
+    """Answers every RPC of the store."""
+
+    def __init__(self, store: Store) -> None:
+        settings = store.settings
+        stall_seconds = settings.stall_seconds
+        delivery = WeightDelivery(store.registry.pin, store.cache.arena, store.metrics, stall_seconds)
+        super().__init__(store.registry, delivery, store.metrics, store.open_spool, stall_seconds, settings.max_uploads)
+        self._store = store
+        self._administration = store.administration
+
+    async def SetAlias(self, request: pb.SetAliasRequest, context: Context) -> pb.SetAliasResponse:  # noqa: N802
+        """Makes an alias mean a version."""
+        expected = request.expected_version if request.HasField("expected_version") else None
+        set_alias = self._administration.set_alias
+        record = await self._answer(
+            "SetAlias", context, lambda: set_alias(request.name, request.alias, request.version, expected)
+        )
+        return pb.SetAliasResponse(adapter=adapter_message(record))
+
+    async def DeleteAlias(self, request: pb.DeleteAliasRequest, context: Context) -> pb.DeleteAliasResponse:  # noqa: N802
+        """Removes an alias."""
+        expected = request.expected_version if request.HasField("expected_version") else None
+        delete_alias = self._administration.delete_alias
+        record = await self._answer("DeleteAlias", context, lambda: delete_alias(request.name, request.alias, expected))
+        return pb.DeleteAliasResponse(adapter=adapter_message(record))
+
+    async def UpdateAdapter(self, request: pb.UpdateAdapterRequest, context: Context) -> pb.UpdateAdapterResponse:  # noqa: N802
+        """Changes labels and pin."""
+        pinned = request.pinned if request.HasField("pinned") else None
+        changes = MarkChanges(dict(request.set_labels), tuple(request.remove_labels), pinned)
+        update = self._administration.update
+        record = await self._answer("UpdateAdapter", context, lambda: update(request.adapter_id, changes))
+        return pb.UpdateAdapterResponse(adapter=adapter_message(record))
+
+    async def ReportAdapterUse(  # noqa: N802
+        self, request: pb.ReportAdapterUseRequest, context: Context
+    ) -> pb.ReportAdapterUseResponse:
+        """Notes when adapters were used."""
+        uses = {use.adapter_id: use.last_use_time.ToMilliseconds() for use in request.uses}
+        report_use = self._administration.report_use
+        return pb.ReportAdapterUseResponse(
+            num_noted=await self._answer("ReportAdapterUse", context, lambda: report_use(uses))
+        )
+
+    async def SyncAdapters(self, request: pb.SyncAdaptersRequest, context: Context) -> pb.SyncAdaptersResponse:  # noqa: N802
+        """Compares a prefix in S3 with the catalogue."""
+        return sync_message(await self._answer("SyncAdapters", context, lambda: self._sync(request)))
+
+    async def ValidateAdapter(  # noqa: N802
+        self, requests: AsyncIterator[pb.ValidateAdapterRequest], context: Context
+    ) -> pb.ValidateAdapterResponse:
+        """Looks an adapter over."""
+        found = await self._answer("ValidateAdapter", context, lambda: self._inspect(requests))
+        return inspection_message(found, self._store.base)
+
+    async def _sync(self, request: pb.SyncAdaptersRequest) -> SyncReport:
+        source_uri = request.source_uri or self._store.settings.sync_uri
+        if not source_uri:
+            message = "source_uri is required: this store syncs no prefix by itself (its setting sync_uri is empty)"
+            raise SloraError(Reason.SOURCE_URI_INVALID, message, field="source_uri")
+        return await self._store.sync.sync(source_uri, request.tenant, request.allow_empty)
+
+    async def _inspect(self, requests: AsyncIterator[pb.ValidateAdapterRequest]) -> Inspection:
+        with self._admit_upload(), self._open_spool() as spool:
+            while (request := await self._next_part(requests)) is not None:
+                part = request.WhichOneof("part")
+                if part == "config_chunk":
+                    spool.add_config(request.config_chunk)
+                elif part == "weights_chunk":
+                    await spool.add_weights(request.weights_chunk)
+                else:
+                    raise SloraError(Reason.UPLOAD_INVALID, "a message has no part")
+            return await self._registry.inspect(spool)

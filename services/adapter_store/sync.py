@@ -1,0 +1,179 @@
+"""Follows a prefix in S3, a folder an adapter: a listing alone tells what is new, changed or gone. No file is read.
+
+An adapter found so is identified by its place, sizes and ETags; its files are read and validated when it is first used,
+and must then be those of the listing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from services.adapter_store.base_model import BaseModel
+from services.adapter_store.blob_store import BlobStore, ListedObject
+from services.adapter_store.catalogue_sync import CatalogueSync, Found
+from services.adapter_store.identifiers import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    ObjectPrefix,
+    check_name,
+    check_tenant,
+    parse_source_uri,
+    source_digest,
+)
+from services.adapter_store.journal import Journal
+from services.adapter_store.manifest import AdapterRecord, SourceLocation
+from services.adapter_store.peft_config import MAX_CONFIG_BYTES
+from services.common.errors import Reason, SloraError
+
+_FOLDERS_AT_ONCE = 50
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class SyncReport:
+    """What a sync did. `added`, `changed`, `kept`: `name@version`; `removed`: names; `refused`: reasons by folder."""
+
+    source_uri: str
+    num_found: int = 0
+    added: list[str] = field(default_factory=list)
+    changed: list[str] = field(default_factory=list)
+    removed: list[str] = field(default_factory=list)
+    kept: list[str] = field(default_factory=list)
+    refused: dict[str, SloraError] = field(default_factory=dict)
+
+
+class PrefixSync:
+    """Brings prefixes and catalogue together. One sync of a prefix at a time in this store; several stores may."""
+
+    def __init__(
+        self, base: BaseModel, catalogue: CatalogueSync, blob_store: BlobStore, journal: Journal, max_adapter_bytes: int
+    ) -> None:
+        self._base = base
+        self._catalogue = catalogue
+        self._blob_store = blob_store
+        self._journal = journal
+        self._max_adapter_bytes = max_adapter_bytes
+        self._one_at_a_time = asyncio.Lock()
+
+    async def sync(self, source_uri: str, tenant: str = "", allow_empty: bool = False) -> SyncReport:
+        """Adds, renews and removes. Nothing is changed unless the prefix was listed to its end.
+
+        `tenant` owns what is new; empty: whoever an earlier sync of the prefix named.
+
+        Errors: SOURCE_URI_INVALID, SOURCE_NOT_FOUND, SYNC_EMPTY, BLOB_STORE_UNAVAILABLE, CATALOGUE_UNAVAILABLE.
+        """
+        root = parse_source_uri(source_uri)
+        check_tenant(tenant)
+        async with self._one_at_a_time:
+            report = SyncReport(root.uri)
+            seen = await self._catalogue.seen(root.uri)
+            found = await self._list(root, report)
+            if not found and not report.refused and seen and not allow_empty:
+                raise SloraError(
+                    Reason.SYNC_EMPTY,
+                    f"{root.uri} has no adapters now, and had {len(seen)}: nothing was removed; if that is meant, sync "
+                    "it with allow_empty",
+                    source_uri=root.uri,
+                    num_known=len(seen),
+                )
+            if found:
+                tenant = await self._journal.remember_root(root.uri, tenant)
+            fresh = [folder for name, folder in found.items() if seen.get(name) != folder.seen]
+            await self._add(root, tenant, fresh, report)
+            # What is half there is being written, or a mistake: nothing is removed for it.
+            await self._remove(root, sorted(seen.keys() - found.keys() - report.refused.keys()), report)
+        counts = {"num_found": len(found), "num_added": len(report.added), "num_changed": len(report.changed)}
+        if fresh or report.removed or report.kept:
+            logger.info("synced", extra={"source_uri": root.uri, **counts, "num_removed": len(report.removed)})
+        return report
+
+    async def fill(self, source_uri: str, tenant: str) -> None:
+        """Adds what a prefix has to a catalogue that is being filled; removes nothing."""
+        root = parse_source_uri(source_uri)
+        report = SyncReport(root.uri)
+        found = await self._list(root, report)
+        seen = await self._catalogue.seen(root.uri, while_filling=True)
+        fresh = [folder for name, folder in found.items() if seen.get(name) != folder.seen]
+        await self._add(root, tenant, fresh, report, while_filling=True)
+
+    async def _list(self, root: ObjectPrefix, report: SyncReport) -> dict[str, Found]:
+        """The adapters under `root` by name, in order; those that cannot be any go to the report."""
+        folders: dict[str, dict[str, ListedObject]] = {}
+        async for page in self._blob_store.list_pages(root):
+            for entry in page:
+                folder, _, file = entry.name.partition("/")
+                if file and "/" not in file:
+                    folders.setdefault(folder, {})[file] = entry
+        found = {}
+        for number, (name, files) in enumerate(folders.items()):
+            if not number % _FOLDERS_AT_ONCE:
+                await asyncio.sleep(0)  # others have their turn
+            try:
+                found[name] = self._describe(root, name, files)
+            except SloraError as error:
+                report.refused[name] = error
+        report.num_found = len(found)
+        return found
+
+    def _describe(self, root: ObjectPrefix, name: str, files: Mapping[str, ListedObject]) -> Found:
+        self._check(name, files)
+        config, weights = files[CONFIG_FILE], files[WEIGHTS_FILE]
+        uri = f"{root.uri}{name}/"
+        parse_source_uri(uri)
+        identity = (config.etag, config.num_bytes, weights.etag, weights.num_bytes)
+        record = AdapterRecord(
+            name=name,
+            version=0,
+            digest=source_digest(uri, *identity),
+            rank=0,
+            target_modules=(),
+            packed_bytes=0,
+            packed_digest="",
+            packing="",
+            config_bytes=config.num_bytes,
+            weights_bytes=weights.num_bytes,
+            config_etag=config.etag,
+            weights_etag=weights.etag,
+            source=SourceLocation(uri),
+            tenant="",
+            base_model=self._base.name,
+            create_time_ms=weights.modified_ms,
+            content="",
+        )
+        return Found(record, json.dumps(identity))
+
+    def _check(self, name: str, files: Mapping[str, ListedObject]) -> None:
+        """Whether a folder can be an adapter, as far as its listing tells."""
+        if check_name(name) == self._base.name:
+            message = f"{name!r} is the base model's name; rename the folder"
+            raise SloraError(Reason.ADAPTER_NAME_INVALID, message, name=name)
+        missing = [file for file in (CONFIG_FILE, WEIGHTS_FILE) if file not in files]
+        if missing:
+            pickle = "; adapter_model.bin is a pickle and never read" if "adapter_model.bin" in files else ""
+            message = f"{' and '.join(missing)} is missing{pickle}: save the adapter with PEFT's save_pretrained"
+            raise SloraError(Reason.SOURCE_NOT_FOUND, message, file=missing[0])
+        for file, limit in ((CONFIG_FILE, MAX_CONFIG_BYTES), (WEIGHTS_FILE, self._max_adapter_bytes)):
+            size = files[file].num_bytes
+            if size > limit:
+                message = f"{file} has {size} bytes; at most {limit} are taken"
+                raise SloraError(Reason.ADAPTER_TOO_LARGE, message, num_bytes=size, max_bytes=limit)
+
+    async def _add(
+        self, root: ObjectPrefix, tenant: str, fresh: Sequence[Found], report: SyncReport, while_filling: bool = False
+    ) -> None:
+        async for found, answer in self._catalogue.discover(root.uri, tenant, fresh, while_filling):
+            if answer.version:
+                adapter_id = f"{found.record.name}@{answer.version}"
+                (report.changed if answer.is_change else report.added).append(adapter_id)
+            report.kept += [f"{found.record.name}@{version}" for version in answer.kept]
+
+    async def _remove(self, root: ObjectPrefix, names: Sequence[str], report: SyncReport) -> None:
+        async for name, kept in self._catalogue.vanish(root.uri, names):
+            report.kept += [f"{name}@{version}" for version in kept]
+            if not kept:
+                report.removed.append(name)
