@@ -13,15 +13,18 @@ Only some mixes: --only paper_mix --mixes base:0,S1:5
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import random
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+import torch
 
 from benchmarks.arena_store import running_arena_store
 from benchmarks.gpu.bench_model import BenchModel, chosen_model, keep_rows, model_arguments
@@ -39,6 +42,8 @@ from services.engine.messages import Abort, Adapter, Generate, Prefetch, StepRep
 
 PROMPT, OUTPUT = 256, 128
 DECODE_BATCHES = (1, 32, 128)
+SETTINGS = ("base", "S1", "S2")
+NUM_ROUNDS = 3
 MIX_REQUESTS = 768
 MIXES = "base:0,S1:5,S1:100,S1:1000,S1:2000,S2:5,S2:100,S2:1000,S2:2000"
 LONG_OUTPUT = 768
@@ -71,7 +76,7 @@ class Bench:
         """Adapters of a setting; none for the base."""
         if setting == "base":
             return SyntheticAdapters({}, {}, ())
-        return make_adapters(self.runner.config, setting, self.model.targets, number)
+        return make_adapters(self.runner.config, setting, self.model.targets, number, self.runner.adapter_device)
 
     def batch(self, draw: random.Random, adapters: tuple[Adapter, ...], size: int) -> list[Generate]:
         """Requests of PROMPT and OUTPUT tokens, each with another adapter as far as there are any."""
@@ -81,23 +86,53 @@ class Bench:
         ]
 
 
-def measure_decode(bench: Bench, setting: str, sizes: tuple[int, ...]) -> Iterator[Row]:
-    """Time a step between tokens, when every sequence has its first token; the median of a run's steps."""
-    source = bench.source(setting, max(sizes))
-    driver = CoreDriver(bench.settings, bench.runner, source)
+def measure_device(bench: Bench) -> Iterator[Row]:
+    """What the card itself does: two of a kind differ by some percent, and so do all figures below."""
+    if bench.model.device != "cuda":
+        return
+    source = torch.empty(2**31, dtype=torch.uint8, device="cuda")
+    target, square = torch.empty_like(source), torch.randn(8192, 8192, dtype=torch.bfloat16, device="cuda")
+    seconds = _median_seconds(functools.partial(target.copy_, source))
+    yield bench.model.row("device", "base", "copy_tb_per_s", 2 * source.numel() / seconds / 1e12)
+    seconds = _median_seconds(functools.partial(torch.mm, square, square))
+    yield bench.model.row("device", "base", "product_tflop_per_s", 2 * 8192**3 / seconds / 1e12)
+
+
+def _median_seconds(work: Callable[[], torch.Tensor]) -> float:
+    seconds = []
+    for _ in range(12):
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        work()
+        torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - began)
+    return statistics.median(seconds[2:])
+
+
+def measure_decode(bench: Bench, sizes: tuple[int, ...]) -> Iterator[Row]:
+    """Time a step between tokens, when every sequence has its first token; settings in turns, the median of rounds."""
+    sources = {setting: bench.source(setting, max(sizes)) for setting in SETTINGS}
+    driver = CoreDriver(bench.settings, bench.runner, sources["base"] | sources["S1"] | sources["S2"])
     draw = random.Random(1)
-    driver.run(bench.batch(draw, source.adapters, max(sizes)))  # adapters become resident, clocks rise
-    for size in sizes:
-        run = driver.run(bench.batch(draw, source.adapters, size))
-        full = [now for now, tokens in run.reports if tokens == size]
-        steps = [1e3 * (b - a) for a, b in itertools.pairwise(full[2:])]
-        distinct = min(size, len(source.adapters))
-        mean = 1e3 * (full[-1] - full[2]) / (len(full) - 3)
-        yield bench.model.row("decode", setting, "tpot_ms", mean, batch=size, distinct=distinct)
-        yield bench.model.row(
-            "decode", setting, "tpot_ms_median", statistics.median(steps), batch=size, distinct=distinct
-        )
+    for setting in SETTINGS:  # adapters become resident, kernels are compiled, clocks rise
+        driver.run(bench.batch(draw, sources[setting].adapters, max(sizes)))
+    times: dict[tuple[str, int], list[float]] = {}
+    for _, setting, size in itertools.product(range(NUM_ROUNDS), SETTINGS, sizes):
+        run = driver.run(bench.batch(draw, sources[setting].adapters, size))
+        times.setdefault((setting, size), []).append(_step_ms(run, size))
     driver.close()
+    for (setting, size), steps in times.items():
+        labels = {"batch": size, "distinct": min(size, len(sources[setting].adapters))}
+        yield bench.model.row("decode", setting, "tpot_ms", statistics.median(steps), **labels)
+        if setting != "base":
+            ratios = [mine / base for mine, base in zip(steps, times["base", size], strict=True)]
+            yield bench.model.row("decode", setting, "tpot_ratio", statistics.median(ratios), **labels)
+
+
+def _step_ms(run: CoreRun, size: int) -> float:
+    """Mean time of the steps in which all `size` sequences had a token."""
+    full = [now for now, tokens in run.reports if tokens == size]
+    return 1e3 * (full[-1] - full[2]) / (len(full) - 3)
 
 
 def measure_idle_adapters(bench: Bench) -> Iterator[Row]:
@@ -108,26 +143,28 @@ def measure_idle_adapters(bench: Bench) -> Iterator[Row]:
     driver.run([request(bench.prompt(draw, 8), 2, adapter) for adapter in source.adapters])
     for size in (1, 128):
         run = driver.run(bench.batch(draw, (), size))
-        full = [now for now, tokens in run.reports if tokens == size]
-        mean = 1e3 * (full[-1] - full[2]) / (len(full) - 3)
+        mean = _step_ms(run, size)
         yield bench.model.row("decode", "base", "tpot_ms", mean, batch=size, distinct=0, adapters=1000)
     driver.close()
 
 
-def measure_prefill(bench: Bench, setting: str, num_rounds: int = 3) -> Iterator[Row]:
-    """128 prompts of 256 tokens, each with another adapter; one token each."""
-    source = bench.source(setting, 128)
-    driver = CoreDriver(bench.settings, bench.runner, source)
+def measure_prefill(bench: Bench) -> Iterator[Row]:
+    """128 prompts of 256 tokens, each with another adapter; one token each. Settings in turns, the median of rounds."""
+    sources = {setting: bench.source(setting, 128) for setting in SETTINGS}
+    driver = CoreDriver(bench.settings, bench.runner, sources["base"] | sources["S1"] | sources["S2"])
     draw = random.Random(3)
-    seconds = []
-    for _ in range(num_rounds + 1):
-        asks = [
-            request(bench.prompt(draw, PROMPT), 1, source.adapters[i] if source.adapters else None) for i in range(128)
-        ]
-        seconds.append(driver.run(asks).seconds)
+    seconds: dict[str, list[float]] = {setting: [] for setting in SETTINGS}
+    for _, setting in itertools.product(range(NUM_ROUNDS + 1), SETTINGS):
+        adapters = sources[setting].adapters
+        asks = [request(bench.prompt(draw, PROMPT), 1, adapters[i] if adapters else None) for i in range(128)]
+        seconds[setting].append(driver.run(asks).seconds)
     driver.close()
-    distinct = len(source.adapters)
-    yield bench.model.row("prefill", setting, "seconds", statistics.median(seconds[1:]), batch=128, distinct=distinct)
+    for setting, values in seconds.items():
+        labels = {"batch": 128, "distinct": len(sources[setting].adapters)}
+        yield bench.model.row("prefill", setting, "seconds", statistics.median(values[1:]), **labels)
+        if setting != "base":
+            ratios = [mine / base for mine, base in zip(values[1:], seconds["base"][1:], strict=True)]
+            yield bench.model.row("prefill", setting, "seconds_ratio", statistics.median(ratios), **labels)
 
 
 def measure_load(bench: Bench, setting: str) -> Iterator[Row]:
@@ -273,26 +310,36 @@ def measure_mix(bench: Bench, setting: str, num_adapters: int, num_requests: int
 
 
 def measure_mixes(bench: Bench, mixes: str, num_requests: int) -> Iterator[Row]:
-    """Several mixes, each a setting and a number of adapters: `base:0,S1:5`."""
+    """Several mixes, each a setting and a number of adapters: `base:0,S1:5`. The base is measured once more at the end.
+
+    A ratio is against the mean of both, so that a card that warms up favours neither.
+    """
     for setting in ("base", "S2"):  # kernels are compiled, clocks rise
         for _ in measure_mix(bench, setting, 100 if setting != "base" else 0, num_requests // 2):
             pass
-    for mix in mixes.split(","):
+    rows = []
+    for mix in (*mixes.split(","), "base:0"):
         setting, _, number = mix.partition(":")
-        yield from measure_mix(bench, setting, int(number), num_requests)
+        rows.append(list(measure_mix(bench, setting, int(number), num_requests)))
+    rates = [float(str(mine[0]["value"])) for mine in rows]
+    bases = [rate for rate, mine in zip(rates, rows, strict=True) if mine[0]["setting"] == "base"]
+    for rate, mine in zip(rates[:-1], rows[:-1], strict=True):
+        yield from mine
+        labels = {"adapters": mine[0]["adapters"], "requests": num_requests}
+        ratio = rate / statistics.mean(bases)
+        yield bench.model.row("paper_mix", str(mine[0]["setting"]), "requests_per_s_ratio", ratio, **labels)
 
 
 def measure(bench: Bench, only: set[str], quick: bool) -> Iterator[Row]:
     """Everything that was asked for but the mixes, base first."""
     sizes = (1, 32) if quick else DECODE_BATCHES
+    yield from measure_device(bench)
     if "decode" in only:
-        for setting in ("base", "S1", "S2"):
-            yield from measure_decode(bench, setting, sizes)
+        yield from measure_decode(bench, sizes)
         if not quick:
             yield from measure_idle_adapters(bench)
     if "prefill" in only:
-        for setting in ("base", "S1", "S2"):
-            yield from measure_prefill(bench, setting)
+        yield from measure_prefill(bench)
     if "load" in only:
         for setting in ("S1", "S2"):
             yield from measure_load(bench, setting)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import torch
 
 from benchmarks.arena_store import StoredAdapters
 from services.common.packed_digest import packed_digest
+from services.engine.adapters.device import HostMemory
 from services.engine.adapters.layout import AdapterLayout, ModulePlacement, TargetModule
 from services.engine.adapters.source import AdapterManifest, WeightsLease
 from services.engine.config import EngineSettings
@@ -91,18 +94,34 @@ def served_name(model: str) -> str:
 
 @dataclass(frozen=True)
 class SyntheticAdapters:
-    """An AdapterSource of adapters that differ in name; those of one rank share their bytes, in host memory."""
+    """An AdapterSource of adapters that differ in name; those of one rank share their bytes, in host memory.
+
+    They are lent to the engine as a store on the same host lends them, out of memory that the device's driver pinned.
+    """
 
     manifests: dict[str, AdapterManifest]
     weights: dict[str, memoryview]
     adapters: tuple[Adapter, ...]
+    device: HostMemory | None = None
+
+    def __or__(self, other: SyntheticAdapters) -> SyntheticAdapters:
+        """The adapters of both."""
+        return SyntheticAdapters(
+            self.manifests | other.manifests,
+            self.weights | other.weights,
+            self.adapters + other.adapters,
+            self.device or other.device,
+        )
 
     def open(self, digest: str) -> _Fetch:
         """Begins to fetch."""
         return _Fetch(self.manifests[digest], self.weights[digest])
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Lets the driver unpin the memory."""
+        if self.device is not None:
+            for memory in {id(memory): memory for memory in self.weights.values()}.values():
+                self.device.unregister(memory)
 
 
 class _Fetch:
@@ -113,9 +132,9 @@ class _Fetch:
         """At once."""
         return self._manifest
 
-    def lease(self, deadline: float) -> WeightsLease | None:
-        """None: they come as from a stream."""
-        return None
+    def lease(self, deadline: float) -> WeightsLease:
+        """At once, and for ever."""
+        return _OwnMemory(self._weights)
 
     def chunks(self, deadline: float) -> Iterator[memoryview]:
         """All in one."""
@@ -128,10 +147,27 @@ class _Fetch:
         """Nothing is held."""
 
 
-def make_adapters(config: ModelConfig, setting: str, targets: str, number: int) -> SyntheticAdapters:
+class _OwnMemory(AbstractContextManager["WeightsLease"]):
+    """A lease of what this process keeps."""
+
+    def __init__(self, content: memoryview) -> None:
+        self.content = content
+
+    def __exit__(self, *_: object) -> None:
+        """Nothing ends."""
+
+    def confirm(self) -> None:
+        """It lasted."""
+
+
+def make_adapters(
+    config: ModelConfig, setting: str, targets: str, number: int, device: HostMemory
+) -> SyntheticAdapters:
     """`number` adapters, ranks in turn, on the modules of `targets`, packed as the adapter store packs."""
     tile = model_tile_elems(module_groups(config))
     by_rank = {rank: _pack(config, rank, TARGETS[targets], tile) for rank in RANKS[setting]}
+    for _, packed, _ in by_rank.values():
+        device.register(packed, lambda: True)
     manifests, weights, adapters = {}, {}, []
     for i in range(number):
         rank = RANKS[setting][i % len(RANKS[setting])]
@@ -142,7 +178,7 @@ def make_adapters(config: ModelConfig, setting: str, targets: str, number: int) 
         manifests[digest] = AdapterManifest(own, packed.nbytes, digest_of_bytes)
         weights[digest] = packed
         adapters.append(Adapter(f"{name}@1", digest))
-    return SyntheticAdapters(manifests, weights, tuple(adapters))
+    return SyntheticAdapters(manifests, weights, tuple(adapters), device)
 
 
 def stored_adapters(config: ModelConfig, setting: str, targets: str, number: int) -> StoredAdapters:
@@ -174,5 +210,8 @@ def _pack(
     dtype = str(config.dtype).removeprefix("torch.")
     layout = AdapterLayout("", dtype, tile, config.num_layers, offset_b, (tuple(placements),) * config.num_layers)
     packed = (torch.randn(config.num_layers, offset_b) * 0.01).to(config.dtype)
-    data = memoryview(packed.view(torch.uint8).numpy().tobytes())
-    return layout, data, packed_digest(data)
+    data = packed.view(torch.uint8).numpy().data.cast("B")
+    # Whole pages of memory: what a driver pins.
+    memory = memoryview(mmap.mmap(-1, data.nbytes))
+    memory[:] = data
+    return layout, memory, packed_digest(memory)
