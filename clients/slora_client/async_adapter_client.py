@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
+import contextlib
+from collections.abc import Awaitable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -11,7 +12,7 @@ import grpc
 from slora.adapter_store.v1 import adapter_store_pb2, adapter_store_pb2_grpc
 
 from slora_client.adapter_codec import ValidationSource, to_set_alias, to_sync_report, to_update, to_validation
-from slora_client.codec import PAGE_SIZE, AdapterFiles, Progress, UploadSource, to_adapter
+from slora_client.codec import PAGE_SIZE, Progress, UploadSource, to_adapter
 from slora_client.grpc_errors import CHANNEL_OPTIONS, to_request_error
 from slora_client.values import Adapter, SyncReport, Validation
 
@@ -27,6 +28,10 @@ class AsyncAdapterClient:
     def __init__(self, address: str) -> None:
         self._channel = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
         self._stub = adapter_store_pb2_grpc.AdapterStoreServiceStub(self._channel)
+        # For files, which are sent on a thread: where a server refuses an upload half-way, grpc's asyncio calls may say
+        # INTERNAL instead of why (a write that fails replaces the status).
+        self._file_channel = grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
+        self._file_stub = adapter_store_pb2_grpc.AdapterStoreServiceStub(self._file_channel)
 
     async def register(
         self,
@@ -57,8 +62,8 @@ class AsyncAdapterClient:
         """Uploads and registers an adapter directory as PEFT saves it (adapter_config.json and
         adapter_model.safetensors). `on_progress` hears, on another thread, how many bytes of how many were read."""
         source = await asyncio.to_thread(UploadSource, name, directory, tenant, labels, on_progress)
-        call = self._stub.UploadAdapter(_without_blocking(source), timeout=timeout)
-        return to_adapter((await _answer(call)).adapter)
+        call = self._file_stub.UploadAdapter.future(source.messages(), timeout=timeout)
+        return to_adapter((await _file_answer(call)).adapter)
 
     async def get(self, adapter_id: str, *, timeout: float | None = None) -> Adapter:
         """The adapter `name` (its newest version), `name@version` or `name@alias`."""
@@ -129,11 +134,14 @@ class AsyncAdapterClient:
     ) -> Validation:
         """Whether the store could serve this adapter directory, by the checks of an upload; nothing is kept."""
         source = await asyncio.to_thread(ValidationSource, directory, on_progress)
-        return to_validation(await _answer(self._stub.ValidateAdapter(_without_blocking(source), timeout=timeout)))
+        return to_validation(
+            await _file_answer(self._file_stub.ValidateAdapter.future(source.messages(), timeout=timeout))
+        )
 
     async def close(self) -> None:
         """Closes the connection."""
         await self._channel.close()
+        self._file_channel.close()
 
     async def __aenter__(self) -> AsyncAdapterClient:
         return self
@@ -149,7 +157,22 @@ async def _answer(call: Awaitable[T]) -> T:
         raise to_request_error(error) from None
 
 
-async def _without_blocking(source: AdapterFiles) -> AsyncIterator[Any]:
-    messages = source.messages()
-    while (message := await asyncio.to_thread(next, messages, None)) is not None:
-        yield message
+async def _file_answer(call: Any) -> Any:
+    """The answer to a call of the channel for files; cancels the call if nobody waits for it any more."""
+    loop = asyncio.get_running_loop()
+    ended = asyncio.Event()
+
+    def tell(_: object) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits
+            loop.call_soon_threadsafe(ended.set)
+
+    call.add_done_callback(tell)
+    try:
+        await ended.wait()
+    except asyncio.CancelledError:
+        call.cancel()
+        raise
+    try:
+        return call.result()
+    except grpc.RpcError as error:
+        raise to_request_error(error) from None
