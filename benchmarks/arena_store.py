@@ -90,7 +90,7 @@ def running_arena_store(adapters: StoredAdapters, port: int = 0) -> Iterator[Are
                 raise RuntimeError("the store did not start")
             yield ArenaStore(**json.loads(line))
         finally:
-            process.send_signal(signal.SIGINT)  # it removes its arena
+            process.terminate()  # it removes its arena
 
 
 class _ArenaServicer(adapter_store_pb2_grpc.AdapterStoreServiceServicer):
@@ -155,14 +155,14 @@ async def _serve(cache: HostCache, port: int) -> None:
     await server.start()
     store = ArenaStore(f"127.0.0.1:{port}", str(cache.arena.path), os.getpid())
     print(json.dumps(dataclasses.asdict(store)), flush=True)
-    try:
-        await server.wait_for_termination()
-    finally:
-        await server.stop(None)
+    ended = asyncio.Event()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, ended.set)
+    await ended.wait()
+    await server.stop(None)
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Serves until it is killed."""
+    """Serves until SIGTERM."""
     fields = json.loads(arguments[0])
     modules = tuple((module, inputs, outputs) for module, inputs, outputs in fields["modules"])
     adapters = StoredAdapters(**(fields | {"modules": modules, "ranks": tuple(fields["ranks"])}))

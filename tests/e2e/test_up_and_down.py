@@ -230,10 +230,13 @@ def test_adapters_in_s3_are_served_from_there(
         said = answers(up.address("gateway"), "tiny", "a0", "a1", "mine")
         assert len(set(said.values())) == 3
         assert said["mine"] == said["a1"]
-        # What is uploaded while it runs lies beside what the user has there.
-        uploaded = s3_server.keys("team/loras/slora-uploads/")
+        # What is uploaded while it runs lies beside what the user has there, and so do copies of what is catalogued.
+        managed = s3_server.keys("team/loras/slora-uploads/")
+        uploaded = [key for key in managed if "/catalogue/" not in key]
         assert [key.rpartition("/")[2] for key in uploaded] == ["adapter_config.json", "adapter_model.safetensors"]
-        assert len(s3_server.keys()) == 8
+        copied = {key.split("/")[-2] for key in managed if "/catalogue/" in key}
+        assert copied == {"a0", "a1", "mine"}
+        assert len(s3_server.keys()) - len(managed) == 6
         assert run(tmp_path / "state", "down").returncode == 0
         assert up.process.wait(timeout=10) == 0
 

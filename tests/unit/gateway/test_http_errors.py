@@ -26,7 +26,7 @@ def test_every_reason_has_its_status_and_object(reason: Reason) -> None:
 
 def test_callers_faults_are_4xx_and_ours_5xx() -> None:
     ours = {Status.UNAVAILABLE, Status.DEADLINE_EXCEEDED, Status.INTERNAL}
-    capacity = {Reason.POOL_EXHAUSTED, Reason.HOST_CACHE_FULL}
+    capacity = {Reason.POOL_EXHAUSTED, Reason.HOST_CACHE_FULL, Reason.PINS_FULL}
     for reason in Reason:
         assert (http_status(reason) >= 500) == (reason.status in ours or reason in capacity), reason
 
