@@ -59,7 +59,7 @@ class EmbeddedS3:
         }
 
     def make_bucket(self, name: str) -> None:
-        """Makes sure that the bucket `name` exists."""
+        """Makes sure that the bucket `name` exists; not while the server runs, which remembers what it has listed."""
         (self.data_dir / name).mkdir(parents=True, exist_ok=True)
 
     def is_ready(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -76,6 +77,11 @@ class S3Client:
                 if file in ADAPTER_FILES:
                     found.setdefault(name, set()).add(file)
         return {name: place.below(name) for name, files in sorted(found.items()) if len(files) == len(ADAPTER_FILES)}
+
+    def make_bucket(self, name: str) -> None:
+        """Makes sure that the bucket exists."""
+        with contextlib.suppress(self._client.exceptions.BucketAlreadyOwnedByYou):
+            self._client.create_bucket(Bucket=name)
 
     def put_adapter(self, directory: Path, place: S3Place) -> None:
         """Copies an adapter's two files to `place`."""

@@ -22,8 +22,8 @@ def deliver(stack: LocalStack, adapters: Mapping[str, Path], advance: Callable[[
     """Registers every adapter; those of LEFT_IN_S3 lie in a bucket of their own and are registered by their address."""
     if stack.s3 is None:
         raise ValueError("the demo runs on the embedded S3 server")
-    stack.s3.make_bucket(TEAM_BUCKET)
     s3 = S3Client(stack.client_s3_environment)
+    s3.make_bucket(TEAM_BUCKET)
     with AdapterClient(stack.store_address) as store, ThreadPoolExecutor(_UPLOADS_AT_ONCE) as pool:
 
         def bring(name: str, directory: Path) -> None:
