@@ -36,7 +36,9 @@ class GatewaySettings:
     tenancy_cache_seconds: float = setting(5.0, "how long an API key is believed: so late a revocation may be noticed")
     tenancy_lease_seconds: float = setting(15.0, "a killed gateway's requests count as running for this long")
     tenancy_fail_open: bool = setting(False, "whether known keys are served, without limits, while that Redis is away")
-    admin_key_file: str = setting("", "file with the key that lets AdminService be used; empty: it is not served")
+    admin_key_file: str = setting(
+        "", "file with the key of AdminService (or SLORA_GATEWAY_ADMIN_KEY has the key); without one it is not served"
+    )
     max_model_labels: int = setting(100, "most models with metrics of their own; the rest count as `other`")
     drain_seconds: float = setting(30.0, "on SIGTERM running requests have this long to end")
     log_level: LogLevel = setting("INFO", "DEBUG, INFO, WARNING or ERROR")

@@ -9,6 +9,7 @@ from prometheus_client import CollectorRegistry
 
 from services.common.grpc_server import GrpcServer
 from services.gateway.adapter_source import CatalogueFeed
+from services.gateway.admin_servicer import ADMIN_SERVICE_NAME, AdminServicer
 from services.gateway.admission import Admission
 from services.gateway.catalogue import Catalogue
 from services.gateway.config import GatewaySettings, http_policy, retry_policy, routing_policy, tenancy_policy
@@ -35,8 +36,8 @@ class Gateway:
     is SERVING while at least one engine takes requests: that one is for readiness.
     """
 
-    def __init__(self, settings: GatewaySettings, registry: CollectorRegistry, admin_key: str = "") -> None:
-        """`admin_key` lets AdminService be used; without one it is not served.
+    def __init__(self, settings: GatewaySettings, registry: CollectorRegistry, admin_secret: str = "") -> None:
+        """`admin_secret`, the admin key, lets AdminService be used; without one it is not served.
 
         Raises AddressError where an address cannot be served on, or may not without keys.
         """
@@ -51,7 +52,7 @@ class Gateway:
         self._admission = Admission(settings.max_concurrent)
         metrics = GatewayMetrics(registry, settings.max_model_labels)
         registry.register(EngineCollector(self.pool.states, lambda: len(self.catalogue)))
-        self.tenancy = Tenancy(tenancy_policy(settings), admin_key, metrics.count_refusal)
+        self.tenancy = Tenancy(tenancy_policy(settings), admin_secret, metrics.count_refusal)
         feed = self._feed
         self._uses = UseReporter(self._store)
         models = Models(
@@ -63,7 +64,11 @@ class Gateway:
             self._uses.note,
         )
         dispatcher = Dispatcher(self.pool, retry_policy(settings))
-        self.server = GrpcServer(settings.listen, [SERVICE_NAME])
+        directory, admin_key = self.tenancy.directory, self.tenancy.admin_key
+        admin = None if directory is None or admin_key is None else AdminServicer(directory, admin_key)
+        self.server = GrpcServer(settings.listen, [SERVICE_NAME, *([ADMIN_SERVICE_NAME] if admin is not None else [])])
+        if admin is not None:
+            admin.add_to(self.server)
         generations = Generations(models, dispatcher, self._admission, self.tenancy.limiter, metrics)
         InferenceServicer(models, generations, self.tenancy.authenticator).add_to(self.server)
         self.http = self._http_server(models, generations, metrics) if settings.http else None
