@@ -5,9 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import socket
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +18,11 @@ from grpc_status import rpc_status
 from openai import AsyncOpenAI
 from slora.gateway.v1 import inference_pb2, inference_pb2_grpc
 
-from services.common.errors import Reason, SloraError
+from services.common.errors import Reason
 from services.common.grpc_errors import from_rpc_error
 from services.common.settings import AddressError
 from services.gateway.tenancy.directory import TenantDirectory
 from services.gateway.tenancy.tenancy_redis import TenancyRedis
-from services.gateway.tenancy.tenants import Tenant
 from tests.fakes.fake_adapter_store import FakeAdapterStore
 from tests.fakes.fake_engine import FakeEngine, hang
 from tests.fixtures.embedded_servers import RedisServer
@@ -170,14 +168,15 @@ async def test_a_revoked_key_ends_within_the_seconds_it_is_believed(
     await ask(fleet, key)
     await desk.directory.revoke_key(key.split("-")[2])
     revoked_at = time.monotonic()
-    while True:
+    reason = None
+    while reason is None:
+        assert time.monotonic() - revoked_at < 2
+        await asyncio.sleep(0.02)
         try:
             await ask(fleet, key)
         except grpc.aio.AioRpcError as error:
-            assert from_rpc_error(error, Reason.INTERNAL).reason is Reason.API_KEY_INVALID
-            break
-        assert time.monotonic() - revoked_at < 2
-        await asyncio.sleep(0.02)
+            reason = from_rpc_error(error, Reason.INTERNAL).reason
+    assert reason is Reason.API_KEY_INVALID
 
 
 async def test_secrets_are_neither_stored_nor_logged(
