@@ -162,10 +162,10 @@ class RedisLimiter:
                 *(limits.tokens_per_minute, lease.tokens),
             )
         except SloraError as error:
+            if self._fail_open:
+                return None
             self._count_refusal(error.reason.name.lower())
-            if not self._fail_open:
-                raise
-            return None
+            raise
         exceeded, wait_us = answer[0], answer[1]
         quota = _to_quota(limits, answer[2:])
         if exceeded:
