@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from slora_client.command.adapters import app
+from slora_client.command.main import app
 from slora_client.command.tables import age_text, bytes_text
 from typer.testing import CliRunner
 

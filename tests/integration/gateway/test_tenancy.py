@@ -404,40 +404,35 @@ async def test_two_gateways_share_limits_and_a_killed_one_frees_its_places(
     channels = [grpc.aio.insecure_channel(f"127.0.0.1:{port}") for port in ports]
     stubs = [inference_pb2_grpc.InferenceServiceStub(channel) for channel in channels]
 
-    async def outcomes(key: str, count: int) -> list[Reason | None]:
-        async def one(number: int) -> Reason | None:
-            request = inference_pb2.GenerateRequest(model="base", prompt={"token_ids": {"ids": [1]}})
-            metadata = [("authorization", f"Bearer {key}")]
-            try:
-                await whole(stubs[number % 2].Generate(request, timeout=60, metadata=metadata))
-            except grpc.aio.AioRpcError as error:
-                return from_rpc_error(error, Reason.INTERNAL).reason
-            return None
+    async def outcome(key: str, gateway: int) -> Reason | None:
+        request = inference_pb2.GenerateRequest(model="base", prompt={"token_ids": {"ids": [1]}})
+        try:
+            await whole(stubs[gateway].Generate(request, timeout=60, metadata=[("authorization", f"Bearer {key}")]))
+        except grpc.aio.AioRpcError as error:
+            return from_rpc_error(error, Reason.ENGINE_UNAVAILABLE).reason
+        return None
 
-        return await asyncio.gather(*map(one, range(count)))
+    rated = await desk.key("rated", requests_per_minute=10)
+    told = await asyncio.gather(*(outcome(rated, number % 2) for number in range(30)))
+    assert told.count(None) == 10
+    assert told.count(Reason.REQUEST_RATE_EXCEEDED) == 20
 
-    rated = await outcomes(await desk.key("rated", requests_per_minute=10), 30)
-    assert rated.count(None) == 10
-    assert rated.count(Reason.REQUEST_RATE_EXCEEDED) == 20
-
-    engine.script = hang
-    key = await desk.key("crowded", max_concurrent=4)
+    answers, engine.script = engine.script, hang
+    crowded = await desk.key("crowded", max_concurrent=4)
     before = len(engine.received)
-    filling = asyncio.create_task(outcomes(key, 12))
+    running = [asyncio.create_task(outcome(crowded, gateway)) for gateway in (0, 0, 0, 1)]
     await eventually("four run", lambda: len(engine.received) == before + 4)
-    await asyncio.sleep(0.2)
-    assert len(engine.received) == before + 4
+    for gateway in (0, 1):
+        assert await outcome(crowded, gateway) is Reason.CONCURRENCY_EXCEEDED
+    engine.script = answers
     processes[0].process.kill()
-    processes[1].process.kill()
-    filled = await filling
-    assert filled.count(Reason.CONCURRENCY_EXCEEDED) == 8
-    engine.script = FakeEngine().script
-    processes.append(GatewayProcess(tmp_path / "gateway-2.log", *options))
-    channels.append(grpc.aio.insecure_channel(f"127.0.0.1:{(await processes[2].listening())['port']}"))
-    stubs[:] = [inference_pb2_grpc.InferenceServiceStub(channels[2])] * 2
-    deadline = time.monotonic() + 5
-    while (await outcomes(key, 4)).count(None) < 4:
-        assert time.monotonic() < deadline
-        await asyncio.sleep(0.1)
+    killed_at = time.monotonic()
+    assert await outcome(crowded, 1) is Reason.CONCURRENCY_EXCEEDED, "nobody has noticed yet"
+    while await outcome(crowded, 1) is not None:
+        assert time.monotonic() - killed_at < 4
+        await asyncio.sleep(0.05)
+    assert (await asyncio.gather(*running[:3])) == [Reason.ENGINE_UNAVAILABLE] * 3
+    assert not running[3].done(), "the other gateway's goes on, and holds its place"
+    running[3].cancel()
     for channel in channels:
         await channel.close()
