@@ -253,9 +253,7 @@ async def test_a_frozen_engine_process_hangs_nobody_for_ever(gateway: StartGatew
         await frozen.wait()
 
 
-@pytest.mark.parametrize(
-    ("option", "where"), [("--listen", "0.0.0.0:0"), ("--http", "0.0.0.0:0"), ("--listen", "[::]:0")]
-)
+@pytest.mark.parametrize(("option", "where"), [("--listen", "[::]:0"), ("--http", "0.0.0.0:0")])
 def test_without_keys_it_refuses_to_listen_beyond_this_host(option: str, where: str) -> None:
     command = [sys.executable, "-m", "services.gateway", "--engines", "127.0.0.1:1", "--adapter-store", "127.0.0.1:1"]
     done = subprocess.run([*command, option, where], cwd=ROOT, capture_output=True, text=True, timeout=20, check=False)

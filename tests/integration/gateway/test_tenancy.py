@@ -13,6 +13,7 @@ from typing import Any
 import grpc
 import openai
 import pytest
+import redis.asyncio
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 from openai import AsyncOpenAI
@@ -436,3 +437,31 @@ async def test_two_gateways_share_limits_and_a_killed_one_frees_its_places(
     running[3].cancel()
     for channel in channels:
         await channel.close()
+
+
+async def test_a_request_costs_two_round_trips_and_an_unlimited_one_none(
+    fleet_of: FleetFactory, desk: Desk, redis_server: RedisServer
+) -> None:
+    fleet = await fleet_of(1, tenancy_redis=redis_server.url)
+    limited, unlimited = await desk.key(requests_per_minute=100), await desk.key("unlimited")
+    for key, round_trips in ((limited, 20), (unlimited, 0)):
+        await ask(fleet, key)
+        before = await num_scripts_run(redis_server)
+        for _ in range(10):
+            await ask(fleet, key)
+        assert await num_scripts_run(redis_server) - before == round_trips
+
+
+async def num_scripts_run(server: RedisServer) -> int:
+    async with redis.asyncio.Redis.from_url(server.url) as client:
+        stats = await client.info("commandstats")
+    return int(stats.get("cmdstat_evalsha", {"calls": 0})["calls"])
+
+
+async def test_each_choice_is_a_request(fleet_of: FleetFactory, desk: Desk, redis_url: str) -> None:
+    fleet = await fleet_of(1, tenancy_redis=redis_url)
+    async with http(fleet, await desk.key(requests_per_minute=4)) as client:
+        assert len((await client.completions.create(model="base", prompt="x", n=3)).choices) == 3
+        with pytest.raises(openai.RateLimitError):
+            await client.completions.create(model="base", prompt="x", n=2)
+    await eventually("nothing runs on", lambda: fleet.value("in_flight_requests") == 0)
