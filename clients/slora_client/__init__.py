@@ -7,6 +7,7 @@ It needs grpcio and protobuf (with googleapis-common-protos), nothing else.
 """
 
 from slora_client.adapter_client import AdapterClient
+from slora_client.admin_client import AdminClient
 from slora_client.async_adapter_client import AsyncAdapterClient
 from slora_client.async_client import AsyncSloraClient
 from slora_client.errors import SloraRequestError
@@ -19,12 +20,14 @@ from slora_client.values import (
     Chunk,
     FinishReason,
     Generation,
+    Key,
     Model,
     ModuleWidths,
     Problem,
     Prompt,
     SyncRefusal,
     SyncReport,
+    Tenant,
     TokenLogprob,
     TopLogprob,
     Usage,
@@ -35,6 +38,7 @@ __all__ = [
     "Adapter",
     "AdapterClient",
     "AdapterFit",
+    "AdminClient",
     "AsyncAdapterClient",
     "AsyncSloraClient",
     "ChatMessage",
@@ -42,6 +46,7 @@ __all__ = [
     "FinishReason",
     "Generation",
     "GenerationOptions",
+    "Key",
     "Model",
     "ModuleWidths",
     "Problem",
@@ -50,6 +55,7 @@ __all__ = [
     "SloraRequestError",
     "SyncRefusal",
     "SyncReport",
+    "Tenant",
     "TokenLogprob",
     "TopLogprob",
     "Usage",

@@ -9,7 +9,7 @@ import grpc
 from slora.gateway.v1 import inference_pb2, inference_pb2_grpc
 
 from slora_client.codec import PAGE_SIZE, ChunkReader, join_chunks, to_generate_request, to_model
-from slora_client.grpc_errors import CHANNEL_OPTIONS, to_request_error
+from slora_client.grpc_errors import CHANNEL_OPTIONS, authorization, to_request_error
 from slora_client.options import GenerationOptions
 from slora_client.values import Chunk, Generation, Model, Prompt
 
@@ -18,10 +18,12 @@ class AsyncSloraClient:
     """Speaks to a gateway at `host:port`, any number of requests at a time; close it, or use it in an `async with`.
 
     Failed calls raise `SloraRequestError`. `timeout` is in seconds, for the whole call; None waits for ever.
+    `api_key` is for gateways that ask for one.
     Cancelling a task that awaits a call stops the generation.
     """
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, api_key: str = "") -> None:
+        self._metadata = authorization(api_key)
         self._channel = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
         self._stub = inference_pb2_grpc.InferenceServiceStub(self._channel)
 
@@ -57,7 +59,7 @@ class AsyncSloraClient:
         while True:
             request = inference_pb2.ListModelsRequest(page_size=PAGE_SIZE, page_token=page_token)
             try:
-                response = await self._stub.ListModels(request, timeout=timeout)
+                response = await self._stub.ListModels(request, timeout=timeout, metadata=self._metadata)
             except grpc.aio.AioRpcError as error:
                 raise to_request_error(error) from None
             models += map(to_model, response.models)
@@ -78,7 +80,7 @@ class AsyncSloraClient:
     async def _chunks(
         self, request: inference_pb2.GenerateRequest, timeout: float | None
     ) -> AsyncGenerator[Chunk, None]:
-        call = self._stub.Generate(request, timeout=timeout)
+        call = self._stub.Generate(request, timeout=timeout, metadata=self._metadata)
         reader = ChunkReader()
         try:
             async for response in call:

@@ -9,7 +9,7 @@ import grpc
 from slora.gateway.v1 import inference_pb2, inference_pb2_grpc
 
 from slora_client.codec import PAGE_SIZE, ChunkReader, join_chunks, to_generate_request, to_model
-from slora_client.grpc_errors import CHANNEL_OPTIONS, to_request_error
+from slora_client.grpc_errors import CHANNEL_OPTIONS, authorization, to_request_error
 from slora_client.options import GenerationOptions
 from slora_client.values import Chunk, Generation, Model, Prompt
 
@@ -18,9 +18,11 @@ class SloraClient:
     """Speaks to a gateway at `host:port`. Safe to share between threads; close it, or use it in a `with`.
 
     Failed calls raise `SloraRequestError`. `timeout` is in seconds, for the whole call; None waits for ever.
+    `api_key` is for gateways that ask for one.
     """
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, api_key: str = "") -> None:
+        self._metadata = authorization(api_key)
         self._channel = grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
         self._stub = inference_pb2_grpc.InferenceServiceStub(self._channel)
 
@@ -56,7 +58,7 @@ class SloraClient:
         while True:
             request = inference_pb2.ListModelsRequest(page_size=PAGE_SIZE, page_token=page_token)
             try:
-                response = self._stub.ListModels(request, timeout=timeout)
+                response = self._stub.ListModels(request, timeout=timeout, metadata=self._metadata)
             except grpc.RpcError as error:
                 raise to_request_error(error) from None
             models += map(to_model, response.models)
@@ -75,7 +77,7 @@ class SloraClient:
         self.close()
 
     def _chunks(self, request: inference_pb2.GenerateRequest, timeout: float | None) -> Iterator[Chunk]:
-        call = self._stub.Generate(request, timeout=timeout)
+        call = self._stub.Generate(request, timeout=timeout, metadata=self._metadata)
         reader = ChunkReader()
         try:
             for response in call:

@@ -211,3 +211,25 @@ class Validation:
     def is_valid(self) -> bool:
         """Whether it can be served."""
         return not self.problems
+
+
+@dataclass(frozen=True)
+class Tenant:
+    """A tenant of a gateway; a limit of 0 is none."""
+
+    name: str
+    requests_per_minute: int
+    tokens_per_minute: int
+    max_concurrent: int
+    adapter_patterns: tuple[str, ...]
+    """Names of adapters that it may use, `*` for any characters; the base model is everyone's."""
+
+
+@dataclass(frozen=True)
+class Key:
+    """An API key, without its secret."""
+
+    key_id: str
+    tenant: str
+    label: str
+    create_time: datetime

@@ -13,6 +13,7 @@ class Status(enum.Enum):
     """The gRPC status codes that errors map to, by their canonical names."""
 
     INVALID_ARGUMENT = "INVALID_ARGUMENT"
+    UNAUTHENTICATED = "UNAUTHENTICATED"
     NOT_FOUND = "NOT_FOUND"
     FAILED_PRECONDITION = "FAILED_PRECONDITION"
     RESOURCE_EXHAUSTED = "RESOURCE_EXHAUSTED"
@@ -38,6 +39,16 @@ class Reason(enum.Enum):
     LOGPROBS_INVALID = ("LOGPROBS_INVALID", Status.INVALID_ARGUMENT)
     PAGE_INVALID = ("PAGE_INVALID", Status.INVALID_ARGUMENT)
     MODEL_NOT_FOUND = ("MODEL_NOT_FOUND", Status.NOT_FOUND)
+
+    # The caller.
+    API_KEY_MISSING = ("API_KEY_MISSING", Status.UNAUTHENTICATED)
+    API_KEY_INVALID = ("API_KEY_INVALID", Status.UNAUTHENTICATED)
+    REQUEST_RATE_EXCEEDED = ("REQUEST_RATE_EXCEEDED", Status.RESOURCE_EXHAUSTED)
+    TOKEN_RATE_EXCEEDED = ("TOKEN_RATE_EXCEEDED", Status.RESOURCE_EXHAUSTED)
+    CONCURRENCY_EXCEEDED = ("CONCURRENCY_EXCEEDED", Status.RESOURCE_EXHAUSTED)
+    TENANT_INVALID = ("TENANT_INVALID", Status.INVALID_ARGUMENT)
+    TENANT_NOT_FOUND = ("TENANT_NOT_FOUND", Status.NOT_FOUND)
+    API_KEY_NOT_FOUND = ("API_KEY_NOT_FOUND", Status.NOT_FOUND)
 
     # The adapter.
     ADAPTER_NAME_INVALID = ("ADAPTER_NAME_INVALID", Status.INVALID_ARGUMENT)
@@ -72,6 +83,7 @@ class Reason(enum.Enum):
     UPLOADS_FULL = ("UPLOADS_FULL", Status.RESOURCE_EXHAUSTED)
 
     # Faults around us.
+    TENANCY_UNAVAILABLE = ("TENANCY_UNAVAILABLE", Status.UNAVAILABLE)
     CATALOGUE_UNAVAILABLE = ("CATALOGUE_UNAVAILABLE", Status.UNAVAILABLE)
     BLOB_STORE_UNAVAILABLE = ("BLOB_STORE_UNAVAILABLE", Status.UNAVAILABLE)
     ADAPTER_STORE_UNAVAILABLE = ("ADAPTER_STORE_UNAVAILABLE", Status.UNAVAILABLE)
@@ -88,15 +100,21 @@ class Reason(enum.Enum):
         return status
 
 
+# Something that runs will have ended by then.
+_RETRY_SECONDS = {Reason.QUEUE_FULL: 1.0, Reason.UPLOADS_FULL: 1.0}
+
+
 class SloraError(Exception):
     """An error meant for the caller.
 
     `metadata` names what is wrong (a field, a tensor, a limit and the value) in strings a program can read; it
-    travels as `ErrorInfo.metadata`.
+    travels as `ErrorInfo.metadata`. `retry_after_seconds` says when to come back, where that is known; it travels as
+    `google.rpc.RetryInfo`.
     """
 
     def __init__(self, reason: Reason, message: str, **metadata: object) -> None:
         super().__init__(message)
         self.reason = reason
         self.message = message
+        self.retry_after_seconds = _RETRY_SECONDS.get(reason)
         self.metadata = {key: str(value) for key, value in metadata.items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import sys
 
 from prometheus_client import REGISTRY
@@ -12,13 +13,14 @@ from services.common.settings import AddressError, parse_settings
 from services.common.telemetry import configure_logging, serve_metrics
 from services.gateway.config import GatewaySettings
 from services.gateway.gateway import Gateway
+from services.gateway.tenancy.admin_key_source import read_admin_key
 
 logger = logging.getLogger("services.gateway")
 
 
-async def run(settings: GatewaySettings) -> None:
+async def run(settings: GatewaySettings, admin_secret: str) -> None:
     """Serves until SIGTERM or SIGINT."""
-    gateway = Gateway(settings, REGISTRY)
+    gateway = Gateway(settings, REGISTRY, admin_secret)
     await gateway.start()
     scraped = serve_metrics(settings.metrics)
     metrics_port = scraped[0].server_port if scraped else None
@@ -35,9 +37,13 @@ def main() -> None:
     settings = parse_settings(GatewaySettings, "gateway")
     if not settings.engines:
         raise SystemExit("gateway: --engines names no engine; give host:port, several separated by commas")
+    try:
+        admin_secret = read_admin_key(settings, os.environ)
+    except ValueError as error:
+        raise SystemExit(f"gateway: {error}") from None
     configure_logging("gateway", settings.log_level)
     try:
-        asyncio.run(run(settings))
+        asyncio.run(run(settings, admin_secret))
     except AddressError as error:
         sys.stderr.write(f"gateway: {error}\n")
         raise SystemExit(2) from None

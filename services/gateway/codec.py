@@ -9,9 +9,12 @@ from slora.engine.v1 import engine_pb2
 from slora.gateway.v1 import inference_pb2
 
 from services.common.errors import Reason, SloraError
+from services.gateway.generations import Size
 from services.gateway.models import ListedModel, ListPosition, ResolvedModel
 
 DEFAULT_PAGE_SIZE, MAX_PAGE_SIZE = 100, 1000
+
+_BYTES_A_TOKEN, _NEW_TOKENS_WITHOUT_LIMIT = 4, 256
 
 _POSITION_KINDS = {b"b:": False, b"a:": True}
 
@@ -34,6 +37,17 @@ def to_engine_request(
     if request.HasField("num_logprobs"):
         result.num_logprobs = request.num_logprobs
     return result
+
+
+def to_size(request: inference_pb2.GenerateRequest) -> Size:
+    """How many tokens `request` may use. Token ids are counted, texts are guessed at, four bytes a token; without
+    `max_tokens` a generation is taken to be short. What it really used is charged at its end."""
+    prompt = request.prompt
+    is_counted = prompt.HasField("token_ids")
+    # The encoded size is that of a text, or of a whole chat: no copy is made.
+    num_prompt_tokens = len(prompt.token_ids.ids) if is_counted else prompt.ByteSize() // _BYTES_A_TOKEN + 1
+    has_limit = request.stopping.HasField("max_tokens")
+    return Size(num_prompt_tokens, request.stopping.max_tokens if has_limit else _NEW_TOKENS_WITHOUT_LIMIT)
 
 
 def to_gateway_response(message: engine_pb2.GenerateResponse) -> inference_pb2.GenerateResponse:

@@ -27,6 +27,18 @@ class GatewaySettings:
     spill_requests: int = setting(4, "... or by this many requests, whichever is more")
     loading_seconds: float = setting(10.0, "an adapter sent to an engine this recently is thought to be loading there")
     store_timeout_seconds: float = setting(5.0, "how long a look-up in the adapter store may take")
+    allow_anonymous: bool = setting(False, "whether a gateway without keys may listen beyond the loopback interface")
+    tenancy_redis: str = setting(
+        "", "redis:// URL where API keys, tenants and limits are kept; empty: no keys asked for"
+    )
+    tenancy_prefix: str = setting("slora:tenancy", "what the keys of tenancy in Redis begin with")
+    tenancy_timeout_seconds: float = setting(1.0, "how long a call to that Redis may take")
+    tenancy_cache_seconds: float = setting(5.0, "how long an API key is believed: so late a revocation may be noticed")
+    tenancy_lease_seconds: float = setting(15.0, "a killed gateway's requests count as running for this long")
+    tenancy_fail_open: bool = setting(False, "whether known keys are served, without limits, while that Redis is away")
+    admin_key_file: str = setting(
+        "", "file with the key of AdminService (or SLORA_GATEWAY_ADMIN_KEY has the key); without one it is not served"
+    )
     max_model_labels: int = setting(100, "most models with metrics of their own; the rest count as `other`")
     drain_seconds: float = setting(30.0, "on SIGTERM running requests have this long to end")
     log_level: LogLevel = setting("INFO", "DEBUG, INFO, WARNING or ERROR")
@@ -59,6 +71,19 @@ class HttpPolicy:
     allow_adapter_updates: bool = False
 
 
+@dataclass(frozen=True)
+class TenancyPolicy:
+    """Where tenants and keys are kept, and how much is risked on what is known of them."""
+
+    redis_url: str = ""
+    """Empty: everyone may use everything."""
+    prefix: str = "slora:tenancy"
+    timeout_seconds: float = 1.0
+    cache_seconds: float = 5.0
+    lease_seconds: float = 15.0
+    fail_open: bool = False
+
+
 def routing_policy(settings: GatewaySettings) -> RoutingPolicy:
     """The part of `settings` that routing needs."""
     return RoutingPolicy(settings.spill_share, settings.spill_requests, settings.loading_seconds)
@@ -72,3 +97,15 @@ def retry_policy(settings: GatewaySettings) -> RetryPolicy:
 def http_policy(settings: GatewaySettings) -> HttpPolicy:
     """The part of `settings` that the HTTP API needs."""
     return HttpPolicy(settings.http_max_body_bytes, settings.http_allow_adapter_updates)
+
+
+def tenancy_policy(settings: GatewaySettings) -> TenancyPolicy:
+    """The part of `settings` that tenancy needs."""
+    return TenancyPolicy(
+        settings.tenancy_redis,
+        settings.tenancy_prefix,
+        settings.tenancy_timeout_seconds,
+        settings.tenancy_cache_seconds,
+        settings.tenancy_lease_seconds,
+        settings.tenancy_fail_open,
+    )

@@ -9,19 +9,23 @@ from prometheus_client import CollectorRegistry
 
 from services.common.grpc_server import GrpcServer
 from services.gateway.adapter_source import CatalogueFeed
+from services.gateway.admin_servicer import ADMIN_SERVICE_NAME, AdminServicer
 from services.gateway.admission import Admission
 from services.gateway.catalogue import Catalogue
-from services.gateway.config import GatewaySettings, http_policy, retry_policy, routing_policy
+from services.gateway.config import GatewaySettings, http_policy, retry_policy, routing_policy, tenancy_policy
 from services.gateway.dispatcher import Dispatcher
 from services.gateway.engine_client import EngineClient
 from services.gateway.engine_pool import EnginePool
 from services.gateway.generations import Generations
 from services.gateway.http.app import build_app
+from services.gateway.http.gate import Gate
 from services.gateway.http.server import HttpServer
 from services.gateway.metrics import EngineCollector, GatewayMetrics
 from services.gateway.models import Models
 from services.gateway.servicer import SERVICE_NAME, InferenceServicer
 from services.gateway.store_client import StoreClient
+from services.gateway.tenancy.exposure import check_exposure
+from services.gateway.tenancy.tenancy import Tenancy
 from services.gateway.use_reporter import UseReporter
 
 
@@ -32,7 +36,12 @@ class Gateway:
     is SERVING while at least one engine takes requests: that one is for readiness.
     """
 
-    def __init__(self, settings: GatewaySettings, registry: CollectorRegistry) -> None:
+    def __init__(self, settings: GatewaySettings, registry: CollectorRegistry, admin_secret: str = "") -> None:
+        """`admin_secret`, the admin key, lets AdminService be used; without one it is not served.
+
+        Raises AddressError where an address cannot be served on, or may not without keys.
+        """
+        check_exposure(settings)
         self._settings = settings
         self.pool = EnginePool(
             settings.engines, EngineClient, routing_policy(settings), settings.engine_silence_seconds
@@ -43,6 +52,7 @@ class Gateway:
         self._admission = Admission(settings.max_concurrent)
         metrics = GatewayMetrics(registry, settings.max_model_labels)
         registry.register(EngineCollector(self.pool.states, lambda: len(self.catalogue)))
+        self.tenancy = Tenancy(tenancy_policy(settings), admin_secret, metrics.count_refusal)
         feed = self._feed
         self._uses = UseReporter(self._store)
         models = Models(
@@ -54,9 +64,13 @@ class Gateway:
             self._uses.note,
         )
         dispatcher = Dispatcher(self.pool, retry_policy(settings))
-        self.server = GrpcServer(settings.listen, [SERVICE_NAME])
-        generations = Generations(models, dispatcher, self._admission, metrics)
-        InferenceServicer(models, generations).add_to(self.server)
+        directory, admin_key = self.tenancy.directory, self.tenancy.admin_key
+        admin = None if directory is None or admin_key is None else AdminServicer(directory, admin_key)
+        self.server = GrpcServer(settings.listen, [SERVICE_NAME, *([ADMIN_SERVICE_NAME] if admin is not None else [])])
+        if admin is not None:
+            admin.add_to(self.server)
+        generations = Generations(models, dispatcher, self._admission, self.tenancy.limiter, metrics)
+        InferenceServicer(models, generations, self.tenancy.authenticator).add_to(self.server)
         self.http = self._http_server(models, generations, metrics) if settings.http else None
         self._tasks: list[asyncio.Task[None]] = []
         self._readiness: asyncio.Task[None] | None = None
@@ -68,6 +82,7 @@ class Gateway:
         after a start would find none.
         """
         self.pool.start()
+        self.tenancy.start()
         self._tasks += [asyncio.create_task(self._feed.run()), asyncio.create_task(self._uses.run())]
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self.pool.wait_until_heard(), self._settings.engine_wait_seconds)
@@ -94,10 +109,12 @@ class Gateway:
         await self.pool.close()
         await self._uses.report()
         await self._store.close()
+        await self.tenancy.close()
 
     def _http_server(self, models: Models, generations: Generations, metrics: GatewayMetrics) -> HttpServer:
         policy = http_policy(self._settings)
-        app = build_app(models, generations, self._store, self._is_ready, metrics.count_http_response, policy)
+        gate = Gate(self.tenancy.authenticator, self.tenancy.admin_key, asks_for_keys=self.tenancy.is_on)
+        app = build_app(models, generations, self._store, gate, self._is_ready, metrics.count_http_response, policy)
         return HttpServer(self._settings.http, app)
 
     def _is_ready(self) -> bool:

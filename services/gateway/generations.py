@@ -20,12 +20,27 @@ from services.gateway.metrics import GatewayMetrics
 from services.gateway.models import Models, ResolvedModel
 from services.gateway.request_record import CANCELLED, OK, RequestRecord
 from services.gateway.router import Wish
+from services.gateway.tenancy.limiter import Limiter, Quota
+from services.gateway.tenancy.tenants import ANONYMOUS, Tenant
 
 MAX_REQUEST_ID_CHARS = 128
 
 
 def no_deadline() -> None:
     """For callers that wait as long as it takes: HTTP has no deadlines."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """How many tokens a generation may use, as far as that can be told without a tokenizer."""
+
+    num_prompt_tokens: int = 0
+    max_new_tokens: int = 0
+
+    @property
+    def num_tokens(self) -> int:
+        """All of them."""
+        return self.num_prompt_tokens + self.max_new_tokens
 
 
 @dataclass(frozen=True)
@@ -41,6 +56,9 @@ class Ask:
     """Seconds until the caller's deadline; None without one."""
     is_gone: Callable[[], bool] = lambda: False
     """Whether the caller is known to have left."""
+    tenant: Tenant = ANONYMOUS
+    """Who asks: whose adapters, whose limits."""
+    size: Size = Size()
 
 
 @dataclass(frozen=True)
@@ -49,6 +67,8 @@ class Answer:
 
     request_id: str
     model: ResolvedModel
+    quota: Quota | None
+    """What the tenant may still use; None without limits."""
     messages: AsyncGenerator[Any, None]
     """The engine's messages, to be iterated over once; the last one has the completion. Raises `SloraError`."""
 
@@ -56,8 +76,16 @@ class Answer:
 class Generations:
     """Starts generations; each is a request of its own in metrics, log and admission."""
 
-    def __init__(self, models: Models, dispatcher: Dispatcher, admission: Admission, metrics: GatewayMetrics) -> None:
+    def __init__(
+        self,
+        models: Models,
+        dispatcher: Dispatcher,
+        admission: Admission,
+        limiter: Limiter,
+        metrics: GatewayMetrics,
+    ) -> None:
         self._models = models
+        self._limiter = limiter
         self._dispatcher = dispatcher
         self._admission = admission
         self._metrics = metrics
@@ -66,15 +94,19 @@ class Generations:
     async def open(self, ask: Ask) -> AsyncIterator[Answer]:
         """A generation whose first message is here. Leaving the context ends it: the engine frees what it holds.
 
-        Raises `SloraError`: what the model, the engines, or the bound on requests in flight have against it.
+        Raises `SloraError`: what the model, the engines, the tenant's limits, or the bound on requests in flight have
+        against it.
         """
         record = RequestRecord(self._metrics)
+        record.tenant = ask.tenant.name
         outcome = Reason.INTERNAL.name.lower()
         try:
-            with self._admission.enter(), contextlib.ExitStack() as held:
-                answer = await self._begin(ask, record, held)
-                async with contextlib.aclosing(answer.messages):
-                    yield answer
+            with self._admission.enter():
+                async with self._admitted(ask, record) as quota:
+                    with contextlib.ExitStack() as held:
+                        answer = await self._begin(ask, record, quota, held)
+                        async with contextlib.aclosing(answer.messages):
+                            yield answer
             outcome = OK
         except asyncio.CancelledError:
             outcome = _outcome_of_cancellation(ask)
@@ -89,9 +121,18 @@ class Generations:
         finally:
             record.finish(outcome)
 
-    async def _begin(self, ask: Ask, record: RequestRecord, held: contextlib.ExitStack) -> Answer:
+    @contextlib.asynccontextmanager
+    async def _admitted(self, ask: Ask, record: RequestRecord) -> AsyncIterator[Quota | None]:
+        """Within the tenant's limits; charged in the end for what it used."""
+        async with self._limiter.admit(ask.tenant, ask.size.num_tokens) as admitted:
+            try:
+                yield admitted.quota
+            finally:
+                admitted.used_tokens = record.num_tokens_used(ask.size.num_prompt_tokens)
+
+    async def _begin(self, ask: Ask, record: RequestRecord, quota: Quota | None, held: contextlib.ExitStack) -> Answer:
         record.request_id = request_id = _checked_request_id(ask.request_id)
-        model = await self._models.resolve(ask.model, ask.time_remaining)
+        model = await self._models.resolve(ask.model, ask.time_remaining, ask.tenant)
         record.on_resolved(model.name, model.public_id)
         digest = None if model.adapter is None else model.adapter.digest
         work = Work(
@@ -103,7 +144,7 @@ class Generations:
             stream = await self._dispatcher.open(work, record, held)
         except SloraError as error:
             raise _as_callers_error(error, model) from None
-        return Answer(request_id, model, _messages(stream, model, record))
+        return Answer(request_id, model, quota, _messages(stream, model, record))
 
 
 async def _messages(stream: OpenStream, model: ResolvedModel, record: RequestRecord) -> AsyncGenerator[Any, None]:

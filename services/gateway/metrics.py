@@ -72,11 +72,22 @@ class GatewayMetrics:
             ["route", "status"],
             registry=registry,
         )
+        self._refusals = Counter(
+            f"{prefix}_refusals",
+            "Callers refused for their key or their tenant's limits, by why.",
+            ["reason"],
+            registry=registry,
+        )
         self.in_flight = Gauge(f"{prefix}_in_flight_requests", "Requests being served.", registry=registry)
 
     def count_http_response(self, route: str, status: int) -> None:
         """An HTTP request ended; `route` is one of the API's, or `other`."""
         self._http_responses.labels(route, str(status)).inc()
+
+    def count_refusal(self, reason: str) -> None:
+        """A caller was refused; `reason` is one of the error reasons, in lower case. Tenants are no labels: they are
+        as many as an operator likes."""
+        self._refusals.labels(reason).inc()
 
     def of_model(self, name: str) -> ModelMetrics:
         """The metrics of the model of this name (an adapter's without its version); of `other` past the limit."""

@@ -11,6 +11,7 @@ from services.common.errors import Reason, SloraError
 from services.gateway.adapter_source import AdapterSource
 from services.gateway.catalogue import AdapterEntry, Catalogue
 from services.gateway.engine_pool import EnginePool
+from services.gateway.tenancy.tenants import ANONYMOUS, Tenant
 
 _NAME_SHOWN = 128
 _MOST_VERSIONS_NAMED = 10
@@ -76,13 +77,17 @@ class Models:
         self._note_use = note_use
         self._confirm_from = 0.0
 
-    async def resolve(self, model: str, time_remaining: Callable[[], float | None]) -> ResolvedModel:
-        """What `model` means: a base model's name, an adapter's (its newest version), `name@version` or `name@alias`.
+    async def resolve(
+        self, model: str, time_remaining: Callable[[], float | None], tenant: Tenant = ANONYMOUS
+    ) -> ResolvedModel:
+        """What `model` means to `tenant`: a base model's name, an adapter's (its newest version), `name@version` or
+        `name@alias`.
 
         A base model's name wins over an adapter of the same name. An adapter that the catalogue does not know is
         asked of the store, so that one registered a moment ago is found. While the store's watch is not open, one that
         is known is asked of it too, so that a store that just came back is believed at once; if it cannot tell soon,
-        what is known goes on.
+        what is known goes on. An adapter that the tenant may not use is one that does not exist, whatever it is called
+        and whether or not the store can be asked.
 
         Raises MODEL_NOT_FOUND, ADAPTER_BASE_MISMATCH (no engine has its base model), ADAPTER_STORE_UNAVAILABLE or
         another UNAVAILABLE reason (the store cannot tell), ENGINE_UNAVAILABLE (no engine was heard of yet).
@@ -93,6 +98,8 @@ class Models:
         base_models = self._pool.base_models()
         if model in base_models:
             return ResolvedModel(model, None)
+        if not tenant.may_use(model.partition("@")[0]):
+            raise _not_offered(model)
         adapter = self._catalogue.find(model)
         if adapter is None or not self._is_current():
             adapter = await self._ask(model, adapter, time_remaining())
@@ -100,7 +107,7 @@ class Models:
         if not base_models:
             raise SloraError(Reason.ENGINE_UNAVAILABLE, "no engine has been reached yet; retry later")
         if adapter is None:
-            raise self._not_found(model, base_models)
+            raise self._not_found(model, base_models) if tenant.may_use_all else _not_offered(model)
         if adapter.base_model not in base_models and self._is_every_engine_known():
             raise SloraError(
                 Reason.ADAPTER_BASE_MISMATCH,
@@ -129,35 +136,38 @@ class Models:
                 self._confirm_from = now + _CONFIRM_AGAIN_SECONDS
             return known
 
-    def page(self, after: ListPosition | None, page_size: int) -> tuple[list[ListedModel], ListPosition | None]:
-        """At most `page_size` models after `after`, base models first, then adapters, by name; and where the next
-        page begins, None if there is none.
+    def page(
+        self, after: ListPosition | None, page_size: int, tenant: Tenant = ANONYMOUS
+    ) -> tuple[list[ListedModel], ListPosition | None]:
+        """At most `page_size` models that `tenant` may use after `after`, base models first, then adapters, by name;
+        and where the next page begins, None if there is none.
 
         Raises ADAPTER_STORE_UNAVAILABLE until the catalogue was seen whole: half a list would look like all of it.
         """
         if not self._catalogue.is_complete:
             message = "the adapter store has not told all adapters yet; retry later"
             raise SloraError(Reason.ADAPTER_STORE_UNAVAILABLE, message)
-        found = list(itertools.islice(self._after(after), page_size + 1))
+        found = list(itertools.islice(self._after(after, tenant), page_size + 1))
         page = found[:page_size]
         if len(found) == len(page):
             return page, None
         last = page[-1].model
         return page, ListPosition(last.adapter is not None, last.name)
 
-    def _after(self, after: ListPosition | None) -> Iterator[ListedModel]:
+    def _after(self, after: ListPosition | None, tenant: Tenant) -> Iterator[ListedModel]:
         if after is None or not after.is_adapter:
             for name in sorted(self._pool.base_models()):
                 if after is None or name > after.name:
                     yield ListedModel(ResolvedModel(name, None), self._pool.num_serving(name))
         for adapter in self._catalogue.newest_after(after.name if after is not None and after.is_adapter else ""):
-            yield ListedModel(ResolvedModel(adapter.base_model, adapter), self._pool.num_resident(adapter.digest))
+            if tenant.may_use(adapter.name):
+                yield ListedModel(ResolvedModel(adapter.base_model, adapter), self._pool.num_resident(adapter.digest))
 
     def _is_every_engine_known(self) -> bool:
         return all(state.profile is not None for state in self._pool.states)
 
     def _not_found(self, model: str, base_models: set[str]) -> SloraError:
-        shown = model if len(model) <= _NAME_SHOWN else model[:_NAME_SHOWN] + "…"
+        shown = _shown(model)
         name = model.rpartition("@")[0]
         versions, aliases = self._catalogue.versions_of(name)
         if versions:
@@ -175,6 +185,17 @@ class Models:
             f"(by name, name@version or name@alias); ListModels lists them"
         )
         return SloraError(Reason.MODEL_NOT_FOUND, message, model=shown)
+
+
+def _not_offered(model: str) -> SloraError:
+    """The same whether there is no such adapter or it is another tenant's: names are not told."""
+    shown = _shown(model)
+    message = f"no model {shown!r} that you may use; ListModels lists those that you may"
+    return SloraError(Reason.MODEL_NOT_FOUND, message, model=shown)
+
+
+def _shown(model: str) -> str:
+    return model if len(model) <= _NAME_SHOWN else model[:_NAME_SHOWN] + "…"
 
 
 def _quoted(names: set[str]) -> str:

@@ -31,6 +31,7 @@ class RequestRecord:
         self._engine = ""
         self._decision = ""
         self.request_id = ""
+        self.tenant = ""
         self.resolved_model = ""
         metrics.in_flight.inc()
 
@@ -66,6 +67,11 @@ class RequestRecord:
         """The stream's last message came."""
         self._num_prompt_tokens = num_prompt_tokens
 
+    def num_tokens_used(self, prompt_estimate: int) -> int:
+        """Tokens of prompt and completion so far; none before the first message. The engine tells the prompt's number
+        at the end only: of a stream that ended before, it is `prompt_estimate`."""
+        return (self._num_prompt_tokens or prompt_estimate) + self._num_tokens if self._first_at else 0
+
     def finish(self, outcome: str) -> None:
         """The request is over: `ok`, `cancelled` or an error's reason in lower case."""
         self._metrics.in_flight.dec()
@@ -80,6 +86,7 @@ class RequestRecord:
     def _fields(self, outcome: str) -> dict[str, object]:
         return {
             "request_id": self.request_id,
+            "tenant": self.tenant,
             "model": self.resolved_model,
             "outcome": outcome,
             "engine": self._engine,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import grpc
 from slora.gateway.v1 import inference_pb2, inference_pb2_grpc
 
@@ -14,9 +16,12 @@ from services.gateway.codec import (
     to_model,
     to_page_size,
     to_page_token,
+    to_size,
 )
 from services.gateway.generations import Ask, Generations
 from services.gateway.models import Models
+from services.gateway.tenancy.authentication import Authenticator
+from services.gateway.tenancy.tenants import Tenant
 
 SERVICE_NAME: str = inference_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name
 
@@ -26,7 +31,8 @@ GenerateContext = grpc.aio.ServicerContext[inference_pb2.GenerateRequest, infere
 class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     """Generations and models, over gRPC."""
 
-    def __init__(self, models: Models, generations: Generations) -> None:
+    def __init__(self, models: Models, generations: Generations, authenticator: Authenticator) -> None:
+        self._authenticator = authenticator
         self._models = models
         self._generations = generations
 
@@ -37,7 +43,8 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     async def Generate(self, request: inference_pb2.GenerateRequest, context: GenerateContext) -> None:  # noqa: N802
         """See protos/slora/gateway/v1/inference.proto."""
         try:
-            async with self._generations.open(_to_ask(request, context)) as answer:
+            tenant = await self._authenticator.authenticate(authorization_of(context))
+            async with self._generations.open(_to_ask(request, context, tenant)) as answer:
                 is_first = True
                 async for message in answer.messages:
                     response = to_gateway_response(message)
@@ -57,8 +64,9 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     ) -> inference_pb2.ListModelsResponse:
         """See protos/slora/gateway/v1/inference.proto."""
         try:
+            tenant = await self._authenticator.authenticate(authorization_of(context))
             after = from_page_token(request.page_token)
-            listed, next_position = self._models.page(after, to_page_size(request.page_size))
+            listed, next_position = self._models.page(after, to_page_size(request.page_size), tenant)
         except Exception as error:
             await abort(context, error)
             raise
@@ -67,11 +75,18 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         )
 
 
-def _to_ask(request: inference_pb2.GenerateRequest, context: GenerateContext) -> Ask:
+def authorization_of(context: grpc.aio.ServicerContext[Any, Any]) -> list[str]:
+    """The values of a call's `authorization` metadata."""
+    return [str(value) for key, value in context.invocation_metadata() or () if key == "authorization"]
+
+
+def _to_ask(request: inference_pb2.GenerateRequest, context: GenerateContext, tenant: Tenant) -> Ask:
     return Ask(
         model=request.model,
         request_id=request.request_id,
         to_engine_request=lambda request_id, model: to_engine_request(request, request_id, model),
         time_remaining=context.time_remaining,
         is_gone=context.done,
+        tenant=tenant,
+        size=to_size(request),
     )

@@ -40,14 +40,14 @@ class Outcome:
     """The reason of a request that failed."""
 
 
-async def run_load(gateway: str, load: Load) -> tuple[list[Outcome], float]:
+async def run_load(gateway: str, api_key: str, load: Load) -> tuple[list[Outcome], float]:
     """Every request's outcome, and how long all of them took together, in seconds."""
     draw = random.Random(load.seed)
     models = itertools.islice(itertools.cycle(load.models), load.num_requests)
     asks = [(model, draw.choices(_IDS, k=load.prompt_tokens)) for model in models]
     waiting, outcomes = iter(asks), list[Outcome]()
     started_at = time.perf_counter()
-    async with AsyncSloraClient(gateway) as client, asyncio.TaskGroup() as group:
+    async with AsyncSloraClient(gateway, api_key) as client, asyncio.TaskGroup() as group:
         for _ in range(min(load.concurrency, load.num_requests)):
             group.create_task(_ask_in_turn(client, waiting, load.output_tokens, outcomes))
     return outcomes, time.perf_counter() - started_at

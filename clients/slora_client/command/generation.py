@@ -25,6 +25,7 @@ from slora_client.command.options import (
     TemperatureOption,
     TopKOption,
     TopPOption,
+    api_key,
     generation_options,
 )
 from slora_client.command.terminal import write_stream
@@ -40,7 +41,7 @@ SystemOption = Annotated[str | None, typer.Option(help="a system message that co
 @app.command()
 def models(gateway: GatewayOption = DEFAULT_GATEWAY, as_json: JsonOption = False) -> None:
     """List the base model and the adapters."""
-    with SloraClient(gateway) as client:
+    with SloraClient(gateway, api_key()) as client:
         found = client.list_models(timeout=30)
     if as_json:
         typer.echo(json.dumps([dataclasses.asdict(model) for model in found], default=str, indent=2))
@@ -72,7 +73,7 @@ def generate(
         asked = [*_opening(system), ChatMessage("user", text)]
     options = generation_options(temperature, top_p, top_k, seed, max_tokens, stop)
     said: list[Chunk] = []
-    with SloraClient(gateway) as client:
+    with SloraClient(gateway, api_key()) as client:
         write_stream(client.stream(model, asked, **options), said)
     if sys.stdout.isatty():
         sys.stdout.write("\n")
@@ -91,7 +92,7 @@ def chat(
     stop: StopOption = None,
 ) -> None:
     """Talk to a model. Ctrl-C stops an answer; `/clear` begins anew; Ctrl-D, or Ctrl-C at the prompt, leaves."""
-    with SloraClient(gateway) as client:
+    with SloraClient(gateway, api_key()) as client:
         options = generation_options(temperature, top_p, top_k, seed, max_tokens, stop)
         Conversation(client, model, _opening(system), options).run()
 
@@ -109,7 +110,7 @@ def bench(
 ) -> None:
     """Put a closed-loop load on a gateway and measure throughput and latencies. Exits with 1 if a request failed."""
     load = Load(tuple(model), num_requests, concurrency, prompt_tokens, output_tokens, seed)
-    outcomes, seconds = asyncio.run(run_load(gateway, load))
+    outcomes, seconds = asyncio.run(run_load(gateway, api_key(), load))
     report = report_of(outcomes, seconds)
     if as_json:
         typer.echo(json.dumps({"load": dataclasses.asdict(load), **dataclasses.asdict(report)}, indent=2))

@@ -6,23 +6,25 @@ import sys
 
 import typer
 
-from slora_client.command import adapters, generation
+from slora_client.command import adapters, generation, keys, tenants
 from slora_client.errors import SloraRequestError
 
 FAILED, INTERRUPTED = 1, 130
 
 app = typer.Typer(
     name="slora",
-    help="Use a slora gateway, and keep its adapters.",
+    help="Use a slora gateway, and keep its adapters and tenants.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
 app.add_typer(generation.app)
 app.add_typer(adapters.app, name="adapters")
+app.add_typer(keys.app, name="keys")
+app.add_typer(tenants.app, name="tenants")
 
 
 def main() -> None:
-    """Exits with 0, 1 (a request failed), 2 (wrong usage), 3 (try again; `adapters` only) or 130 (Ctrl-C)."""
+    """Exits with 0, 1 (a request failed), 2 (wrong usage), 3 (try again; not when generating) or 130 (Ctrl-C)."""
     try:
         app()
     except SloraRequestError as error:

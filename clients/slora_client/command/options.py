@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated
 
 import typer
@@ -18,6 +19,19 @@ StopOption = Annotated[list[str] | None, typer.Option(help="end before this text
 JsonOption = Annotated[bool, typer.Option("--json", help="print JSON")]
 
 DEFAULT_GATEWAY = "localhost:50051"
+
+
+def api_key() -> str:
+    """The caller's key, from SLORA_API_KEY: an option would show it to everyone on this host."""
+    return os.environ.get("SLORA_API_KEY", "")
+
+
+def admin_key() -> str:
+    """The gateway's admin key, from SLORA_ADMIN_KEY. Raises ValueError without one."""
+    key = os.environ.get("SLORA_ADMIN_KEY", "")
+    if not key:
+        raise ValueError("set SLORA_ADMIN_KEY to the gateway's admin key")
+    return key
 
 
 def generation_options(

@@ -1,4 +1,4 @@
-"""Adapters, syncs and validations as tables for people."""
+"""Adapters, syncs, validations, tenants and keys as tables for people."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from slora_client.values import Adapter, SyncReport, Validation
+from slora_client.values import Adapter, Key, SyncReport, Tenant, Validation
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 _MOST_SHOWN = 20
@@ -129,6 +129,25 @@ def validation_summary(found: Validation) -> RenderableType:
     if found.is_valid:
         parts.append(Text(f"valid: rank {found.rank}, {bytes_text(found.packed_bytes)} packed, {found.digest}"))
     return Group(*parts)
+
+
+def tenants_table(tenants: Iterable[Tenant]) -> Table:
+    """One row a tenant."""
+    headings = ("tenant", "requests/min", "tokens/min", "at a time", "adapters")
+    table = _table(headings, right=headings[1:4])
+    for tenant in tenants:
+        limits = (tenant.requests_per_minute, tenant.tokens_per_minute, tenant.max_concurrent)
+        adapters = " ".join(tenant.adapter_patterns) or "none (base model only)"
+        table.add_row(tenant.name, *(str(limit or "no limit") for limit in limits), Text(adapters))
+    return table
+
+
+def keys_table(keys: Iterable[Key]) -> Table:
+    """One row a key."""
+    table = _table(("key", "tenant", "label", "created"))
+    for key in keys:
+        table.add_row(key.key_id, key.tenant, Text(key.label), age_text(key.create_time))
+    return table
 
 
 def _some(names: Sequence[str]) -> str:

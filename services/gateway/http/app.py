@@ -19,6 +19,7 @@ from services.gateway.http.adapter_updates import AdapterRegistry, AdapterUpdate
 from services.gateway.http.completions import GenerationEndpoint
 from services.gateway.http.errors import ApiError, to_api_error
 from services.gateway.http.formats import ChatFormat, CompletionFormat
+from services.gateway.http.gate import Gate
 from services.gateway.http.listing import ModelListing
 from services.gateway.http.parameters import (
     chat_decoder,
@@ -37,11 +38,15 @@ def build_app(
     models: Models,
     generations: Generations,
     registry: AdapterRegistry,
+    gate: Gate,
     is_ready: Callable[[], bool],
     count: Callable[[str, int], None],
     policy: HttpPolicy,
 ) -> ASGIApp:
-    """The ASGI application. `count` hears each request's route and status; `is_ready` is what `/health` says."""
+    """The ASGI application.
+
+    `gate` tells who calls; `count` hears each request's route and status; `is_ready` is what `/health` says.
+    """
     listing = ModelListing(models)
     updates = AdapterUpdates(registry, policy.allow_adapter_updates, policy.max_body_bytes)
     completions = GenerationEndpoint(
@@ -64,7 +69,7 @@ def build_app(
     known = {route.path for route in routes}
     ours = dict.fromkeys((ApiError, SloraError, Exception), _answer_error)
     app = Starlette(routes=routes, exception_handlers={**ours, HTTPException: _answer_http})
-    return RequestScope(app, lambda path, status: count(_route_of(path, known), status))
+    return RequestScope(gate.around(app), lambda path, status: count(_route_of(path, known), status))
 
 
 def _route_of(path: str, known: set[str]) -> str:

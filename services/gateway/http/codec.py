@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 from slora.engine.v1 import engine_pb2, generation_pb2
 from slora.gateway.v1 import inference_pb2
 
-from services.gateway.codec import to_engine_request
+from services.gateway.codec import to_engine_request, to_size
+from services.gateway.generations import Ask
 from services.gateway.http.chunks import MIN_LOGPROB, Chunk, PositionLogprobs, TokenLogprob, Usage
 from services.gateway.http.requests import Chat, GenerationRequest, Prompt
-from services.gateway.models import ResolvedModel
+from services.gateway.tenancy.tenants import Tenant
 
 _FINISH_REASONS = {
     generation_pb2.FINISH_REASON_STOP: "stop",
@@ -19,15 +17,16 @@ _FINISH_REASONS = {
 }
 
 
-def engine_request_of(request: GenerationRequest, index: int) -> Callable[[str, ResolvedModel], Any]:
-    """What makes the engine's request for choice `index`, of a request id and a model."""
-    message = inference_pb2.GenerateRequest(
-        prompt=_to_prompt(request.prompts[index // request.num_choices]),
-        sampling=generation_pb2.SamplingParameters(**request.sampling, seed=request.seed_of(index)),
-        stopping=generation_pb2.StoppingCriteria(**request.stopping),
-        num_logprobs=request.num_logprobs,
+def ask_of(request: GenerationRequest, index: int, model: str, request_id: str, tenant: Tenant) -> Ask:
+    """What is asked for choice `index`."""
+    message = _to_message(request, index)
+    return Ask(
+        model=model,
+        request_id=request_id,
+        to_engine_request=lambda request_id, model: to_engine_request(message, request_id, model),
+        tenant=tenant,
+        size=to_size(message),
     )
-    return lambda request_id, model: to_engine_request(message, request_id, model)
 
 
 def to_chunk(message: engine_pb2.GenerateResponse) -> Chunk:
@@ -43,6 +42,15 @@ def to_chunk(message: engine_pb2.GenerateResponse) -> Chunk:
         logprobs,
         finish_reason=_FINISH_REASONS[message.completion.finish_reason],
         usage=Usage(usage.num_prompt_tokens, usage.num_completion_tokens),
+    )
+
+
+def _to_message(request: GenerationRequest, index: int) -> inference_pb2.GenerateRequest:
+    return inference_pb2.GenerateRequest(
+        prompt=_to_prompt(request.prompts[index // request.num_choices]),
+        sampling=generation_pb2.SamplingParameters(**request.sampling, seed=request.seed_of(index)),
+        stopping=generation_pb2.StoppingCriteria(**request.stopping),
+        num_logprobs=request.num_logprobs,
     )
 
 

@@ -12,12 +12,14 @@ from starlette.types import Message, Receive, Scope, Send
 
 from services.gateway.generations import Ask, Generations, no_deadline
 from services.gateway.http.bodies import read_body
-from services.gateway.http.codec import engine_request_of, to_chunk
+from services.gateway.http.codec import ask_of, to_chunk
 from services.gateway.http.errors import to_api_error
 from services.gateway.http.formats import Format
+from services.gateway.http.rate_limits import rate_limit_headers
 from services.gateway.http.replies import EventStreamReply, Reply, WholeReply
 from services.gateway.http.requests import GenerationRequest
 from services.gateway.models import Models
+from services.gateway.tenancy.tenants import Tenant
 
 T = TypeVar("T")
 
@@ -45,34 +47,40 @@ class GenerationEndpoint(Generic[T]):
         """Answers a request; a client that leaves ends its generations in the engine."""
         body = await read_body(Request(scope, receive), self._decoder, self._max_body_bytes)
         request = self._to_request(body)
-        request_id: str = scope["state"]["request_id"]
+        state: dict[str, Any] = scope["state"]
+        request_id: str = state["request_id"]
         kind = EventStreamReply if request.stream else WholeReply
         format = self._new_format(request.num_logprobs is not None, request.return_token_ids)
         reply: Reply = kind(request, request_id, format, send)
-        await _while_connected(receive, self._answer(request, request_id, reply))
+        await _while_connected(receive, self._answer(request, state, reply))
 
-    async def _answer(self, request: GenerationRequest, request_id: str, reply: Reply) -> None:
+    async def _answer(self, request: GenerationRequest, state: dict[str, Any], reply: Reply) -> None:
         try:
-            await self._generate(request, request_id, reply)
+            await self._generate(request, state, reply)
         except Exception as error:
             await reply.fail(to_api_error(_first(error)))
         else:
             await reply.end()
 
-    async def _generate(self, request: GenerationRequest, request_id: str, reply: Reply) -> None:
+    async def _generate(self, request: GenerationRequest, state: dict[str, Any], reply: Reply) -> None:
         """All choices, side by side; the first that fails ends the others."""
+        tenant: Tenant = state["tenant"]
+        request_id, headers = state["request_id"], state["answer_headers"]
         if request.num_generations == 1:
-            await self._choose(Ask(request.model, request_id, engine_request_of(request, 0)), 0, reply)
+            ask = ask_of(request, 0, request.model, request_id, tenant)
+            await self._choose(ask, 0, reply, headers)
             return
         # All choices are one version's, also if the name gets a new one meanwhile.
-        model = (await self._models.resolve(request.model, no_deadline)).public_id
+        model = (await self._models.resolve(request.model, no_deadline, tenant)).public_id
         async with asyncio.TaskGroup() as group:
             for index in range(request.num_generations):
-                ask = Ask(model, f"{request_id}-{index}", engine_request_of(request, index))
-                group.create_task(self._choose(ask, index, reply))
+                ask = ask_of(request, index, model, f"{request_id}-{index}", tenant)
+                group.create_task(self._choose(ask, index, reply, headers))
 
-    async def _choose(self, ask: Ask, index: int, reply: Reply) -> None:
+    async def _choose(self, ask: Ask, index: int, reply: Reply, headers: dict[str, str]) -> None:
         async with self._generations.open(ask) as answer:
+            if answer.quota is not None:
+                headers.update(rate_limit_headers(answer.quota))
             model = answer.model.public_id
             async for message in answer.messages:
                 await reply.add(index, model, to_chunk(message))

@@ -6,10 +6,13 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from services.common.errors import Reason, SloraError, Status
+from services.gateway.http.rate_limits import rate_limit_headers
+from services.gateway.tenancy.limiter import OverLimitError
 
 logger = logging.getLogger(__name__)
 
@@ -17,6 +20,7 @@ RETRY_AFTER_SECONDS = 1
 
 STATUSES: Mapping[Status, int] = {
     Status.INVALID_ARGUMENT: 400,
+    Status.UNAUTHENTICATED: 401,
     Status.NOT_FOUND: 404,
     Status.FAILED_PRECONDITION: 422,
     Status.RESOURCE_EXHAUSTED: 503,
@@ -30,15 +34,25 @@ EXCEPTIONS: Mapping[Reason, int] = {
     Reason.CHAT_TEMPLATE_MISSING: 400,
     Reason.QUEUE_FULL: 429,
     Reason.UPLOADS_FULL: 429,
+    Reason.REQUEST_RATE_EXCEEDED: 429,
+    Reason.TOKEN_RATE_EXCEEDED: 429,
+    Reason.CONCURRENCY_EXCEEDED: 429,
     Reason.REQUEST_TOO_LARGE: 413,
     Reason.ADAPTER_TOO_LARGE: 413,
 }
 """Reasons whose HTTP status is not that of their gRPC status."""
 
-_CODES = {Reason.PROMPT_TOO_LONG: "context_length_exceeded"}
+CODES: Mapping[Reason, str] = {
+    Reason.PROMPT_TOO_LONG: "context_length_exceeded",
+    Reason.API_KEY_MISSING: "invalid_api_key",
+    Reason.API_KEY_INVALID: "invalid_api_key",
+    Reason.REQUEST_RATE_EXCEEDED: "rate_limit_exceeded",
+    Reason.TOKEN_RATE_EXCEEDED: "rate_limit_exceeded",
+    Reason.CONCURRENCY_EXCEEDED: "rate_limit_exceeded",
+}
 """Codes that OpenAI has a name of its own for; the others are the reasons, in lower case."""
 
-_TYPES = {403: "permission_error", 429: "rate_limit_error"}
+_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
 _PARAMETERS = {"stop_strings": "stop", "num_logprobs": "logprobs", "text": "prompt", "token_ids": "prompt"}
 """What fields of the gRPC API are called here, where that differs."""
@@ -90,9 +104,18 @@ def to_api_error(error: BaseException) -> ApiError:
         logger.error("a request failed unexpectedly", exc_info=error)
         error = SloraError(Reason.INTERNAL, f"internal error: {type(error).__name__}; the server's log has more")
     reason, status = error.reason, http_status(error.reason)
-    code = _CODES.get(reason, reason.name.lower())
-    headers = {"retry-after": str(RETRY_AFTER_SECONDS)} if status in (429, 503) else {}
-    return ApiError(status, error.message, code, _parameter(error), headers)
+    code = CODES.get(reason, reason.name.lower())
+    return ApiError(status, error.message, code, _parameter(error), _headers(status, error))
+
+
+def _headers(status: int, error: SloraError) -> dict[str, str]:
+    if status == 401:
+        return {"www-authenticate": "Bearer"}
+    headers = rate_limit_headers(error.quota) if isinstance(error, OverLimitError) else {}
+    if status in (429, 503):
+        seconds = RETRY_AFTER_SECONDS if error.retry_after_seconds is None else error.retry_after_seconds
+        headers["retry-after"] = str(max(math.ceil(seconds), 1))
+    return headers
 
 
 def _clipped(text: str, size: int) -> str:

@@ -22,11 +22,11 @@ class ModelListing:
         self._started_at = int(time.time())
 
     async def list(self, request: Request) -> JSONResponse:
-        """All models; OpenAI's API has no pages here."""
+        """All models that the caller may use; OpenAI's API has no pages here."""
         listed: list[ListedModel] = []
         position: ListPosition | None = None
         while True:
-            page, position = self._models.page(position, _PAGE_SIZE)
+            page, position = self._models.page(position, _PAGE_SIZE, request.state.tenant)
             listed += page
             if position is None:
                 return JSONResponse({"object": "list", "data": [self._entry(m.model.name, m.model) for m in listed]})
@@ -34,7 +34,7 @@ class ModelListing:
     async def get(self, request: Request) -> JSONResponse:
         """One model: the base model, `name` or `name@version`, under the name that was asked for."""
         name: str = request.path_params["model"]
-        return JSONResponse(self._entry(name, await self._models.resolve(name, no_deadline)))
+        return JSONResponse(self._entry(name, await self._models.resolve(name, no_deadline, request.state.tenant)))
 
     def _entry(self, name: str, model: ResolvedModel) -> dict[str, Any]:
         """`root` and `parent` are vLLM's: what answers, and the base model of an adapter."""

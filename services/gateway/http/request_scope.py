@@ -1,4 +1,4 @@
-"""Around every HTTP request: its id in and out, and a count of how it ended."""
+"""Around every HTTP request: its id in and out, headers for its answer, and a count of how it ended."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ _REQUEST_ID = re.compile(rb"[!-~]{1,%d}" % MAX_REQUEST_ID_CHARS)
 
 
 class RequestScope:
-    """Gives each request an id: the caller's `X-Request-Id`, or one that is made; answers carry it too."""
+    """Gives each request an id: the caller's `X-Request-Id`, or one that is made; answers carry it too, and what is put
+    into the state's `answer_headers` before they begin."""
 
     def __init__(self, app: ASGIApp, count: Callable[[str, int], None]) -> None:
         """`count` is called once a request, with its path and status."""
@@ -42,14 +43,17 @@ class RequestScope:
         given = dict(scope["headers"]).get(HEADER, b"")
         is_valid = not given or _REQUEST_ID.fullmatch(given) is not None
         request_id = given.decode() if given and is_valid else uuid.uuid4().hex
-        scope.setdefault("state", {})["request_id"] = request_id
+        state = scope.setdefault("state", {})
+        answer_headers: dict[str, str] = {}
+        state["request_id"], state["answer_headers"] = request_id, answer_headers
         status = CLIENT_LEFT
 
         async def send_with_id(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [*message["headers"], (HEADER, request_id.encode())]
+                more = [(name.encode(), value.encode()) for name, value in answer_headers.items()]
+                message["headers"] = [*message["headers"], *more, (HEADER, request_id.encode())]
             await send(message)
 
         try:

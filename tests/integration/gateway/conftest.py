@@ -46,7 +46,9 @@ class Fleet:
         quick: dict[str, Any] = {"engine_wait_seconds": 1.0, "store_timeout_seconds": 1.0}
         addresses = tuple(engine.address for engine in self.engines)
         everything = {"listen": "127.0.0.1:0", "http": "127.0.0.1:0", **quick, **settings}
-        self.gateway = Gateway(GatewaySettings(addresses, self.store.address, **everything), self.registry)
+        admin_secret = everything.pop("admin_secret", "")
+        settings_given = GatewaySettings(addresses, self.store.address, **everything)
+        self.gateway = Gateway(settings_given, self.registry, admin_secret)
         await self.gateway.start()
         self.channel = grpc.aio.insecure_channel(f"127.0.0.1:{self.gateway.server.port}")
         self.stub = inference_pb2_grpc.InferenceServiceStub(self.channel)

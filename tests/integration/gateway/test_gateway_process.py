@@ -251,3 +251,13 @@ async def test_a_frozen_engine_process_hangs_nobody_for_ever(gateway: StartGatew
     finally:
         frozen.kill()
         await frozen.wait()
+
+
+@pytest.mark.parametrize(("option", "where"), [("--listen", "[::]:0"), ("--http", "0.0.0.0:0")])
+def test_without_keys_it_refuses_to_listen_beyond_this_host(option: str, where: str) -> None:
+    command = [sys.executable, "-m", "services.gateway", "--engines", "127.0.0.1:1", "--adapter-store", "127.0.0.1:1"]
+    done = subprocess.run([*command, option, where], cwd=ROOT, capture_output=True, text=True, timeout=20, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"gateway: {option} {where}: without API keys")
+    assert "--allow-anonymous" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -35,3 +35,10 @@ def test_what_a_caller_sent_does_not_make_it_too_large() -> None:
     assert len(status.details.encode()) + whole.ByteSize() < 6000
     assert whole.message.endswith("ä…")
     assert info.metadata["adapter_id"].endswith("ü…")
+
+
+def test_a_full_queue_says_when_to_come_back() -> None:
+    whole, _ = decoded(to_grpc_status(SloraError(Reason.QUEUE_FULL, "full")))
+    info = error_details_pb2.RetryInfo()
+    assert whole.details[1].Unpack(info)
+    assert info.retry_delay.ToMilliseconds() == 1000

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from services.common.errors import Reason, SloraError, Status
-from services.gateway.http.errors import ApiError, http_status, to_api_error
+from services.gateway.http.errors import CODES, ApiError, http_status, to_api_error
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -19,14 +19,14 @@ def test_every_reason_has_its_status_and_object(reason: Reason) -> None:
     assert error.status == http_status(reason)
     shown = error.body()["error"]
     assert shown["message"] == "what is right"
-    assert shown["code"] in (reason.name.lower(), "context_length_exceeded")
+    assert shown["code"] == CODES.get(reason, reason.name.lower())
     assert (shown["type"] == "server_error") == (error.status >= 500)
     assert ("retry-after" in error.headers) == (error.status in (429, 503))
 
 
 def test_callers_faults_are_4xx_and_ours_5xx() -> None:
     ours = {Status.UNAVAILABLE, Status.DEADLINE_EXCEEDED, Status.INTERNAL}
-    capacity = {Reason.POOL_EXHAUSTED, Reason.HOST_CACHE_FULL, Reason.PINS_FULL}
+    capacity = {Reason.PINS_FULL, Reason.POOL_EXHAUSTED, Reason.HOST_CACHE_FULL}
     for reason in Reason:
         assert (http_status(reason) >= 500) == (reason.status in ours or reason in capacity), reason
 
@@ -38,6 +38,9 @@ def test_callers_faults_are_4xx_and_ours_5xx() -> None:
         (Reason.PROMPT_TOO_LONG, 400, "context_length_exceeded", "invalid_request_error"),
         (Reason.CHAT_TEMPLATE_MISSING, 400, "chat_template_missing", "invalid_request_error"),
         (Reason.QUEUE_FULL, 429, "queue_full", "rate_limit_error"),
+        (Reason.API_KEY_MISSING, 401, "invalid_api_key", "authentication_error"),
+        (Reason.TOKEN_RATE_EXCEEDED, 429, "rate_limit_exceeded", "rate_limit_error"),
+        (Reason.TENANCY_UNAVAILABLE, 503, "tenancy_unavailable", "server_error"),
         (Reason.REQUEST_TOO_LARGE, 413, "request_too_large", "invalid_request_error"),
         (Reason.ADAPTER_CHANGED, 409, "adapter_changed", "invalid_request_error"),
         (Reason.ADAPTER_INCOMPATIBLE, 422, "adapter_incompatible", "invalid_request_error"),

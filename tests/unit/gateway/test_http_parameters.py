@@ -21,8 +21,13 @@ from services.gateway.http.parameters import (
 )
 from services.gateway.http.requests import Chat, ChatMessage, GenerationRequest
 from services.gateway.models import ResolvedModel
+from services.gateway.tenancy.tenants import ANONYMOUS
 
 HELLO = [{"role": "user", "content": "Hello"}]
+
+
+def engine_request_of(request: GenerationRequest, index: int) -> Any:
+    return codec.ask_of(request, index, "a-model", "an-id", ANONYMOUS).to_engine_request
 
 
 def completion(**fields: Any) -> GenerationRequest:
@@ -54,7 +59,7 @@ def test_everything_that_is_served_reaches_the_engine() -> None:
     sampling |= {"presence_penalty": 0.5, "frequency_penalty": -0.5}
     stopping = {"max_tokens": 9, "min_tokens": 2, "stop_token_ids": [5, 6], "ignore_eos": True}
     request = chat(**sampling, **stopping, stop=["a", "b"], seed=-1, n=3, logprobs=True, top_logprobs=4)
-    message = codec.engine_request_of(request, 2)("id", ResolvedModel("base", None))
+    message = engine_request_of(request, 2)("id", ResolvedModel("base", None))
     for name, value in sampling.items():
         assert getattr(message.sampling, name) == value, name
     assert message.sampling.seed == 1  # -1, the numbers behind it, as 64 bits
@@ -69,7 +74,7 @@ def test_everything_that_is_served_reaches_the_engine() -> None:
 
 
 def test_what_is_left_out_is_left_to_the_engine() -> None:
-    message = codec.engine_request_of(chat(), 0)("id", ResolvedModel("base", None))
+    message = engine_request_of(chat(), 0)("id", ResolvedModel("base", None))
     assert not message.sampling.ListFields()
     assert not message.stopping.ListFields()
     assert not message.HasField("num_logprobs")
@@ -100,7 +105,7 @@ def test_prompts_of_every_kind(prompt: Any, prompts: tuple[Any, ...]) -> None:
 def test_choices_of_a_prompt_have_seeds_that_follow_each_other() -> None:
     request = completion(prompt=["a", "b"], n=3, seed=2**64 - 1)
     assert [request.seed_of(index) for index in range(6)] == [2**64 - 1, 0, 1] * 2
-    assert [codec.engine_request_of(request, i)("x", ResolvedModel("b", None)).prompt.text for i in (2, 3)] == [
+    assert [engine_request_of(request, i)("x", ResolvedModel("b", None)).prompt.text for i in (2, 3)] == [
         "a",
         "b",
     ]

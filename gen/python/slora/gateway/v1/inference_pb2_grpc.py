@@ -26,7 +26,9 @@ if _version_not_supported:
 
 
 class InferenceServiceStub:
-    """Generates text with one base model and any of its adapters.
+    """Generates text with one base model and any of its adapters. Where the gateway asks for API keys, every call carries
+    one as the metadata `authorization: Bearer sk-slora-…`; without a valid one it ends with UNAUTHENTICATED. An adapter
+    that the key's tenant may not use does not exist for it.
     """
 
     def __init__(self, channel):
@@ -48,7 +50,9 @@ class InferenceServiceStub:
 
 
 class InferenceServiceServicer:
-    """Generates text with one base model and any of its adapters.
+    """Generates text with one base model and any of its adapters. Where the gateway asks for API keys, every call carries
+    one as the metadata `authorization: Bearer sk-slora-…`; without a valid one it ends with UNAUTHENTICATED. An adapter
+    that the key's tenant may not use does not exist for it.
     """
 
     def Generate(self, request, context):
@@ -56,16 +60,17 @@ class InferenceServiceServicer:
         temperature is 0. Cancelling the call, or its deadline, stops the work within a step. Before the first token
         the gateway retries on other engines by itself; after it, a failure ends the stream with UNAVAILABLE.
         Errors (docs/errors.md lists the reasons): INVALID_ARGUMENT, NOT_FOUND (unknown model),
-        FAILED_PRECONDITION, RESOURCE_EXHAUSTED (queues full or request too large), DATA_LOSS (the adapter's files are
-        no longer those that were registered), UNAVAILABLE, DEADLINE_EXCEEDED, CANCELLED.
+        FAILED_PRECONDITION, RESOURCE_EXHAUSTED (queues full, request too large, or the tenant is over a limit: RetryInfo
+        says when to come back), DATA_LOSS (the adapter's files are no longer those that were registered),
+        UNAUTHENTICATED, UNAVAILABLE, DEADLINE_EXCEEDED, CANCELLED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListModels(self, request, context):
-        """Lists the base model and the adapters, the base model first, then by name. Idempotent.
-        Errors: INVALID_ARGUMENT (page size or page token).
+        """Lists the base model and the adapters that the caller may use, the base model first, then by name. Idempotent.
+        Errors: INVALID_ARGUMENT (page size or page token), UNAUTHENTICATED, UNAVAILABLE.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -93,7 +98,9 @@ def add_InferenceServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class InferenceService:
-    """Generates text with one base model and any of its adapters.
+    """Generates text with one base model and any of its adapters. Where the gateway asks for API keys, every call carries
+    one as the metadata `authorization: Bearer sk-slora-…`; without a valid one it ends with UNAUTHENTICATED. An adapter
+    that the key's tenant may not use does not exist for it.
     """
 
     @staticmethod

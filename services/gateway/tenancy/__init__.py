@@ -1,0 +1,1 @@
+"""Who calls, what they may use, and how much: API keys, tenants and limits, kept in Redis."""
