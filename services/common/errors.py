@@ -65,6 +65,7 @@ class Reason(enum.Enum):
 
     # Capacity.
     QUEUE_FULL = ("QUEUE_FULL", Status.RESOURCE_EXHAUSTED)
+    OVERLOADED = ("OVERLOADED", Status.RESOURCE_EXHAUSTED)
     REQUEST_TOO_LARGE = ("REQUEST_TOO_LARGE", Status.RESOURCE_EXHAUSTED)
     POOL_EXHAUSTED = ("POOL_EXHAUSTED", Status.RESOURCE_EXHAUSTED)
     HOST_CACHE_FULL = ("HOST_CACHE_FULL", Status.RESOURCE_EXHAUSTED)
@@ -86,6 +87,10 @@ class Reason(enum.Enum):
         """The gRPC status this reason maps to."""
         status: Status = self.value[1]
         return status
+
+
+RETRY_AFTER = "retry_after_seconds"
+"""Where an error's metadata has this, a retry makes sense after so many seconds; `RetryInfo` says so too."""
 
 
 class SloraError(Exception):

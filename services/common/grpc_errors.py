@@ -1,6 +1,7 @@
 """The one place where errors become gRPC statuses, and statuses from a peer become errors again.
 
-A status carries `google.rpc.ErrorInfo{reason, domain, metadata}` in its details.
+A status carries `google.rpc.ErrorInfo{reason, domain, metadata}` in its details, and `google.rpc.RetryInfo` where it is
+known when to try again.
 """
 
 from __future__ import annotations
@@ -10,10 +11,11 @@ from typing import Any, cast
 
 import grpc
 from google.protobuf import any_pb2
+from google.protobuf.message import Message
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
-from services.common.errors import Reason, SloraError, Status
+from services.common.errors import RETRY_AFTER, Reason, SloraError, Status
 
 DOMAIN = "slora"
 
@@ -26,13 +28,23 @@ logger = logging.getLogger(__name__)
 
 def to_grpc_status(error: SloraError) -> grpc.Status:
     """The status, with details, that `error` travels as."""
-    detail, message = any_pb2.Any(), _clipped(error.message, MAX_MESSAGE_CHARACTERS)
+    message = _clipped(error.message, MAX_MESSAGE_CHARACTERS)
     metadata = {key: _clipped(value, MAX_METADATA_CHARACTERS) for key, value in error.metadata.items()}
-    detail.Pack(error_details_pb2.ErrorInfo(reason=error.reason.name, domain=DOMAIN, metadata=metadata))
+    details = [_packed(error_details_pb2.ErrorInfo(reason=error.reason.name, domain=DOMAIN, metadata=metadata))]
+    if RETRY_AFTER in metadata:
+        retry = error_details_pb2.RetryInfo()
+        retry.retry_delay.FromNanoseconds(round(float(metadata[RETRY_AFTER]) * 1e9))
+        details.append(_packed(retry))
     status = rpc_status.to_status(
-        status_pb2.Status(code=code_pb2.Code.Value(error.reason.status.value), message=message, details=[detail])
+        status_pb2.Status(code=code_pb2.Code.Value(error.reason.status.value), message=message, details=details)
     )
     return cast(grpc.Status, status)
+
+
+def _packed(message: Message) -> any_pb2.Any:
+    detail = any_pb2.Any()
+    detail.Pack(message)
+    return detail
 
 
 def _clipped(text: str, size: int) -> str:

@@ -23,7 +23,9 @@ def to_engine_request(
     if request.prompt.WhichOneof("content") is None:
         message = "prompt is required: set its text, its token_ids or its chat"
         raise SloraError(Reason.PROMPT_MISSING, message, field="prompt")
-    result = engine_pb2.GenerateRequest(request_id=request_id, prompt=request.prompt)
+    result = engine_pb2.GenerateRequest(
+        request_id=request_id, prompt=request.prompt, priority=request.priority, tenant=request.tenant
+    )
     if model.adapter is not None:
         result.adapter.adapter_id = model.adapter.adapter_id
         result.adapter.digest = model.adapter.digest

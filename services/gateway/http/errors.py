@@ -6,10 +6,11 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
 from typing import Any
 
-from services.common.errors import Reason, SloraError, Status
+from services.common.errors import RETRY_AFTER, Reason, SloraError, Status
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +30,7 @@ STATUSES: Mapping[Status, int] = {
 EXCEPTIONS: Mapping[Reason, int] = {
     Reason.CHAT_TEMPLATE_MISSING: 400,
     Reason.QUEUE_FULL: 429,
+    Reason.OVERLOADED: 429,
     Reason.UPLOADS_FULL: 429,
     Reason.REQUEST_TOO_LARGE: 413,
     Reason.ADAPTER_TOO_LARGE: 413,
@@ -91,7 +93,8 @@ def to_api_error(error: BaseException) -> ApiError:
         error = SloraError(Reason.INTERNAL, f"internal error: {type(error).__name__}; the server's log has more")
     reason, status = error.reason, http_status(error.reason)
     code = _CODES.get(reason, reason.name.lower())
-    headers = {"retry-after": str(RETRY_AFTER_SECONDS)} if status in (429, 503) else {}
+    retry_after = math.ceil(float(error.metadata.get(RETRY_AFTER, RETRY_AFTER_SECONDS)))
+    headers = {"retry-after": str(retry_after)} if status in (429, 503) else {}
     return ApiError(status, error.message, code, _parameter(error), headers)
 
 
