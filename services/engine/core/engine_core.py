@@ -124,7 +124,7 @@ class EngineCore:
             eos_token_ids=runner.eos_token_ids,
             admission_batch=settings.admission_batch,
         )
-        self._policy = make_policy(settings.policies)
+        self._policy = make_policy(settings.policies, min(config.max_running, config.max_step_tokens))
         self._scheduler = Scheduler(config, self._allocator, self._residency, self._policy)
         self._max_running = config.max_running
         self._submitted: deque[_SubmittedStep] = deque()

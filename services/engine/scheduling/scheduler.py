@@ -63,6 +63,9 @@ from services.engine.step import BASE_SLOT, SampledToken, StepPlan
 LOOK_AHEAD = 32
 """Adapters are loaded for so many of the first waiting sequences: a few times what the loader does at once."""
 
+MAX_HELD_BACK = 128
+"""Admission ends for a step when the policy has held back so many, lest a long queue be gone through in each."""
+
 _TURN = attrgetter("turn")
 
 
@@ -332,6 +335,7 @@ class Scheduler:
         claimed = len(self._running)
         # Nearly full, places are filled several at a time: a step with prompts in it costs more than one without.
         open_to_new = len(self._running) <= self._max_running - self._admission_batch
+        num_held_back = 0
         for position, sequence in enumerate(self._queue.candidates(LOOK_AHEAD)):
             may_run = open_to_new and len(self._running) < self._max_running and draft.budget > 0
             if not may_run and position >= LOOK_AHEAD:
@@ -345,6 +349,9 @@ class Scheduler:
                 case AdapterState.SIZED if not self._grant_adapter(sequence, wanted):
                     return None
                 case AdapterState.RESIDENT if may_run and not self._policy.may_run(sequence):
+                    num_held_back += 1
+                    if num_held_back >= MAX_HELD_BACK:
+                        break
                     continue
                 case AdapterState.RESIDENT if may_run:
                     if not self._run(sequence, wanted):

@@ -10,6 +10,7 @@ from services.engine.config import PolicyConfig
 from services.engine.scheduling.policies.clustering import AdapterClustering
 from services.engine.scheduling.policies.early_abort import EarlyAbort
 from services.engine.scheduling.policies.fair import FairOrder
+from services.engine.scheduling.policies.headroom import Headroom
 from services.engine.scheduling.policies.policy import Drop, Policy
 from services.engine.scheduling.policies.priority import PriorityOrder
 from services.engine.scheduling.sequence import Sequence
@@ -75,10 +76,12 @@ class Combination(Policy):
         return self._order.service_spread
 
 
-def make_policy(config: PolicyConfig, clock: Callable[[], float] = time.monotonic) -> Policy:
-    """The policy that a configuration names; ValueError if a figure in it is out of range."""
+def make_policy(config: PolicyConfig, max_running: int, clock: Callable[[], float] = time.monotonic) -> Policy:
+    """The policy that a configuration names, for `max_running` places; ValueError if a figure in it is out of range."""
     order = _order(config)
     others: list[Policy] = []
+    if config.order == "fair" and config.fairness_headroom:
+        others.append(Headroom(max_running, config.fairness_headroom, order.group))
     if config.latency_goal_seconds:
         others.append(EarlyAbort(config.latency_goal_seconds, clock, order.group))
     if config.max_adapters_a_batch:
