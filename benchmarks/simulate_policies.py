@@ -96,7 +96,7 @@ def overload(
 def neighbours(
     engine: EngineShape, share: float, factor: float, seconds: float, adapters: int, policy: PolicyConfig
 ) -> Summary:
-    """What nine tenants that send their `share` (requests a second) together see beside one that sends `factor` times its own."""
+    """What nine tenants that send their `share` (requests a second) see beside one that sends `factor` times its own."""
     nine = [trace_of(TraceShape(share, seconds, adapters), f"tenant-{n}", n) for n in range(9)]
     loud = trace_of(TraceShape(share * factor, seconds, adapters), "loud", 100)
     outcomes = VirtualEngine(policy, engine).serve(merged(*nine, loud), seconds)

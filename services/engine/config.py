@@ -43,7 +43,7 @@ class EngineSettings:
     input_price: float = setting(1.0, "fair: what a token of input counts")
     output_price: float = setting(2.0, "fair: what a token of output counts")
     fairness_weights: tuple[str, ...] = setting((), "fair: shares, as tenant=2,other=1; 1 for those not named")
-    fairness_headroom: int = setting(0, "fair: places that only clients below an equal part of all that runs may take")
+    fairness_headroom: float = setting(0.0625, "fair: share of the places kept for clients that run less than others")
     latency_goal_seconds: float = setting(0.0, "drop at once whose first token cannot come in this time; 0: nobody")
     max_adapters_a_batch: int = setting(0, "soft limit on different adapters that run at once; 0: none")
     clustering_patience_seconds: float = setting(1.0, "one that waited so long may exceed that limit")
@@ -101,7 +101,7 @@ class PolicyConfig:
     input_price: float = 1.0
     output_price: float = 2.0
     client_weights: Mapping[str, float] = field(default_factory=dict)
-    fairness_headroom: int = 0
+    fairness_headroom: float = 0.0625
     latency_goal_seconds: float = 0.0
     max_adapters_a_batch: int = 0
     clustering_patience_seconds: float = 1.0

@@ -63,7 +63,7 @@ from services.engine.step import BASE_SLOT, SampledToken, StepPlan
 LOOK_AHEAD = 32
 """Adapters are loaded for so many of the first waiting sequences: a few times what the loader does at once."""
 
-MAX_HELD_BACK = 128
+MAX_HELD_BACK = 64
 """Admission ends for a step when the policy has held back so many, lest a long queue be gone through in each."""
 
 _TURN = attrgetter("turn")
@@ -319,7 +319,7 @@ class Scheduler:
 
     def _drop(self, step_is_full: bool) -> None:
         """Gives up those that the policy drops, at once."""
-        for drop in self._policy.drops(self._queue.window(len(self._queue)), step_is_full):
+        for drop in self._policy.drops(self._queue.sequences, step_is_full):
             self.num_dropped[drop.reason] += 1
             self.fail([drop.sequence.request_id], overloaded(drop.retry_after_seconds))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Iterator
+from collections.abc import Sequence as Seq
 from operator import attrgetter
 
 from services.engine.scheduling.sequence import Sequence
@@ -68,6 +69,11 @@ class WaitingQueue:
         """Turn of the first that waits with this adapter."""
         users = self._by_digest.get(digest)
         return users[0].turn if users else None
+
+    @property
+    def sequences(self) -> Seq[Sequence]:
+        """All of them by turn; what it shows changes with the queue."""
+        return self._all
 
     def window(self, num_sequences: int) -> list[Sequence]:
         """The first `num_sequences` of all."""

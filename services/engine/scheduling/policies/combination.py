@@ -81,7 +81,7 @@ def make_policy(config: PolicyConfig, max_running: int, clock: Callable[[], floa
     order = _order(config)
     others: list[Policy] = []
     if config.order == "fair" and config.fairness_headroom:
-        others.append(Headroom(max_running, config.fairness_headroom, order.group))
+        others.append(Headroom(max_running, round(max_running * config.fairness_headroom), order.group))
     if config.latency_goal_seconds:
         others.append(EarlyAbort(config.latency_goal_seconds, clock, order.group))
     if config.max_adapters_a_batch:
