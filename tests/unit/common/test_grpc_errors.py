@@ -35,3 +35,11 @@ def test_what_a_caller_sent_does_not_make_it_too_large() -> None:
     assert len(status.details.encode()) + whole.ByteSize() < 6000
     assert whole.message.endswith("ä…")
     assert info.metadata["adapter_id"].endswith("ü…")
+
+
+def test_when_to_retry_is_said_in_the_standard_way_too() -> None:
+    whole, info = decoded(to_grpc_status(SloraError(Reason.OVERLOADED, "too many", retry_after_seconds="2.500")))
+    retry = error_details_pb2.RetryInfo()
+    assert whole.details[1].Unpack(retry)
+    assert retry.retry_delay.ToMilliseconds() == 2500
+    assert info.metadata["retry_after_seconds"] == "2.500", "and so that a gateway passes it on"
