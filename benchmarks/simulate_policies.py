@@ -96,7 +96,7 @@ def overload(
 def neighbours(
     engine: EngineShape, share: float, factor: float, seconds: float, adapters: int, policy: PolicyConfig
 ) -> Summary:
-    """What nine tenants that send their `share` (requests a second) see beside one that sends `factor` times its own."""
+    """What nine tenants that send `share` requests a second each see beside one that sends `factor` times as many."""
     nine = [trace_of(TraceShape(share, seconds, adapters), f"tenant-{n}", n) for n in range(9)]
     loud = trace_of(TraceShape(share * factor, seconds, adapters), "loud", 100)
     outcomes = VirtualEngine(policy, engine).serve(merged(*nine, loud), seconds)
@@ -126,7 +126,7 @@ def main() -> None:
         for factor in (0.5, 0.9, 1.1, 1.5, 2.0):
             print(f"{name:26} {factor:3.1f}x  {overload(engine, factor * rate, seconds, adapters, policy)}", flush=True)
     for name, policy in POLICIES.items():
-        for factor in (1.0, 10.0):
+        for factor in (1.0, 2.0, 10.0):
             seen = neighbours(engine, rate * 0.9 / 10, factor, seconds, adapters, policy)
             print(f"{name:26} nine beside one at {factor:4.1f}x  {seen}", flush=True)
 

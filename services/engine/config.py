@@ -43,7 +43,9 @@ class EngineSettings:
     input_price: float = setting(1.0, "fair: what a token of input counts")
     output_price: float = setting(2.0, "fair: what a token of output counts")
     fairness_weights: tuple[str, ...] = setting((), "fair: shares, as tenant=2,other=1; 1 for those not named")
-    fairness_headroom: float = setting(0.0625, "fair: share of the places kept for clients that run less than others")
+    fairness_headroom: float = setting(
+        0.0625, "fair: share of the places that the client which runs the most may not take"
+    )
     latency_goal_seconds: float = setting(0.0, "drop at once whose first token cannot come in this time; 0: nobody")
     max_adapters_a_batch: int = setting(0, "soft limit on different adapters that run at once; 0: none")
     clustering_patience_seconds: float = setting(1.0, "one that waited so long may exceed that limit")

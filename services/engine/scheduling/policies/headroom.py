@@ -10,7 +10,7 @@ from services.engine.scheduling.sequence import Sequence, SequenceState
 
 
 class Headroom(Policy):
-    """The last places go to clients that run less than an equal part of all that runs; others fill what is before them.
+    """The last places are not for those clients that run the most; these fill what is before them.
 
     A fair order alone decides who is next when a place comes free; a client well within its share then still waits for
     that, which takes many times a step. What is kept free is not used by a client that is alone.
@@ -32,12 +32,10 @@ class Headroom(Policy):
         return self._num_passed_by
 
     def may_run(self, sequence: Sequence) -> bool:
-        """Whether there are other places, or its client runs less than an equal part."""
+        """Whether there are other places, or another client runs more than its own."""
         if self._num_running < self._limit or sequence.has_run:
             return True
-        group = self._group(sequence)
-        num_clients = len(self._running) + (group not in self._running)
-        if self._running[group] * num_clients < self._num_running:
+        if self._running[self._group(sequence)] < max(self._running.values()):
             return True
         self._num_passed_by += 1
         return False
