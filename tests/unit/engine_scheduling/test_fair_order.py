@@ -1,4 +1,4 @@
-"""Virtual token counters: the algorithm by hand, and theorem 4.4 of arXiv 2401.00588 under random load."""
+"""Virtual token counters: the algorithm by hand, and the bound of arXiv 2401.00588 under random load."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ def service_of(harness: Harness, admitted: set[int], service: Counter[str]) -> N
     prompts=st.tuples(st.integers(1, 16), st.integers(1, 16)),
     outputs=st.tuples(st.integers(1, 16), st.integers(1, 16)),
 )
-def test_the_bound_of_theorem_4_4(
+def test_the_papers_bound_for_backlogged_clients(
     seed: int, num_pages: int, depth: int, prompts: tuple[int, int], outputs: tuple[int, int]
 ) -> None:
     """Two tenants that both wait all the time: over any interval their service differs by 2 U at most.

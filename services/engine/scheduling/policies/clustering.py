@@ -1,6 +1,6 @@
 """Adapter clustering: few different adapters in a batch, so that a step reads fewer adapters' weights.
 
-S-LoRA section 4.1 (Sheng et al. 2023, arXiv 2311.03285).
+S-LoRA section 4 (Sheng et al. 2023, arXiv 2311.03285).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Early abort: under overload give up at once whom the latency goal cannot be kept for, and keep it for the others.
 
-S-LoRA section 6 (Sheng et al. 2023, arXiv 2311.03285): when not all first tokens can come in time, serving the newest
+S-LoRA section 4 (Sheng et al. 2023, arXiv 2311.03285): when not all first tokens can come in time, serving the newest
 requests and dropping the oldest serves as many as can be. How many can is estimated from what steps came to: how fast
 those that wait were admitted, and how long an admitted one took to its first token.
 """
