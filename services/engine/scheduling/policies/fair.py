@@ -3,8 +3,9 @@
 Each client has a counter of the service that it got: its input tokens when a request is admitted, its output tokens as
 they are drawn, each at its price and divided by the client's weight. The waiting client with the lowest counter is
 next. A client that begins to wait is lifted to the lowest counter of those that wait (if nobody waits, to that of the
-last one that did), so that idling earns no credit. The theorem (section 4): of two clients that both wait all the time neither gets
-more than 2 max(input_price * longest input, output_price * tokens that run at once) of service beyond the other.
+last one that did), so that idling earns no credit. The theorem (section 4): of two clients that both wait all the time
+neither gets more than 2 max(input_price * longest input, output_price * tokens that run at once) of service beyond the
+other.
 
 What the paper leaves out, and how it is here. *Preemption*: one that has been admitted keeps its place before all that
 have not, in order of admission, and pays neither for its input nor for its tokens again: computing them again serves
