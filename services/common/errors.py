@@ -76,6 +76,7 @@ class Reason(enum.Enum):
 
     # Capacity.
     QUEUE_FULL = ("QUEUE_FULL", Status.RESOURCE_EXHAUSTED)
+    OVERLOADED = ("OVERLOADED", Status.RESOURCE_EXHAUSTED)
     REQUEST_TOO_LARGE = ("REQUEST_TOO_LARGE", Status.RESOURCE_EXHAUSTED)
     POOL_EXHAUSTED = ("POOL_EXHAUSTED", Status.RESOURCE_EXHAUSTED)
     HOST_CACHE_FULL = ("HOST_CACHE_FULL", Status.RESOURCE_EXHAUSTED)
@@ -100,8 +101,19 @@ class Reason(enum.Enum):
         return status
 
 
+RETRY_AFTER = "retry_after_seconds"
+"""Where an error's metadata has this, a retry makes sense after so many seconds; `RetryInfo` says so too."""
+
 # Something that runs will have ended by then.
 _RETRY_SECONDS = {Reason.QUEUE_FULL: 1.0, Reason.UPLOADS_FULL: 1.0}
+
+
+def _seconds(text: object) -> float | None:
+    try:
+        seconds = float(str(text))
+    except ValueError:
+        return None
+    return seconds if 0 <= seconds < 1e9 else None
 
 
 class SloraError(Exception):
@@ -116,5 +128,6 @@ class SloraError(Exception):
         super().__init__(message)
         self.reason = reason
         self.message = message
-        self.retry_after_seconds = _RETRY_SECONDS.get(reason)
         self.metadata = {key: str(value) for key, value in metadata.items()}
+        known = _seconds(self.metadata.get(RETRY_AFTER))
+        self.retry_after_seconds = _RETRY_SECONDS.get(reason) if known is None else known

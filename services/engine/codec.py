@@ -13,9 +13,10 @@ from services.common.errors import Reason, SloraError
 from services.engine.frontend.engine_state import StateChange
 from services.engine.frontend.generation import Completion, Delta, FinishReason
 from services.engine.frontend.request import Chat, ChatMessage, GenerationRequest
-from services.engine.messages import Adapter, SamplingParams, TokenEvent
+from services.engine.messages import MAX_PRIORITY, MIN_PRIORITY, Adapter, SamplingParams, TokenEvent
 
 MAX_REQUEST_ID_CHARACTERS = 128
+MAX_TENANT_CHARACTERS = 128
 MAX_STOP_STRINGS = 16
 MAX_STOP_STRING_CHARACTERS = 256
 MAX_LOGPROBS = 20
@@ -46,6 +47,8 @@ def decode_generate(request: engine_pb2.GenerateRequest) -> GenerationRequest:
         stop_strings=tuple(dict.fromkeys(stopping.stop_strings)),
         stop_token_ids=tuple(dict.fromkeys(stopping.stop_token_ids)),
         ignore_eos=stopping.ignore_eos,
+        priority=_decode_priority(request.priority),
+        tenant=_decode_tenant(request.tenant),
     )
 
 
@@ -79,6 +82,20 @@ def _decode_request_id(request_id: str) -> str:
             field="request_id",
         )
     return request_id
+
+
+def _decode_priority(priority: int) -> int:
+    if MIN_PRIORITY <= priority <= MAX_PRIORITY:
+        return priority
+    message = f"priority is {priority}; it is in [{MIN_PRIORITY}, {MAX_PRIORITY}]"
+    raise SloraError(Reason.REQUEST_INVALID, message, field="priority", value=priority)
+
+
+def _decode_tenant(tenant: str) -> str:
+    if len(tenant) <= MAX_TENANT_CHARACTERS:
+        return tenant
+    message = f"tenant has {len(tenant)} characters; at most {MAX_TENANT_CHARACTERS} are taken"
+    raise SloraError(Reason.REQUEST_INVALID, message, field="tenant")
 
 
 def _decode_prompt(request: engine_pb2.GenerateRequest) -> str | Chat | list[int]:

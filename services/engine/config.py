@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from services.common.settings import LogLevel, setting
+
+OrderName = Literal["fcfs", "priority", "fair"]
+ClientKind = Literal["tenant", "adapter"]
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,18 @@ class EngineSettings:
     admission_batch: int = setting(0, "when full, fill so many places at a time; 0: 1 on a CPU, 8 on an accelerator")
     max_model_len: int = setting(0, "longest sequence in tokens; 0: the checkpoint's")
     max_waiting: int = setting(4096, "most requests in the queue; further ones are refused")
+    policy: OrderName = setting("fcfs", "in which order requests are admitted: fcfs, priority or fair")
+    priority_head_start: int = setting(256, "priority: requests that each point of priority puts a request ahead of")
+    fairness_by: ClientKind = setting("tenant", "fair: between whom: tenant or adapter")
+    input_price: float = setting(1.0, "fair: what a token of input counts")
+    output_price: float = setting(2.0, "fair: what a token of output counts")
+    fairness_weights: tuple[str, ...] = setting((), "fair: shares, as tenant=2,other=1; 1 for those not named")
+    fairness_headroom: float = setting(
+        0.0625, "fair: share of the places that the client which runs the most may not take"
+    )
+    latency_goal_seconds: float = setting(0.0, "drop at once whose first token cannot come in this time; 0: nobody")
+    max_adapters_a_batch: int = setting(0, "soft limit on different adapters that run at once; 0: none")
+    clustering_patience_seconds: float = setting(1.0, "one that waited so long may exceed that limit")
     share_arena: bool = setting(True, "copy adapters out of the memory of a store on this host, if it may be read")
     load_timeout_seconds: float = setting(30.0, "an adapter load that takes longer fails")
     drain_seconds: float = setting(30.0, "on SIGTERM running requests have this long to end")
@@ -42,6 +59,22 @@ class EngineSettings:
         """What the base model is called outside."""
         return self.base_model or Path(self.checkpoint).resolve().name
 
+    @property
+    def policies(self) -> PolicyConfig:
+        """Who is admitted, in what order, and who is dropped; ValueError for a weight that is malformed."""
+        return PolicyConfig(
+            order=self.policy,
+            priority_head_start=self.priority_head_start,
+            fairness_by=self.fairness_by,
+            input_price=self.input_price,
+            output_price=self.output_price,
+            client_weights=dict(map(_parse_weight, self.fairness_weights)),
+            fairness_headroom=self.fairness_headroom,
+            latency_goal_seconds=self.latency_goal_seconds,
+            max_adapters_a_batch=self.max_adapters_a_batch,
+            clustering_patience_seconds=self.clustering_patience_seconds,
+        )
+
     def for_device(self) -> EngineSettings:
         """These settings, with what was left to the engine chosen for its device."""
         on_cpu = self.device == "cpu"
@@ -51,6 +84,29 @@ class EngineSettings:
             max_step_tokens=self.max_step_tokens or (512 if on_cpu else 8192),
             admission_batch=self.admission_batch or (1 if on_cpu else 8),
         )
+
+
+def _parse_weight(text: str) -> tuple[str, float]:
+    client, equals, weight = text.rpartition("=")
+    if not equals:
+        raise ValueError(f"a weight is client=number, not {text!r}")
+    return client, float(weight)
+
+
+@dataclass(frozen=True)
+class PolicyConfig:
+    """Which policies an engine combines; see `services.engine.scheduling.policies`."""
+
+    order: OrderName = "fcfs"
+    priority_head_start: int = 256
+    fairness_by: ClientKind = "tenant"
+    input_price: float = 1.0
+    output_price: float = 2.0
+    client_weights: Mapping[str, float] = field(default_factory=dict)
+    fairness_headroom: float = 0.0625
+    latency_goal_seconds: float = 0.0
+    max_adapters_a_batch: int = 0
+    clustering_patience_seconds: float = 1.0
 
 
 @dataclass(frozen=True)

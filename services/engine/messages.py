@@ -12,6 +12,8 @@ from typing import TypeAlias
 
 import msgspec
 
+MIN_PRIORITY, MAX_PRIORITY = -10, 10
+
 
 class Adapter(msgspec.Struct, frozen=True):
     """One immutable version of an adapter; memory is keyed by the digest, never by the name."""
@@ -52,6 +54,9 @@ class Generate(msgspec.Struct, frozen=True, tag=True):
     sampling: SamplingParams
     stop: StopParams
     adapter: Adapter | None = None
+    # In [MIN_PRIORITY, MAX_PRIORITY], higher is sooner; and who asks, empty if unsaid. For policies that heed them.
+    priority: int = 0
+    tenant: str = ""
 
 
 class Abort(msgspec.Struct, frozen=True, tag=True):
@@ -126,6 +131,12 @@ class CoreLoad(msgspec.Struct, frozen=True):
     # Time in which a step was planned, computed or taken in; where two overlap it counts once, so that this over the
     # number of steps is the time from one to the next.
     step_seconds_total: float = 0.0
+    # What the policy did: sequences that began to run, those dropped before by why, how often one was passed by that
+    # could have run, and by how much the counters of clients that wait differ now.
+    num_admitted_total: int = 0
+    num_dropped_total: dict[str, int] = {}
+    num_passed_by_total: int = 0
+    service_spread: float = 0.0
 
 
 class StepReport(msgspec.Struct, frozen=True, tag=True):

@@ -38,7 +38,7 @@ class OpenStream:
 
 def may_go_elsewhere(error: SloraError) -> bool:
     """Whether another engine may answer what one refused with `error` before its first message."""
-    return error.reason.status is Status.UNAVAILABLE or error.reason is Reason.QUEUE_FULL
+    return error.reason.status is Status.UNAVAILABLE or error.reason in (Reason.QUEUE_FULL, Reason.OVERLOADED)
 
 
 class Dispatcher:

@@ -84,7 +84,7 @@ def _to_ask(request: inference_pb2.GenerateRequest, context: GenerateContext, te
     return Ask(
         model=request.model,
         request_id=request.request_id,
-        to_engine_request=lambda request_id, model: to_engine_request(request, request_id, model),
+        to_engine_request=lambda request_id, model: to_engine_request(request, request_id, model, tenant),
         time_remaining=context.time_remaining,
         is_gone=context.done,
         tenant=tenant,

@@ -30,6 +30,7 @@ from services.engine.messages import (
     ToCore,
     TokenEvent,
 )
+from services.engine.scheduling.policies.combination import make_policy
 from services.engine.scheduling.scheduler import Scheduler
 from services.engine.scheduling.steps_in_flight import MAX_IN_FLIGHT
 from services.engine.step import SampledToken, StepPlan
@@ -123,7 +124,8 @@ class EngineCore:
             eos_token_ids=runner.eos_token_ids,
             admission_batch=settings.admission_batch,
         )
-        self._scheduler = Scheduler(config, self._allocator, self._residency)
+        self._policy = make_policy(settings.policies, min(config.max_running, config.max_step_tokens))
+        self._scheduler = Scheduler(config, self._allocator, self._residency, self._policy)
         self._max_running = config.max_running
         self._submitted: deque[_SubmittedStep] = deque()
         self._refused: list[RequestFailed] = []
@@ -267,4 +269,8 @@ class EngineCore:
             num_adapter_misses_total=scheduler.num_adapter_misses,
             num_adapter_load_failures_total=scheduler.num_load_failures,
             step_seconds_total=self._step_seconds,
+            num_admitted_total=scheduler.num_admitted,
+            num_dropped_total=dict(scheduler.num_dropped),
+            num_passed_by_total=self._policy.num_passed_by,
+            service_spread=self._policy.service_spread,
         )

@@ -86,6 +86,12 @@ class CoreCollector(Collector):
         for state, count in by_state.items():
             pages.add_metric([state], count)
         yield pages
+        dropped = CounterMetricFamily(
+            "slora_engine_dropped_sequences", "Sequences that the policy gave up before they ran.", labels=["reason"]
+        )
+        for reason, count in load.num_dropped_total.items():
+            dropped.add_metric([reason], count)
+        yield dropped
         yield from (
             GaugeMetricFamily(f"slora_engine_{name}", documentation, value=value)
             for name, documentation, value in (
@@ -93,6 +99,11 @@ class CoreCollector(Collector):
                 ("resident_adapters", "Adapters in the pool.", self._num_resident()),
                 ("running_sequences", "Sequences that hold KV pages.", load.num_running),
                 ("waiting_sequences", "Sequences in the queue.", load.num_waiting),
+                (
+                    "service_spread",
+                    "By how much counters of clients that wait differ under the fair policy, in token prices.",
+                    load.service_spread,
+                ),
             )
         )
         yield from (
@@ -101,6 +112,8 @@ class CoreCollector(Collector):
                 ("steps", "Steps of the core.", load.num_steps_total),
                 ("step_seconds", "Time spent in steps.", load.step_seconds_total),
                 ("preemptions", "Sequences whose pages were taken away.", load.num_preemptions_total),
+                ("admitted_sequences", "Sequences that began to run.", load.num_admitted_total),
+                ("passed_by", "Times that a sequence was kept from running for its adapter.", load.num_passed_by_total),
                 ("adapter_hits", "Sequences whose adapter was resident.", load.num_adapter_hits_total),
                 ("adapter_misses", "Sequences whose adapter had to be loaded.", load.num_adapter_misses_total),
                 ("adapter_load_failures", "Loads of adapters that failed.", load.num_adapter_load_failures_total),

@@ -47,6 +47,9 @@ class GenerationRequest:
     stop_strings: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    # For the engine's policy: higher is sooner; who asks.
+    priority: int = 0
+    tenant: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +86,9 @@ def core_request(request: GenerationRequest, core_id: int, prompt_ids: Sequence[
         stop_token_ids=request.stop_token_ids,
         ignore_eos=request.ignore_eos,
     )
-    return Generate(core_id, list(prompt_ids), request.sampling, stop, request.adapter)
+    return Generate(
+        core_id, list(prompt_ids), request.sampling, stop, request.adapter, request.priority, request.tenant
+    )
 
 
 def check_ids(token_ids: Sequence[int], field: str, limits: ModelLimits) -> None:

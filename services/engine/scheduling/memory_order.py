@@ -1,7 +1,7 @@
-"""Memory is granted in arrival order and taken back in reverse: whose pages may go to whom.
+"""Memory is granted by turn and taken back in reverse: whose pages may go to whom.
 
 Every page that an idle or loading adapter holds counts as held by the earliest waiting sequence that needs the adapter,
-and by nobody if none does. A sequence may take pages from nobody and from those that arrived after it, never from
+and by nobody if none does. A sequence may take pages from nobody and from those whose turn is after its own, never from
 those before it. So what became resident for the head of the queue cannot be lost to a sequence behind it, nor to loads.
 """
 
@@ -12,10 +12,10 @@ from services.engine.memory.page_allocator import PageAllocator, PageOwner
 from services.engine.scheduling.waiting_queue import WaitingQueue
 
 NOBODY = 2**63
-"""The arrival of pages that no sequence needs: after everybody's."""
+"""The turn of pages that no sequence needs: after everybody's."""
 
 BEHIND_ALL = NOBODY - 1
-"""The arrival of one who may take only what nobody needs."""
+"""The turn of one who may take only what nobody needs."""
 
 
 class MemoryOrder:
@@ -27,33 +27,33 @@ class MemoryOrder:
         self._queue = queue
         self._evicted: list[str] = []
 
-    def obtainable(self, num_pages: int, arrival: int) -> bool:
-        """Whether `num_pages` are free or held by adapters that one who came at `arrival` may evict."""
+    def obtainable(self, num_pages: int, turn: int) -> bool:
+        """Whether `num_pages` are free or held by adapters that one of `turn` may evict."""
         short = num_pages - self._allocator.num_free
         if short <= 0:
             return True
         if short > self._residency.num_idle_pages:
             return False
         for digest, held in self._residency.idle():
-            if self._needed_at(digest) > arrival:
+            if self._needed_at(digest) > turn:
                 short -= held
                 if short <= 0:
                     return True
         return False
 
-    def allocate_kv(self, num_pages: int, wanted: int, arrival: int) -> list[int] | None:
+    def allocate_kv(self, num_pages: int, wanted: int, turn: int) -> list[int] | None:
         """`num_pages` for KV, if `wanted` pages in all can be had: it leaves the rest for others."""
-        if not self.obtainable(wanted, arrival):
+        if not self.obtainable(wanted, turn):
             return None
-        self._make_room(num_pages, arrival)
+        self._make_room(num_pages, turn)
         return self._allocator.allocate(num_pages, PageOwner.KV)
 
-    def grant_adapter(self, digest: str, wanted: int, arrival: int) -> bool:
+    def grant_adapter(self, digest: str, wanted: int, turn: int) -> bool:
         """Gives a sized adapter its pages and a slot, if `wanted` pages in all can be had."""
-        if not self.obtainable(wanted, arrival) or not self._slot_obtainable(arrival):
+        if not self.obtainable(wanted, turn) or not self._slot_obtainable(turn):
             return False
-        self._make_room(self._residency.num_pages(digest) or 0, arrival)
-        while not self._residency.num_free_slots and self._evict_for(arrival):
+        self._make_room(self._residency.num_pages(digest) or 0, turn)
+        while not self._residency.num_free_slots and self._evict_for(turn):
             pass
         return self._residency.grant(digest)
 
@@ -97,21 +97,21 @@ class MemoryOrder:
         evicted, self._evicted = self._evicted, []
         return evicted
 
-    def _slot_obtainable(self, arrival: int) -> bool:
+    def _slot_obtainable(self, turn: int) -> bool:
         if self._residency.num_free_slots:
             return True
-        return any(self._needed_at(digest) > arrival for digest, _ in self._residency.idle())
+        return any(self._needed_at(digest) > turn for digest, _ in self._residency.idle())
 
-    def _make_room(self, num_pages: int, arrival: int) -> None:
-        while self._allocator.num_free < num_pages and self._evict_for(arrival):
+    def _make_room(self, num_pages: int, turn: int) -> None:
+        while self._allocator.num_free < num_pages and self._evict_for(turn):
             pass
 
-    def _evict_for(self, arrival: int) -> bool:
-        """Evicts one adapter for one who came at `arrival`, if it can be one that nobody needs."""
+    def _evict_for(self, turn: int) -> bool:
+        """Evicts one adapter for one of `turn`, if it can be one that nobody needs."""
         if self.evict_unneeded():
             return True
         needed_at, digest = self.latest_idle()
-        if needed_at <= arrival:
+        if needed_at <= turn:
             return False
         self.evict(digest)
         return True

@@ -1,5 +1,8 @@
 """Which sequences run in the next step, and with whose memory. Continuous batching; S-LoRA sections 4 and 5.
 
+Sequences take their turns in an order that a policy gives (`policies/policy.py`); by default it is that of arrival.
+*Behind*, *ahead*, *earlier* and *latest* are by turn.
+
 The verbs: `add`, `abort` and `prefetch` between steps; `plan` makes a step, `commit` takes its outcome in, `abandon`
 says that there will be none.
 
@@ -8,17 +11,18 @@ pending token. If the token turns out to end it, what the later step computes fo
 is given back only when no step in flight names it: a sequence that ends meanwhile is *leaving*, and holds what it has
 until the last such step is settled.
 
-**Order within a step.** Decodes come first, then prompts that are partly computed, then new sequences, each in arrival
-order, until `max_step_tokens`. At most so many sequences run as a step has tokens: prefill fills what decodes leave
+**Order within a step.** Decodes come first, then prompts that are partly computed, then new sequences, each by
+turn, until `max_step_tokens`. At most so many sequences run as a step has tokens: prefill fills what decodes leave
 and never holds one up. Once all places were taken, new sequences wait until `admission_batch` of them are free.
 
-**Memory is granted in arrival order; I/O may be overtaken.** Going through the queue in arrival order, the first
-sequence that lacks pages, for its adapter or its KV, ends the round: nobody behind it gets any. One that only waits for
-bytes (its manifest, or weights whose pages are granted) is passed by, and pages for its KV stay spoken for once the
-size of its adapter is known. Waiting sequences themselves hold nothing but the pages of their adapters.
+**Memory is granted by turn; I/O may be overtaken.** Going through the queue by turn, the first sequence that lacks
+pages, for its adapter or its KV, ends the round: nobody behind it gets any. One that only waits for bytes (its
+manifest, or weights whose pages are granted) is passed by, and pages for its KV stay spoken for once the size of its
+adapter is known; so is one that the policy holds back, for which nothing is kept. Waiting sequences themselves hold
+nothing but the pages of their adapters.
 
 **Memory is taken back in reverse.** A running sequence that grows takes a free page, else an adapter's that nobody
-needs, else one from whoever of those behind it arrived last: an idle adapter is evicted, a load cancelled, a running
+needs, else one from whoever of those behind it is last: an idle adapter is evicted, a load cancelled, a running
 sequence preempted (it keeps its tokens and computes their KV again). If nobody behind it holds anything, it is itself
 preempted. One that a step in flight names is not preempted: the growing sequence sits this step out, and
 `wants_settled` asks that all steps in flight be settled before the next plan.
@@ -36,17 +40,20 @@ fits. Preemption cannot go round in circles: only earlier sequences cause it, an
 from __future__ import annotations
 
 from bisect import bisect_left, insort
+from collections import Counter
 from collections.abc import Iterable
 from collections.abc import Sequence as Seq
 from operator import attrgetter
 
-from services.common.errors import Reason, SloraError
+from services.common.errors import SloraError
 from services.engine.adapters.residency import AdapterState, Residency
 from services.engine.config import SchedulerConfig
 from services.engine.memory.page_allocator import PageAllocator, PageIntegrityError, PageOwner
 from services.engine.messages import Adapter, Generate, Prefetch, RequestFailed, TokenEvent
 from services.engine.scheduling.memory_order import MemoryOrder
+from services.engine.scheduling.policies.policy import Policy
 from services.engine.scheduling.prefetches import Prefetches
+from services.engine.scheduling.refusals import overloaded, queue_full, too_large
 from services.engine.scheduling.sequence import Sequence, SequenceState, check_request
 from services.engine.scheduling.step_draft import SchedulerNews, StepDraft
 from services.engine.scheduling.steps_in_flight import MAX_IN_FLIGHT, StepsInFlight
@@ -56,13 +63,19 @@ from services.engine.step import BASE_SLOT, SampledToken, StepPlan
 LOOK_AHEAD = 32
 """Adapters are loaded for so many of the first waiting sequences: a few times what the loader does at once."""
 
-_ARRIVAL = attrgetter("arrival")
+MAX_HELD_BACK = 64
+"""Admission ends for a step when the policy has held back so many, lest a long queue be gone through in each."""
+
+_TURN = attrgetter("turn")
 
 
 class Scheduler:
     """Owns the sequences and their KV pages. On the core's thread; no call blocks."""
 
-    def __init__(self, config: SchedulerConfig, allocator: PageAllocator, residency: Residency) -> None:
+    def __init__(
+        self, config: SchedulerConfig, allocator: PageAllocator, residency: Residency, policy: Policy | None = None
+    ) -> None:
+        """Without a `policy` it is first come, first served."""
         self._config = config
         self._max_running = min(config.max_running, config.max_step_tokens)
         if self._max_running < 1:
@@ -70,16 +83,19 @@ class Scheduler:
         self._admission_batch = min(max(config.admission_batch, 1), self._max_running)
         self._allocator = allocator
         self._residency = residency
+        self._policy = policy or Policy()
         self._queue = WaitingQueue()
         self._order = MemoryOrder(allocator, residency, self._queue)
         self._prefetches = Prefetches(residency, self._order)
         self._sequences: dict[int, Sequence] = {}
-        self._running: list[Sequence] = []  # in arrival order
+        self._running: list[Sequence] = []  # by turn
         self._flight = StepsInFlight(self._release)
         self._lacks_settled = False
         self._next_arrival = 0
         self._news = SchedulerNews()
         self.num_preemptions = 0
+        self.num_admitted = 0
+        self.num_dropped: Counter[str] = Counter()
         self.num_adapter_hits = 0
         self.num_adapter_misses = 0
         self.num_load_failures = 0
@@ -111,7 +127,7 @@ class Scheduler:
         self._require_new(request.request_id)
         check_request(request, self._config.max_model_len)
         if len(self._queue) >= self._config.max_waiting:
-            raise self._queue_full()
+            raise queue_full(self._config.max_waiting)
         sequence = Sequence.of(request, self._next_arrival, self._config.max_model_len, self._config.eos_token_ids)
         error = self._too_large(sequence)
         if error is not None:
@@ -122,13 +138,14 @@ class Scheduler:
         if sequence.digest is not None:
             self.num_adapter_hits += ready
             self.num_adapter_misses += not ready
+        self._policy.entered(sequence)
         self._queue.add(sequence, ready)
 
     def prefetch(self, request: Prefetch) -> None:
         """Takes a request to load an adapter; it ends in `SchedulerNews.prefetched` or in a failure."""
         self._require_new(request.request_id)
         if len(self._prefetches) >= self._config.max_waiting:
-            raise self._queue_full()
+            raise queue_full(self._config.max_waiting)
         if self._residency.is_resident(request.adapter.digest):
             self._news.prefetched.append((request.request_id, 0.0))
         else:
@@ -179,11 +196,14 @@ class Scheduler:
             raise ValueError(f"{MAX_IN_FLIGHT} steps are in flight already")
         self._lacks_settled = False
         self._hear_of_loads()
+        for sequence, turn in self._policy.reorder():
+            self._queue.move(sequence, turn)
         draft = StepDraft(self._config.max_step_tokens)
         self._continue(draft)
         claimed = self._admit(draft)
         for request_id, error in self._prefetches.serve(claimed):
             self.fail([request_id], error)
+        self._drop(step_is_full=not draft.budget)
         step = draft.step()
         if step is None:
             return None
@@ -234,6 +254,7 @@ class Scheduler:
 
     def _advance(self, sequence: Sequence, token: SampledToken) -> TokenEvent:
         finish = sequence.append(token.token_id)
+        self._policy.drew(sequence)
         if finish is None:
             return TokenEvent(sequence.request_id, token.token_id, token.logprob, token.top)
         self._end(sequence)
@@ -279,7 +300,7 @@ class Scheduler:
         last = self._running[-1]
         idle_needed_at, idle = self._order.latest_idle(min_pages=1)
         loading_needed_at, loading = self._order.latest_loading()
-        latest = max(last.arrival, idle_needed_at, loading_needed_at)
+        latest = max(last.turn, idle_needed_at, loading_needed_at)
         if latest == loading_needed_at:
             self._residency.cancel(loading)
         elif latest == idle_needed_at:
@@ -292,8 +313,15 @@ class Scheduler:
 
     def _preempt(self, sequence: Sequence) -> None:
         self._leave_running(sequence, SequenceState.WAITING)
+        self._policy.preempted(sequence)
         self._queue.add(sequence, ready=True)
         self.num_preemptions += 1
+
+    def _drop(self, step_is_full: bool) -> None:
+        """Gives up those that the policy drops, at once."""
+        for drop in self._policy.drops(self._queue.sequences, step_is_full):
+            self.num_dropped[drop.reason] += 1
+            self.fail([drop.sequence.request_id], overloaded(drop.retry_after_seconds))
 
     def _admit(self, draft: StepDraft) -> int | None:
         """Grants pages along the queue and lets run what can.
@@ -307,6 +335,7 @@ class Scheduler:
         claimed = len(self._running)
         # Nearly full, places are filled several at a time: a step with prompts in it costs more than one without.
         open_to_new = len(self._running) <= self._max_running - self._admission_batch
+        num_held_back = 0
         for position, sequence in enumerate(self._queue.candidates(LOOK_AHEAD)):
             may_run = open_to_new and len(self._running) < self._max_running and draft.budget > 0
             if not may_run and position >= LOOK_AHEAD:
@@ -319,6 +348,11 @@ class Scheduler:
                     return None
                 case AdapterState.SIZED if not self._grant_adapter(sequence, wanted):
                     return None
+                case AdapterState.RESIDENT if may_run and not self._policy.may_run(sequence):
+                    num_held_back += 1
+                    if num_held_back >= MAX_HELD_BACK:
+                        break
+                    continue
                 case AdapterState.RESIDENT if may_run:
                     if not self._run(sequence, wanted):
                         return None
@@ -340,22 +374,25 @@ class Scheduler:
         if sequence.digest is None:
             return False
         num_pages = self._residency.num_pages(sequence.digest) or 0
-        return self._order.grant_adapter(sequence.digest, wanted + num_pages, sequence.arrival)
+        return self._order.grant_adapter(sequence.digest, wanted + num_pages, sequence.turn)
 
     def _run(self, sequence: Sequence, wanted: int) -> bool:
         """Lets a waiting sequence run, if `wanted` pages, its own among them, can be had."""
         num_pages = sequence.num_pages(self._config.tokens_per_page)
-        block_table = self._order.allocate_kv(num_pages, wanted, sequence.arrival)
+        block_table = self._order.allocate_kv(num_pages, wanted, sequence.turn)
         if block_table is None:
             return False
         slot = BASE_SLOT if sequence.digest is None else self._residency.pin(sequence.digest)
         self._queue.remove(sequence)
+        again = sequence.has_run
         sequence.run(block_table, slot)
-        insort(self._running, sequence, key=_ARRIVAL)
+        self.num_admitted += not again
+        self._policy.admitted(sequence, again)
+        insort(self._running, sequence, key=_TURN)
         return True
 
     def _leave_running(self, sequence: Sequence, state: SequenceState) -> None:
-        del self._running[bisect_left(self._running, sequence.arrival, key=_ARRIVAL)]
+        del self._running[bisect_left(self._running, sequence.turn, key=_TURN)]
         sequence.state = state
         self._flight.let_go(sequence)
 
@@ -366,6 +403,7 @@ class Scheduler:
 
     def _end(self, sequence: Sequence) -> None:
         del self._sequences[sequence.request_id]
+        self._policy.ended(sequence)
         if sequence.state is SequenceState.RUNNING:
             self._leave_running(sequence, SequenceState.ENDED)
             return
@@ -400,16 +438,8 @@ class Scheduler:
     def _too_large(self, sequence: Sequence) -> SloraError | None:
         kv_pages = sequence.max_pages(self._config.tokens_per_page)
         adapter_pages = 0 if sequence.digest is None else self._residency.num_pages(sequence.digest) or 0
-        if kv_pages + adapter_pages <= self._allocator.num_pages:
-            return None
-        return SloraError(
-            Reason.REQUEST_TOO_LARGE,
-            f"prompt and max_tokens take up to {kv_pages} pages and the adapter {adapter_pages}; "
-            f"the pool has {self._allocator.num_pages}",
-            num_kv_pages=kv_pages,
-            num_adapter_pages=adapter_pages,
-            num_pool_pages=self._allocator.num_pages,
-        )
+        num_pages = self._allocator.num_pages
+        return None if kv_pages + adapter_pages <= num_pages else too_large(kv_pages, adapter_pages, num_pages)
 
     def _fail_users(self, digest: str, error: SloraError) -> None:
         sequences = [sequence.request_id for sequence in self._queue.users(digest)]
@@ -422,7 +452,3 @@ class Scheduler:
     def _require_new(self, request_id: int) -> None:
         if request_id in self._sequences or request_id in self._prefetches:
             raise ValueError(f"request {request_id} exists already")
-
-    def _queue_full(self) -> SloraError:
-        limit = self._config.max_waiting
-        return SloraError(Reason.QUEUE_FULL, f"{limit} requests wait already; try again later", max_waiting=limit)

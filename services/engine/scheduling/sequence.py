@@ -56,12 +56,17 @@ class Sequence:
     # Names the sequence everywhere; the request's.
     request_id: int
     arrival: int
+    # Its place in the order in which memory is granted, the lowest first; no two have the same. The policy's to choose
+    # while the sequence waits, else its arrival.
+    turn: int
     max_tokens: int
     stop_ids: frozenset[int]
     # Prompt and output; what has to be computed again after a preemption.
     token_ids: list[int]
     output_ids: list[int] = field(default_factory=list)
     state: SequenceState = SequenceState.WAITING
+    # Whether it was ever admitted: one that waits nevertheless was preempted.
+    has_run: bool = False
     block_table: list[int] = field(default_factory=list)
     # KV of so many tokens is in the pages, or will be when the steps in flight are done.
     num_computed: int = 0
@@ -77,7 +82,7 @@ class Sequence:
         if not request.stop.ignore_eos:
             stop_ids |= eos_token_ids
         max_tokens = min(request.stop.max_tokens, max_model_len - len(request.prompt_ids))
-        return cls(request, request.request_id, arrival, max_tokens, stop_ids, list(request.prompt_ids))
+        return cls(request, request.request_id, arrival, arrival, max_tokens, stop_ids, list(request.prompt_ids))
 
     @property
     def digest(self) -> str | None:
@@ -102,6 +107,7 @@ class Sequence:
     def run(self, block_table: list[int], adapter_slot: int) -> None:
         """Begins to run, from the first token on, in these pages."""
         self.state = SequenceState.RUNNING
+        self.has_run = True
         self.block_table = block_table
         self.adapter_slot = adapter_slot
 

@@ -1,20 +1,21 @@
-"""The sequences that wait, in arrival order, with those at hand whose adapter is resident (or that have none)."""
+"""The sequences that wait, by turn, with those at hand whose adapter is resident (or that have none)."""
 
 from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Iterator
+from collections.abc import Sequence as Seq
 from operator import attrgetter
 
 from services.engine.scheduling.sequence import Sequence
 
-_ARRIVAL = attrgetter("arrival")
+_TURN = attrgetter("turn")
 
 
 class WaitingQueue:
     """Finding what may run next takes time in proportion to what is looked at, not to the queue's length.
 
-    A preempted sequence comes back at the place of its arrival.
+    A preempted sequence comes back at the place of its turn, which nobody changes but `move`.
     """
 
     def __init__(self) -> None:
@@ -43,6 +44,13 @@ class WaitingQueue:
             if not users:
                 del self._by_digest[sequence.digest]
 
+    def move(self, sequence: Sequence, turn: int) -> None:
+        """Gives a sequence another turn."""
+        ready = _place(self._ready, sequence) is not None
+        self.remove(sequence)
+        sequence.turn = turn
+        self.add(sequence, ready)
+
     def adapter_came(self, digest: str) -> None:
         """An adapter became resident: those that wait for it are ready."""
         for sequence in self._by_digest.get(digest, ()):
@@ -54,20 +62,25 @@ class WaitingQueue:
             _discard(self._ready, sequence)
 
     def users(self, digest: str) -> list[Sequence]:
-        """Those that wait with this adapter, in arrival order."""
+        """Those that wait with this adapter, by turn."""
         return list(self._by_digest.get(digest, ()))
 
     def earliest_user(self, digest: str) -> int | None:
-        """Arrival of the first that waits with this adapter."""
+        """Turn of the first that waits with this adapter."""
         users = self._by_digest.get(digest)
-        return users[0].arrival if users else None
+        return users[0].turn if users else None
+
+    @property
+    def sequences(self) -> Seq[Sequence]:
+        """All of them by turn; what it shows changes with the queue."""
+        return self._all
 
     def window(self, num_sequences: int) -> list[Sequence]:
         """The first `num_sequences` of all."""
         return self._all[:num_sequences]
 
     def candidates(self, num_sequences: int) -> Iterator[Sequence]:
-        """In arrival order: the first `num_sequences` (at least 1) of all, then those that are ready.
+        """By turn: the first `num_sequences` (at least 1) of all, then those that are ready.
 
         While this goes on the queue may lose the sequence just given, and later ones may cease to be ready.
         """
@@ -75,7 +88,7 @@ class WaitingQueue:
         yield from first
         if len(first) < num_sequences:
             return
-        index = bisect_left(self._ready, first[-1].arrival + 1, key=_ARRIVAL)
+        index = bisect_left(self._ready, first[-1].turn + 1, key=_TURN)
         while index < len(self._ready):
             sequence = self._ready[index]
             yield sequence
@@ -84,12 +97,17 @@ class WaitingQueue:
 
 
 def _insert(sequences: list[Sequence], sequence: Sequence) -> None:
-    index = bisect_left(sequences, sequence.arrival, key=_ARRIVAL)
+    index = bisect_left(sequences, sequence.turn, key=_TURN)
     if index == len(sequences) or sequences[index] is not sequence:
         sequences.insert(index, sequence)
 
 
 def _discard(sequences: list[Sequence], sequence: Sequence) -> None:
-    index = bisect_left(sequences, sequence.arrival, key=_ARRIVAL)
-    if index < len(sequences) and sequences[index] is sequence:
+    index = _place(sequences, sequence)
+    if index is not None:
         del sequences[index]
+
+
+def _place(sequences: list[Sequence], sequence: Sequence) -> int | None:
+    index = bisect_left(sequences, sequence.turn, key=_TURN)
+    return index if index < len(sequences) and sequences[index] is sequence else None

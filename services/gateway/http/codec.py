@@ -23,7 +23,7 @@ def ask_of(request: GenerationRequest, index: int, model: str, request_id: str, 
     return Ask(
         model=model,
         request_id=request_id,
-        to_engine_request=lambda request_id, model: to_engine_request(message, request_id, model),
+        to_engine_request=lambda request_id, model: to_engine_request(message, request_id, model, tenant),
         tenant=tenant,
         size=to_size(message),
     )

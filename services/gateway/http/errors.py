@@ -33,6 +33,7 @@ STATUSES: Mapping[Status, int] = {
 EXCEPTIONS: Mapping[Reason, int] = {
     Reason.CHAT_TEMPLATE_MISSING: 400,
     Reason.QUEUE_FULL: 429,
+    Reason.OVERLOADED: 429,
     Reason.UPLOADS_FULL: 429,
     Reason.REQUEST_RATE_EXCEEDED: 429,
     Reason.TOKEN_RATE_EXCEEDED: 429,

@@ -42,3 +42,11 @@ def test_a_full_queue_says_when_to_come_back() -> None:
     info = error_details_pb2.RetryInfo()
     assert whole.details[1].Unpack(info)
     assert info.retry_delay.ToMilliseconds() == 1000
+
+
+def test_when_to_retry_is_said_in_the_standard_way_too() -> None:
+    whole, info = decoded(to_grpc_status(SloraError(Reason.OVERLOADED, "too many", retry_after_seconds="2.500")))
+    retry = error_details_pb2.RetryInfo()
+    assert whole.details[1].Unpack(retry)
+    assert retry.retry_delay.ToMilliseconds() == 2500
+    assert info.metadata["retry_after_seconds"] == "2.500", "and so that a gateway passes it on"

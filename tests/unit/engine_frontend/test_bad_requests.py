@@ -32,6 +32,9 @@ async def refusal(engine: Any, fields: dict[str, Any]) -> SloraError:
 BAD: dict[str, tuple[dict[str, Any], Reason, str]] = {
     "no request id": ({"request_id": ""}, Reason.REQUEST_INVALID, "1 to 128"),
     "long request id": ({"request_id": "é" * 129}, Reason.REQUEST_INVALID, "129 characters"),
+    "priority too high": ({"priority": 11}, Reason.REQUEST_INVALID, r"priority is 11; it is in \[-10, 10\]"),
+    "priority too low": ({"priority": -11}, Reason.REQUEST_INVALID, "priority is -11"),
+    "long tenant": ({"tenant": "é" * 129}, Reason.REQUEST_INVALID, "129 characters"),
     "no prompt": ({"prompt": None}, Reason.PROMPT_MISSING, "prompt.text, prompt.token_ids or prompt.chat"),
     "unset prompt": ({"prompt": {}}, Reason.PROMPT_MISSING, "prompt.text, prompt.token_ids or prompt.chat"),
     "empty text": ({"prompt": {"text": ""}}, Reason.PROMPT_EMPTY, "prompt.text"),

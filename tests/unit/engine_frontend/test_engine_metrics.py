@@ -94,6 +94,10 @@ async def test_what_the_core_counts(engine: Any, sample: Callable[[str], float])
         num_adapter_misses_total=10,
         num_adapter_load_failures_total=11,
         step_seconds_total=12.5,
+        num_admitted_total=13,
+        num_dropped_total={"overload": 14, "too_late": 15},
+        num_passed_by_total=16,
+        service_spread=17.5,
     )
     engine.core.report(load=load, loaded=[AdapterLoaded(Adapter("poet@1", DIGEST), 0.25, 1000)])
     expected = {
@@ -109,6 +113,11 @@ async def test_what_the_core_counts(engine: Any, sample: Callable[[str], float])
         "adapter_misses_total": 10,
         "adapter_load_failures_total": 11,
         "step_seconds_total": 12.5,
+        "admitted_sequences_total": 13,
+        'dropped_sequences_total{reason="overload"}': 14,
+        'dropped_sequences_total{reason="too_late"}': 15,
+        "passed_by_total": 16,
+        "service_spread": 17.5,
         "resident_adapters": 1,
         "core_up": 1,
         'adapter_load_seconds_count{adapter="poet@1"}': 1,

@@ -93,6 +93,8 @@ async def test_what_the_core_is_told(engine: Any) -> None:
             },
             stopping={"max_tokens": 9, "min_tokens": 2, "stop_token_ids": [3, 4, 3], "ignore_eos": True},
             num_logprobs=20,
+            priority=-2,
+            tenant="acme",
         )
     )
     sent = await engine.core.take(Generate)
@@ -106,6 +108,7 @@ async def test_what_the_core_is_told(engine: Any) -> None:
     assert (sent.stop.max_tokens, sent.stop.min_tokens) == (9, 2)
     assert sent.stop.stop_token_ids == (3, 4)
     assert sent.stop.ignore_eos
+    assert (sent.priority, sent.tenant) == (-2, "acme")
     call.cancel()
 
 

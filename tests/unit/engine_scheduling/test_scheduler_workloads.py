@@ -10,13 +10,16 @@ from __future__ import annotations
 import random
 import time
 
+import msgspec
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
 from services.common.errors import Reason, SloraError
+from services.engine.config import PolicyConfig
 from services.engine.scheduling import scheduler as scheduler_module
+from services.engine.scheduling.policies.combination import make_policy
 from services.engine.step import SampledToken, StepPlan
 from tests.fakes.engine_fakes import VOCAB_SIZE, digest_of, generate
 from tests.fakes.scheduler_harness import Harness
@@ -31,6 +34,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     """Requests, aborts, prefetches, failing loads and steps in any order; at the end everything must come out right."""
 
     max_in_flight = 1
+    policy = PolicyConfig()
 
     @initialize(
         num_pages=st.integers(4, 24),
@@ -62,6 +66,8 @@ class SchedulerMachine(RuleBasedStateMachine):
             max_in_flight=self.max_in_flight,
             admission_batch=1 + seed % 3,
             seed=seed,
+            policy=make_policy(self.policy, max_running, lambda: float(len(self.harness.plans))),
+            turns_stay=self.policy.order != "fair" and not self.policy.max_adapters_a_batch,
         )
         self.harness.adapters(**dict(zip(NAMES, sizes, strict=True)))
         self.next_id = 0
@@ -79,17 +85,17 @@ class SchedulerMachine(RuleBasedStateMachine):
     ) -> None:
         self.next_id += 1
         prompt = [(self.next_id * 31 + i * 7) % VOCAB_SIZE for i in range(prompt_len)]
-        self.harness.add(
-            generate(
-                self.next_id,
-                prompt,
-                max_tokens,
-                name,
-                min_tokens=min(min_tokens, max_tokens),
-                ignore_eos=ignore_eos,
-                stop_token_ids=tuple(stop),
-            )
+        request = generate(
+            self.next_id,
+            prompt,
+            max_tokens,
+            name,
+            min_tokens=min(min_tokens, max_tokens),
+            ignore_eos=ignore_eos,
+            stop_token_ids=tuple(stop),
         )
+        tenant, priority = "abc"[prompt_len % 3], max_tokens % 4 - 1
+        self.harness.add(msgspec.structs.replace(request, tenant=tenant, priority=priority))
 
     @rule(name=st.sampled_from(NAMES))
     def prefetch(self, name: str) -> None:
@@ -144,6 +150,29 @@ class OverlappingMachine(SchedulerMachine):
     max_in_flight = 2
 
 
+class PriorityMachine(OverlappingMachine):
+    """By priority, and some are dropped."""
+
+    policy = PolicyConfig(order="priority", priority_head_start=3, latency_goal_seconds=12.0)
+
+
+class FairMachine(OverlappingMachine):
+    """Fair by tenant, with everything that may join it; time counts in steps."""
+
+    policy = PolicyConfig(
+        order="fair",
+        fairness_headroom=0.3,
+        latency_goal_seconds=20.0,
+        max_adapters_a_batch=1,
+        clustering_patience_seconds=5.0,
+    )
+
+
+TestPriorityMachine = PriorityMachine.TestCase
+TestFairMachine = FairMachine.TestCase
+TestPriorityMachine.settings = TestFairMachine.settings = settings(
+    max_examples=60, stateful_step_count=30, deadline=None
+)
 TestSchedulerMachine = SchedulerMachine.TestCase
 TestSchedulerMachine.settings = settings(max_examples=250, stateful_step_count=30, deadline=None)
 TestOverlappingMachine = OverlappingMachine.TestCase

@@ -81,3 +81,8 @@ def test_the_table_of_statuses_is_the_documented_one() -> None:
     told = {name: int(status) for status, names in rows for name in re.findall(r"`([A-Z_]+)`", names)}
     for reason in Reason:
         assert told.get(reason.name, told.get(reason.status.value)) == http_status(reason), reason
+
+
+def test_when_to_retry_is_what_the_engine_said() -> None:
+    error = to_api_error(SloraError(Reason.OVERLOADED, "too many", retry_after_seconds="2.500"))
+    assert (error.status, error.headers["retry-after"]) == (429, "3")

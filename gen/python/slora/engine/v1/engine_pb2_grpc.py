@@ -61,7 +61,7 @@ class EngineServiceServicer:
         them merged into fewer messages. Not idempotent unless a seed is set or the temperature is 0. Cancelling the
         call, or its deadline, frees what it holds within a step.
         Errors: INVALID_ARGUMENT (the request), NOT_FOUND (the adapter is not in the adapter store),
-        RESOURCE_EXHAUSTED (queue full, or the request can never fit in the pool; ErrorInfo says which),
+        RESOURCE_EXHAUSTED (queue full, overloaded: RetryInfo says when to retry, or the request can never fit in the pool; ErrorInfo says which),
         FAILED_PRECONDITION (the adapter does not fit this base model), DATA_LOSS (its files in S3 are no longer those
         that were registered), UNAVAILABLE (core dead, draining, adapter store out of reach: if no message came before
         it, nothing was generated; retry elsewhere).

@@ -26,7 +26,7 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from slora.engine.v1 import generation_pb2 as slora_dot_engine_dot_v1_dot_generation__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n slora/gateway/v1/inference.proto\x12\x10slora.gateway.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a slora/engine/v1/generation.proto\"\xf5\x01\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\'\n\x06prompt\x18\x02 \x01(\x0b\x32\x17.slora.engine.v1.Prompt\x12\x35\n\x08sampling\x18\x03 \x01(\x0b\x32#.slora.engine.v1.SamplingParameters\x12\x33\n\x08stopping\x18\x04 \x01(\x0b\x32!.slora.engine.v1.StoppingCriteria\x12\x19\n\x0cnum_logprobs\x18\x05 \x01(\rH\x00\x88\x01\x01\x12\x12\n\nrequest_id\x18\x06 \x01(\tB\x0f\n\r_num_logprobs\"\xcd\x01\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0c\n\x04text\x18\x03 \x01(\t\x12\x11\n\ttoken_ids\x18\x04 \x03(\r\x12\x30\n\x08logprobs\x18\x05 \x03(\x0b\x32\x1e.slora.engine.v1.TokenLogprobs\x12\x34\n\ncompletion\x18\x06 \x01(\x0b\x32\x1b.slora.engine.v1.CompletionH\x00\x88\x01\x01\x42\r\n\x0b_completion\":\n\x11ListModelsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"V\n\x12ListModelsResponse\x12\'\n\x06models\x18\x01 \x03(\x0b\x32\x17.slora.gateway.v1.Model\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\xaf\x01\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nadapter_id\x18\x02 \x01(\t\x12\x12\n\nbase_model\x18\x03 \x01(\t\x12\x0c\n\x04rank\x18\x04 \x01(\r\x12\x34\n\x0b\x63reate_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.TimestampH\x00\x88\x01\x01\x12\x1c\n\x14num_resident_engines\x18\x06 \x01(\rB\x0e\n\x0c_create_time2\xc0\x01\n\x10InferenceService\x12S\n\x08Generate\x12!.slora.gateway.v1.GenerateRequest\x1a\".slora.gateway.v1.GenerateResponse0\x01\x12W\n\nListModels\x12#.slora.gateway.v1.ListModelsRequest\x1a$.slora.gateway.v1.ListModelsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n slora/gateway/v1/inference.proto\x12\x10slora.gateway.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a slora/engine/v1/generation.proto\"\x97\x02\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\'\n\x06prompt\x18\x02 \x01(\x0b\x32\x17.slora.engine.v1.Prompt\x12\x35\n\x08sampling\x18\x03 \x01(\x0b\x32#.slora.engine.v1.SamplingParameters\x12\x33\n\x08stopping\x18\x04 \x01(\x0b\x32!.slora.engine.v1.StoppingCriteria\x12\x19\n\x0cnum_logprobs\x18\x05 \x01(\rH\x00\x88\x01\x01\x12\x12\n\nrequest_id\x18\x06 \x01(\t\x12\x10\n\x08priority\x18\x07 \x01(\x05\x12\x0e\n\x06tenant\x18\x08 \x01(\tB\x0f\n\r_num_logprobs\"\xcd\x01\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0c\n\x04text\x18\x03 \x01(\t\x12\x11\n\ttoken_ids\x18\x04 \x03(\r\x12\x30\n\x08logprobs\x18\x05 \x03(\x0b\x32\x1e.slora.engine.v1.TokenLogprobs\x12\x34\n\ncompletion\x18\x06 \x01(\x0b\x32\x1b.slora.engine.v1.CompletionH\x00\x88\x01\x01\x42\r\n\x0b_completion\":\n\x11ListModelsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"V\n\x12ListModelsResponse\x12\'\n\x06models\x18\x01 \x03(\x0b\x32\x17.slora.gateway.v1.Model\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\xaf\x01\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nadapter_id\x18\x02 \x01(\t\x12\x12\n\nbase_model\x18\x03 \x01(\t\x12\x0c\n\x04rank\x18\x04 \x01(\r\x12\x34\n\x0b\x63reate_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.TimestampH\x00\x88\x01\x01\x12\x1c\n\x14num_resident_engines\x18\x06 \x01(\rB\x0e\n\x0c_create_time2\xc0\x01\n\x10InferenceService\x12S\n\x08Generate\x12!.slora.gateway.v1.GenerateRequest\x1a\".slora.gateway.v1.GenerateResponse0\x01\x12W\n\nListModels\x12#.slora.gateway.v1.ListModelsRequest\x1a$.slora.gateway.v1.ListModelsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,15 +34,15 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'slora.gateway.v1.inference_
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_GENERATEREQUEST']._serialized_start=122
-  _globals['_GENERATEREQUEST']._serialized_end=367
-  _globals['_GENERATERESPONSE']._serialized_start=370
-  _globals['_GENERATERESPONSE']._serialized_end=575
-  _globals['_LISTMODELSREQUEST']._serialized_start=577
-  _globals['_LISTMODELSREQUEST']._serialized_end=635
-  _globals['_LISTMODELSRESPONSE']._serialized_start=637
-  _globals['_LISTMODELSRESPONSE']._serialized_end=723
-  _globals['_MODEL']._serialized_start=726
-  _globals['_MODEL']._serialized_end=901
-  _globals['_INFERENCESERVICE']._serialized_start=904
-  _globals['_INFERENCESERVICE']._serialized_end=1096
+  _globals['_GENERATEREQUEST']._serialized_end=401
+  _globals['_GENERATERESPONSE']._serialized_start=404
+  _globals['_GENERATERESPONSE']._serialized_end=609
+  _globals['_LISTMODELSREQUEST']._serialized_start=611
+  _globals['_LISTMODELSREQUEST']._serialized_end=669
+  _globals['_LISTMODELSRESPONSE']._serialized_start=671
+  _globals['_LISTMODELSRESPONSE']._serialized_end=757
+  _globals['_MODEL']._serialized_start=760
+  _globals['_MODEL']._serialized_end=935
+  _globals['_INFERENCESERVICE']._serialized_start=938
+  _globals['_INFERENCESERVICE']._serialized_end=1130
 # @@protoc_insertion_point(module_scope)

@@ -60,8 +60,8 @@ class InferenceServiceServicer:
         temperature is 0. Cancelling the call, or its deadline, stops the work within a step. Before the first token
         the gateway retries on other engines by itself; after it, a failure ends the stream with UNAVAILABLE.
         Errors (docs/errors.md lists the reasons): INVALID_ARGUMENT, NOT_FOUND (unknown model),
-        FAILED_PRECONDITION, RESOURCE_EXHAUSTED (queues full, request too large, or the tenant is over a limit: RetryInfo
-        says when to come back), DATA_LOSS (the adapter's files are no longer those that were registered),
+        FAILED_PRECONDITION, RESOURCE_EXHAUSTED (queues full, engines overloaded, request too large, or the tenant is over a
+        limit: RetryInfo says when to come back), DATA_LOSS (the adapter's files are no longer those that were registered),
         UNAUTHENTICATED, UNAVAILABLE, DEADLINE_EXCEEDED, CANCELLED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

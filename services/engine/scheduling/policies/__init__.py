@@ -1,0 +1,1 @@
+"""Who is admitted, in what order, and who is dropped: small objects that the scheduler asks."""

@@ -1,0 +1,110 @@
+"""One order, and any of what may join it: early abort, clustering."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Sequence as Seq
+
+from services.engine.config import PolicyConfig
+from services.engine.scheduling.policies.clustering import AdapterClustering
+from services.engine.scheduling.policies.early_abort import EarlyAbort
+from services.engine.scheduling.policies.fair import FairOrder
+from services.engine.scheduling.policies.headroom import Headroom
+from services.engine.scheduling.policies.policy import Drop, Policy
+from services.engine.scheduling.policies.priority import PriorityOrder
+from services.engine.scheduling.sequence import Sequence
+
+
+class Combination(Policy):
+    """`order` gives turns and groups; each of `others` may keep sequences from running, or drop them."""
+
+    def __init__(self, order: Policy, *others: Policy) -> None:
+        self._order = order
+        self._others = others
+        self._all = (order, *others)
+
+    def reorder(self) -> Iterable[tuple[Sequence, int]]:
+        """As `order` says."""
+        return self._order.reorder()
+
+    def may_run(self, sequence: Sequence) -> bool:
+        """If nobody is against it."""
+        return all(policy.may_run(sequence) for policy in self._others)
+
+    def drops(self, waiting: Seq[Sequence], step_is_full: bool) -> list[Drop]:
+        """Whom any of the others drops."""
+        return [drop for policy in self._others for drop in policy.drops(waiting, step_is_full)]
+
+    def group(self, sequence: Sequence) -> Hashable:
+        """As `order` says."""
+        return self._order.group(sequence)
+
+    def entered(self, sequence: Sequence) -> None:
+        """Told to all."""
+        for policy in self._all:
+            policy.entered(sequence)
+
+    def admitted(self, sequence: Sequence, again: bool) -> None:
+        """Told to all."""
+        for policy in self._all:
+            policy.admitted(sequence, again)
+
+    def drew(self, sequence: Sequence) -> None:
+        """Told to all."""
+        for policy in self._all:
+            policy.drew(sequence)
+
+    def preempted(self, sequence: Sequence) -> None:
+        """Told to all."""
+        for policy in self._all:
+            policy.preempted(sequence)
+
+    def ended(self, sequence: Sequence) -> None:
+        """Told to all."""
+        for policy in self._all:
+            policy.ended(sequence)
+
+    @property
+    def num_passed_by(self) -> int:
+        """By all together."""
+        return sum(policy.num_passed_by for policy in self._others)
+
+    @property
+    def service_spread(self) -> float:
+        """As `order` measures it."""
+        return self._order.service_spread
+
+
+def make_policy(config: PolicyConfig, max_running: int, clock: Callable[[], float] = time.monotonic) -> Policy:
+    """The policy that a configuration names, for `max_running` places; ValueError if a figure in it is out of range."""
+    order = _order(config)
+    others: list[Policy] = []
+    if config.order == "fair" and config.fairness_headroom:
+        others.append(Headroom(max_running, round(max_running * config.fairness_headroom), order.group))
+    if config.latency_goal_seconds:
+        others.append(EarlyAbort(config.latency_goal_seconds, clock, order.group))
+    if config.max_adapters_a_batch:
+        others.append(AdapterClustering(config.max_adapters_a_batch, config.clustering_patience_seconds, clock))
+    return Combination(order, *others) if others else order
+
+
+def _order(config: PolicyConfig) -> Policy:
+    match config.order:
+        case "fcfs":
+            return Policy()
+        case "priority":
+            return PriorityOrder(config.priority_head_start)
+        case "fair":
+            client_of = _tenant if config.fairness_by == "tenant" else _adapter
+            return FairOrder(client_of, config.input_price, config.output_price, config.client_weights)
+
+
+def _tenant(sequence: Sequence) -> str:
+    return sequence.request.tenant
+
+
+def _adapter(sequence: Sequence) -> str:
+    """The adapter's name without its version; empty for the base model alone."""
+    adapter = sequence.request.adapter
+    return "" if adapter is None else adapter.adapter_id.partition("@")[0]

@@ -1,0 +1,82 @@
+"""What a policy decides and what it is told. This one decides nothing: first come, first served.
+
+The scheduler asks three things, all about waiting sequences: in which order they take turns, whether one may begin to
+run now, and who is dropped. Everything else stays the scheduler's, whatever the policy: decodes come before
+prompts, memory is granted by turn and taken back in reverse, one that only waits for bytes is overtaken. So what is
+told at the head of `scheduler.py` on progress holds if a policy keeps two promises: a sequence that has been admitted
+keeps its turn until it ends, and in finite time nobody new comes before one that waits, nor is it kept from running.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+
+from services.engine.scheduling.sequence import Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class Drop:
+    """A waiting sequence to be given up, with a short word why and after how many seconds a retry makes sense."""
+
+    sequence: Sequence
+    reason: str
+    retry_after_seconds: float
+
+
+class Policy:
+    """First come, first served. Others change single decisions. On the core's thread; no call blocks or raises."""
+
+    # Decisions.
+
+    def reorder(self) -> Iterable[tuple[Sequence, int]]:
+        """Waiting sequences that get another turn, asked before each step; no two sequences may share one."""
+        return ()
+
+    def may_run(self, sequence: Sequence) -> bool:
+        """Whether a sequence whose turn it is, and for which there is memory, runs now; else it is passed by."""
+        return True
+
+    def drops(self, waiting: Seq[Sequence], step_is_full: bool) -> list[Drop]:
+        """Whom to give up of those that wait, by turn, after a step was planned. Only such as have never run.
+
+        `step_is_full`: they wait because the step has no room for more prompt tokens, not for places, pages or bytes.
+        """
+        return []
+
+    def group(self, sequence: Sequence) -> Hashable:
+        """Among which sequences it competes: one is dropped to make room only for another of its group."""
+        return None
+
+    # What happens.
+
+    def entered(self, sequence: Sequence) -> None:
+        """A request begins to wait; its turn, now its arrival, may be set here."""
+
+    def admitted(self, sequence: Sequence, again: bool) -> None:
+        """It begins to run; its turn may be set here unless `again`: then it was preempted before.
+
+        Tokens whose KV it already has (`num_computed`) are not computed for it.
+        """
+
+    def drew(self, sequence: Sequence) -> None:
+        """A token was drawn for it, and appended."""
+
+    def preempted(self, sequence: Sequence) -> None:
+        """It waits again; it keeps its turn."""
+
+    def ended(self, sequence: Sequence) -> None:
+        """It is over, from waiting or from running (its `state`), however that came."""
+
+    # What it came to.
+
+    @property
+    def num_passed_by(self) -> int:
+        """How often `may_run` said no."""
+        return 0
+
+    @property
+    def service_spread(self) -> float:
+        """By how much the service of clients that wait differs at most; 0 for policies that do not measure it."""
+        return 0.0

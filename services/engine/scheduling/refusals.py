@@ -1,0 +1,29 @@
+"""What requests are told that the engine does not take or gives up for want of room or time."""
+
+from __future__ import annotations
+
+from services.common.errors import RETRY_AFTER, Reason, SloraError
+
+
+def queue_full(max_waiting: int) -> SloraError:
+    """So many wait that no more are taken."""
+    return SloraError(
+        Reason.QUEUE_FULL, f"{max_waiting} requests wait already; try again later", max_waiting=max_waiting
+    )
+
+
+def overloaded(retry_after_seconds: float) -> SloraError:
+    """Dropped, because its first token could not come in time."""
+    message = f"more requests wait than can be served in time; try again in {retry_after_seconds:.1f} s"
+    return SloraError(Reason.OVERLOADED, message, **{RETRY_AFTER: f"{retry_after_seconds:.3f}"})
+
+
+def too_large(kv_pages: int, adapter_pages: int, num_pages: int) -> SloraError:
+    """It could never run, be the pool ever so empty."""
+    return SloraError(
+        Reason.REQUEST_TOO_LARGE,
+        f"prompt and max_tokens take up to {kv_pages} pages and the adapter {adapter_pages}; the pool has {num_pages}",
+        num_kv_pages=kv_pages,
+        num_adapter_pages=adapter_pages,
+        num_pool_pages=num_pages,
+    )

@@ -1,0 +1,228 @@
+"""Each policy's decisions, by hand and, where it promises a bound, under random load."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from services.engine.config import EngineSettings, PolicyConfig
+from services.engine.messages import Generate
+from services.engine.scheduling.policies.clustering import AdapterClustering
+from services.engine.scheduling.policies.combination import Combination, make_policy
+from services.engine.scheduling.policies.early_abort import OVERLOAD, TOO_LATE, EarlyAbort
+from services.engine.scheduling.policies.headroom import Headroom
+from services.engine.scheduling.policies.policy import Policy
+from services.engine.scheduling.policies.priority import PriorityOrder
+from services.engine.scheduling.sequence import Sequence
+from tests.fakes.engine_fakes import adapter, generate
+from tests.fakes.scheduler_harness import Harness
+
+
+@dataclass
+class Clock:
+    now: float = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@dataclass
+class Arrivals:
+    """Makes sequences that a policy has been told of."""
+
+    policy: Policy
+    made: list[Sequence] = field(default_factory=list)
+
+    def come(self, priority: int = 0, name: str | None = None, tenant: str = "") -> Sequence:
+        number = len(self.made)
+        request = msgspec.structs.replace(generate(number, [1, 2], 4, name), priority=priority, tenant=tenant)
+        sequence = Sequence.of(request, number, 100, frozenset())
+        self.policy.entered(sequence)
+        self.made.append(sequence)
+        return sequence
+
+    def run(self, sequence: Sequence) -> None:
+        again = sequence.has_run
+        sequence.run([], -1)
+        self.policy.admitted(sequence, again)
+
+
+def random_load(harness: Harness, seed: int, **changes: tuple[object, ...]) -> None:
+    """Sixty requests with and without adapters, in a pool that makes some preempt others."""
+    rng = random.Random(seed)
+    names = [f"a{i}" for i in range(5)]
+    harness.adapters(**{name: rng.randint(1, 4) for name in names})
+    for i in range(60):
+        prompt = [rng.randrange(100) for _ in range(rng.randint(1, 16))]
+        request: Generate = generate(i, prompt, rng.randint(1, 12), rng.choice([None, *names]), ignore_eos=True)
+        changed = {name: rng.choice(values) for name, values in changes.items()}
+        harness.add(msgspec.structs.replace(request, **changed))
+        for _ in range(rng.randint(0, 2)):
+            harness.step()
+    harness.run(max_steps=6000)
+
+
+@settings(max_examples=10, deadline=None)
+@given(seed=st.integers(0, 1 << 16), depth=st.sampled_from([1, 2]))
+def test_without_differences_every_static_order_is_first_come_first_served(seed: int, depth: int) -> None:
+    plans = []
+    for policy in (None, Policy(), PriorityOrder(10), Combination(Policy(), Headroom(5, 0, lambda _: None))):
+        harness = Harness(num_pages=18, max_running=5, max_in_flight=depth, seed=seed, policy=policy)
+        random_load(harness, seed)
+        plans.append([[(c.sequence_id, c.start, len(c.token_ids)) for c in plan.chunks] for plan in harness.plans])
+        harness.check_answers()
+    assert plans[1:] == plans[:1] * 3
+
+
+@settings(max_examples=10, deadline=None)
+@given(seed=st.integers(0, 1 << 16), head_start=st.sampled_from([0, 1, 5, 1000]))
+def test_priorities_survive_preemption_and_loads(seed: int, head_start: int) -> None:
+    harness = Harness(num_pages=18, max_running=5, seed=seed, policy=PriorityOrder(head_start))
+    random_load(harness, seed, priority=(-2, 0, 3))
+    harness.check_answers()
+    harness.check_empty()
+
+
+@given(st.lists(st.integers(-10, 10), min_size=2, max_size=40), st.integers(0, 30))
+def test_a_higher_priority_passes_no_more_than_its_head_start(priorities: list[int], head_start: int) -> None:
+    arrivals = Arrivals(PriorityOrder(head_start))
+    made = [arrivals.come(priority) for priority in priorities]
+    assert len({sequence.turn for sequence in made}) == len(made)
+    for later, one in enumerate(made):
+        for earlier, other in enumerate(made[:later]):
+            passes = one.turn < other.turn
+            lead = head_start * (priorities[later] - priorities[earlier]) - (later - earlier)
+            assert passes == (lead > 0 or (lead == 0 and priorities[later] > priorities[earlier]))
+
+
+def test_an_urgent_request_is_next_and_the_least_urgent_is_preempted() -> None:
+    harness = Harness(num_pages=8, max_running=2, policy=PriorityOrder(100))
+    harness.add(generate(1, [1] * 4, 20, ignore_eos=True))
+    harness.add(msgspec.structs.replace(generate(2, [2] * 8, 10, ignore_eos=True), priority=-1))
+    harness.step()
+    harness.add(generate(3, [3] * 4, 2, ignore_eos=True))
+    harness.add(msgspec.structs.replace(generate(4, [4] * 4, 2, ignore_eos=True), priority=5))
+    harness.run()
+    assert harness.scheduler.num_preemptions == 1, "2, which has the least priority, when 1 grew"
+    harness.check_answers()
+    ends = list(harness.finishes)
+    assert ends.index(4) < ends.index(3) < ends.index(2)
+
+
+def test_early_abort_drops_who_is_too_late_and_the_oldest_of_too_many() -> None:
+    clock = Clock()
+    policy = EarlyAbort(10.0, clock, lambda sequence: sequence.request.tenant)
+    arrivals = Arrivals(policy)
+    waiting = [arrivals.come() for _ in range(8)]
+    assert policy.drops(waiting, step_is_full=False) == [], "nothing is known yet"
+    for _ in range(2):  # one admission a second
+        clock.now += 1.0
+        arrivals.run(waiting.pop(0))
+        assert policy.drops(waiting, step_is_full=False) == []
+    waiting += [arrivals.come() for _ in range(6)]
+    dropped = policy.drops(waiting, step_is_full=False)
+    assert [drop.sequence for drop in dropped] == waiting[:2], "twelve wait, ten can be served: the newest"
+    assert {drop.reason for drop in dropped} == {OVERLOAD}
+    assert [drop.retry_after_seconds for drop in dropped] == [pytest.approx(12.0)] * 2
+    clock.now = 10.5
+    late = policy.drops(waiting[2:4], step_is_full=False)
+    assert [drop.reason for drop in late] == [TOO_LATE] * 2
+
+
+def test_early_abort_spares_other_groups_and_those_that_ran() -> None:
+    clock = Clock()
+    policy = EarlyAbort(5.0, clock, lambda sequence: sequence.request.tenant)
+    arrivals = Arrivals(policy)
+    preempted, first = arrivals.come(), arrivals.come()
+    policy.drops([preempted, first], step_is_full=False)
+    clock.now = 1.0
+    arrivals.run(preempted)
+    quiet = arrivals.come(tenant="quiet")
+    loud = [arrivals.come(tenant="loud") for _ in range(6)]
+    dropped = policy.drops([preempted, quiet, *loud], step_is_full=False)
+    assert [drop.sequence for drop in dropped] == loud[: len(dropped)]
+    assert len(dropped) == 3
+    clock.now = 100.0
+    assert preempted not in [drop.sequence for drop in policy.drops([preempted, quiet, *loud], step_is_full=False)]
+
+
+def test_a_dropped_request_fails_at_once_and_says_when_to_retry() -> None:
+    clock = Clock()
+    harness = Harness(max_running=1, policy=make_policy(PolicyConfig(latency_goal_seconds=3.0), 1, clock))
+    for number in range(3):
+        harness.add(generate(number, [1] * 4, 8, ignore_eos=True))
+    for _ in range(5):
+        harness.step()
+        clock.now += 1.0
+    assert set(harness.failures) == {1, 2}
+    failure = harness.failures[1]
+    assert failure.reason == "OVERLOADED"
+    assert float(failure.metadata["retry_after_seconds"]) > 0
+    assert harness.scheduler.num_dropped.total() == 2
+    harness.run()
+    harness.check_answers()
+    harness.check_empty()
+
+
+def test_clustering_holds_back_further_adapters_until_patience_ends() -> None:
+    clock = Clock()
+    policy = AdapterClustering(1, 2.0, clock)
+    arrivals = Arrivals(policy)
+    a, b, base, another_a = (arrivals.come(name=name) for name in ("a", "b", None, "a"))
+    assert policy.may_run(b), "nothing runs yet"
+    arrivals.run(a)
+    assert [policy.may_run(s) for s in (b, base, another_a)] == [False, True, True]
+    assert policy.num_passed_by == 1
+    clock.now = 2.0
+    assert policy.may_run(b)
+    clock.now = 0.0
+    policy.ended(a)
+    assert policy.may_run(b)
+
+
+def test_clustered_batches_have_few_adapters_and_nobody_starves() -> None:
+    clock = Clock()
+    harness = Harness(num_pages=64, max_running=6, turns_stay=False)
+    harness.policy = AdapterClustering(2, 50.0, clock)
+    harness.__post_init__()
+    names = [f"a{i}" for i in range(6)]
+    harness.adapters(**dict.fromkeys(names, 2))
+    for number in range(60):
+        harness.add(generate(number, [3] * 4, 6, names[number % 6], ignore_eos=True))
+    while harness.scheduler.num_open:
+        harness.step()
+        clock.now += 1.0
+        running = {s.digest for s in harness.running()}
+        assert len(running) <= 2 or clock.now > 50
+    harness.check_answers()
+    assert len(harness.plans) < 400
+
+
+def test_headroom_is_for_clients_that_run_little() -> None:
+    policy = Headroom(4, 1, lambda sequence: sequence.request.tenant)
+    arrivals = Arrivals(policy)
+    loud = [arrivals.come(tenant="loud") for _ in range(4)]
+    for sequence in loud[:3]:
+        assert policy.may_run(sequence)
+        arrivals.run(sequence)
+    quiet = arrivals.come(tenant="quiet")
+    assert not policy.may_run(loud[3])
+    assert policy.may_run(quiet)
+    policy.ended(loud[0])
+    assert policy.may_run(loud[3])
+
+
+def test_settings_become_policies() -> None:
+    given_ = EngineSettings("", "", policy="fair", fairness_weights=("gold=2", "a=b=0.5"), max_adapters_a_batch=4)
+    assert given_.policies.client_weights == {"gold": 2.0, "a=b": 0.5}
+    assert isinstance(make_policy(given_.policies, 8), Combination)
+    assert type(make_policy(PolicyConfig(), 8)) is Policy
+    assert isinstance(make_policy(PolicyConfig(order="priority"), 8), PriorityOrder)
+    with pytest.raises(ValueError, match="client=number"):
+        _ = EngineSettings("", "", fairness_weights=("gold",)).policies
+    assert adapter(None) is None
