@@ -65,6 +65,8 @@ securityContext:
 {{- $labels := include "slora.selector" . | fromYaml -}}
 serviceAccountName: {{ $.Release.Name }}
 automountServiceAccountToken: false
+# A Service called slora-engine would be told as SLORA_ENGINE_…, which is how settings are told.
+enableServiceLinks: false
 {{- with $.Values.image.pullSecrets }}
 imagePullSecrets: {{- toYaml . | nindent 2 }}
 {{- end }}
@@ -170,8 +172,8 @@ env:
     "arena_dir" "/arena"
     "upload_dir" "/uploads"
     "drain_seconds" .Values.adapterStore.drainSeconds }}
-{{- include "slora.settings" (list "ADAPTER_STORE" $own) | indent 2 }}
-{{- include "slora.settings" (list "ADAPTER_STORE" .Values.adapterStore.settings) | indent 2 }}
+{{- include "slora.settings" (list "ADAPTER_STORE" $own) | trim | nindent 2 }}
+{{- include "slora.settings" (list "ADAPTER_STORE" .Values.adapterStore.settings) | trim | nindent 2 }}
 {{ include "slora.probes" (list 50052 "") }}
 {{ include "slora.lifecycle" . }}
 resources:
