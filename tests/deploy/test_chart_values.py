@@ -88,7 +88,10 @@ def test_settings_in_the_schema_are_the_services_own(service: str) -> None:
     ids=str,
 )
 def test_wrong_values_are_refused(wrong: Object) -> None:
-    with charts.Chart.load(CHART) as chart, pytest.raises(Exception, match=f"at .*{next(iter(wrong))}|additional properties"):
+    with (
+        charts.Chart.load(CHART) as chart,
+        pytest.raises(Exception, match=f"at .*{next(iter(wrong))}|additional properties"),
+    ):
         chart.validate_schema(wrong)
 
 
