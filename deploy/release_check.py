@@ -66,7 +66,7 @@ def build_chart(version: str) -> None:
     errors = lint(str(CHART))["errors"]
     if errors:
         raise ReleaseError(f"the chart is not sound: {errors}")
-    package(str(CHART), str(DIST))
+    package(CHART, destination=DIST)
     with Chart.load(DIST / f"slora-{version}.tgz") as chart:
         files = {file["name"] for file in chart.files}
     for needed in ("files/alerts.yml", "files/dashboard.json"):
@@ -106,7 +106,7 @@ def main() -> int:
     except (ReleaseError, subprocess.CalledProcessError, ImportError) as error:
         print(f"release-check: {getattr(error, 'stderr', None) or error}", file=sys.stderr)
         return 1
-    for path in sorted(DIST.iterdir()):
+    for path in sorted(DIST.glob("slora-*")):
         print(f"  {path.relative_to(ROOT)}")
     print(f"release-check: {version} in package, chart and files" + (", and in images" if has_images else ""))
     if not has_images:

@@ -43,7 +43,7 @@ def up() -> Iterator[list[str]]:
 
 
 def read(url: str, body: object = None) -> bytes:
-    request = urllib.request.Request(url, json.dumps(body).encode() if body else None)  # noqa: S310
+    request = urllib.request.Request(url, json.dumps(body).encode() if body else None)
     request.add_header("Content-Type", "application/json")
     with urllib.request.urlopen(request, timeout=30) as answer:
         return bytes(answer.read())

@@ -37,6 +37,10 @@ def one_of(**properties: Any) -> Object:
     return {"type": "object", "properties": properties, "required": list(properties), "additionalProperties": False}
 
 
+def array(items: Object) -> Object:
+    return {"type": "array", "items": items}
+
+
 TEXT = {"type": "string", "minLength": 1}
 TEXTS = {"type": "object", "additionalProperties": TEXT}
 RULE = {
@@ -49,18 +53,20 @@ RULE = {
 CUSTOM = {
     "ServiceMonitor": one_of(
         selector=one_of(matchLabels=TEXTS),
-        podTargetLabels={"type": "array", "items": TEXT},
-        endpoints={"type": "array", "items": one_of(port=TEXT, interval=TEXT)},
+        podTargetLabels=array(TEXT),
+        endpoints=array(one_of(port=TEXT, interval=TEXT)),
     ),
-    "PrometheusRule": one_of(groups={"type": "array", "items": one_of(name=TEXT, rules={"type": "array", "items": RULE})}),
+    "PrometheusRule": one_of(groups=array(one_of(name=TEXT, rules=array(RULE)))),
     "ScaledObject": one_of(
         scaleTargetRef=one_of(name=TEXT),
         minReplicaCount={"type": "integer"},
         maxReplicaCount={"type": "integer"},
-        triggers={
-            "type": "array",
-            "items": one_of(type={"const": "prometheus"}, metadata=one_of(serverAddress=TEXT, query=TEXT, threshold=TEXT)),
-        },
+        triggers=array(
+            one_of(
+                type={"const": "prometheus"},
+                metadata=one_of(serverAddress=TEXT, query=TEXT, threshold=TEXT),
+            )
+        ),
         advanced=one_of(horizontalPodAutoscalerConfig=one_of(behavior={"type": "object"})),
     ),
 }  # fmt: skip
@@ -88,7 +94,8 @@ def test_objects_are_sound(example: str, version: str) -> None:
 def test_every_container_is_confined_probed_and_bounded(example: str) -> None:
     for workload in rendered(example).workloads:
         security = workload.pod["securityContext"]
-        assert security["runAsNonRoot"] and security["runAsUser"]
+        assert security["runAsNonRoot"]
+        assert security["runAsUser"]
         assert security["seccompProfile"] == {"type": "RuntimeDefault"}
         assert workload.pod["automountServiceAccountToken"] is False
         assert {c["topologyKey"] for c in workload.pod["topologySpreadConstraints"]} == {

@@ -35,7 +35,7 @@ def described(schema: Object, place: tuple[str, ...] = ()) -> Iterator[tuple[tup
 def given(values: Any, place: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
     for name, value in values.items():
         yield (*place, name)
-        if isinstance(value, dict) and place + (name,) != ("model", "volume"):
+        if isinstance(value, dict) and (*place, name) != ("model", "volume"):
             yield from given(value, (*place, name))
 
 
