@@ -47,10 +47,15 @@ class Workload:
         assert all(container["restartPolicy"] == "Always" for container in beside)
         return [*beside, *self.pod["containers"]]
 
-    def port(self, name: str) -> int | None:
-        found = [p["containerPort"] for c in self.containers for p in c.get("ports", []) if p["name"] == name]
-        assert len(found) < 2, f"{name} names two ports of one pod"
-        return found[0] if found else None
+    @property
+    def ports(self) -> dict[str, int]:
+        named = [(p["name"], p["containerPort"]) for c in self.containers for p in c.get("ports", [])]
+        assert len(dict(named)) == len(named), "two ports of one pod have one name"
+        return dict(named)
+
+    def listens_on(self, port: str | int) -> bool:
+        """Whether there is this port, by name or by number."""
+        return port in self.ports or port in self.ports.values()
 
 
 class Rendered:

@@ -19,13 +19,13 @@ from tests.deploy.rendered_chart import (
     Workload,
     charts,
     environment,
+    example_values,
     rendered,
     selects,
 )
 from tests.deploy.test_chart_values import SERVICES
 
 OLDEST_KUBERNETES = "1.30"
-GIB = 2**30
 
 kubernetes_validate = pytest.importorskip(
     "kubernetes_validate", reason="the chart is NOT VALIDATED: kubernetes-validate is not installed here"
@@ -158,7 +158,7 @@ def test_services_lead_to_ports_that_pods_have(example: str) -> None:
         behind = [w for w in release.workloads if selects(service["spec"]["selector"], w.labels)]
         assert behind, service["metadata"]["name"]
         for port in service["spec"]["ports"]:
-            assert any(w.port(port["targetPort"]) for w in behind), (service["metadata"]["name"], port)
+            assert any(w.listens_on(port["targetPort"]) for w in behind), (service["metadata"]["name"], port)
     names = {service["metadata"]["name"]: service for service in release.of_kind("Service")}
     for name in SERVICES:
         for _, container in release.containers(name):
@@ -264,6 +264,7 @@ def test_updates_never_take_the_last_gateway(example: str) -> None:
 
 
 def let_in(release: Rendered, target: Workload, port: str) -> list[Object]:
+    number = target.ports[port]
     (policy,) = (
         p
         for p in release.of_kind("NetworkPolicy")
@@ -273,7 +274,7 @@ def let_in(release: Rendered, target: Workload, port: str) -> list[Object]:
     return [
         peer
         for rule in policy["spec"]["ingress"] or []
-        if port in {p["port"] for p in rule["ports"]}
+        if number in {p["port"] for p in rule["ports"]}
         for peer in rule["from"]
     ]
 
@@ -303,7 +304,7 @@ def test_network_policies_let_in_who_is_needed_and_no_other(example: str) -> Non
         )  # fmt: skip
         for rule in policy["spec"]["ingress"] or []:
             assert rule["from"], "a rule without peers lets everybody in"
-            assert all(behind.port(port["port"]) for port in rule["ports"])
+            assert all(behind.listens_on(port["port"]) for port in rule["ports"])
 
 
 def test_scaling_is_by_requests_and_tokens() -> None:
@@ -341,17 +342,20 @@ def test_secrets_are_in_secrets_only(example: str) -> None:
 
 
 def test_metrics_of_every_service_are_scraped() -> None:
-    for example in ("eight-engines", "network-store"):
-        release = rendered(example)
+    release_with_sidecars = Rendered(example_values("one-gpu") | {"monitoring": {"serviceMonitor": True}})
+    for release in (rendered("eight-engines"), rendered("network-store"), release_with_sidecars):
         (monitor,) = release.of_kind("ServiceMonitor")
-        (service,) = (
-            s
-            for s in release.of_kind("Service")
-            if selects(monitor["spec"]["selector"]["matchLabels"], s["metadata"]["labels"])
-        )  # fmt: skip
-        ports = {port["name"]: port["targetPort"] for port in service["spec"]["ports"]}
-        scraped = {ports[endpoint["port"]] for endpoint in monitor["spec"]["endpoints"]}
+        labels = monitor["spec"]["selector"]["matchLabels"]
+        (endpoint,) = monitor["spec"]["endpoints"]
+        scraped = []
+        for service in release.of_kind("Service"):
+            if selects(labels, service["metadata"]["labels"]):
+                (port,) = (p["targetPort"] for p in service["spec"]["ports"] if p["name"] == endpoint["port"])
+                scraped.append((service["spec"]["selector"], port))
+        assert len(scraped) == len(SERVICES)
         for name in SERVICES:
             workload, container = next(release.containers(name))
-            assert selects(service["spec"]["selector"], workload.labels)
-            assert scraped & {port["name"] for port in container["ports"]}
+            (metrics,) = (
+                int(v.rpartition(":")[2]) for k, v in environment(container).items() if k.endswith("_METRICS")
+            )
+            assert [port for selector, port in scraped if selects(selector, workload.labels) and port == metrics]

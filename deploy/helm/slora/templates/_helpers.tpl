@@ -39,8 +39,9 @@ imagePullPolicy: {{ $.Values.image.pullPolicy }}
 {{- $port := index . 0 -}}
 startupProbe:
   grpc: {port: {{ $port }}, service: liveness}
+  # A large arena takes a while to be made.
   periodSeconds: 2
-  failureThreshold: 60
+  failureThreshold: 300
 livenessProbe:
   grpc: {port: {{ $port }}, service: liveness}
   periodSeconds: 10
