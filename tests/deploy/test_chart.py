@@ -314,7 +314,8 @@ def test_scaling_is_by_requests_and_tokens() -> None:
     (scaled,) = rendered("eight-engines").of_kind("ScaledObject")
     queries = [trigger["metadata"]["query"] for trigger in scaled["spec"]["triggers"]]
     assert "slora_gateway_in_flight_requests" in queries[0]
-    assert "slora_gateway_tokens_total" in queries[1]
+    assert queries[1].startswith("sum(rate(slora_gateway_tokens_total{namespace=")
+    assert ',kind="completion"}[1m]))' in queries[1]
     for example in ("network-store", "eight-engines"):
         # Or each upgrade would undo what the autoscaler did.
         assert "replicas" not in rendered(example).workload("gateway").manifest["spec"]

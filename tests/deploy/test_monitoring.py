@@ -107,6 +107,18 @@ def test_alerts_fire_when_they_should(command: tuple[str, ...]) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.skipif(
+    shutil.which("promtool") is None, reason="the dashboard's queries are NOT READ: promtool is not installed here"
+)
+def test_queries_of_the_dashboard_can_be_read(tmp_path: Path) -> None:
+    shown = [text.replace("$__rate_interval", "5m").replace("$namespace", ".*") for text in dashboard_queries()]
+    rules = [{"record": f"panel:{number}", "expr": text} for number, text in enumerate(shown)]
+    (tmp_path / "panels.yml").write_text(yaml.safe_dump({"groups": [{"name": "panels", "rules": rules}]}))
+    command = ["promtool", "check", "rules", "panels.yml"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_the_dashboard_is_whole() -> None:
     ids = [(panel["gridPos"]["x"], panel["gridPos"]["y"]) for panel in DASHBOARD["panels"]]
     assert len(ids) == len(set(ids)), "two panels have one place"
