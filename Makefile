@@ -10,10 +10,10 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export UV_FIND_LINKS := $(PIP_FIND_LINKS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup proto lint format test test-gpu bench bench-gpu demo up down clean
+.PHONY: help setup proto lint format test test-gpu test-compose release-check bench bench-gpu demo up down clean
 
 help: ## Show this help
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(STAMP) ## Make .venv and install the project with everything needed to develop and run it
 
@@ -48,6 +48,12 @@ test: setup ## Run every test that needs no accelerator
 
 test-gpu: setup ## Run the tests of the accelerator's kernels and runner, on an accelerator
 	python -m pytest tests/kernels/gpu tests/unit/engine_execution/test_gpu_runner.py tests/gpu
+
+test-compose: setup ## Bring docker-compose.yml up on a Docker engine and ask it; takes long, says so where none runs
+	python -m pytest tests/deploy/compose_trial.py
+
+release-check: setup ## Check that package, chart and images carry one version, and build them into dist/
+	python deploy/release_check.py
 
 bench: setup ## Measure the engine against transformers + PEFT on this machine's CPU
 	python -m benchmarks.bench_cpu_throughput

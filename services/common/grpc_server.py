@@ -21,6 +21,10 @@ logger = logging.getLogger(__name__)
 # Prompts and single answers are small; the largest messages are adapter chunks of about 1 MiB.
 MAX_MESSAGE_BYTES = 16 * 2**20
 
+LIVENESS = "liveness"
+"""A name for health that is SERVING as long as the process answers at all. The server's own health cannot be what a
+supervisor restarts by: it is NOT_SERVING while an engine loads its model and while any service drains."""
+
 SERVER_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
@@ -57,6 +61,7 @@ class GrpcServer:
     async def start(self, serving: bool = True) -> None:
         """Starts to listen; health says SERVING or, until `set_serving`, NOT_SERVING."""
         await self.set_serving(serving)
+        await self._health.set(LIVENESS, health_pb2.HealthCheckResponse.SERVING)
         await self.grpc.start()
 
     async def set_serving(self, serving: bool, service_name: str | None = None) -> None:

@@ -1,4 +1,4 @@
-"""`python -m services.local demo | up | down`: slora on one host."""
+"""`python -m services.local demo | up | down | seed`: slora on one host."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m services.local", description="slora on one host")
     parser.add_argument("--state-dir", type=Path, default=STATE_DIR, help="where data, logs and caches live")
-    commands = parser.add_subparsers(required=True, metavar="demo | up | down")
+    commands = parser.add_subparsers(required=True, metavar="demo | up | down | seed")
     demo = commands.add_parser("demo", help="the whole path on this machine; ends by itself")
     demo.add_argument("--out", type=Path, default=OUT_DIR, help="where the picture goes")
     demo.set_defaults(run=_demo)
@@ -69,7 +69,22 @@ def _parser() -> argparse.ArgumentParser:
     up.set_defaults(run=_up)
     down = commands.add_parser("down", help="stop what `up` started; does nothing if nothing runs")
     down.set_defaults(run=lambda arguments, narrator: run_down(arguments.state_dir, narrator))
+    seed = commands.add_parser("seed", help="the demo's model and adapters, for services that run elsewhere")
+    seed.add_argument("--materials", type=Path, required=True, help="directory that becomes the demo's checkpoint")
+    seed.add_argument("--store", default="", help="host:port of an adapter store to register the adapters in")
+    seed.add_argument("--own-checkpoint", default="", help="a checkpoint that is served instead: then nothing is done")
+    seed.set_defaults(run=_seed)
     return parser
+
+
+def _seed(arguments: argparse.Namespace, narrator: Narrator) -> int:
+    if arguments.own_checkpoint:
+        narrator.line(f"{arguments.own_checkpoint} is served, not the demo's model")
+        return 0
+    _prepare_libraries()
+    from services.local.demo.seed import seed
+
+    return seed(arguments.materials, arguments.store, narrator)
 
 
 def _demo(arguments: argparse.Namespace, narrator: Narrator) -> int:

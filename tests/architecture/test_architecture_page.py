@@ -10,12 +10,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "architecture.md").read_text()
 
+PLACES = ("kernels", "services", "clients/slora_client", "benchmarks", "deploy")
+
 # Words in backticks that are paths: with a slash in them or behind them, or the bare name of a module or proto.
 PATH = re.compile(r"`((?:[\w.-]+/)+[\w.-]*|\w+\.(?:py|proto))`")
 
 
 def modules() -> set[str]:
-    python = (path for place in ("kernels", "services", "clients/slora_client", "benchmarks") for path in find(place))
+    python = (path for place in PLACES for path in find(place))
     return {path for path in python if not path.endswith("/__init__.py")} | set(find("protos", "*.proto"))
 
 

@@ -1,0 +1,197 @@
+{{/* Labels by which a component's pods are found: (list $ "gateway"). They never change, or upgrades fail. */}}
+{{- define "slora.selector" -}}
+app.kubernetes.io/name: slora
+app.kubernetes.io/instance: {{ (index . 0).Release.Name }}
+app.kubernetes.io/component: {{ index . 1 }}
+{{- end }}
+
+{{- define "slora.labels" -}}
+{{ include "slora.selector" . }}
+app.kubernetes.io/version: {{ (index . 0).Chart.AppVersion | quote }}
+app.kubernetes.io/managed-by: {{ (index . 0).Release.Service }}
+helm.sh/chart: {{ (index . 0).Chart.Name }}-{{ (index . 0).Chart.Version }}
+{{- end }}
+
+{{/* Name and labels of a component's object. */}}
+{{- define "slora.metadata" -}}
+name: {{ (index . 0).Release.Name }}-{{ index . 1 }}
+labels: {{- include "slora.labels" . | nindent 2 }}
+{{- end }}
+
+{{- define "slora.image" -}}
+{{- $ := index . 0 -}}
+image: {{ printf "%s%s:%s" $.Values.image.prefix (index . 1) ($.Values.image.tag | default $.Chart.AppVersion) | quote }}
+imagePullPolicy: {{ $.Values.image.pullPolicy }}
+{{- end }}
+
+{{/* Settings as environment variables: (list "ENGINE" settings). Whole numbers must not become 1.7e+10. */}}
+{{- define "slora.settings" -}}
+{{- $service := index . 0 -}}
+{{- range $name, $value := index . 1 }}
+{{- if and (kindIs "float64" $value) (eq $value (floor $value)) }}{{ $value = int64 $value }}{{ end }}
+- name: SLORA_{{ $service }}_{{ upper $name }}
+  value: {{ toString $value | quote }}
+{{- end }}
+{{- end }}
+
+{{/* Alive: the process answers. A loading engine and a draining service are, and must not be restarted for it. */}}
+{{- define "slora.probes" -}}
+{{- $port := index . 0 -}}
+startupProbe:
+  grpc: {port: {{ $port }}, service: liveness}
+  # A large arena takes a while to be made.
+  periodSeconds: 2
+  failureThreshold: 300
+livenessProbe:
+  grpc: {port: {{ $port }}, service: liveness}
+  periodSeconds: 10
+  timeoutSeconds: 5
+  failureThreshold: 6
+readinessProbe:
+  grpc: {port: {{ $port }}{{ with index . 1 }}, service: {{ . }}{{ end }}}
+  periodSeconds: 5
+  timeoutSeconds: 3
+{{- end }}
+
+{{- define "slora.containerSecurity" -}}
+securityContext:
+  allowPrivilegeEscalation: false
+  readOnlyRootFilesystem: true
+  capabilities: {drop: [ALL]}
+{{- end }}
+
+{{/* What every pod has: (list $ component user group). */}}
+{{- define "slora.pod" -}}
+{{- $ := index . 0 -}}
+{{- $labels := include "slora.selector" . | fromYaml -}}
+serviceAccountName: {{ $.Release.Name }}
+automountServiceAccountToken: false
+# A Service called slora-engine would be told as SLORA_ENGINE_…, which is how settings are told.
+enableServiceLinks: false
+{{- with $.Values.image.pullSecrets }}
+imagePullSecrets: {{- toYaml . | nindent 2 }}
+{{- end }}
+securityContext:
+  runAsNonRoot: true
+  runAsUser: {{ index . 2 }}
+  runAsGroup: {{ index . 3 }}
+  fsGroup: {{ index . 3 }}
+  fsGroupChangePolicy: OnRootMismatch
+  seccompProfile: {type: RuntimeDefault}
+topologySpreadConstraints:
+{{- range list "topology.kubernetes.io/zone" "kubernetes.io/hostname" }}
+  - topologyKey: {{ . }}
+    maxSkew: 1
+    whenUnsatisfiable: {{ $.Values.topologySpread.whenUnsatisfiable }}
+    labelSelector: {matchLabels: {{ toJson $labels }}}
+{{- end }}
+{{- end }}
+
+{{/* Where pods go: the values of a component with nodeSelector and tolerations. */}}
+{{- define "slora.placement" -}}
+{{- with .nodeSelector }}
+nodeSelector: {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with .tolerations }}
+tolerations: {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- end }}
+
+{{/* Callers stop coming before SIGTERM does: endpoints take a moment to be forgotten everywhere. */}}
+{{- define "slora.lifecycle" -}}
+lifecycle: {preStop: {sleep: {seconds: {{ .Values.preStopSeconds }}}}}
+{{- end }}
+
+{{- define "slora.modelVolume" -}}
+- name: model
+{{- toYaml .Values.model.volume | nindent 2 }}
+{{- end }}
+
+{{- define "slora.modelPath" -}}
+/model{{ with .Values.model.path }}/{{ . }}{{ end }}
+{{- end }}
+
+{{- define "slora.modelMount" -}}
+- {name: model, mountPath: /model, readOnly: true}
+{{- end }}
+
+{{- define "slora.secretName" -}}
+{{ .Values.secrets.existing | default (printf "%s-secrets" .Release.Name) }}
+{{- end }}
+
+{{/* A variable from the Secret: (list $ variable key isRequired). What is not there is not set: an instance's role serves. */}}
+{{- define "slora.secretVariable" -}}
+- name: {{ index . 1 }}
+  valueFrom:
+    secretKeyRef: {name: {{ include "slora.secretName" (index . 0) }}, key: {{ index . 2 }}, optional: {{ not (index . 3) }}}
+{{- end }}
+
+{{- define "slora.secretChecksum" -}}
+checksum/secrets: {{ toJson .Values.secrets | sha256sum }}
+{{- end }}
+
+{{/* The arena: shared memory of one pod, or of all pods of a node. */}}
+{{- define "slora.arenaVolume" -}}
+- name: arena
+{{- if eq .Values.adapterStore.placement "node" }}
+  hostPath: {path: /dev/shm, type: Directory}
+{{- else }}
+  # A little above the arena: it has a page of its own behind it.
+  emptyDir: {medium: Memory, sizeLimit: {{ add (int64 .Values.adapterStore.arenaBytes) 16777216 | quote }}}
+{{- end }}
+{{- end }}
+
+{{- define "slora.uploadVolume" -}}
+- name: uploads
+  emptyDir: {sizeLimit: {{ int64 .Values.adapterStore.uploadBytes | quote }}}
+{{- end }}
+
+{{/* The store's container: a pod of its own, or beside an engine. */}}
+{{- define "slora.storeContainer" -}}
+name: adapter-store
+{{ include "slora.image" (list . "adapter-store") }}
+{{ include "slora.containerSecurity" . }}
+ports:
+  - {name: store-grpc, containerPort: 50052}
+  - {name: store-metrics, containerPort: 9052}
+env:
+{{- include "slora.secretVariable" (list . "REDIS_PASSWORD" "redis-password" .Values.redis.bundled) | nindent 2 }}
+{{- include "slora.secretVariable" (list . "AWS_ACCESS_KEY_ID" "s3-access-key" .Values.s3.bundled) | nindent 2 }}
+{{- include "slora.secretVariable" (list . "AWS_SECRET_ACCESS_KEY" "s3-secret-key" .Values.s3.bundled) | nindent 2 }}
+  - {name: AWS_DEFAULT_REGION, value: {{ .Values.s3.region | quote }}}
+{{- $redis := printf "redis://:$(REDIS_PASSWORD)@%s-redis:6379/0" .Release.Name }}
+{{- $s3 := printf "http://%s-s3:9000" .Release.Name }}
+{{- $own := dict
+    "listen" "0.0.0.0:50052"
+    "metrics" "0.0.0.0:9052"
+    "base_model" .Values.model.name
+    "base_model_config" (include "slora.modelPath" .)
+    "redis_url" (.Values.redis.bundled | ternary $redis .Values.redis.url)
+    "s3_endpoint" (.Values.s3.bundled | ternary $s3 .Values.s3.endpoint)
+    "s3_bucket" .Values.s3.bucket
+    "arena_bytes" .Values.adapterStore.arenaBytes
+    "arena_dir" "/arena"
+    "upload_dir" "/uploads"
+    "drain_seconds" .Values.adapterStore.drainSeconds }}
+{{- include "slora.settings" (list "ADAPTER_STORE" $own) | trim | nindent 2 }}
+{{- include "slora.settings" (list "ADAPTER_STORE" .Values.adapterStore.settings) | trim | nindent 2 }}
+{{ include "slora.probes" (list 50052 "") }}
+{{ include "slora.lifecycle" . }}
+resources:
+  # Pages of shared memory count as the store's, which touches them first.
+  {{- $memory := add (int64 .Values.adapterStore.arenaBytes) (int64 .Values.adapterStore.workingBytes) | quote }}
+  requests: {cpu: {{ .Values.adapterStore.cpu | quote }}, memory: {{ $memory }}}
+  limits: {memory: {{ $memory }}}
+volumeMounts:
+  {{- include "slora.modelMount" . | nindent 2 }}
+  - {name: arena, mountPath: /arena}
+  - {name: uploads, mountPath: /uploads}
+{{- end }}
+
+{{- define "slora.claim" -}}
+accessModes: [ReadWriteOnce]
+{{- with .storageClass }}
+storageClassName: {{ . }}
+{{- end }}
+resources: {requests: {storage: {{ .storage }}}}
+{{- end }}

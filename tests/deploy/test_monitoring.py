@@ -1,0 +1,129 @@
+"""Alerts and dashboard name only metrics that services have, labels and outcomes included; each alert is explained."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from prometheus_client import CollectorRegistry
+from prometheus_client.registry import Collector
+
+from services.adapter_store.host_cache import CacheFigures
+from services.adapter_store.metrics import StoreMetrics
+from services.common.errors import Reason
+from services.engine.frontend.metrics import EngineMetrics
+from services.engine.frontend.vllm_metrics import AdapterPresence, VllmCollector
+from services.engine.messages import CoreLoad
+from services.gateway.metrics import EngineCollector, GatewayMetrics
+
+ROOT = Path(__file__).resolve().parents[2]
+ALERTS = ROOT / "deploy" / "prometheus" / "alerts.yml"
+RULES: list[dict[str, Any]] = [
+    rule for group in yaml.safe_load(ALERTS.read_text())["groups"] for rule in group["rules"]
+]
+DASHBOARD = json.loads((ROOT / "deploy" / "grafana" / "dashboard.json").read_text())
+OPERATIONS = (ROOT / "docs" / "operations.md").read_text()
+METRIC = re.compile(r"\b(?:slora_|vllm:)\w+")
+
+
+def exposed(registry: CollectorRegistry) -> Iterator[str]:
+    """Names of samples, also of metrics that have none yet."""
+    endings = {"counter": ("_total",), "histogram": ("_bucket", "_sum", "_count"), "gauge": ("",)}
+    for family in registry.collect():
+        yield from (family.name + ending for ending in endings[family.type])
+
+
+def all_metrics() -> set[str]:
+    gateway = CollectorRegistry()
+    GatewayMetrics(gateway, 10)
+    gateway.register(EngineCollector([], lambda: 0))
+    store_metrics = StoreMetrics(store := CollectorRegistry())
+    store_metrics.observe_cache(lambda: CacheFigures(1, 1, 1, 0, 0))
+    store_metrics.observe_copies(lambda: 0)
+    engine_metrics = EngineMetrics()
+    engine_metrics.watch_core(CoreLoad, lambda: 0, lambda: True)
+    vllm: Collector = VllmCollector("base", 1, CoreLoad, AdapterPresence)
+    engine_metrics.registry.register(vllm)
+    return {name for registry in (gateway, store, engine_metrics.registry) for name in exposed(registry)}
+
+
+def dashboard_queries() -> list[str]:
+    return [target["expr"] for panel in DASHBOARD["panels"] for target in panel.get("targets", [])]
+
+
+def adapter_rules() -> Iterable[str]:
+    rules = yaml.safe_load((ROOT / "deploy" / "prometheus" / "adapter-rules.yml").read_text())
+    return (rule["seriesQuery"] for rule in rules["rules"]["custom"])
+
+
+def test_every_metric_that_is_named_exists() -> None:
+    known = all_metrics()
+    for text in [*(rule["expr"] for rule in RULES), *dashboard_queries(), *adapter_rules()]:
+        named = set(METRIC.findall(text))
+        assert named, text
+        assert named <= known, text
+    # `slora_…_*` in prose is a family.
+    assert {name for name in METRIC.findall(OPERATIONS) if not name.endswith("_")} <= known | {
+        "slora_gateway_tokens_per_second"
+    }
+
+
+def test_every_outcome_that_is_named_exists() -> None:
+    for rule in RULES:
+        for service, outcomes in re.findall(r'slora_(\w+?)_\w+_total\{outcome=~?"([^"]+)"', rule["expr"]):
+            reasons = {reason.name.lower() if service == "gateway" else reason.name for reason in Reason} | {"OK"}
+            assert set(outcomes.split("|")) <= reasons, rule["alert"]
+
+
+def test_every_alert_is_explained_and_no_other() -> None:
+    alerts = [rule["alert"] for rule in RULES]
+    assert len(alerts) == len(set(alerts))
+    assert re.findall(r"^### (Slora\w+)$", OPERATIONS, re.MULTILINE) == alerts
+    for rule in RULES:
+        assert rule["labels"]["severity"] in ("critical", "warning")
+        assert rule["annotations"]["summary"].endswith("."), rule["alert"]
+
+
+def test_every_alert_is_tried() -> None:
+    tried = (ALERTS.parent / "alerts.test.yml").read_text()
+    assert {rule["alert"] for rule in RULES} <= set(re.findall(r"Slora\w+", tried))
+
+
+@pytest.mark.skipif(
+    shutil.which("promtool") is None, reason="the alert rules are NOT TRIED: promtool is not installed here"
+)
+@pytest.mark.parametrize(
+    "command", [("check", "rules", "alerts.yml"), ("test", "rules", "alerts.test.yml")], ids=" ".join
+)
+def test_alerts_fire_when_they_should(command: tuple[str, ...]) -> None:
+    done = subprocess.run(["promtool", *command], cwd=ALERTS.parent, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.skipif(
+    shutil.which("promtool") is None, reason="the dashboard's queries are NOT READ: promtool is not installed here"
+)
+def test_queries_of_the_dashboard_can_be_read(tmp_path: Path) -> None:
+    shown = [text.replace("$__rate_interval", "5m").replace("$namespace", ".*") for text in dashboard_queries()]
+    rules = [{"record": f"panel:{number}", "expr": text} for number, text in enumerate(shown)]
+    (tmp_path / "panels.yml").write_text(yaml.safe_dump({"groups": [{"name": "panels", "rules": rules}]}))
+    command = ["promtool", "check", "rules", "panels.yml"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_dashboard_is_whole() -> None:
+    ids = [(panel["gridPos"]["x"], panel["gridPos"]["y"]) for panel in DASHBOARD["panels"]]
+    assert len(ids) == len(set(ids)), "two panels have one place"
+    for panel in DASHBOARD["panels"]:
+        assert panel["title"]
+        if panel["type"] != "row":
+            assert panel["targets"]
+            assert panel["datasource"]["uid"] == "${datasource}"
