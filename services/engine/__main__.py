@@ -23,6 +23,7 @@ from services.engine.frontend.serving import Frontend
 from services.engine.frontend.supervisor import CoreStartError, CoreSupervisor
 from services.engine.frontend.tokenizer import TextTokenizer, TokenizerFileError, load_tokenizer
 from services.engine.frontend.vllm_metrics import VllmCollector
+from services.engine.scheduling.policies.combination import make_policy
 from services.engine.servicer import SERVICE_NAME, EngineServicer
 
 logger = logging.getLogger("services.engine")
@@ -32,6 +33,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs an engine until SIGTERM; 0 after a drain, 1 if its core cannot be kept, 2 if it cannot start at all."""
     settings = parse_settings(EngineSettings, "engine", argv)
     configure_logging("engine", settings.log_level)
+    try:
+        # The core makes it again; what is wrong with it need not wait for a core.
+        make_policy(settings.policies, settings.for_device().max_running)
+    except ValueError as error:
+        logger.critical("the engine cannot start: scheduling policies: %s", error)
+        return USAGE_EXIT_CODE
     try:
         tokenizer = load_tokenizer(Path(settings.checkpoint))
         return asyncio.run(serve(settings, tokenizer, lambda fd: core_command(settings, fd)))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import subprocess
+import sys
 from dataclasses import dataclass, field
 
 import msgspec
@@ -11,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from services.engine.config import EngineSettings, PolicyConfig
+from services.engine.core.launch import USAGE_EXIT_CODE
 from services.engine.messages import Generate
 from services.engine.scheduling.policies.clustering import AdapterClustering
 from services.engine.scheduling.policies.combination import Combination, make_policy
@@ -215,6 +218,16 @@ def test_headroom_is_for_clients_that_run_little() -> None:
     assert policy.may_run(quiet)
     policy.ended(loud[0])
     assert policy.may_run(loud[3])
+
+
+@pytest.mark.parametrize("weights", ["gold", "gold=nan"])
+def test_weights_that_make_no_sense_end_an_engine_before_its_core_starts(weights: str) -> None:
+    options = ["--checkpoint", "nowhere", "--adapter-store", "", "--policy", "fair", "--fairness-weights", weights]
+    command = [sys.executable, "-m", "services.engine", *options]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert ended.returncode == USAGE_EXIT_CODE
+    # Not for the checkpoint, which is not there either.
+    assert "scheduling policies: " in ended.stdout + ended.stderr
 
 
 def test_settings_become_policies() -> None:
