@@ -120,7 +120,9 @@ def expected_draw(
     running = (-d).exp().cumsum(0)
     target = uniform * running[-1]
     token = int((running <= target).sum())
-    distances = [(running - target).abs() / running[-1], (sums - top_p * sums[-1]).abs() / sums[-1]]
+    distances = [(running - target).abs() / running[-1]]
+    if top_p < 1:
+        distances.append((sums - top_p * sums[-1]).abs() / sums[-1])
     if min_p > 0:
         distances.append((((scores.max() - scores) / -temperature).double().exp() - min_p).abs())
     return token, float(torch.cat(distances).min())
