@@ -28,11 +28,11 @@ class StepDraft:
             self._drawing.append(sequence)
         self.budget -= len(chunk.token_ids)
 
-    def step(self) -> StepInFlight | None:
+    def step(self, planned_at: float) -> StepInFlight | None:
         """The step; None if nothing was chosen."""
         if not self._chunks:
             return None
-        return StepInFlight(StepPlan(tuple(self._chunks)), self._sequences, self._drawing)
+        return StepInFlight(StepPlan(tuple(self._chunks)), self._sequences, self._drawing, planned_at)
 
 
 @dataclass(slots=True)
@@ -43,6 +43,8 @@ class SchedulerNews:
     loaded: list[AdapterLoaded] = field(default_factory=list)
     evicted: list[str] = field(default_factory=list)
     prefetched: list[tuple[int, float]] = field(default_factory=list)
+    # Requests that began with tokens found in the prefix cache, and how many.
+    found: list[tuple[int, int]] = field(default_factory=list)
 
     def __bool__(self) -> bool:
-        return bool(self.failures or self.loaded or self.evicted or self.prefetched)
+        return bool(self.failures or self.loaded or self.evicted or self.prefetched or self.found)

@@ -18,7 +18,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 
 from services.common.errors import Reason, SloraError
 from services.engine.config import PolicyConfig
-from services.engine.scheduling import scheduler as scheduler_module
+from services.engine.scheduling import admission as admission_module
 from services.engine.scheduling.policies.combination import make_policy
 from services.engine.step import SampledToken, StepPlan
 from tests.fakes.engine_fakes import VOCAB_SIZE, digest_of, generate
@@ -56,7 +56,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         seed: int,
     ) -> None:
         self.patch = pytest.MonkeyPatch()
-        self.patch.setattr(scheduler_module, "LOOK_AHEAD", look_ahead)
+        self.patch.setattr(admission_module, "LOOK_AHEAD", look_ahead)
         self.harness = Harness(
             num_pages=num_pages,
             max_running=max_running,
