@@ -83,6 +83,8 @@ def settings_of(directory: Path, model: str, max_len: int, dtype: str, **more: o
         "random_weights": True,
         "device": "cuda",
         "max_adapters": 2048,
+        # Rounds repeat their prompts: they are to be computed each time.
+        "prefix_cache": False,
     }
     return EngineSettings(**(fields | more)).for_device()  # type: ignore[arg-type]
 

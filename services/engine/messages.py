@@ -122,7 +122,9 @@ class CoreLoad(msgspec.Struct, frozen=True):
     num_free_pages: int = 0
     num_kv_pages: int = 0
     num_adapter_pages: int = 0
+    # Evictable: of idle adapters, and of the prefix cache where no sequence uses them. Cached: the latter alone.
     num_evictable_pages: int = 0
+    num_cached_pages: int = 0
     num_preemptions_total: int = 0
     num_steps_total: int = 0
     num_adapter_hits_total: int = 0
@@ -137,6 +139,9 @@ class CoreLoad(msgspec.Struct, frozen=True):
     num_dropped_total: dict[str, int] = {}
     num_passed_by_total: int = 0
     service_spread: float = 0.0
+    # Tokens of prompts that began to run, and those among them whose KV was in the prefix cache.
+    num_prefix_queried_tokens_total: int = 0
+    num_prefix_found_tokens_total: int = 0
 
 
 class StepReport(msgspec.Struct, frozen=True, tag=True):
@@ -149,6 +154,8 @@ class StepReport(msgspec.Struct, frozen=True, tag=True):
     evicted: list[str] = []
     # Ids of `Prefetch` requests whose adapter is resident now, with how long its load took (0: it was already).
     prefetched: list[tuple[int, float]] = []
+    # Requests that began with tokens found in the prefix cache, and how many; before or with their first token.
+    found: list[tuple[int, int]] = []
 
 
 ToFrontend: TypeAlias = CoreReady | StepReport
