@@ -28,6 +28,7 @@ from tests.fakes.engine_fakes import (
     digest_of,
     expected_output,
 )
+from tests.fakes.page_oracle import PageOracle
 
 
 @dataclass
@@ -89,6 +90,8 @@ class Harness:
         )
         self.scheduler = Scheduler(config, self.allocator, self.residency, self.policy, self.clock)
 
+        self.oracle = PageOracle(self.tokens_per_page, self.across_tenants)
+
     def clock(self) -> float:
         """Time goes on with whoever asks; what is idle longer, and what computing takes, is the test's seed's."""
         self.now += self.rng.random()
@@ -125,6 +128,7 @@ class Harness:
         plan = self.scheduler.plan()
         if self.turns_stay:
             self.check_order(held)
+        self.oracle.check_begun(s for s in self.running() if s.request_id not in held)
         self.check_nobody_was_robbed(held, resident, loading)
         self.check_whole()
         return plan
@@ -146,10 +150,13 @@ class Harness:
         """A step in flight comes to nothing."""
         plan, submitted = self.in_flight.pop(-1 if newest else 0)
         self.runner.drop(submitted)
+        self.oracle.failed(plan)
         self.scheduler.abandon(plan, SloraError(Reason.INTERNAL, "the step failed"))
         self.hear()
 
     def commit(self, plan: StepPlan, tokens: list[SampledToken]) -> None:
+        if self.check:
+            self.oracle.carried_out(plan, self.scheduler._sequences)
         for event in self.scheduler.commit(plan, tokens):
             assert event.request_id not in self.finishes
             self.tokens.setdefault(event.request_id, []).append(event.token_id)
@@ -227,6 +234,8 @@ class Harness:
             if sequence in started:
                 continue
             if position >= admission_module.LOOK_AHEAD and sequence not in self.scheduler._queue._ready:
+                continue
+            if self.scheduler.kv.awaits(sequence):
                 continue
             state = AdapterState.RESIDENT if sequence.digest is None else self.residency.state(sequence.digest)
             if state in (AdapterState.RESIDENT, AdapterState.SIZED, AdapterState.LEAVING):

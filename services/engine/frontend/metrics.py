@@ -74,8 +74,8 @@ class CoreCollector(Collector):
         load = self._load()
         pages = GaugeMetricFamily(
             "slora_engine_pool_pages",
-            "Pages of the pool: of kv in use, of kv that only the prefix cache keeps, of adapters, free; evictable ones "
-            "are the cached ones and those of idle adapters.",
+            "Pages of the pool: of kv in use, of kv that only the prefix cache keeps (cached), of adapters, free; "
+            "evictable ones are the cached ones and those of idle adapters.",
             labels=["state"],
         )
         by_state = {

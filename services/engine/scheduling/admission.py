@@ -22,7 +22,7 @@ LOOK_AHEAD = 32
 """Adapters are loaded for so many of the first waiting sequences: a few times what the loader does at once."""
 
 MAX_HELD_BACK = 64
-"""Admission ends for a step when the policy has held back so many, lest a long queue be gone through in each."""
+"""Admission ends for a step when so many were held back, lest a long queue be gone through in each."""
 
 _TURN = attrgetter("turn")
 
@@ -77,7 +77,7 @@ class Admission:
                     return None
                 case AdapterState.SIZED if not self._grant_adapter(sequence, wanted):
                     return None
-                case AdapterState.RESIDENT if may_run and not self._policy.may_run(sequence):
+                case AdapterState.RESIDENT if may_run and self._is_held_back(sequence):
                     num_held_back += 1
                     if num_held_back >= MAX_HELD_BACK:
                         break
@@ -96,6 +96,9 @@ class Admission:
         """Requests that began since the last call with tokens of theirs found in the prefix cache, and how many."""
         found, self._found = self._found, []
         return found
+
+    def _is_held_back(self, sequence: Sequence) -> bool:
+        return not self._policy.may_run(sequence) or self._kv.awaits(sequence)
 
     def _begin_loads(self) -> None:
         for sequence in self._queue.window(LOOK_AHEAD):

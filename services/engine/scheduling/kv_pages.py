@@ -2,9 +2,9 @@
 
 A sequence begins with the pages of the prefix cache that hold its first tokens. At least its last token is left to be
 computed, since the next one is drawn from what that gives. When a step that completed a page is committed, the page
-becomes a shared one that others find, while the sequence runs and after. If there is an equal page by then, which
-another sequence computed meanwhile, the sequence keeps its own and shares no more of them: who uses a shared page has
-to use all before it.
+becomes a shared one that others find, while the sequence runs and after. One that would begin while another computes
+what makes up at least half of its own work waits for that (`awaits`). If two compute the same all the same, the second
+keeps its own page and shares no more of them: who uses a shared page has to use all before it.
 
 Two kinds of tokens are never shared: those of a page that is not full, and those of a sequence that failed.
 """
@@ -18,6 +18,7 @@ from services.engine.config import SchedulerConfig
 from services.engine.memory.page_allocator import PageAllocator, PageIntegrityError, PageOwner
 from services.engine.memory.prefix_cache import PrefixCache
 from services.engine.memory.prefix_keys import PrefixKeys
+from services.engine.scheduling.coming_pages import ComingPages
 from services.engine.scheduling.memory_order import MemoryOrder
 from services.engine.scheduling.sequence import Sequence
 
@@ -34,6 +35,7 @@ class KvPages:
         self._order = order
         self._keys = PrefixKeys(config.tokens_per_page) if config.prefix_cache else None
         self._across_tenants = config.prefix_cache_across_tenants
+        self._coming = ComingPages()
         self.num_queried_tokens = 0
         self.num_found_tokens = 0
 
@@ -42,9 +44,18 @@ class KvPages:
         """Pages that nobody uses and the prefix cache keeps until they are evicted."""
         return self._cache.num_idle
 
+    def awaits(self, sequence: Sequence) -> bool:
+        """Whether most of what a waiting sequence would compute is about to come from one that runs."""
+        if not self._coming:
+            return False
+        found, keys = self._find(sequence)
+        num_coming = self._coming.count(keys[len(found) :])
+        num_tokens = len(sequence.token_ids) - len(found) * self._tokens_per_page
+        return 2 * num_coming * self._tokens_per_page >= num_tokens
+
     def admit(self, sequence: Sequence, num_claimed: int) -> bool:
         """Gives a waiting sequence the pages to run with, if `num_claimed` more can be had."""
-        found = self._find(sequence)
+        found, keys = self._find(sequence)
         num_new = sequence.num_pages(self._tokens_per_page) - len(found)
         # First of all: what it uses itself is not to be evicted for the rest.
         self._cache.acquire(found)
@@ -52,6 +63,7 @@ class KvPages:
         if pages is None:
             self._cache.release(found)
             return False
+        self._coming.begin(sequence, keys[len(found) :])
         if not sequence.has_run:
             self.num_queried_tokens += len(sequence.request.prompt_ids)
             self.num_found_tokens += len(found) * self._tokens_per_page
@@ -76,6 +88,7 @@ class KvPages:
             return
         keys = self._keys_of(sequence, num_full, self._keys)
         for place in range(first, num_full):
+            self._coming.came(sequence, keys[place])
             if not self._cache.enter(sequence.block_table[place], keys[place]):
                 return
             sequence.num_shared_pages += 1
@@ -86,6 +99,7 @@ class KvPages:
 
     def release(self, sequence: Sequence) -> None:
         """Takes back what a sequence holds that no step in flight names."""
+        self._coming.end(sequence)
         shared, own = sequence.leave()
         self._cache.release(shared)
         self._allocator.free(own)
@@ -105,11 +119,13 @@ class KvPages:
         if any(self._allocator.owner(page) is not PageOwner.KV or page in users for page in own):
             raise PageIntegrityError("a sequence's own page is shared or not for KV")
 
-    def _find(self, sequence: Sequence) -> list[int]:
+    def _find(self, sequence: Sequence) -> tuple[list[int], list[bytes]]:
+        """The pages that hold its first tokens, and the keys of all that could; its last token is in none of them."""
         if self._keys is None:
-            return []
+            return [], []
         num_full = (len(sequence.token_ids) - 1) // self._tokens_per_page
-        return self._cache.find(self._keys_of(sequence, num_full, self._keys)[:num_full])
+        keys = self._keys_of(sequence, num_full, self._keys)[:num_full]
+        return self._cache.find(keys), keys
 
     def _keys_of(self, sequence: Sequence, num_pages: int, keys: PrefixKeys) -> list[bytes]:
         """At least `num_pages` keys."""

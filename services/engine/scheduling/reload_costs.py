@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from services.engine.step import StepPlan
+
 KEPT = 0.95
 """What of a measurement counts at the next one: the last twenty or so decide."""
 
@@ -37,10 +39,16 @@ class ReloadCosts:
         self._tokens_per_page = tokens_per_page
         self._token = MeasuredPrice()
         self._adapter_page = MeasuredPrice()
+        self._done_at = 0.0
 
-    def computed(self, num_tokens: int, seconds: float) -> None:
-        """A step with prompts in it computed so many tokens."""
-        self._token.note(num_tokens, seconds)
+    def step_done(self, plan: StepPlan, planned_at: float, now: float) -> None:
+        """A step came back; it had the device since it was planned, or since the one before it came back.
+
+        Steps with prompts in them tell what a token of KV costs; the price of one in a decode is another.
+        """
+        if plan.num_tokens > len(plan.chunks):
+            self._token.note(plan.num_tokens, now - max(planned_at, self._done_at))
+        self._done_at = now
 
     def loaded(self, num_pages: int, seconds: float) -> None:
         """An adapter of so many pages was loaded."""

@@ -18,23 +18,26 @@ and never holds one up. Once all places were taken, new sequences wait until `ad
 **Memory is granted by turn; I/O may be overtaken.** Going through the queue by turn, the first sequence that lacks
 pages, for its adapter or its KV, ends the round: nobody behind it gets any. One that only waits for bytes (its
 manifest, or weights whose pages are granted) is passed by, and pages for its KV stay spoken for once the size of its
-adapter is known; so is one that the policy holds back, for which nothing is kept. Waiting sequences themselves hold
-nothing but the pages of their adapters.
+adapter is known; so is one that the policy holds back, or that waits for KV which a running sequence is about to
+compute (`kv_pages.py`), for which nothing is kept. Waiting sequences themselves hold nothing but the pages of their
+adapters.
 
-**Memory is taken back in reverse.** A running sequence that grows takes a free page, else an adapter's that nobody
-needs, else one from whoever of those behind it is last: an idle adapter is evicted, a load cancelled, a running
-sequence preempted (it keeps its tokens and computes their KV again). If nobody behind it holds anything, it is itself
-preempted. One that a step in flight names is not preempted: the growing sequence sits this step out, and
+**Memory is taken back in reverse.** A running sequence that grows takes a free page, else one that nobody needs, of the
+prefix cache or an adapter (`memory_order.py`), else one from whoever of those behind it is last: an idle adapter is
+evicted, a load cancelled, a running sequence preempted (it keeps its tokens, and computes again what KV it does not
+find). Preempting one that shares all its pages frees none, and the next is taken. If nobody behind it holds anything,
+it is itself preempted. One that a step in flight names is not preempted: the growing sequence sits this step out, and
 `wants_settled` asks that all steps in flight be settled before the next plan.
 
 **Progress.** Consider the earliest sequence that has not ended, H. Nobody may take from H. If H runs, each page that it
 needs is free, or held by someone later, from whom it is taken (at once, or when a cancelled load has let go, which
 takes no longer than one copy, or when the steps in flight are settled, at most two: with none in flight nobody is
 leaving and whoever runs may be preempted): so it gets on and ends. If H waits for a place, those that run get on, to
-their ends. If H waits for bytes, they come, or its load fails within its time limit and H with it. If H lacks pages,
-nobody else gets any more: running sequences end or are preempted (among them, too, the earliest gets on), those that
-are leaving go, loads end, and all that is idle may be evicted for H. What could never fit was refused; so in the end H
-fits. Preemption cannot go round in circles: only earlier sequences cause it, and those are finitely many.
+their ends. If H waits for KV, the one that computes it gets on, or leaves. If H waits for bytes, they come, or its load
+fails within its time limit and H with it. If H lacks pages, nobody else gets any more: running sequences end or are
+preempted (among them, too, the earliest gets on), those that are leaving go, loads end, and all that is idle may be
+evicted for H. What could never fit was refused; so in the end H fits. Preemption cannot go round in circles: only
+earlier sequences cause it, and those are finitely many.
 """
 
 from __future__ import annotations
@@ -89,14 +92,13 @@ class Scheduler:
         self._costs = ReloadCosts(config.tokens_per_page)
         self._cache = PrefixCache(allocator, clock)
         self._order = MemoryOrder(allocator, residency, self._cache, self._costs, self._queue, clock)
-        self._kv = KvPages(config, allocator, self._cache, self._order)
-        self._admission = Admission(config, residency, self._queue, self._order, self._kv, self._policy)
+        self.kv = KvPages(config, allocator, self._cache, self._order)
+        self._admission = Admission(config, residency, self._queue, self._order, self.kv, self._policy)
         self._prefetches = Prefetches(residency, self._order)
         self._sequences: dict[int, Sequence] = {}
         self._running: list[Sequence] = []  # by turn
         self._flight = StepsInFlight(self._release)
         self._lacks_settled = False
-        self._settled_at = 0.0
         self._next_arrival = 0
         self._news = SchedulerNews()
         self.num_preemptions = 0
@@ -114,11 +116,6 @@ class Scheduler:
     def num_admitted(self) -> int:
         """Sequences that ever began to run."""
         return self._admission.num_admitted
-
-    @property
-    def kv(self) -> KvPages:
-        """The pages of KV, to be looked at."""
-        return self._kv
 
     @property
     def num_waiting(self) -> int:
@@ -235,7 +232,7 @@ class Scheduler:
         came, asked = [token.sequence_id for token in sampled], [sequence.request_id for sequence in step.drawing]
         if came != asked:
             raise ValueError(f"tokens came for {came}, asked for were {asked}")
-        self._note_time(step)
+        self._costs.step_done(plan, step.planned_at, self._clock())
         self._flight.settle(step)
         drawn = {}
         for sequence, token in zip(step.drawing, sampled, strict=True):
@@ -243,7 +240,7 @@ class Scheduler:
                 continue
             sequence.num_pending -= 1
             if token.error is not None:
-                self._kv.distrust(sequence)
+                self.kv.distrust(sequence)
                 self.fail([sequence.request_id], token.error)
             else:
                 drawn[sequence] = token
@@ -260,7 +257,7 @@ class Scheduler:
         """Raises PageIntegrityError unless every page, slot and pin belongs to exactly who should have it."""
         self._allocator.check_integrity()
         self._residency.check_integrity()
-        self._kv.check_integrity((*self._running, *self._flight.leaving))
+        self.kv.check_integrity((*self._running, *self._flight.leaving))
         self._flight.check_integrity(self._running)
         if len(self._running) + len(self._queue) != len(self._sequences):
             raise PageIntegrityError(
@@ -283,15 +280,7 @@ class Scheduler:
         for chunk, sequence in zip(step.plan.chunks, step.sequences, strict=True):
             end = chunk.start + len(chunk.token_ids)
             if end // size > chunk.start // size and sequence.state is SequenceState.RUNNING:
-                self._kv.computed(sequence, chunk.start, end)
-
-    def _note_time(self, step: StepInFlight) -> None:
-        """What computing prompts takes: from when the step before came back, or from when this one was planned."""
-        now = self._clock()
-        num_tokens = step.plan.num_tokens
-        if num_tokens > len(step.sequences):
-            self._costs.computed(num_tokens, now - max(step.planned_at, self._settled_at))
-        self._settled_at = now
+                self.kv.computed(sequence, chunk.start, end)
 
     # Memory.
 
@@ -312,7 +301,7 @@ class Scheduler:
     def _grow(self, sequence: Sequence) -> bool:
         """Sees to a page for the sequence's next token; False if it does not run in this step."""
         while sequence.state is SequenceState.RUNNING:
-            if self._kv.extend(sequence):
+            if self.kv.extend(sequence):
                 return True
             if self._order.evict_unneeded():
                 continue
@@ -357,7 +346,7 @@ class Scheduler:
         self._flight.let_go(sequence)
 
     def _release(self, sequence: Sequence) -> None:
-        self._kv.release(sequence)
+        self.kv.release(sequence)
         if sequence.digest is not None:
             self._residency.unpin(sequence.digest)
 

@@ -16,7 +16,7 @@ from services.common.grpc_client import open_channel
 
 @dataclass(frozen=True)
 class PoolSample:
-    """The pool at a moment, in pages; `seconds` since the watch began. KV is in use, or cached for what begins alike."""
+    """The pool at a moment, in pages; `seconds` since the watch began. KV is in use, or cached."""
 
     seconds: float
     num_kv_pages: int

@@ -34,6 +34,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     """Requests, aborts, prefetches, failing loads and steps in any order; at the end everything must come out right."""
 
     max_in_flight = 1
+    prefix_cache = False
     policy = PolicyConfig()
 
     @initialize(
@@ -65,6 +66,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             max_model_len=48,
             max_in_flight=self.max_in_flight,
             admission_batch=1 + seed % 3,
+            prefix_cache=self.prefix_cache,
             seed=seed,
             policy=make_policy(self.policy, max_running, lambda: float(len(self.harness.plans))),
             turns_stay=self.policy.order != "fair" and not self.policy.max_adapters_a_batch,
@@ -153,12 +155,14 @@ class OverlappingMachine(SchedulerMachine):
 class PriorityMachine(OverlappingMachine):
     """By priority, and some are dropped."""
 
+    prefix_cache = True
     policy = PolicyConfig(order="priority", priority_head_start=3, latency_goal_seconds=12.0)
 
 
 class FairMachine(OverlappingMachine):
     """Fair by tenant, with everything that may join it; time counts in steps."""
 
+    prefix_cache = True
     policy = PolicyConfig(
         order="fair",
         fairness_headroom=0.3,
