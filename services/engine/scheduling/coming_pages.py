@@ -35,7 +35,7 @@ class ComingPages:
             del self._by_key[key]
 
     def end(self, sequence: Sequence) -> None:
-        """A sequence runs no more; what it has not computed does not come from it."""
+        """A sequence runs no more, or shares no more: what it has not computed does not come from it."""
         for key in self._by_sequence.pop(sequence, ()):
             del self._by_key[key]
 

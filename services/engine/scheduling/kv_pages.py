@@ -64,7 +64,7 @@ class KvPages:
             self._cache.release(found)
             return False
         self._coming.begin(sequence, keys[len(found) :])
-        if not sequence.has_run:
+        if self._keys is not None and not sequence.has_run:
             self.num_queried_tokens += len(sequence.request.prompt_ids)
             self.num_found_tokens += len(found) * self._tokens_per_page
         sequence.hold([*found, *pages], len(found), len(found) * self._tokens_per_page)
@@ -90,6 +90,7 @@ class KvPages:
         for place in range(first, num_full):
             self._coming.came(sequence, keys[place])
             if not self._cache.enter(sequence.block_table[place], keys[place]):
+                self._coming.end(sequence)  # nobody is to wait for what it will not share
                 return
             sequence.num_shared_pages += 1
 
