@@ -3,8 +3,8 @@ is shared the prefix cache costs nothing.
 
 The engine's core alone, made-up weights, greedy, outputs forced to length; the cache on and off in turns within a run.
 *ttft*: one request at a time, a system prompt of 1,024 tokens and 32 of its own; the first with a system prompt
-computes it, the next finds it; and several such requests at once that nobody has computed anything for (*burst*). *unshared*:
-a mix of random prompts, all at once; requests a second with the cache over those without.
+computes it, the next finds it; and several such requests at once that nobody has computed anything for (*burst*).
+*unshared*: a mix of random prompts, all at once; requests a second with the cache over those without.
 *zipf*: system prompts drawn by Zipf's law, each with its own adapter, through a pool that holds a quarter of them;
 tokens found, as a share of all and of those that a cache without limits would find.
 
