@@ -135,42 +135,31 @@ class Catalogue:
         return decode_rows(await self._redis.look(scripts.FIND_DIGEST, digest))
 
     async def list_page(
-        self,
-        page_size: int,
-        page_token: str,
-        name_prefix: str,
-        tenant: str | None,
-        owners: Sequence[str] | None = None,
+        self, page_size: int, page_token: str, name_prefix: str, tenant: str | None
     ) -> tuple[list[AdapterRecord], str]:
         """A page by name, then version, and the token of the next one (empty on the last). PAGE_INVALID.
 
-        Only adapters of `tenant` (None: of all), or rather of `owners` if they are given. A page begins behind the
-        last adapter of the page before: what others add or delete is neither repeated nor hides anything.
+        A page begins behind the last adapter of the page before: what others add or delete is neither repeated
+        nor hides anything.
         """
-        if not 0 <= page_size <= MAX_PAGE_SIZE:
-            raise SloraError(
-                Reason.PAGE_INVALID,
-                f"page_size is {page_size}; it must be 1 to {MAX_PAGE_SIZE}, or 0",
-                field="page_size",
-            )
+        page_size, after = page_start(page_size, page_token, name_prefix, tenant)
         if not is_name_prefix(name_prefix):
             return [], ""
-        page_size = page_size or DEFAULT_PAGE_SIZE
-        lowest = "[" + name_prefix
-        if page_token:
-            lowest = "(" + _page_position(page_token, name_prefix, tenant)
-        owners = owners if owners is not None or tenant is None else (tenant,)
-        indices = [":index"] if owners is None else [f":index:{owner}" for owner in owners]
-        highest = "[" + name_prefix + LAST
-        records: list[AdapterRecord] = []
-        for index in indices:
-            records += decode_rows(await self._redis.look(scripts.PAGE, index, lowest, highest, page_size + 1))
-        records.sort(key=lambda record: index_member(record.name, record.version))
-        if len(records) <= page_size:
-            return records, ""
-        last = records[page_size - 1]
-        token = PageToken(index_member(last.name, last.version), name_prefix, tenant)
-        return records[:page_size], token.encode()
+        owners = None if tenant is None else (tenant,)
+        records = await self.records(owners, name_prefix, after, page_size + 1)
+        return cut_page(records, page_size, name_prefix, tenant)
+
+    async def records(
+        self, owners: Sequence[str] | None, name_prefix: str, after: str, limit: int
+    ) -> list[AdapterRecord]:
+        """The first records, at most `limit`, by name, then version: of these owners (None: of all), whose names begin
+        so, behind the index member `after` (empty: from the first on)."""
+        lowest = f"({after}" if after >= name_prefix and after else f"[{name_prefix}"
+        found: list[AdapterRecord] = []
+        for index in (":index",) if owners is None else [f":index:{owner}" for owner in owners]:
+            found += decode_rows(await self._redis.look(scripts.PAGE, index, lowest, f"[{name_prefix}{LAST}", limit))
+        found.sort(key=member_of)
+        return found[:limit]
 
     async def delete(self, adapter_id: AdapterId, owner: str = "") -> list[Deletion]:
         """Deletes one version, or of a bare name all and its aliases; ADAPTER_NOT_FOUND if there is none.
@@ -223,7 +212,19 @@ def name_taken(name: str) -> SloraError:
     return SloraError(Reason.NOT_PERMITTED, message, name=name)
 
 
-def _page_position(page_token: str, name_prefix: str, tenant: str | None) -> str:
+def member_of(record: AdapterRecord) -> str:
+    """A record's place in the order of lists."""
+    return index_member(record.name, record.version)
+
+
+def page_start(page_size: int, page_token: str, name_prefix: str, tenant: str | None) -> tuple[int, str]:
+    """How many records a page has at most, and the index member that it begins behind. PAGE_INVALID."""
+    if not 0 <= page_size <= MAX_PAGE_SIZE:
+        message = f"page_size is {page_size}; it must be 1 to {MAX_PAGE_SIZE}, or 0"
+        raise SloraError(Reason.PAGE_INVALID, message, field="page_size")
+    page_size = page_size or DEFAULT_PAGE_SIZE
+    if not page_token:
+        return page_size, ""
     try:
         token = PageToken.decode(page_token)
     except ValueError:
@@ -234,4 +235,13 @@ def _page_position(page_token: str, name_prefix: str, tenant: str | None) -> str
         raise SloraError(
             Reason.PAGE_INVALID, "page_token was given out for another name_prefix or tenant", field="page_token"
         )
-    return token.after
+    return page_size, token.after
+
+
+def cut_page(
+    records: Sequence[AdapterRecord], page_size: int, name_prefix: str, tenant: str | None
+) -> tuple[list[AdapterRecord], str]:
+    """The first `page_size` records, and the token of the page behind them if there are more."""
+    page = list(records[:page_size])
+    more = len(records) > page_size
+    return page, PageToken(member_of(page[-1]), name_prefix, tenant).encode() if more else ""

@@ -108,7 +108,8 @@ class CatalogueServicer(AdapterStoreServicer):
     async def _change(self, caller: Caller, name: str, change: Callable[[], Awaitable[AdapterRecord]]) -> AdapterRecord:
         """`change()`, if the caller may change what has this name."""
         await self._isolation.check_change(caller, name)
-        return await change()
+        with self._isolation.veiled(caller):
+            return await change()
 
     async def _sync(self, request: pb.SyncAdaptersRequest) -> SyncReport:
         source_uri = request.source_uri or self._store.settings.sync_uri

@@ -7,12 +7,20 @@ not held apart.
 
 from __future__ import annotations
 
+import contextlib
+import logging
+from collections.abc import Iterator, Sequence
+
 from services.adapter_store.callers import Caller
-from services.adapter_store.catalogue import Catalogue, name_taken
+from services.adapter_store.catalogue import MAX_PAGE_SIZE, Catalogue, cut_page, member_of, name_taken, page_start
 from services.adapter_store.identifiers import AdapterId, check_digest, check_name, parse_adapter_id
 from services.adapter_store.manifest import AdapterRecord
 from services.adapter_store.residency import unknown_digest
 from services.common.errors import Reason, SloraError
+
+_TELL_OF_PLACES = {Reason.ADAPTER_CHANGED, Reason.BLOB_STORE_UNAVAILABLE, Reason.INTERNAL}
+
+logger = logging.getLogger(__name__)
 
 
 class Isolation:
@@ -38,12 +46,28 @@ class Isolation:
     async def list_page(
         self, caller: Caller, page_size: int, page_token: str, name_prefix: str, tenant: str | None
     ) -> tuple[list[AdapterRecord], str]:
-        """See `Catalogue.list_page`. A tenant's page may hold fewer than its size though another follows."""
-        owners = None
-        if caller.tenant is not None:
-            owners = tuple(owner for owner in ("", caller.tenant.name) if tenant in (None, owner))
-        records, token = await self._catalogue.list_page(page_size, page_token, name_prefix, tenant, owners)
-        return [record for record in records if self.sees(caller, record)], token
+        """See `Catalogue.list_page`. A tenant's pages, and the tokens between them, are of what it sees."""
+        if caller.tenant is None:
+            return await self._catalogue.list_page(page_size, page_token, name_prefix, tenant)
+        page_size, after = page_start(page_size, page_token, name_prefix, tenant)
+        owners = tuple(owner for owner in ("", caller.tenant.name) if tenant in (None, owner))
+        found: list[AdapterRecord] = []
+        for beginning in _beginnings(caller.tenant.adapters, name_prefix):
+            found += await self._seen_records(caller, owners, beginning, after, page_size + 1 - len(found))
+        return cut_page(found, page_size, name_prefix, tenant)
+
+    async def _seen_records(
+        self, caller: Caller, owners: Sequence[str], beginning: str, after: str, limit: int
+    ) -> list[AdapterRecord]:
+        """The first records that the caller sees among those whose names begin so."""
+        found: list[AdapterRecord] = []
+        while len(found) < limit:
+            some = await self._catalogue.records(owners, beginning, after, MAX_PAGE_SIZE)
+            found += [record for record in some if self.sees(caller, record)]
+            if len(some) < MAX_PAGE_SIZE:
+                break
+            after = member_of(some[-1])
+        return found[:limit]
 
     async def check_fetch(self, caller: Caller, digest: str) -> None:
         """Raises ADAPTER_NOT_FOUND unless a version that the caller sees has this digest."""
@@ -52,6 +76,20 @@ class Isolation:
         records = await self._catalogue.find_digest(check_digest(digest))
         if not any(self.sees(caller, record) for record in records):
             raise unknown_digest(digest)
+
+    @contextlib.contextmanager
+    def veiled(self, caller: Caller) -> Iterator[None]:
+        """Around what reads weights: errors name the place that failed, and with equal files that may be another's."""
+        try:
+            yield
+        except SloraError as error:
+            if caller.tenant is None or error.reason not in _TELL_OF_PLACES:
+                raise
+            logger.warning("told to a tenant without its place: %s", error.message)
+            message = (
+                "the adapter's files cannot be read as they were registered; operators find more in the store's log"
+            )
+            raise SloraError(error.reason, message) from None
 
     async def check_change(self, caller: Caller, name: str) -> None:
         """Whether the caller may change what has this name: of a tenant, only if each version is its own.
@@ -87,6 +125,19 @@ class Isolation:
         if num_own < num_versions:
             raise name_taken(name)
         return own
+
+
+def _beginnings(patterns: Sequence[str], name_prefix: str) -> list[str]:
+    """What a name begins with that one of the patterns covers and that begins with `name_prefix`: in order, none the
+    beginning of another. Only there a tenant's adapters are looked for, however many others there are."""
+    fixed = [pattern.partition("*")[0] for pattern in patterns]
+    fitting = {max(part, name_prefix, key=len) for part in fixed if _is_beginning(part, name_prefix)}
+    return [part for part in sorted(fitting) if not any(part != other and part.startswith(other) for other in fitting)]
+
+
+def _is_beginning(one: str, other: str) -> bool:
+    """Whether one of them begins with the other."""
+    return one.startswith(other) or other.startswith(one)
 
 
 def _unseen(adapter_id: AdapterId) -> SloraError:

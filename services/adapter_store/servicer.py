@@ -124,7 +124,8 @@ class AdapterStoreServicer(adapter_store_pb2_grpc.AdapterStoreServiceServicer):
 
     async def _send(self, request: pb.FetchAdapterRequest, context: Context, caller: Caller) -> None:
         await self._isolation.check_fetch(caller, request.digest)
-        await self._delivery.send(request, context)
+        with self._isolation.veiled(caller):
+            await self._delivery.send(request, context)
 
     async def _receive_upload(
         self, requests: AsyncIterator[pb.UploadAdapterRequest], context: Context, caller: Caller

@@ -7,6 +7,7 @@ fails here.
 from __future__ import annotations
 
 import asyncio
+import base64
 import itertools
 import re
 from collections.abc import Callable, Iterator
@@ -391,6 +392,32 @@ def test_what_is_nobodys_is_for_all_to_read_and_for_none_to_change(world: World)
         request = pb.DeleteAdapterRequest(adapter_id=adapter_id)
         assert delta.refusal("DeleteAdapter", request)[0] is Reason.NOT_PERMITTED
     assert operator.listed(name_prefix="shared-mixed") == ["shared-mixed@1", "shared-mixed@2"]
+
+
+def test_pages_and_their_tokens_tell_of_nothing_else(world: World) -> None:
+    person, operator, hidden = world.tenant("mu", "mu-*", "m*-for-all"), world.service("operator"), "mx-for-nobody"
+    directory = world.adapter()
+    names = ["ma-for-all", "mb-for-all", "mu-1", "mu-2", "mz-for-all"]
+    for name in (*names, hidden):
+        if name.startswith("mu-"):
+            person.upload(name, directory)
+        else:
+            operator.upload(name, directory)
+    expected = [f"{name}@1" for name in names]
+    for page_size in (1, 2, 3, 5, 6):
+        assert person.listed(page_size) == expected
+    assert person.listed(1, name_prefix="mu") == expected[2:4]
+    assert person.listed(1, tenant="mu") == expected[2:4]
+    assert person.listed(1, tenant="") == [*expected[:2], expected[4]]
+    tokens, token = [], ""
+    while True:
+        answer = person.ask("ListAdapters", pb.ListAdaptersRequest(page_size=1, page_token=token))
+        token = answer.next_page_token
+        if not token:
+            break
+        tokens.append(base64.urlsafe_b64decode(token))
+    assert len(tokens) == len(names) - 1
+    assert not [text for text in tokens if hidden.encode() in text]
 
 
 def test_a_digest_is_no_way_round(world: World) -> None:

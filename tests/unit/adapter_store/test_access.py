@@ -14,6 +14,7 @@ from services.adapter_store.access import ALLOWED, Door
 from services.adapter_store.callers import Anyone, Caller, KnownCallers, Role, ServiceTokens
 from services.adapter_store.config import AdapterStoreSettings
 from services.adapter_store.exposure import check_exposure
+from services.adapter_store.isolation import Isolation, _beginnings
 from services.common.errors import Reason, SloraError
 from services.common.settings import AddressError, UnusableSettingsError
 from services.tenancy.tenants import ANONYMOUS, Tenant
@@ -168,3 +169,33 @@ def test_where_a_store_may_not_listen() -> None:
 def test_tenants_without_services_are_refused() -> None:
     with pytest.raises(ValueError, match="no engine could load"):
         settings_of(tenancy_redis="redis://x")
+
+
+@pytest.mark.parametrize(
+    ("patterns", "name_prefix", "expected"),
+    [
+        (("*",), "", [""]),
+        (("*",), "se", ["se"]),
+        (("search-*", "prod", "search-a*"), "", ["prod", "search-"]),
+        (("search-*", "prod"), "sea", ["search-"]),
+        (("search-*", "prod"), "search-b", ["search-b"]),
+        (("search-*", "prod"), "other", []),
+        (("a*c", "ab*"), "", ["a"]),
+        ((), "", []),
+    ],
+    ids=str,
+)
+def test_where_a_tenants_adapters_are_looked_for(
+    patterns: tuple[str, ...], name_prefix: str, expected: list[str]
+) -> None:
+    assert _beginnings(patterns, name_prefix) == expected
+
+
+@pytest.mark.parametrize("reason", [Reason.ADAPTER_CHANGED, Reason.BLOB_STORE_UNAVAILABLE, Reason.INTERNAL])
+def test_whose_files_failed_is_not_told_to_a_tenant(reason: Reason) -> None:
+    isolation, error = Isolation(None), SloraError(reason, "s3://theirs/", source_uri="s3://theirs/")  # type: ignore[arg-type]
+    for caller, is_told in ((Caller(Role.TENANT, Tenant("team")), False), (Caller(Role.ENGINE), True)):
+        with pytest.raises(SloraError) as caught, isolation.veiled(caller):
+            raise error
+        assert caught.value.reason is reason
+        assert ("theirs" in f"{caught.value} {caught.value.metadata}") == is_told
