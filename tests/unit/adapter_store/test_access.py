@@ -185,9 +185,7 @@ def test_tenants_without_services_are_refused() -> None:
     ],
     ids=str,
 )
-def test_where_a_tenants_adapters_are_looked_for(
-    patterns: tuple[str, ...], name_prefix: str, expected: list[str]
-) -> None:
+def test_where_adapters_are_looked_for(patterns: tuple[str, ...], name_prefix: str, expected: list[str]) -> None:
     assert _beginnings(patterns, name_prefix) == expected
 
 
