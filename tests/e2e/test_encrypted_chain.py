@@ -27,7 +27,7 @@ from tests.fixtures.random_adapters import write_random_adapter
 from tests.fixtures.tiny_models import make_checkpoint
 from tests.fixtures.tiny_tokenizer import write_tokenizer
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("stack_logs")]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(180), pytest.mark.usefixtures("stack_logs")]
 
 
 def encrypted_stack(state: Path, checkpoint: Path, certificates: Certificates) -> LocalStack:
