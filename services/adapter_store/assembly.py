@@ -23,9 +23,11 @@ from services.adapter_store.catalogue_watch import CatalogueWatches
 from services.adapter_store.config import AdapterStoreSettings
 from services.adapter_store.host_cache import HostCache
 from services.adapter_store.journal import Journal, JournalPlace
+from services.adapter_store.membership import Membership
 from services.adapter_store.metrics import StoreMetrics
 from services.adapter_store.pin_keeper import PinKeeper
 from services.adapter_store.registry import AdapterRegistry, UploadPlace
+from services.adapter_store.replica_view import Replica
 from services.adapter_store.residency import Residency
 from services.adapter_store.sync import PrefixSync
 from services.adapter_store.upkeep import follow_changes, sweep, sync_now_and_then
@@ -43,6 +45,7 @@ class Store:
     registry: AdapterRegistry
     administration: Administration
     sync: PrefixSync
+    membership: Membership
     threads: ThreadPoolExecutor
 
     def open_spool(self) -> UploadSpool:
@@ -78,6 +81,14 @@ def _open_catalogue(settings: AdapterStoreSettings, blob_store: BlobStore) -> _C
     )
 
 
+def as_replica(settings: AdapterStoreSettings, port: int, arena: Arena) -> Replica:
+    """What a store that listens on `port` says of itself."""
+    address = settings.address_at(port)
+    return Replica(
+        settings.replica_id or address, address, arena.arena_id.hex(), str(arena.path), arena.extents.capacity
+    )
+
+
 @contextlib.asynccontextmanager
 async def running_store(
     settings: AdapterStoreSettings, base: BaseModel, arena: Arena, metrics_registry: CollectorRegistry
@@ -101,23 +112,29 @@ async def running_store(
     )
     sync = PrefixSync(base, parts.synced, blob_store, parts.journal, settings.max_adapter_bytes)
     administration = Administration(parts.catalogue, parts.marks, parts.journal, keeper)
+    membership = Membership(parts.redis, settings.replica_seconds, settings.num_homes)
+    metrics.observe_replicas(lambda: len(membership.replicas), lambda: membership.is_on_duty)
     work = [
+        membership.beat(),
         parts.journal.keep_whole(sync.fill),
-        parts.journal.catch_up(),
+        parts.journal.catch_up(lambda: membership.is_on_duty),
         follow_changes(parts.catalogue, parts.watches, residency, keeper),
         keeper.follow(),
-        sweep(registry, settings.sweep_seconds, settings.orphan_seconds),
+        sweep(registry, membership, settings.sweep_seconds, settings.orphan_seconds),
     ]
     if settings.sync_uri:
         timer = (settings.sync_uri, settings.sync_seconds)
-        work.append(sync_now_and_then(sync, *timer, count=lambda outcome: metrics.syncs.labels(outcome).inc()))
+        work.append(
+            sync_now_and_then(sync, membership, *timer, count=lambda outcome: metrics.syncs.labels(outcome).inc())
+        )
     background = [asyncio.create_task(task) for task in work]
     try:
-        yield Store(settings, base, metrics, cache, registry, administration, sync, threads)
+        yield Store(settings, base, metrics, cache, registry, administration, sync, membership, threads)
     finally:
         for task in background:
             task.cancel()
         await asyncio.gather(*background, return_exceptions=True)
+        await membership.leave()
         keeper.close()
         await registry.close()
         await parts.journal.close()

@@ -9,10 +9,11 @@ import grpc
 from slora.adapter_store.v1 import adapter_store_pb2 as pb
 
 from services.adapter_store.assembly import Store
-from services.adapter_store.catalogue_codec import inspection_message, sync_message
+from services.adapter_store.catalogue_codec import inspection_message, replicas_message, sync_message
 from services.adapter_store.catalogue_marks import MarkChanges
 from services.adapter_store.codec import adapter_message
 from services.adapter_store.delivery_servicer import WeightDelivery
+from services.adapter_store.host_cache import Pin
 from services.adapter_store.inspection import Inspection
 from services.adapter_store.servicer import AdapterStoreServicer
 from services.adapter_store.sync import SyncReport
@@ -25,12 +26,21 @@ class CatalogueServicer(AdapterStoreServicer):
     """Answers every RPC of the store."""
 
     def __init__(self, store: Store) -> None:
+        self._store = store
         settings = store.settings
         stall_seconds = settings.stall_seconds
-        delivery = WeightDelivery(store.registry.pin, store.cache.arena, store.metrics, stall_seconds)
+        delivery = WeightDelivery(self._pin, store.cache.arena, store.metrics, stall_seconds)
         super().__init__(store.registry, delivery, store.metrics, store.open_spool, stall_seconds, settings.max_uploads)
-        self._store = store
         self._administration = store.administration
+
+    async def drain(self) -> None:
+        """Refuses new calls from now on, and says so to those who look for replicas."""
+        self._store.membership.begin_drain()
+        await super().drain()
+
+    async def ListReplicas(self, request: pb.ListReplicasRequest, context: Context) -> pb.ListReplicasResponse:  # noqa: N802
+        """Names the replicas; also while it drains."""
+        return replicas_message(self._store.membership)
 
     async def SetAlias(self, request: pb.SetAliasRequest, context: Context) -> pb.SetAliasResponse:  # noqa: N802
         """Makes an alias mean a version."""
@@ -76,6 +86,10 @@ class CatalogueServicer(AdapterStoreServicer):
         """Looks an adapter over."""
         found = await self._answer("ValidateAdapter", context, lambda: self._inspect(requests))
         return inspection_message(found, self._store.base)
+
+    async def _pin(self, digest: str, only_resident: bool) -> Pin:
+        self._store.metrics.count_delivery(self._store.membership.is_home(digest))
+        return await self._store.registry.pin(digest, only_resident)
 
     async def _sync(self, request: pb.SyncAdaptersRequest) -> SyncReport:
         source_uri = request.source_uri or self._store.settings.sync_uri

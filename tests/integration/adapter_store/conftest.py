@@ -10,7 +10,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from services.adapter_store.arena import Arena
-from services.adapter_store.assembly import Store, running_store
+from services.adapter_store.assembly import Store, as_replica, running_store
 from services.adapter_store.base_model import load_base_model
 from services.adapter_store.catalogue_servicer import CatalogueServicer
 from services.adapter_store.config import AdapterStoreSettings
@@ -83,6 +83,7 @@ async def open_store(
             server = GrpcServer("127.0.0.1:0", [])
             add_to_server(servicer, server.grpc)
             await server.start()
+            store.membership.announce(as_replica(settings, server.port, arena))
             stack.push_async_callback(server.grpc.stop, 0)
             client = await stack.enter_async_context(StoreClient(server.port))
             stack.callback(store.cache.check_integrity)
