@@ -141,7 +141,7 @@ def _arena_dir(num_bytes: int) -> str:
 
 
 async def _serve(cache: HostCache, port: int) -> None:
-    async def pin(digest: str) -> Pin:
+    async def pin(digest: str, only_resident: bool) -> Pin:
         found = cache.pin(digest)
         assert found is not None, digest
         return found

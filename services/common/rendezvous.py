@@ -1,8 +1,9 @@
-"""Rendezvous hashing: every key ranks all members in an order of its own (Thaler and Ravishankar, "highest random weight").
+"""Rendezvous hashing (highest random weight, Thaler and Ravishankar 1998): each key ranks all members in its own order.
 
-Nobody keeps a table: who knows the members knows the ranking. A member that leaves moves only the keys that it ranked
-highest for, and one that joins takes only those that it ranks highest for now: 1/n of them. With weights, a member ranks
-highest for a share of the keys in proportion to its weight, and a changed weight moves keys to or from that member only.
+Nobody keeps a table: who knows the members knows the ranking. A member that leaves moves only the keys that ranked it
+highest, and one that joins takes only those that rank it highest from now on: 1/n of them. With weights a member is
+ranked highest by a share of the keys in proportion to its weight, and a change of its weight moves keys to it or from
+it, and no others.
 """
 
 from __future__ import annotations

@@ -19,7 +19,9 @@ class EngineSettings:
     """A slora engine: one base model and the adapters that its pool holds just now."""
 
     checkpoint: str = setting(help="directory of a Hugging Face checkpoint")
-    adapter_store: str = setting(help="host:port of the adapter store")
+    adapter_store: tuple[str, ...] = setting(
+        help="host:port of the adapter store, or of some of its replicas, separated by commas; they name the others"
+    )
     listen: str = setting("127.0.0.1:50061", "host:port to serve gRPC on; port 0 takes a free one")
     metrics: str = setting("", "host:port to serve Prometheus metrics on; empty for none")
     base_model: str = setting("", "the base model's served name; empty: the checkpoint directory's name")
@@ -50,6 +52,9 @@ class EngineSettings:
     max_adapters_a_batch: int = setting(0, "soft limit on different adapters that run at once; 0: none")
     clustering_patience_seconds: float = setting(1.0, "one that waited so long may exceed that limit")
     share_arena: bool = setting(True, "copy adapters out of the memory of a store on this host, if it may be read")
+    load_through_local: bool = setting(
+        False, "load everything through a store on this host, if it can lend, wherever adapters have their homes"
+    )
     load_timeout_seconds: float = setting(30.0, "an adapter load that takes longer fails")
     drain_seconds: float = setting(30.0, "on SIGTERM running requests have this long to end")
     log_level: LogLevel = setting("INFO", "DEBUG, INFO, WARNING or ERROR")

@@ -48,7 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         logger.critical("the model cannot be loaded", exc_info=True)
         return FAULT_EXIT_CODE
     arenas = ArenaReader(runner.adapter_device) if settings.share_arena else None
-    return run_core(settings, runner, StoreClient(settings.adapter_store, arenas), sock)
+    source = StoreClient(settings.adapter_store, arenas, settings.load_through_local)
+    return run_core(settings, runner, source, sock)
 
 
 def tie_to_frontend() -> None:

@@ -17,9 +17,10 @@ from services.common.errors import Reason, SloraError
 from services.common.grpc_errors import to_grpc_status
 from services.common.grpc_server import SERVER_OPTIONS
 from services.common.packed_digest import packed_digest
+from services.engine.adapters.fetch_client import StoreFetch
 from services.engine.adapters.layout import AdapterLayout, ModulePlacement, TargetModule
 from services.engine.adapters.source import FetchCancelled
-from services.engine.adapters.store_client import StoreClient, StoreFetch
+from services.engine.adapters.store_client import StoreClient
 from tests.fakes.engine_fakes import digest_of
 
 DIGEST = digest_of("a")
@@ -133,7 +134,7 @@ def address(store: FakeStore) -> Iterator[str]:
 
 @pytest.fixture
 def client(address: str) -> Iterator[StoreClient]:
-    client = StoreClient(address)
+    client = StoreClient([address])
     yield client
     client.close()
 
@@ -187,7 +188,7 @@ def test_a_store_that_comes_up_later_is_found(store: FakeStore) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    client = StoreClient(f"127.0.0.1:{port}")
+    client = StoreClient([f"127.0.0.1:{port}"])
     servers = []
 
     def come_up() -> None:
@@ -210,7 +211,7 @@ def test_a_store_that_stays_away_is_reported_in_time() -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{probe.getsockname()[1]}"
-    client = StoreClient(address)
+    client = StoreClient([address])
     began = time.monotonic()
     error = failure(lambda: client.open(DIGEST).manifest(soon(0.5)))
     assert error.reason is Reason.ADAPTER_STORE_UNAVAILABLE
