@@ -66,6 +66,7 @@ class StoreFetch:
         # Who is asked, and who failed since all were asked for the last time.
         self._current: ReplicaAttempt | None = None
         self._failed: set[ReplicaAttempt] = set()
+        self._is_hopeful = False  # whether one of them failed by what may pass
         self._num_failovers = 0
         self._pause_seconds = FIRST_PAUSE_SECONDS
         self._cancelled = threading.Event()
@@ -114,7 +115,6 @@ class StoreFetch:
                 continue
             offset = self._call_offset
             self._pause_seconds = FIRST_PAUSE_SECONDS
-            self._failed.clear()
             yield chunk
         self.pause()
 
@@ -255,19 +255,21 @@ class StoreFetch:
         may_pass = error.reason.status is Status.UNAVAILABLE or error.reason in _MAY_PASS
         if not may_pass and error.reason not in _MAY_BE_ELSEWHERE:
             raise error
+        self._is_hopeful |= may_pass
         if failed is not None and error.reason in _IS_AWAY:
             failed.replica.avoid()
         if self._left() and time.monotonic() < deadline:
             self._num_failovers += 1
             told = {"digest": self._digest, "replica": failed.replica.replica_id if failed else ""}
             logger.info("an adapter is asked of another replica: %s", error.message, extra=told)
-        elif may_pass:
+        elif self._is_hopeful:
             self._wait_for_a_new_round(error, failed, deadline)
         else:
             raise error
 
     def _wait_for_a_new_round(self, error: SloraError, failed: ReplicaAttempt | None, deadline: float) -> None:
         self._failed.clear()
+        self._is_hopeful = False
         pause = self._pause_seconds * random.uniform(0.5, 1.0)
         self._pause_seconds = min(2 * self._pause_seconds, LONGEST_PAUSE_SECONDS)
         if time.monotonic() + pause >= deadline:
