@@ -153,10 +153,12 @@ def test_one_that_hangs_is_left_as_soon_as_the_others_no_longer_name_it(
     assert fetch.delivery.replica == replicas.addresses[1]
 
 
-def test_one_that_drains_is_left_alone(replicas: Replicas, client: StoreClient) -> None:
+def test_one_that_drains_is_left_alone(replicas: Replicas) -> None:
     replicas.name(replicas.addresses, draining=replicas.addresses[0])
+    client = StoreClient(replicas.addresses[:1])
     assert fetch_all(client.open(DIGEST)) == replicas.stores[0].weights
     assert replicas.num_fetches() == [0, 1, 0]
+    client.close()
 
 
 def test_one_that_has_not_heard_of_the_others_lately_is_not_believed(replicas: Replicas) -> None:
