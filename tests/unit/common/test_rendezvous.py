@@ -27,7 +27,7 @@ def within(count: int, share: float) -> bool:
     return abs(count - NUM_KEYS * share) < 6 * (NUM_KEYS * share * (1 - share)) ** 0.5
 
 
-@pytest.mark.parametrize(("num_members", "num_homes"), [(3, 1), (3, 2), (8, 2), (20, 3)])
+@pytest.mark.parametrize(("num_members", "num_homes"), [(3, 1), (3, 2), (8, 3)])
 def test_homes_are_distinct_and_evenly_spread(num_members: int, num_homes: int) -> None:
     members = [f"store-{number}" for number in range(num_members)]
     counts: Counter[str] = Counter()
