@@ -128,7 +128,7 @@ class StoreReplicas:
                     answer: T = await running
                     return answer
             except SloraError as error:
-                if error.reason.status not in (Status.UNAVAILABLE, Status.DEADLINE_EXCEEDED):
+                if not _is_away(error):
                     raise
                 replica.avoid()
                 if number_left == 1:
@@ -161,6 +161,8 @@ class StoreReplicas:
                     told = await call
             except SloraError as error:
                 logger.debug("adapter store %s does not name replicas: %s", replica.address, error.message)
+                if _is_away(error):
+                    replica.avoid()
                 continue
             if told.is_current:
                 self._take(replica, told)
@@ -180,3 +182,8 @@ class StoreReplicas:
             closing = asyncio.create_task(replica.close())
             self._closing.add(closing)
             closing.add_done_callback(self._closing.discard)
+
+
+def _is_away(error: SloraError) -> bool:
+    """Whether another replica, or the same one later, may answer."""
+    return error.reason.status in (Status.UNAVAILABLE, Status.DEADLINE_EXCEEDED)

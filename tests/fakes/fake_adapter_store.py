@@ -119,6 +119,7 @@ class FakeAdapterStore(adapter_store_pb2_grpc.AdapterStoreServiceServicer):
     async def ListReplicas(
         self, request: adapter_store_pb2.ListReplicasRequest, context: Context
     ) -> adapter_store_pb2.ListReplicasResponse:
+        await asyncio.sleep(self.answer_seconds)
         addresses = self.replicas or [self.address]
         replicas = [adapter_store_pb2.Replica(replica_id=address, address=address) for address in addresses]
         return adapter_store_pb2.ListReplicasResponse(replicas=replicas, num_homes=2, is_current=True)

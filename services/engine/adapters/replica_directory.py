@@ -10,7 +10,7 @@ import logging
 import threading
 from collections.abc import Sequence
 
-from services.common.errors import SloraError
+from services.common.errors import Reason, SloraError
 from services.engine.adapters.mapped_arena import ArenaReader
 from services.engine.adapters.replica_client import ReplicaClient, ReplicaList, ReplicaPlace
 
@@ -92,6 +92,8 @@ class ReplicaDirectory:
                 told = client.list_replicas(ANSWER_SECONDS)
             except SloraError as error:
                 logger.debug("adapter store %s does not name replicas: %s", client.address, error.message)
+                if error.reason in (Reason.ADAPTER_STORE_UNAVAILABLE, Reason.DEADLINE_EXCEEDED):
+                    client.avoid()
                 continue
             if told is not None and told.is_current:
                 self._take(client, told)
