@@ -263,6 +263,8 @@ class Fleet:
                 await asyncio.sleep(0.05)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(400)  # four processes start, and one that hangs is waited for
 async def test_killed_hung_and_back_again_nobody_notices_but_by_the_clock(
     start_store: StartStore, tmp_path: Path, make_adapter: MakeAdapter
 ) -> None:
