@@ -14,6 +14,7 @@ from grpc_health.v1.health import aio as health_aio
 from grpc_reflection.v1alpha import reflection
 
 from services.common.malformed_requests import MalformedRequests
+from services.common.running_calls import RunningCalls
 from services.common.settings import AddressError
 
 logger = logging.getLogger(__name__)
@@ -39,6 +40,9 @@ SERVER_OPTIONS: tuple[tuple[str, int], ...] = (
 )
 
 
+_LAST_SECONDS = 1.0
+
+
 class GrpcServer:
     """A grpc.aio server with health and reflection.
 
@@ -47,7 +51,8 @@ class GrpcServer:
 
     def __init__(self, address: str, service_names: Sequence[str]) -> None:
         """Raises AddressError if `address` cannot be listened on."""
-        self.grpc = grpc.aio.server(options=SERVER_OPTIONS, interceptors=[MalformedRequests()])
+        self._calls = RunningCalls()
+        self.grpc = grpc.aio.server(options=SERVER_OPTIONS, interceptors=[self._calls, MalformedRequests()])
         try:
             self.port = self.grpc.add_insecure_port(address)
         except RuntimeError as error:
@@ -74,7 +79,7 @@ class GrpcServer:
     async def serve(self, drain: Callable[[], Awaitable[None]], drain_seconds: float) -> None:
         """Serves until SIGTERM or SIGINT, then goes NOT_SERVING, awaits `drain` and lets running RPCs end.
 
-        `drain` makes the service refuse new work; RPCs that still run after `drain_seconds` are cancelled.
+        `drain` makes the service refuse new work; RPCs that still run after `drain_seconds` end with DRAINING.
         """
         stop = asyncio.Event()
         loop = asyncio.get_running_loop()
@@ -85,6 +90,9 @@ class GrpcServer:
         deadline = loop.time() + drain_seconds
         await self.set_serving(False)
         with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(drain(), drain_seconds)
-        # What `drain` ended last has yet to reach its callers.
-        await self.grpc.stop(max(deadline - loop.time(), 1.0))
+            async with asyncio.timeout_at(deadline):
+                await drain()
+                await self._calls.all_ended()
+        self._calls.end_all()
+        # What ended last has yet to reach its callers.
+        await self.grpc.stop(_LAST_SECONDS)
