@@ -30,13 +30,13 @@ FetchPart: TypeAlias = "pb.FetchAdapterResponse | memoryview"
 
 
 class WeightDelivery:
-    """Sends what `pin` gives, or lends it; it stays where it is in `arena` meanwhile.
+    """Sends what `pin(digest, only_resident)` gives, or lends it; it stays where it is in `arena` meanwhile.
 
     A reader that stands still for `stall_seconds`, or keeps a lease for so long, pins memory no longer.
     """
 
     def __init__(
-        self, pin: Callable[[str], Awaitable[Pin]], arena: Arena, metrics: StoreMetrics, stall_seconds: float
+        self, pin: Callable[[str, bool], Awaitable[Pin]], arena: Arena, metrics: StoreMetrics, stall_seconds: float
     ) -> None:
         self._pin = pin
         self._arena = arena
@@ -47,7 +47,7 @@ class WeightDelivery:
     async def send(self, request: pb.FetchAdapterRequest, context: Context) -> None:
         """Streams the manifest, then chunks as memoryviews, which `serialize_part` knows."""
         began = time.perf_counter()
-        with await self._pin(request.digest) as pin:
+        with await self._pin(request.digest, False) as pin:
             self._metrics.fetch_seconds.observe(time.perf_counter() - began)
             size = len(pin.content)
             if request.offset > size:
@@ -67,10 +67,13 @@ class WeightDelivery:
     async def lend(self, requests: AsyncIterator[pb.ShareAdapterRequest | DecodeError], context: Context) -> None:
         """Pins an adapter until its reader says that it has copied it. Returning, and only that, confirms the lease."""
         began = time.perf_counter()
-        digest = (await self._next_part(requests, "digest", context)).digest
+        request = await self._next_part(requests, "digest", context)
         outcome = "refused"
         try:
-            with await self._pin(digest) as pin, self._metrics.open_leases.track_inprogress():
+            with (
+                await self._pin(request.digest, request.only_resident) as pin,
+                self._metrics.open_leases.track_inprogress(),
+            ):
                 self._metrics.fetch_seconds.observe(time.perf_counter() - began)
                 outcome = "abandoned"
                 manifest = manifest_message(pin.manifest)

@@ -101,13 +101,16 @@ class Residency:
         self._loading = asyncio.Semaphore(max_loads)
         self._flights: dict[str, _Flight] = {}
 
-    async def pin(self, digest: str) -> Pin:
-        """The packed adapter with this digest, pinned; from S3 if it is not in memory.
+    async def pin(self, digest: str, only_resident: bool = False) -> Pin:
+        """The packed adapter with this digest, pinned; from S3 if it is not in memory, unless `only_resident`.
 
         A caller that is cancelled leaves the load running for the others. Errors: ADAPTER_NOT_FOUND, ADAPTER_CHANGED,
-        HOST_CACHE_FULL, CATALOGUE_UNAVAILABLE, BLOB_STORE_UNAVAILABLE.
+        HOST_CACHE_FULL, CATALOGUE_UNAVAILABLE, BLOB_STORE_UNAVAILABLE; ADAPTER_NOT_RESIDENT.
         """
         pin = self._cache.pin(digest)
+        if pin is None and only_resident:
+            message = f"this store does not hold {digest} in memory now; fetch it from one of its homes"
+            raise SloraError(Reason.ADAPTER_NOT_RESIDENT, message, digest=digest)
         self._observer.on_lookup(pin is not None)
         if pin is not None:
             return pin

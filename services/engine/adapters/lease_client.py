@@ -19,11 +19,16 @@ class LeaseCall:
     """The call, from any thread's `cancel` to its own end; otherwise used by one thread."""
 
     def __init__(
-        self, stub: adapter_store_pb2_grpc.AdapterStoreServiceStub, digest: str, timeout_seconds: float
+        self,
+        stub: adapter_store_pb2_grpc.AdapterStoreServiceStub,
+        digest: str,
+        only_resident: bool,
+        timeout_seconds: float,
     ) -> None:
         """Opens the call; ValueError if the channel is closed."""
+        first = adapter_store_pb2.ShareAdapterRequest(digest=digest, only_resident=only_resident)
         self._requests: queue.SimpleQueue[adapter_store_pb2.ShareAdapterRequest | None] = queue.SimpleQueue()
-        self._requests.put(adapter_store_pb2.ShareAdapterRequest(digest=digest))
+        self._requests.put(first)
         self._responses = stub.ShareAdapter(iter(self._requests.get, None), timeout=timeout_seconds)
 
     def lent(self) -> adapter_store_pb2.ShareAdapterResponse | None:

@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return FAULT_EXIT_CODE
     arenas = ArenaReader(runner.adapter_device) if settings.share_arena else None
     try:
-        store = StoreClient(settings.adapter_store, arenas, settings.store_security)
+        store = StoreClient(settings.adapter_store, arenas, settings.load_through_local, settings.store_security)
     except TlsError as error:
         logger.critical("the adapter store cannot be called: %s", error)
         return USAGE_EXIT_CODE
