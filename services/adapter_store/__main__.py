@@ -13,7 +13,7 @@ from services.adapter_store.assembly import running_store
 from services.adapter_store.base_model import BaseModel, load_base_model
 from services.adapter_store.catalogue_servicer import CatalogueServicer
 from services.adapter_store.config import AdapterStoreSettings
-from services.adapter_store.delivery_servicer import SERVICE_NAME, add_to_server
+from services.adapter_store.delivery_servicer import MAX_REQUEST_BYTES, SERVICE_NAME, add_to_server
 from services.common.grpc_server import GrpcServer
 from services.common.settings import AddressError, parse_settings
 from services.common.telemetry import configure_logging, serve_metrics
@@ -23,7 +23,7 @@ logger = logging.getLogger("services.adapter_store")
 
 async def serve(settings: AdapterStoreSettings, base: BaseModel, arena: Arena) -> None:
     """Serves until SIGTERM or SIGINT."""
-    server = GrpcServer(settings.listen, [SERVICE_NAME])
+    server = GrpcServer(settings.listen, [SERVICE_NAME], MAX_REQUEST_BYTES)
     async with running_store(settings, base, arena, REGISTRY) as store:
         servicer = CatalogueServicer(store)
         add_to_server(servicer, server.grpc)

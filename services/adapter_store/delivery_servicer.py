@@ -23,6 +23,9 @@ SERVICE_NAME = pb.DESCRIPTOR.services_by_name["AdapterStoreService"].full_name
 # Larger messages are no faster, smaller ones are slower.
 CHUNK_BYTES = 2**20
 
+MAX_REQUEST_BYTES = 2 * 2**20
+"""Chunks of uploads are about 1 MiB. What comes in at once is held several times, and for each upload."""
+
 _CHUNK_TAG = pb.FetchAdapterResponse.CHUNK_FIELD_NUMBER << 3 | 2
 
 Context = grpc.aio.ServicerContext[Any, Any]

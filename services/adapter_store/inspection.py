@@ -60,6 +60,19 @@ class Inspection:
 
 async def inspect(files: AdapterFiles, base: BaseModel, residency: Residency) -> Inspection:
     """Every check that registering makes; keeps nothing."""
+    problems, fit = await residency.on_thread(lambda: _look_over(files, base))
+    layout = None
+    if not problems:
+        try:
+            with await residency.validate(files) as candidate:
+                layout = candidate.manifest.layout
+        except SloraError as error:
+            problems.append(error)
+    return Inspection(tuple(problems), fit, files.digest, layout)
+
+
+def _look_over(files: AdapterFiles, base: BaseModel) -> tuple[list[SloraError], Fit]:
+    """What is wrong with each file by itself. Takes as long as a stranger's header wants, within its limits."""
     problems = []
     entries: dict[str, TensorEntry] = {}
     try:
@@ -70,14 +83,7 @@ async def inspect(files: AdapterFiles, base: BaseModel, residency: Residency) ->
         entries = read_tensor_entries(files.weights)
     except SloraError as error:
         problems.append(error)
-    layout = None
-    if not problems:
-        try:
-            with await residency.validate(files) as candidate:
-                layout = candidate.manifest.layout
-        except SloraError as error:
-            problems.append(error)
-    return Inspection(tuple(problems), _find_fit(files, entries.values(), base), files.digest, layout)
+    return problems, _find_fit(files, entries.values(), base)
 
 
 def _find_fit(files: AdapterFiles, entries: Iterable[TensorEntry], base: BaseModel) -> Fit:

@@ -13,7 +13,7 @@ from slora.adapter_store.v1 import adapter_store_pb2 as pb
 from slora.adapter_store.v1 import adapter_store_pb2_grpc
 
 from services.adapter_store.catalogue import Registration
-from services.adapter_store.codec import adapter_message, event_message
+from services.adapter_store.codec import adapter_message, event_message, few_labels
 from services.adapter_store.delivery_servicer import WeightDelivery
 from services.adapter_store.metrics import StoreMetrics
 from services.adapter_store.registry import AdapterRegistry
@@ -58,7 +58,7 @@ class AdapterStoreServicer(adapter_store_pb2_grpc.AdapterStoreServiceServicer):
             "RegisterAdapter",
             context,
             lambda: self._count_registration(
-                registered(request.name, request.source_uri, request.tenant, dict(request.labels))
+                registered(request.name, request.source_uri, request.tenant, few_labels(request.labels))
             ),
         )
         return pb.RegisterAdapterResponse(adapter=adapter_message(done.record), created=done.created)
@@ -114,7 +114,7 @@ class AdapterStoreServicer(adapter_store_pb2_grpc.AdapterStoreServiceServicer):
                     raise SloraError(Reason.UPLOAD_INVALID, "the first message must be the header, and only it")
                 if part == "header":
                     header = request.header
-                    self._registry.check_upload(header.name, header.tenant, dict(header.labels))
+                    self._registry.check_upload(header.name, header.tenant, few_labels(header.labels))
                 elif part == "config_chunk":
                     spool.add_config(request.config_chunk)
                 elif part == "weights_chunk":
@@ -125,7 +125,7 @@ class AdapterStoreServicer(adapter_store_pb2_grpc.AdapterStoreServiceServicer):
                 raise asyncio.CancelledError  # to the iterator above, a cancelled upload just ends
             if header is None:
                 raise SloraError(Reason.UPLOAD_INVALID, "the upload ended before its header")
-            return await self._registry.upload(header.name, header.tenant, spool, dict(header.labels))
+            return await self._registry.upload(header.name, header.tenant, spool, few_labels(header.labels))
 
     @contextlib.contextmanager
     def _admit_upload(self) -> Iterator[None]:

@@ -22,7 +22,7 @@ from services.common.grpc_client import open_blocking_channel
 from services.common.grpc_errors import from_rpc_error
 from services.engine.adapters.lease_client import LeaseCall, StoreLease, to_place
 from services.engine.adapters.manifest_codec import to_manifest
-from services.engine.adapters.mapped_arena import NO_ARENA, ArenaReader
+from services.engine.adapters.mapped_arena import EXTENT_ALIGNMENT, NO_ARENA, ArenaReader
 from services.engine.adapters.source import AdapterManifest, FetchCancelled
 
 FIRST_PAUSE_SECONDS = 0.05
@@ -188,11 +188,15 @@ class StoreFetch:
 
     def _open_lease(self, call: LeaseCall, lent: adapter_store_pb2.ShareAdapterResponse) -> StoreLease | None:
         assert self._arenas is not None
-        end = lent.offset + lent.manifest.packed_bytes
-        if end > lent.arena.num_bytes:
-            raise SloraError(Reason.INTERNAL, f"adapter store {self._address} lent bytes outside of its arena")
         arena = self._arenas.map(to_place(lent.arena))
-        return None if arena is None else StoreLease(call, arena[lent.offset : end])
+        if arena is None:
+            return None
+        end = lent.offset + lent.manifest.packed_bytes
+        # What is mapped counts, not how large the store says now that it is.
+        if lent.offset % EXTENT_ALIGNMENT or end > len(arena):
+            where = f"bytes {lent.offset} to {end} of an arena of {len(arena)}"
+            raise SloraError(Reason.INTERNAL, f"adapter store {self._address} lent no extent of its arena: {where}")
+        return StoreLease(call, arena[lent.offset : end])
 
     def _connect(self, offset: int, deadline: float) -> None:
         """Opens a call at `offset` and reads its manifest."""
