@@ -1,6 +1,6 @@
 """Claim: of 64 engines that read one adapter store none starves, and a RAM hit takes at most 3 times as long as alone.
 
-64 simulated engines, each with a connection of its own, in four processes, read adapters that lie in the store's memory.
+64 simulated engines, each with a connection of its own, in four processes, read adapters that lie in the store's RAM.
 
 - *starvation*: all of them fetch adapters of 34 MB, one behind the other, for some seconds; and all of them take leases
   of small ones. Told are each reader's bytes, or leases: least, median, most. None starves if the least has at least

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,15 @@ def begin(delivery: WeightDelivery, reader: Reader) -> asyncio.Task[None]:
     return asyncio.create_task(delivery.send(pb.FetchAdapterRequest(digest=DIGEST), context))
 
 
+async def rounds_until(condition: Callable[[], bool]) -> None:
+    """Lets the event loop go round until `condition()` holds."""
+    for _ in range(100_000):
+        if condition():
+            return
+        await asyncio.sleep(0)
+    raise AssertionError("it did not come about")
+
+
 async def test_streams_go_in_turns_and_each_gets_all(cache: HostCache) -> None:
     delivery, wire = make_delivery(cache), Wire()
     readers = [Reader(number, wire) for number in range(NUM_STREAMS)]
@@ -86,8 +96,7 @@ async def test_streams_go_in_turns_and_each_gets_all(cache: HostCache) -> None:
 async def test_between_two_chunks_everybody_else_is_heard(cache: HostCache) -> None:
     delivery, wire = make_delivery(cache), Wire()
     streams = [begin(delivery, Reader(number, wire)) for number in range(NUM_STREAMS)]
-    while len(wire.begun) < NUM_STREAMS:  # all first chunks
-        await asyncio.sleep(0)
+    await rounds_until(lambda: len(wire.begun) >= NUM_STREAMS)  # all first chunks
     rounds = 0
     while not all(stream.done() for stream in streams):
         before = len(wire.begun)
@@ -100,12 +109,10 @@ async def test_between_two_chunks_everybody_else_is_heard(cache: HostCache) -> N
 async def test_the_first_chunk_does_not_wait_for_a_turn(cache: HostCache) -> None:
     delivery, wire = make_delivery(cache), Wire()
     streams = [begin(delivery, Reader(number, wire)) for number in range(NUM_STREAMS)]
-    while len(wire.begun) < 2 * NUM_STREAMS:
-        await asyncio.sleep(0)
+    await rounds_until(lambda: len(wire.begun) >= 2 * NUM_STREAMS)
     late = begin(delivery, Reader(NUM_STREAMS, wire))
     before = len(wire.begun)
-    while NUM_STREAMS not in wire.begun:
-        await asyncio.sleep(0)
+    await rounds_until(lambda: NUM_STREAMS in wire.begun)
     assert len(wire.begun) - before < NUM_STREAMS // 2
     await asyncio.gather(late, *streams)
 
@@ -116,8 +123,7 @@ async def test_a_stream_that_stands_still_holds_nobody_up_and_one_that_leaves_gi
     delivery, wire = make_delivery(cache), Wire()
     still, leaving = Reader(0, wire), Reader(1, wire)
     standing, left = begin(delivery, still), begin(delivery, leaving)
-    while wire.begun.count(0) < 2 or wire.begun.count(1) < 2:
-        await asyncio.sleep(0)
+    await rounds_until(lambda: min(wire.begun.count(0), wire.begun.count(1)) >= 2)
     still.takes.clear()
     leaving.takes.clear()
     left.cancel()
