@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from services.adapter_store.base_model import BaseModel
 from services.adapter_store.manifest import PackedLayout, TargetModule
-from services.adapter_store.peft_config import parse_lora_config
+from services.adapter_store.peft_config import parse_lora_config, stated_base_model
 from services.adapter_store.preparation import AdapterFiles
 from services.adapter_store.residency import Residency
 from services.adapter_store.safetensors_reader import TensorEntry, read_tensor_entries
@@ -117,7 +116,7 @@ def _module_fit(module: TargetModule, shapes: dict[str, set[tuple[int, ...]]], b
 
 def _stated_base_model(files: AdapterFiles) -> str:
     try:
-        stated = json.loads(bytes(files.config)).get("base_model_name_or_path", "")
-    except (ValueError, AttributeError, RecursionError):
+        stated = stated_base_model(bytes(files.config))[:200]
+    except SloraError:
         return ""
-    return stated[:200] if isinstance(stated, str) and stated[:200].isprintable() else ""
+    return stated if stated.isprintable() else ""

@@ -20,6 +20,7 @@ from services.adapter_store.pattern_match import PatternError, match_names
 from services.adapter_store.peft_config import MAX_CONFIG_BYTES, LoraConfig, parse_lora_config
 from services.adapter_store.preparation import prepare
 from services.adapter_store.record_json import PageToken, ResumeToken
+from services.adapter_store.safetensors_reader import read_tensor_entries
 from services.adapter_store.target_resolution import MAX_RANK, resolve_targets
 from services.common.errors import Reason, SloraError
 from services.common.grpc_errors import to_grpc_status
@@ -214,3 +215,23 @@ def test_any_token_is_one_that_was_given_out_or_none(token: str) -> None:
         except ValueError:
             continue
         assert kind.decode(read.encode()) == read
+
+
+@pytest.mark.parametrize("piece", ["[],", "{},", '[{"":0}],'])
+def test_what_would_hold_the_interpreter_is_counted_before_it_is_parsed(
+    piece: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("it was parsed")
+
+    monkeypatch.setattr(json, "loads", never)
+    config = padded('{"peft_type": "LORA", "x": [', piece, "1]}")
+    header = config * 2
+    token = base64.b64encode(config).decode()
+    with pytest.raises(SloraError, match="lists and objects"):
+        parse_lora_config(config)
+    with pytest.raises(SloraError, match="lists and objects"):
+        read_tensor_entries(memoryview(len(header).to_bytes(8, "little") + header))
+    for kind in (PageToken, ResumeToken):
+        with pytest.raises(ValueError, match="not a token"):
+            kind.decode(token)
