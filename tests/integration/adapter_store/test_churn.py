@@ -7,7 +7,7 @@ from pathlib import Path
 
 from benchmarks.bench_store_churn import churn
 
-SECONDS = 6.0
+SECONDS = 4.0
 # It warms up all the time here; a leak of every adapter that passes by would be several times this.
 MOST_GROWTH_BYTES = 64 * 2**20
 
