@@ -13,7 +13,7 @@ from services.adapter_store.assembly import as_replica, running_store
 from services.adapter_store.base_model import BaseModel, load_base_model
 from services.adapter_store.catalogue_servicer import CatalogueServicer
 from services.adapter_store.config import AdapterStoreSettings
-from services.adapter_store.delivery_servicer import SERVICE_NAME, add_to_server
+from services.adapter_store.delivery_servicer import MAX_REQUEST_BYTES, SERVICE_NAME, add_to_server
 from services.adapter_store.exposure import check_exposure
 from services.common.grpc_server import GrpcServer
 from services.common.settings import UnusableSettingsError, parse_settings
@@ -25,9 +25,11 @@ logger = logging.getLogger("services.adapter_store")
 async def serve(settings: AdapterStoreSettings, base: BaseModel, arena: Arena) -> None:
     """Serves until SIGTERM or SIGINT."""
     check_exposure(settings)
-    asks = bool(settings.service_tokens)
     # Whoever has no token learns nothing, and that is less than reflection tells.
-    server = GrpcServer(settings.listen, [SERVICE_NAME], settings.server_tls, settings.health, reflects=not asks)
+    reflects = not settings.service_tokens
+    server = GrpcServer(
+        settings.listen, [SERVICE_NAME], settings.server_tls, settings.health, reflects, MAX_REQUEST_BYTES
+    )
     async with running_store(settings, base, arena, REGISTRY) as store:
         servicer = CatalogueServicer(store)
         add_to_server(servicer, server.grpc)

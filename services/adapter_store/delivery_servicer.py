@@ -23,6 +23,9 @@ SERVICE_NAME = pb.DESCRIPTOR.services_by_name["AdapterStoreService"].full_name
 # Larger messages are no faster, smaller ones are slower.
 CHUNK_BYTES = 2**20
 
+MAX_REQUEST_BYTES = 2 * 2**20
+"""Chunks of uploads are about 1 MiB. What comes in at once is held several times, and for each upload."""
+
 _CHUNK_TAG = pb.FetchAdapterResponse.CHUNK_FIELD_NUMBER << 3 | 2
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -43,6 +46,7 @@ class WeightDelivery:
         self._arena_message = pb.Arena(arena_id=arena.arena_id, path=str(arena.path), num_bytes=arena.extents.capacity)
         self._metrics = metrics
         self._stall_seconds = stall_seconds
+        self._turn = asyncio.Lock()
 
     async def send(self, request: pb.FetchAdapterRequest, context: Context) -> None:
         """Streams the manifest, then chunks as memoryviews, which `serialize_part` knows."""
@@ -61,7 +65,9 @@ class WeightDelivery:
             await self._write(context, pb.FetchAdapterResponse(manifest=manifest, arena_id=self._arena.arena_id))
             for begin in range(request.offset, size, CHUNK_BYTES):
                 with pin.content[begin : begin + CHUNK_BYTES] as chunk:
-                    await self._write(context, chunk)
+                    # The first goes at once: an adapter of one chunk does not wait for others' hundreds.
+                    write = self._write if begin == request.offset else self._write_in_turn
+                    await write(context, chunk)
                     self._metrics.fetched_bytes.inc(len(chunk))
 
     async def lend(self, requests: AsyncIterator[pb.ShareAdapterRequest | DecodeError], context: Context) -> None:
@@ -108,6 +114,22 @@ class WeightDelivery:
         if part != expected:
             raise SloraError(Reason.REQUEST_INVALID, f"the message has {part or 'nothing'}; expected was {expected}")
         return request
+
+    async def _write_in_turn(self, context: Context, chunk: memoryview) -> None:
+        """Sends a chunk. Of all streams one begins a chunk at a time, and between two such begins everybody is heard.
+
+        To begin a chunk is to copy it. With 64 streams ready, 64 copies would lie before each of the several rounds of
+        the event loop that a lease or a look-up takes. The lock is given in the order of asking: streams that keep up
+        get the same share. One that stands still is waited for outside of it.
+        """
+        async with self._turn:
+            writing = asyncio.ensure_future(self._write(context, chunk))
+            try:
+                await asyncio.sleep(0)
+            except asyncio.CancelledError:
+                writing.cancel()
+                raise
+        await writing
 
     async def _write(self, context: Context, message: FetchPart | pb.ShareAdapterResponse) -> None:
         """Sends when the reader's flow control lets it; a reader that stands still must not pin memory for ever."""

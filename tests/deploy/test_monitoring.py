@@ -45,7 +45,7 @@ def all_metrics() -> set[str]:
     GatewayMetrics(gateway, 10)
     gateway.register(EngineCollector([], lambda: 0))
     store_metrics = StoreMetrics(store := CollectorRegistry())
-    store_metrics.observe_cache(lambda: CacheFigures(1, 1, 1, 0, 0))
+    store_metrics.observe_cache(lambda: CacheFigures(1, 1, 1, 1, 0, 0))
     store_metrics.observe_copies(lambda: 0)
     store_metrics.observe_replicas(lambda: 1, lambda: True)
     engine_metrics = EngineMetrics()

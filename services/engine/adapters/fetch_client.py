@@ -21,7 +21,7 @@ from services.common.errors import Reason, SloraError, Status
 from services.common.grpc_errors import from_store_error
 from services.engine.adapters.lease_client import LeaseCall, StoreLease, to_place
 from services.engine.adapters.manifest_codec import to_manifest
-from services.engine.adapters.mapped_arena import NO_ARENA, ArenaReader
+from services.engine.adapters.mapped_arena import EXTENT_ALIGNMENT, NO_ARENA, ArenaReader
 from services.engine.adapters.replica_client import FetchCall, FetchPart, ReplicaClient
 from services.engine.adapters.replica_directory import ReplicaDirectory
 from services.engine.adapters.replica_order import Attempt, attempts
@@ -192,11 +192,15 @@ class StoreFetch:
     ) -> StoreLease | None:
         assert self._arenas is not None
         replica.arena_id = lent.arena.arena_id
-        end = lent.offset + lent.manifest.packed_bytes
-        if end > lent.arena.num_bytes:
-            raise SloraError(Reason.INTERNAL, f"adapter store {replica.address} lent bytes outside of its arena")
         arena = self._arenas.map(to_place(lent.arena))
-        return None if arena is None else StoreLease(call, arena[lent.offset : end])
+        if arena is None:
+            return None
+        end = lent.offset + lent.manifest.packed_bytes
+        # What is mapped counts, not how large the store says now that it is.
+        if lent.offset % EXTENT_ALIGNMENT or end > len(arena):
+            where = f"bytes {lent.offset} to {end} of an arena of {len(arena)}"
+            raise SloraError(Reason.INTERNAL, f"adapter store {replica.address} lent no extent of its arena: {where}")
+        return StoreLease(call, arena[lent.offset : end])
 
     def _connect(self, attempt: ReplicaAttempt, offset: int, deadline: float) -> None:
         """Opens a call at `offset` and reads its manifest."""
