@@ -13,8 +13,10 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health_aio
 from grpc_reflection.v1alpha import reflection
 
+from services.common.call_scope import CallScope
 from services.common.malformed_requests import MalformedRequests
 from services.common.settings import AddressError
+from services.common.tracing import NO_TRACING, Tracing
 
 logger = logging.getLogger(__name__)
 
@@ -45,9 +47,9 @@ class GrpcServer:
     Use: `add_*Servicer_to_server(servicer, server.grpc)`, `await server.start()`, then `await server.serve()`.
     """
 
-    def __init__(self, address: str, service_names: Sequence[str]) -> None:
+    def __init__(self, address: str, service_names: Sequence[str], tracing: Tracing = NO_TRACING) -> None:
         """Raises AddressError if `address` cannot be listened on."""
-        self.grpc = grpc.aio.server(options=SERVER_OPTIONS, interceptors=[MalformedRequests()])
+        self.grpc = grpc.aio.server(options=SERVER_OPTIONS, interceptors=[CallScope(tracing), MalformedRequests()])
         try:
             self.port = self.grpc.add_insecure_port(address)
         except RuntimeError as error:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Mapping
+import contextlib
+from collections.abc import AsyncGenerator, Iterator, Mapping
 
 import grpc
 from slora.adapter_store.v1 import adapter_pb2, adapter_store_pb2, adapter_store_pb2_grpc
@@ -10,6 +11,7 @@ from slora.adapter_store.v1 import adapter_pb2, adapter_store_pb2, adapter_store
 from services.common.errors import Reason, SloraError
 from services.common.grpc_client import open_channel
 from services.common.grpc_errors import from_rpc_error
+from services.common.tracing import Headers, Kind, call_metadata, current_span
 from services.gateway.catalogue import AdapterEntry, CatalogueChange, CatalogueEvent
 
 _CHANGES = {
@@ -37,7 +39,8 @@ class StoreClient:
         """See `AdapterSource.find`."""
         try:
             request = adapter_store_pb2.GetAdapterRequest(adapter_id=adapter_id)
-            response = await self._stub.GetAdapter(request, timeout=timeout)
+            with _calling("GetAdapter") as metadata:
+                response = await self._stub.GetAdapter(request, timeout=timeout, metadata=metadata)
         except grpc.aio.AioRpcError as rpc_error:
             error = from_rpc_error(rpc_error, unavailable=Reason.ADAPTER_STORE_UNAVAILABLE)
             # A name that no adapter can have is, to who asks for a model, an unknown one.
@@ -53,7 +56,8 @@ class StoreClient:
         """See `AdapterRegistry.register`; takes as long as reading the files does."""
         request = adapter_store_pb2.RegisterAdapterRequest(name=name, source_uri=source_uri)
         try:
-            response = await self._stub.RegisterAdapter(request)
+            with _calling("RegisterAdapter") as metadata:
+                response = await self._stub.RegisterAdapter(request, metadata=metadata)
         except grpc.aio.AioRpcError as error:
             raise from_rpc_error(error, unavailable=Reason.ADAPTER_STORE_UNAVAILABLE) from None
         return str(response.adapter.adapter_id)
@@ -61,7 +65,9 @@ class StoreClient:
     async def delete(self, adapter_id: str) -> int:
         """See `AdapterRegistry.delete`."""
         try:
-            response = await self._stub.DeleteAdapter(adapter_store_pb2.DeleteAdapterRequest(adapter_id=adapter_id))
+            with _calling("DeleteAdapter") as metadata:
+                request = adapter_store_pb2.DeleteAdapterRequest(adapter_id=adapter_id)
+                response = await self._stub.DeleteAdapter(request, metadata=metadata)
         except grpc.aio.AioRpcError as error:
             raise from_rpc_error(error, unavailable=Reason.ADAPTER_STORE_UNAVAILABLE) from None
         return int(response.num_deleted)
@@ -95,6 +101,21 @@ class StoreClient:
     async def close(self) -> None:
         """Closes the connection."""
         await self._channel.close()
+
+
+@contextlib.contextmanager
+def _calling(method: str) -> Iterator[Headers]:
+    """Within the span of a call to the store: the metadata that it carries."""
+    name = f"slora.adapter_store.v1.AdapterStoreService/{method}"
+    span = current_span().child(name, Kind.CLIENT)
+    span.set({"rpc.system.name": "grpc", "rpc.method": name})
+    try:
+        yield call_metadata(span)
+    except grpc.aio.AioRpcError as error:
+        span.fail(error.code().name)
+        raise
+    finally:
+        span.end()
 
 
 def _to_entry(adapter: adapter_pb2.Adapter) -> AdapterEntry:

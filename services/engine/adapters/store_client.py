@@ -20,10 +20,13 @@ from slora.adapter_store.v1 import adapter_store_pb2, adapter_store_pb2_grpc
 from services.common.errors import Reason, SloraError, Status
 from services.common.grpc_client import open_blocking_channel
 from services.common.grpc_errors import from_rpc_error
+from services.common.request_id import REQUEST_ID
+from services.common.tracing import TRACEPARENT, Headers
 from services.engine.adapters.lease_client import LeaseCall, StoreLease, to_place
 from services.engine.adapters.manifest_codec import to_manifest
 from services.engine.adapters.mapped_arena import NO_ARENA, ArenaReader
 from services.engine.adapters.source import AdapterManifest, FetchCancelled
+from services.engine.messages import NOBODY, Origin
 
 FIRST_PAUSE_SECONDS = 0.05
 LONGEST_PAUSE_SECONDS = 1.0
@@ -67,9 +70,9 @@ class StoreClient:
         )
         self._fetches: weakref.WeakSet[StoreFetch] = weakref.WeakSet()
 
-    def open(self, digest: str) -> StoreFetch:
-        """Begins to fetch; returns at once."""
-        fetch = StoreFetch(self._stub, self._address, digest, self._arenas)
+    def open(self, digest: str, origin: Origin = NOBODY) -> StoreFetch:
+        """Begins to fetch, on behalf of `origin`; returns at once."""
+        fetch = StoreFetch(self._stub, self._address, digest, _metadata(origin), self._arenas)
         self._fetches.add(fetch)
         return fetch
 
@@ -90,8 +93,10 @@ class StoreFetch:
         stub: adapter_store_pb2_grpc.AdapterStoreServiceStub,
         address: str,
         digest: str,
+        metadata: Headers,
         arenas: ArenaReader | None = None,
     ) -> None:
+        self._metadata = metadata
         self._stub = stub
         self._address = address
         self._digest = digest
@@ -165,7 +170,8 @@ class StoreFetch:
             return False
         self.pause()
         try:
-            call = self._lease_call = LeaseCall(self._stub, self._digest, max(deadline - time.monotonic(), 0.001))
+            seconds = max(deadline - time.monotonic(), 0.001)
+            call = self._lease_call = LeaseCall(self._stub, self._digest, seconds, self._metadata)
         except ValueError as closed:  # grpc's way to say that the channel was closed
             raise FetchCancelled from closed
         if self._cancelled.is_set():
@@ -199,7 +205,8 @@ class StoreFetch:
         self.pause()
         request = adapter_store_pb2.FetchAdapterRequest(digest=self._digest, offset=offset)
         try:
-            self._call = self._stub.FetchAdapter(request, timeout=max(deadline - time.monotonic(), 0.001))
+            seconds = max(deadline - time.monotonic(), 0.001)
+            self._call = self._stub.FetchAdapter(request, timeout=seconds, metadata=self._metadata)
         except ValueError as closed:  # grpc's way to say that the channel was closed
             raise FetchCancelled from closed
         self._call_offset = offset
@@ -259,6 +266,11 @@ class StoreFetch:
             raise SloraError(reason, message, **error.metadata) from error
         if self._cancelled.wait(pause):
             raise FetchCancelled
+
+
+def _metadata(origin: Origin) -> Headers:
+    told = ((REQUEST_ID, origin.request_id), (TRACEPARENT, origin.traceparent))
+    return tuple((key, value) for key, value in told if value)
 
 
 def parse_part(data: bytes) -> FetchPart:
