@@ -42,9 +42,8 @@ class CallScope(grpc.aio.ServerInterceptor):
         method = handler_call_details.method
         if not self._tracing.is_on or handler is None or not method.startswith(_OURS) or _LASTING in method:
             return handler
-        kind = "_".join(
-            "stream" if many else "unary" for many in (handler.request_streaming, handler.response_streaming)
-        )
+        are_streams = (handler.request_streaming, handler.response_streaming)
+        kind = "_".join("stream" if is_stream else "unary" for is_stream in are_streams)
         return handler._replace(**{kind: self._traced(getattr(handler, kind), method, trace_headers(metadata))})
 
     def _traced(self, behaviour: Callable[..., Any], method: str, parent: Headers) -> Callable[..., Any]:
