@@ -53,7 +53,7 @@ class OtlpTracing:
     def __init__(self, service: str, endpoint: str, sample_ratio: float) -> None:
         """Raises ValueError if `endpoint` is neither http(s)://host:port nor host:port."""
         address, is_plain = _address(endpoint)
-        exporter = OTLPSpanExporter(endpoint=address, insecure=is_plain, timeout=EXPORT_SECONDS)
+        self._exporter = OTLPSpanExporter(endpoint=address, insecure=is_plain, timeout=EXPORT_SECONDS)
         self._ids = _ToldIds()
         self._provider = TracerProvider(
             resource=Resource.create({"service.name": f"slora-{service}", "service.namespace": "slora"}),
@@ -62,7 +62,7 @@ class OtlpTracing:
             shutdown_on_exit=False,  # it would hold up the process's end for as long as a dead collector likes
         )
         self._provider.add_span_processor(
-            BatchSpanProcessor(exporter, max_queue_size=MAX_QUEUED_SPANS, schedule_delay_millis=1000)
+            BatchSpanProcessor(self._exporter, max_queue_size=MAX_QUEUED_SPANS, schedule_delay_millis=1000)
         )
         self._tracer = self._provider.get_tracer("slora")
 
@@ -105,6 +105,8 @@ class OtlpTracing:
         closing = threading.Thread(target=self._provider.shutdown, name="traces-close", daemon=True)
         closing.start()
         await asyncio.to_thread(closing.join, CLOSE_SECONDS)
+        if closing.is_alive():
+            await asyncio.to_thread(self._exporter.shutdown)  # gives up what it is trying to send
 
 
 class OtlpSpan:

@@ -415,6 +415,7 @@ class FakeSource:
         self.num_paused = 0
         self.closed = False
         self.fetches: list[FakeFetch] = []
+        self.origins: list[Origin] = []
 
     def add(self, name: str, **what: object) -> FakeAdapter:
         self.adapters[digest_of(name)] = made = FakeAdapter(**what)  # type: ignore[arg-type]
@@ -426,6 +427,7 @@ class FakeSource:
 
     def open(self, digest: str, origin: Origin = NOBODY) -> FakeFetch:
         self.num_opened += 1
+        self.origins.append(origin)
         fetch = FakeFetch(self, digest)
         self.fetches.append(fetch)
         return fetch
