@@ -27,10 +27,16 @@ LIVENESS = "liveness"
 """A name for health that is SERVING as long as the process answers at all. The server's own health cannot be what a
 supervisor restarts by: it is NOT_SERVING while an engine loads its model and while any service drains."""
 
+MAX_PENDING_CALLS = 65_536
+"""Calls that have come and have not been looked at yet. grpc's own bound is 1000: of 2000 that came at once some 150 were
+cancelled, without a reason. What is too much is for the service to say."""
+
 SERVER_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.so_reuseport", 0),
+    ("grpc.server.max_pending_requests", MAX_PENDING_CALLS),
+    ("grpc.server.max_pending_requests_hard_limit", MAX_PENDING_CALLS),
     ("grpc.http2.max_frame_size", 16777215),
     ("grpc.http2.lookahead_bytes", 64 * 2**20),
     ("grpc.http2.write_buffer_size", 64 * 2**20),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2
@@ -25,5 +27,19 @@ async def test_a_server_that_does_not_serve_is_alive(serving: bool) -> None:
         await server.set_serving(False)
         assert await health(server.port, "") == health_pb2.HealthCheckResponse.NOT_SERVING
         assert await health(server.port, LIVENESS) == health_pb2.HealthCheckResponse.SERVING
+    finally:
+        await server.grpc.stop(0)
+
+
+async def test_calls_that_come_all_at_once_are_all_answered() -> None:
+    # grpc's own bound is 1000 that wait to be looked at: it cancels the rest, without a reason.
+    server = GrpcServer("127.0.0.1:0", ["a.Service"])
+    await server.start()
+    try:
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
+            check = channel.unary_unary("/grpc.health.v1.Health/Check")
+            calls = [check(health_pb2.HealthCheckRequest().SerializeToString(), timeout=60) for _ in range(2500)]
+            answers = await asyncio.gather(*calls, return_exceptions=True)
+        assert not [answer for answer in answers if isinstance(answer, BaseException)]
     finally:
         await server.grpc.stop(0)
