@@ -82,7 +82,7 @@ class GrpcSource:
         self._api = api
         self._channel = open_channel(f"127.0.0.1:{port}", TOKEN_STREAM_OPTIONS)
         response = inference_pb2.GenerateResponse if api == "gateway" else engine_pb2.GenerateResponse
-        self._stub = self._channel.unary_stream(_METHODS[api], response_deserializer=response.FromString)
+        self._stub: Any = self._channel.unary_stream(_METHODS[api], response_deserializer=response.FromString)
 
     async def stream(self, num_tokens: int) -> AsyncIterator[Sequence[int]]:
         """The ids of each message."""

@@ -28,8 +28,8 @@ LIVENESS = "liveness"
 supervisor restarts by: it is NOT_SERVING while an engine loads its model and while any service drains."""
 
 MAX_PENDING_CALLS = 65_536
-"""Calls that have come and have not been looked at yet. grpc's own bound is 1000: of 2000 that came at once some 150 were
-cancelled, without a reason. What is too much is for the service to say."""
+"""Calls that have come and have not been looked at yet. grpc's own bound is 1000: of 2000 that came at once some 150
+were cancelled, without a reason. What is too much is for the service to say."""
 
 SERVER_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
