@@ -15,6 +15,7 @@ from grpc_reflection.v1alpha import reflection
 
 from services.common.call_scope import CallScope
 from services.common.malformed_requests import MalformedRequests
+from services.common.running_calls import RunningCalls
 from services.common.settings import AddressError
 from services.common.tracing import NO_TRACING, Tracing
 
@@ -47,6 +48,9 @@ SERVER_OPTIONS: tuple[tuple[str, int], ...] = (
 )
 
 
+_LAST_SECONDS = 1.0
+
+
 class GrpcServer:
     """A grpc.aio server with health and reflection.
 
@@ -55,7 +59,10 @@ class GrpcServer:
 
     def __init__(self, address: str, service_names: Sequence[str], tracing: Tracing = NO_TRACING) -> None:
         """Raises AddressError if `address` cannot be listened on."""
-        self.grpc = grpc.aio.server(options=SERVER_OPTIONS, interceptors=[CallScope(tracing), MalformedRequests()])
+        self._calls = RunningCalls()
+        # The outermost first: the span sees what a call is told at the end of a drain.
+        interceptors = [CallScope(tracing), self._calls, MalformedRequests()]
+        self.grpc = grpc.aio.server(options=SERVER_OPTIONS, interceptors=interceptors)
         try:
             self.port = self.grpc.add_insecure_port(address)
         except RuntimeError as error:
@@ -82,7 +89,7 @@ class GrpcServer:
     async def serve(self, drain: Callable[[], Awaitable[None]], drain_seconds: float) -> None:
         """Serves until SIGTERM or SIGINT, then goes NOT_SERVING, awaits `drain` and lets running RPCs end.
 
-        `drain` makes the service refuse new work; RPCs that still run after `drain_seconds` are cancelled.
+        `drain` makes the service refuse new work; RPCs that still run after `drain_seconds` end with DRAINING.
         """
         stop = asyncio.Event()
         loop = asyncio.get_running_loop()
@@ -93,6 +100,9 @@ class GrpcServer:
         deadline = loop.time() + drain_seconds
         await self.set_serving(False)
         with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(drain(), drain_seconds)
-        # What `drain` ended last has yet to reach its callers.
-        await self.grpc.stop(max(deadline - loop.time(), 1.0))
+            async with asyncio.timeout_at(deadline):
+                await drain()
+                await self._calls.all_ended()
+        self._calls.end_all()
+        # What ended last has yet to reach its callers.
+        await self.grpc.stop(_LAST_SECONDS)
