@@ -1,8 +1,7 @@
-"""How channels are opened, how callers show their keys, and how a failed call becomes a `SloraRequestError`."""
+"""How callers show their keys, and how a failed call becomes a `SloraRequestError`."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from typing import Any
 
@@ -12,43 +11,8 @@ from google.rpc import error_details_pb2, status_pb2
 
 from slora_client.errors import SloraRequestError
 
-_MAX_MESSAGE_BYTES = 16 * 2**20
 _DOMAIN = "slora"
 _DETAILS_KEY = "grpc-status-details-bin"
-
-_RETRIES = {
-    "methodConfig": [
-        {
-            "name": [{"service": "slora.gateway.v1.InferenceService"}],
-            "retryPolicy": {
-                "maxAttempts": 5,
-                "initialBackoff": "0.2s",
-                "maxBackoff": "3s",
-                "backoffMultiplier": 2.5,
-                # CANCELLED, where the caller cancelled nothing: a server cuts so what it had not yet looked at when
-                # it stopped.
-                "retryableStatusCodes": ["UNAVAILABLE", "CANCELLED"],
-            },
-        }
-    ],
-    # Half of the calls may fail for a while; where more do, there are no retries that would add to the load.
-    "retryThrottling": {"maxTokens": 100, "tokenRatio": 1},
-}
-"""A generation that met a gateway going away, or none, before its answer began is tried again for some five seconds.
-gRPC does so by itself, and never once the answer has begun (gRFC A6)."""
-
-CHANNEL_OPTIONS: tuple[tuple[str, int | str], ...] = (
-    ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
-    ("grpc.max_send_message_length", _MAX_MESSAGE_BYTES),
-    # A server whose host vanished is noticed within 15 s, not after the kernel's hours.
-    ("grpc.keepalive_time_ms", 10_000),
-    ("grpc.keepalive_timeout_ms", 5_000),
-    ("grpc.http2.ping_timeout_ms", 5_000),
-    ("grpc.http2.max_pings_without_data", 0),
-    ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.max_reconnect_backoff_ms", 1_000),
-    ("grpc.service_config", json.dumps(_RETRIES)),
-)
 
 
 def authorization(key: str) -> tuple[tuple[str, str], ...]:

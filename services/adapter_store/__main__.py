@@ -14,8 +14,9 @@ from services.adapter_store.base_model import BaseModel, load_base_model
 from services.adapter_store.catalogue_servicer import CatalogueServicer
 from services.adapter_store.config import AdapterStoreSettings
 from services.adapter_store.delivery_servicer import SERVICE_NAME, add_to_server
+from services.adapter_store.exposure import check_exposure
 from services.common.grpc_server import GrpcServer
-from services.common.settings import AddressError, parse_settings
+from services.common.settings import UnusableSettingsError, parse_settings
 from services.common.telemetry import configure_logging, serve_metrics
 from services.common.tracing import Tracing, open_tracing
 
@@ -24,7 +25,11 @@ logger = logging.getLogger("services.adapter_store")
 
 async def serve(settings: AdapterStoreSettings, base: BaseModel, arena: Arena, tracing: Tracing) -> None:
     """Serves until SIGTERM or SIGINT."""
-    server = GrpcServer(settings.listen, [SERVICE_NAME], tracing)
+    check_exposure(settings)
+    asks = bool(settings.service_tokens)
+    tls, health = settings.server_tls, settings.health
+    # Whoever has no token learns nothing, and that is less than reflection tells.
+    server = GrpcServer(settings.listen, [SERVICE_NAME], tls, health, reflects=not asks, tracing=tracing)
     async with running_store(settings, base, arena, REGISTRY) as store:
         servicer = CatalogueServicer(store)
         add_to_server(servicer, server.grpc)
@@ -32,6 +37,7 @@ async def serve(settings: AdapterStoreSettings, base: BaseModel, arena: Arena, t
         await server.start()
         listening = {
             "port": server.port,
+            "health_port": server.health_port or None,
             "metrics_port": exposition[0].server_port if exposition else None,
             "base_model": base.name,
             "dtype": base.element_type.value,
@@ -52,15 +58,15 @@ def main() -> None:
     try:
         settings = parse_settings(AdapterStoreSettings, "adapter-store")
         configure_logging("adapter-store", settings.log_level, settings.log_format)
-        tracing = open_tracing("adapter-store", settings.otlp_endpoint, settings.trace_sample_ratio)
         base = load_base_model(settings.base_model_config, settings.base_model, settings.dtype)
         arena = Arena(settings.arena_bytes, settings.arena_dir, settings.arena_group_readable)
     except ValueError as error:
         logger.error("cannot start: %s", error)
         sys.exit(2)
     try:
+        tracing = open_tracing("adapter-store", settings.otlp_endpoint, settings.trace_sample_ratio)
         asyncio.run(serve(settings, base, arena, tracing))
-    except AddressError as error:
+    except UnusableSettingsError as error:
         logger.error("cannot start: %s", error)
         sys.exit(2)
     finally:

@@ -31,6 +31,7 @@ from opentelemetry.trace import (
 from opentelemetry.trace import Span as OtelSpan
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
+from services.common.settings import UnusableSettingsError
 from services.common.tracing import TRACEPARENT, Headers, Kind, Span, Value
 
 EXPORT_SECONDS = 5.0
@@ -51,7 +52,7 @@ class OtlpTracing:
     is_on = True
 
     def __init__(self, service: str, endpoint: str, sample_ratio: float) -> None:
-        """Raises ValueError if `endpoint` is neither http(s)://host:port nor host:port."""
+        """Raises UnusableSettingsError if `endpoint` is neither http(s)://host:port nor host:port."""
         address, is_plain = _address(endpoint)
         self._exporter = OTLPSpanExporter(endpoint=address, insecure=is_plain, timeout=EXPORT_SECONDS)
         self._ids = _ToldIds()
@@ -185,7 +186,9 @@ def _address(endpoint: str) -> tuple[str, bool]:
     except ValueError:
         is_right = False
     if not is_right or parts.path.strip("/"):
-        raise ValueError(f"otlp_endpoint is {endpoint!r}; it is http://host:port or https://host:port, OTLP over gRPC")
+        raise UnusableSettingsError(
+            f"otlp_endpoint is {endpoint!r}; it is http://host:port or https://host:port, OTLP over gRPC"
+        )
     return parts.netloc, parts.scheme == "http"
 
 

@@ -23,7 +23,11 @@ LogLevel = typing.Literal["DEBUG", "INFO", "WARNING", "ERROR"]
 LogFormat = typing.Literal["json", "text"]
 
 
-class AddressError(Exception):
+class UnusableSettingsError(Exception):
+    """With these settings a service cannot start; the message says what is wrong."""
+
+
+class AddressError(UnusableSettingsError):
     """An address of the settings cannot be served on; the message says which and why."""
 
 

@@ -15,6 +15,7 @@ from contextvars import ContextVar
 from typing import Protocol, TypeAlias
 
 from services.common.request_id import REQUEST_ID, current_request_id
+from services.common.settings import UnusableSettingsError
 
 Headers: TypeAlias = tuple[tuple[str, str], ...]
 """`traceparent` and `tracestate`, as far as there are any: names in lower case, and values."""
@@ -156,16 +157,18 @@ NO_TRACING: Tracing = _NoTracing()
 def open_tracing(service: str, endpoint: str, sample_ratio: float) -> Tracing:
     """Sends spans of `service` to the OTLP/gRPC collector at `endpoint`; nothing where that is empty.
 
-    Raises ValueError: the endpoint or the ratio makes no sense, or OpenTelemetry is not installed.
+    Raises UnusableSettingsError: the endpoint or the ratio makes no sense, or OpenTelemetry is not installed.
     """
     if not 0 <= sample_ratio <= 1:
-        raise ValueError(f"trace_sample_ratio is {sample_ratio:g}; it must be in [0, 1]")
+        raise UnusableSettingsError(f"trace_sample_ratio is {sample_ratio:g}; it must be in [0, 1]")
     if not endpoint:
         return NO_TRACING
     try:
         from services.common.otlp_tracing import OtlpTracing  # the SDK costs memory and a moment: only who asks pays
     except ModuleNotFoundError as error:
-        raise ValueError(f"otlp_endpoint needs OpenTelemetry ({error}): pip install 'slora[tracing]'") from None
+        raise UnusableSettingsError(
+            f"otlp_endpoint needs OpenTelemetry ({error}): pip install 'slora[tracing]'"
+        ) from None
     return OtlpTracing(service, endpoint, sample_ratio)
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from slora.engine.v1 import engine_pb2_grpc
 
 from services.common.grpc_server import GrpcServer
-from services.common.settings import AddressError, parse_settings
+from services.common.settings import UnusableSettingsError, parse_settings
 from services.common.telemetry import configure_logging, serve_metrics
 from services.common.tracing import NO_TRACING, Tracing, open_tracing
 from services.engine.config import EngineSettings
@@ -41,14 +41,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         logger.critical("the engine cannot start: scheduling policies: %s", error)
         return USAGE_EXIT_CODE
     try:
+        settings.store_security.read()
         tracing = open_tracing("engine", settings.otlp_endpoint, settings.trace_sample_ratio)
-    except ValueError as error:
-        logger.critical("the engine cannot start: %s", error)
-        return USAGE_EXIT_CODE
-    try:
         tokenizer = load_tokenizer(Path(settings.checkpoint))
         return asyncio.run(serve(settings, tokenizer, lambda fd: core_command(settings, fd), tracing))
-    except (TokenizerFileError, AddressError) as error:
+    except (TokenizerFileError, UnusableSettingsError) as error:
         logger.critical("the engine cannot start: %s", error)
         return USAGE_EXIT_CODE
 
@@ -61,7 +58,7 @@ async def serve(
 ) -> int:
     """Serves with cores started by `command(fd)`; returns the process's exit code."""
     metrics = EngineMetrics()
-    server = GrpcServer(settings.listen, [SERVICE_NAME], tracing)
+    server = GrpcServer(settings.listen, [SERVICE_NAME], settings.server_tls, settings.health, tracing=tracing)
     engine_ids = _engine_ids(settings, server.port)
     frontend = Frontend(tokenizer, metrics, settings.served_name, engine_ids.__next__, tracing)
     vllm_names = VllmCollector(
@@ -95,7 +92,7 @@ async def serve(
         serving.cancel()
         await supervisor.stop()
         await asyncio.wait([supervising, serving])
-        await server.grpc.stop(0)
+        await server.stop(0)
         await tracing.close()
         if metrics_server:
             metrics_server[0].shutdown()

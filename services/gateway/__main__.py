@@ -9,7 +9,7 @@ import sys
 
 from prometheus_client import REGISTRY
 
-from services.common.settings import AddressError, parse_settings
+from services.common.settings import UnusableSettingsError, parse_settings
 from services.common.telemetry import configure_logging, serve_metrics
 from services.common.tracing import Tracing, open_tracing
 from services.gateway.config import GatewaySettings
@@ -41,13 +41,13 @@ def main() -> None:
         raise SystemExit("gateway: --engines names no engine; give host:port, several separated by commas")
     try:
         admin_secret = read_admin_key(settings, os.environ)
-        tracing = open_tracing("gateway", settings.otlp_endpoint, settings.trace_sample_ratio)
     except ValueError as error:
         raise SystemExit(f"gateway: {error}") from None
     configure_logging("gateway", settings.log_level, settings.log_format)
     try:
+        tracing = open_tracing("gateway", settings.otlp_endpoint, settings.trace_sample_ratio)
         asyncio.run(run(settings, admin_secret, tracing))
-    except AddressError as error:
+    except UnusableSettingsError as error:
         sys.stderr.write(f"gateway: {error}\n")
         raise SystemExit(2) from None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 
 from prometheus_client import CollectorRegistry
 
@@ -46,15 +47,18 @@ class Gateway:
     ) -> None:
         """`admin_secret`, the admin key, lets AdminService be used; without one it is not served.
 
-        Raises AddressError where an address cannot be served on, or may not without keys.
+        Raises AddressError where an address cannot be served on, or may not without keys; TlsError.
         """
         check_exposure(settings)
         self._settings = settings
         self._tracing = tracing
         self.pool = EnginePool(
-            settings.engines, EngineClient, routing_policy(settings), settings.engine_silence_seconds
+            settings.engines,
+            functools.partial(EngineClient, security=settings.engine_security),
+            routing_policy(settings),
+            settings.engine_silence_seconds,
         )
-        self._store = StoreClient(settings.adapter_store)
+        self._store = StoreClient(settings.adapter_store, settings.store_security)
         self.catalogue = Catalogue()
         self._feed = CatalogueFeed(self.catalogue, self._store)
         self._admission = Admission(settings.max_concurrent)
@@ -75,7 +79,7 @@ class Gateway:
         directory, admin_key = self.tenancy.directory, self.tenancy.admin_key
         admin = None if directory is None or admin_key is None else AdminServicer(directory, admin_key)
         names = [SERVICE_NAME, *([ADMIN_SERVICE_NAME] if admin is not None else [])]
-        self.server = GrpcServer(settings.listen, names, tracing)
+        self.server = GrpcServer(settings.listen, names, settings.server_tls, settings.health, tracing=tracing)
         if admin is not None:
             admin.add_to(self.server)
         generations = Generations(models, dispatcher, self._admission, self.tenancy.limiter, metrics)
@@ -125,7 +129,7 @@ class Gateway:
         gate = Gate(self.tenancy.authenticator, self.tenancy.admin_key, asks_for_keys=self.tenancy.is_on)
         count, tracing = metrics.count_http_response, self._tracing
         app = build_app(models, generations, self._store, gate, self._is_ready, count, policy, tracing)
-        return HttpServer(self._settings.http, app)
+        return HttpServer(self._settings.http, app, self._settings.server_tls)
 
     def _is_ready(self) -> bool:
         return self.pool.num_serving() > 0 and not self._admission.is_draining

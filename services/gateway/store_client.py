@@ -10,7 +10,8 @@ from slora.adapter_store.v1 import adapter_pb2, adapter_store_pb2, adapter_store
 
 from services.common.errors import Reason, SloraError
 from services.common.grpc_client import open_channel
-from services.common.grpc_errors import from_rpc_error
+from services.common.grpc_errors import from_store_error
+from services.common.tls import PLAIN_TEXT, ChannelSecurity
 from services.common.tracing import Headers, Kind, call_metadata, current_span
 from services.gateway.catalogue import AdapterEntry, CatalogueChange, CatalogueEvent
 
@@ -31,8 +32,8 @@ _REPORT_TIMEOUT_SECONDS = 5.0
 class StoreClient:
     """An `AdapterSource`, and the HTTP API's `AdapterRegistry`, at `host:port`."""
 
-    def __init__(self, address: str) -> None:
-        self._channel = open_channel(address, RECONNECT_OPTIONS)
+    def __init__(self, address: str, security: ChannelSecurity = PLAIN_TEXT) -> None:
+        self._channel = open_channel(address, RECONNECT_OPTIONS, security)
         self._stub = adapter_store_pb2_grpc.AdapterStoreServiceStub(self._channel)
 
     async def find(self, adapter_id: str, timeout: float | None) -> AdapterEntry | None:
@@ -42,7 +43,7 @@ class StoreClient:
             with _calling("GetAdapter") as metadata:
                 response = await self._stub.GetAdapter(request, timeout=timeout, metadata=metadata)
         except grpc.aio.AioRpcError as rpc_error:
-            error = from_rpc_error(rpc_error, unavailable=Reason.ADAPTER_STORE_UNAVAILABLE)
+            error = from_store_error(rpc_error)
             # A name that no adapter can have is, to who asks for a model, an unknown one.
             if error.reason in (Reason.ADAPTER_NOT_FOUND, Reason.ADAPTER_NAME_INVALID):
                 return None
@@ -59,7 +60,7 @@ class StoreClient:
             with _calling("RegisterAdapter") as metadata:
                 response = await self._stub.RegisterAdapter(request, metadata=metadata)
         except grpc.aio.AioRpcError as error:
-            raise from_rpc_error(error, unavailable=Reason.ADAPTER_STORE_UNAVAILABLE) from None
+            raise from_store_error(error) from None
         return str(response.adapter.adapter_id)
 
     async def delete(self, adapter_id: str) -> int:
@@ -69,7 +70,7 @@ class StoreClient:
                 request = adapter_store_pb2.DeleteAdapterRequest(adapter_id=adapter_id)
                 response = await self._stub.DeleteAdapter(request, metadata=metadata)
         except grpc.aio.AioRpcError as error:
-            raise from_rpc_error(error, unavailable=Reason.ADAPTER_STORE_UNAVAILABLE) from None
+            raise from_store_error(error) from None
         return int(response.num_deleted)
 
     async def watch(self, resume_token: str) -> AsyncGenerator[CatalogueEvent, None]:
@@ -84,7 +85,7 @@ class StoreClient:
                 adapter = _to_entry(response.adapter) if response.HasField("adapter") else None
                 yield CatalogueEvent(change, adapter, response.resume_token)
         except grpc.aio.AioRpcError as error:
-            raise from_rpc_error(error, unavailable=Reason.ADAPTER_STORE_UNAVAILABLE) from None
+            raise from_store_error(error) from None
         finally:
             call.cancel()
 
@@ -96,7 +97,7 @@ class StoreClient:
         try:
             await self._stub.ReportAdapterUse(request, timeout=_REPORT_TIMEOUT_SECONDS)
         except grpc.aio.AioRpcError as error:
-            raise from_rpc_error(error, unavailable=Reason.ADAPTER_STORE_UNAVAILABLE) from None
+            raise from_store_error(error) from None
 
     async def close(self) -> None:
         """Closes the connection."""
@@ -127,4 +128,5 @@ def _to_entry(adapter: adapter_pb2.Adapter) -> AdapterEntry:
         base_model=adapter.base_model,
         created_at=(adapter.create_time.seconds, adapter.create_time.nanos),
         aliases=tuple(adapter.aliases),
+        tenant=adapter.tenant,
     )

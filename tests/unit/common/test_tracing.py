@@ -18,6 +18,7 @@ from services.common.errors import Reason
 from services.common.grpc_server import GrpcServer
 from services.common.otlp_tracing import MAX_QUEUED_SPANS
 from services.common.request_id import bind_request_id
+from services.common.settings import UnusableSettingsError
 from services.common.tracing import (
     NO_SPAN,
     NO_TRACING,
@@ -190,13 +191,13 @@ async def test_a_collector_that_is_away_holds_nothing_up() -> None:
     "endpoint", ["collector", "http://collector", "ftp://collector:1", "http://c:4318/v1/traces", "c:x"]
 )
 def test_an_endpoint_that_makes_no_sense_is_refused(endpoint: str) -> None:
-    with pytest.raises(ValueError, match="it is http://host:port or https://host:port"):
+    with pytest.raises(UnusableSettingsError, match="it is http://host:port or https://host:port"):
         open_tracing("engine", endpoint, 1.0)
 
 
 @pytest.mark.parametrize("ratio", [-0.1, 1.1, float("nan")])
 def test_a_ratio_that_makes_no_sense_is_refused(ratio: float) -> None:
-    with pytest.raises(ValueError, match=r"in \[0, 1\]"):
+    with pytest.raises(UnusableSettingsError, match=r"in \[0, 1\]"):
         open_tracing("engine", "", ratio)
 
 
