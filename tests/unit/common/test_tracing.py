@@ -58,7 +58,7 @@ def call(tracing: Tracing, collector: TraceCollector) -> Called:
     """Calls a traced server that follows a script; gives the span of it."""
 
     async def serve(script: Script, timeout: float | None = 30, **metadata: str) -> SeenSpan:
-        server = GrpcServer("127.0.0.1:0", [], tracing)
+        server = GrpcServer("127.0.0.1:0", [], tracing=tracing)
         engine_pb2_grpc.add_EngineServiceServicer_to_server(FakeEngine(script=script), server.grpc)
         await server.start()
         async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:

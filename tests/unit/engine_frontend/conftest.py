@@ -219,7 +219,7 @@ async def engine(tokenizer: TextTokenizer, tracing: Tracing) -> AsyncIterator[En
     ids = (f"engine-{n}" for n in itertools.count(1))
     frontend = Frontend(tokenizer, metrics, "tiny", ids.__next__, tracing)
     core = FakeCore(frontend)
-    server = GrpcServer("127.0.0.1:0", [SERVICE_NAME], tracing)
+    server = GrpcServer("127.0.0.1:0", [SERVICE_NAME], tracing=tracing)
     engine_pb2_grpc.add_EngineServiceServicer_to_server(EngineServicer(frontend), server.grpc)
     await server.start()
     core.become_ready()
