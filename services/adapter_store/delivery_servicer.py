@@ -17,6 +17,7 @@ from services.adapter_store.host_cache import Pin
 from services.adapter_store.manifest_codec import manifest_message
 from services.adapter_store.metrics import StoreMetrics
 from services.common.errors import Reason, SloraError
+from services.common.tracing import current_span
 
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["AdapterStoreService"].full_name
 
@@ -50,9 +51,7 @@ class WeightDelivery:
 
     async def send(self, request: pb.FetchAdapterRequest, context: Context) -> None:
         """Streams the manifest, then chunks as memoryviews, which `serialize_part` knows."""
-        began = time.perf_counter()
-        with await self._pin(request.digest, False) as pin:
-            self._metrics.fetch_seconds.observe(time.perf_counter() - began)
+        with await self._found(request.digest, only_resident=False) as pin:
             size = len(pin.content)
             if request.offset > size:
                 raise SloraError(
@@ -72,15 +71,13 @@ class WeightDelivery:
 
     async def lend(self, requests: AsyncIterator[pb.ShareAdapterRequest | DecodeError], context: Context) -> None:
         """Pins an adapter until its reader says that it has copied it. Returning, and only that, confirms the lease."""
-        began = time.perf_counter()
         request = await self._next_part(requests, "digest", context)
         outcome = "refused"
         try:
             with (
-                await self._pin(request.digest, request.only_resident) as pin,
+                await self._found(request.digest, request.only_resident) as pin,
                 self._metrics.open_leases.track_inprogress(),
             ):
-                self._metrics.fetch_seconds.observe(time.perf_counter() - began)
                 outcome = "abandoned"
                 manifest = manifest_message(pin.manifest)
                 lent = pb.ShareAdapterResponse(manifest=manifest, arena=self._arena_message, offset=pin.offset)
@@ -93,6 +90,16 @@ class WeightDelivery:
             raise
         finally:
             self._metrics.leases.labels(outcome).inc()
+
+    async def _found(self, digest: str, only_resident: bool) -> Pin:
+        """The adapter, in memory."""
+        began = time.perf_counter()
+        span = current_span()
+        span.set({"slora.adapter.digest": digest})
+        pin = await self._pin(digest, only_resident)
+        self._metrics.fetch_seconds.observe(time.perf_counter() - began)
+        span.event("adapter in memory")
+        return pin
 
     async def _next_part(
         self, requests: AsyncIterator[pb.ShareAdapterRequest | DecodeError], expected: str, context: Context

@@ -19,6 +19,7 @@ from slora.adapter_store.v1 import adapter_store_pb2
 
 from services.common.errors import Reason, SloraError, Status
 from services.common.grpc_errors import from_store_error
+from services.common.tracing import Headers
 from services.engine.adapters.lease_client import LeaseCall, StoreLease, to_place
 from services.engine.adapters.manifest_codec import to_manifest
 from services.engine.adapters.mapped_arena import EXTENT_ALIGNMENT, NO_ARENA, ArenaReader
@@ -51,8 +52,15 @@ class StoreFetch:
     """An `AdapterFetch` by `AdapterStoreService.ShareAdapter`, where that helps, and `FetchAdapter`."""
 
     def __init__(
-        self, directory: ReplicaDirectory, digest: str, arenas: ArenaReader | None, through_local: bool
+        self,
+        directory: ReplicaDirectory,
+        digest: str,
+        arenas: ArenaReader | None,
+        through_local: bool,
+        metadata: Headers = (),
     ) -> None:
+        """Calls carry `metadata`."""
+        self._metadata = metadata
         self._directory = directory
         self._digest = digest
         self._arenas = arenas
@@ -168,7 +176,7 @@ class StoreFetch:
             return False
         self.pause()
         timeout = max(deadline - time.monotonic(), 0.001)
-        call = self._lease_call = replica.borrow(self._digest, attempt.only_resident, timeout)
+        call = self._lease_call = replica.borrow(self._digest, attempt.only_resident, timeout, self._metadata)
         if self._cancelled.is_set():
             call.cancel()
         try:
@@ -206,7 +214,8 @@ class StoreFetch:
         """Opens a call at `offset` and reads its manifest."""
         self.pause()
         replica = attempt.replica
-        self._call = replica.fetch(self._digest, offset, max(deadline - time.monotonic(), 0.001))
+        timeout = max(deadline - time.monotonic(), 0.001)
+        self._call = replica.fetch(self._digest, offset, timeout, self._metadata)
         self._call_offset = offset
         if self._cancelled.is_set():
             self._call.cancel()
