@@ -5,6 +5,7 @@ The head of `scheduler.py` has the rules.
 
 from __future__ import annotations
 
+import time
 from bisect import insort
 from operator import attrgetter
 
@@ -14,7 +15,7 @@ from services.engine.scheduling.kv_pages import KvPages
 from services.engine.scheduling.memory_order import MemoryOrder
 from services.engine.scheduling.policies.policy import Policy
 from services.engine.scheduling.sequence import Sequence
-from services.engine.scheduling.step_draft import StepDraft
+from services.engine.scheduling.step_draft import SchedulerNews, StepDraft
 from services.engine.scheduling.waiting_queue import WaitingQueue
 from services.engine.step import BASE_SLOT
 
@@ -50,6 +51,7 @@ class Admission:
         self._kv = kv
         self._policy = policy
         self._found: list[tuple[int, int]] = []
+        self._traced: list[tuple[int, float]] = []
         self.num_admitted = 0
 
     def admit(self, draft: StepDraft, running: list[Sequence]) -> int | None:
@@ -92,10 +94,10 @@ class Admission:
             claimed = wanted
         return claimed
 
-    def take_found(self) -> list[tuple[int, int]]:
-        """Requests that began since the last call with tokens of theirs found in the prefix cache, and how many."""
-        found, self._found = self._found, []
-        return found
+    def tell(self, news: SchedulerNews) -> None:
+        """Adds what there is to say of requests that began to run since the last call."""
+        news.found, self._found = self._found, []
+        news.admitted, self._traced = self._traced, []
 
     def _is_held_back(self, sequence: Sequence) -> bool:
         return not self._policy.may_run(sequence) or self._kv.awaits(sequence)
@@ -103,7 +105,7 @@ class Admission:
     def _begin_loads(self) -> None:
         for sequence in self._queue.window(LOOK_AHEAD):
             if sequence.request.adapter is not None:
-                self._residency.request(sequence.request.adapter)
+                self._residency.request(sequence.request.adapter, sequence.request.origin)
 
     def _adapter_state(self, sequence: Sequence) -> AdapterState:
         return AdapterState.RESIDENT if sequence.digest is None else self._residency.state(sequence.digest)
@@ -126,3 +128,5 @@ class Admission:
             if sequence.num_computed:
                 self._found.append((sequence.request_id, sequence.num_computed))
         self._policy.admitted(sequence, again)
+        if sequence.request.origin.traceparent:
+            self._traced.append((sequence.request_id, time.time()))

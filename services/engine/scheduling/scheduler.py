@@ -195,7 +195,7 @@ class Scheduler:
         """What has happened since the last call."""
         news, self._news = self._news, SchedulerNews()
         news.evicted = self._order.take_evicted()
-        news.found = self._admission.take_found()
+        self._admission.tell(news)
         return news
 
     # A step.
@@ -252,6 +252,10 @@ class Scheduler:
         step = self._flight.any(plan)
         self._flight.settle(step)
         self.fail([s.request_id for s in step.sequences if s.state is SequenceState.RUNNING], error)
+
+    def request_ids(self, plan: StepPlan) -> list[str]:
+        """What the requests of a step in flight are called outside."""
+        return [sequence.request.origin.request_id for sequence in self._flight.any(plan).sequences]
 
     def check_integrity(self) -> None:
         """Raises PageIntegrityError unless every page, slot and pin belongs to exactly who should have it."""
@@ -375,6 +379,7 @@ class Scheduler:
                 self._prefetches.pop(request_id)
                 self._news.prefetched.append((request_id, loaded.load_seconds))
         self._news.loaded += news.loaded
+        self._news.traced_loads += news.traced
         for adapter, error in news.failed:
             self.num_load_failures += 1
             self._fail_users(adapter.digest, error)

@@ -102,7 +102,7 @@ async def test_what_the_core_counts(engine: Any, sample: Callable[[str], float])
         num_prefix_queried_tokens_total=20,
         num_prefix_found_tokens_total=19,
     )
-    engine.core.report(load=load, loaded=[AdapterLoaded(Adapter("poet@1", DIGEST), 0.25, 1000)])
+    engine.core.report(load=load, loaded=[AdapterLoaded(Adapter("poet@1", DIGEST), 0.25, 1000, False, "store-1", 2)])
     expected = {
         "running_sequences": 1,
         "waiting_sequences": 2,
@@ -128,6 +128,8 @@ async def test_what_the_core_counts(engine: Any, sample: Callable[[str], float])
         "core_up": 1,
         'adapter_load_seconds_count{adapter="poet@1"}': 1,
         'adapter_load_seconds_sum{adapter="poet@1"}': 0.25,
+        'adapter_loads_total{replica="store-1"}': 1,
+        "store_failovers_total": 2,
     }
     for name, value in expected.items():
         assert sample(f"slora_engine_{name}") == value, name
