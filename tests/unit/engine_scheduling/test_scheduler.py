@@ -643,8 +643,8 @@ def test_a_runners_error_for_one_sequence_fails_only_that_one() -> None:
     assert plan is not None
     tokens = h.runner.execute(plan)
     tokens[0] = SampledToken(1, 0, error=SloraError(Reason.INTERNAL, "logits are not finite"))
-    assert [event.request_id for event in h.scheduler.commit(plan, tokens)] == [2]
-    h.tokens[2] = [tokens[1].token_id]
+    h.commit(plan, tokens)
+    assert h.tokens == {2: [tokens[1].token_id]}
     h.hear()
     assert (h.failures[1].reason, h.failures[1].message) == ("INTERNAL", "logits are not finite")
     h.run()
