@@ -54,7 +54,7 @@ BOUNDED_LABELS = {
     "method": "the RPCs of the store",
     "kind": "prompt, completion",
     "path": "lent, streamed",
-    "place": "home, elsewhere",
+    "place": "home, away",
     "replica": "the stores, by names that last",
     "result": "hit, miss",
     "state": "kinds of pages",

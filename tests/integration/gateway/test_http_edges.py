@@ -307,7 +307,7 @@ async def test_without_an_address_there_is_no_http(fleet_of: FleetFactory) -> No
 
 
 def test_an_address_that_cannot_be_served_on_is_named() -> None:
-    async def app(*_: Any) -> None: ...
+    async def app(scope: Any, receive: Any, send: Any) -> None: ...
 
     port = free_port()
     first = HttpServer(f"127.0.0.1:{port}", app, ServerTls())
