@@ -45,12 +45,16 @@ class StepModel:
         prefill = sum(len(chunk.token_ids) for chunk in plan.chunks if len(chunk.token_ids) > 1)
         decodes = [chunk.start + 1 for chunk in plan.chunks if len(chunk.token_ids) == 1]
         adapters = {chunk.adapter_slot for chunk in plan.chunks} - {BASE_SLOT}
+        return self.step_seconds(len(decodes), sum(decodes), prefill, len(adapters))
+
+    def step_seconds(self, num_decodes: int, num_context: int, num_prefill: int, num_adapters: int) -> float:
+        """Of a step of so many decodes over so many tokens of context, tokens of prompts, and different adapters."""
         return (
             self.fixed
-            + self.decode_token * len(decodes)
-            + self.context_token * sum(decodes)
-            + self.prefill_token * prefill
-            + self.adapter_byte * self.adapter_bytes * len(adapters)
+            + self.decode_token * num_decodes
+            + self.context_token * num_context
+            + self.prefill_token * num_prefill
+            + self.adapter_byte * self.adapter_bytes * num_adapters
         )
 
 

@@ -23,6 +23,7 @@ from services.gateway.http.server import HttpServer
 from services.gateway.metrics import EngineCollector, GatewayMetrics
 from services.gateway.models import Models
 from services.gateway.servicer import SERVICE_NAME, InferenceServicer
+from services.gateway.routing_rules import make_router
 from services.gateway.store_client import StoreClient
 from services.gateway.tenancy.exposure import check_exposure
 from services.gateway.tenancy.tenancy import Tenancy
@@ -44,7 +45,7 @@ class Gateway:
         check_exposure(settings)
         self._settings = settings
         self.pool = EnginePool(
-            settings.engines, EngineClient, routing_policy(settings), settings.engine_silence_seconds
+            settings.engines, EngineClient, make_router(routing_policy(settings)), settings.engine_silence_seconds
         )
         self._store = StoreClient(settings.adapter_store)
         self.catalogue = Catalogue()
