@@ -84,7 +84,6 @@ class QueueEngine:
         self.changes: list[AdapterChange] = []
         """All that became of adapters here, in order."""
         self.num_loads = 0
-        self.busy_seconds = 0.0
 
     @property
     def num_running(self) -> int:
@@ -154,9 +153,7 @@ class QueueEngine:
             num_prefilled += chunk
             if job.num_left_of_prompt == 0:
                 step.prefilled.append(job)
-        seconds = self._model.step_seconds(num_decoding, context, num_prefilled, len(self._pins))
-        step.ends_at = now + seconds
-        self.busy_seconds += seconds
+        step.ends_at = now + self._model.step_seconds(num_decoding, context, num_prefilled, len(self._pins))
         self._step = step
 
     def _admit(self, now: float, budget: int) -> None:

@@ -35,11 +35,12 @@ class FleetShape:
 
 @dataclass(frozen=True)
 class FleetRun:
-    """What became of a trace: its requests in order, and for each engine loads and busy seconds of the measured part."""
+    """What became of the measured part of a trace: its requests in order; for each engine its loads, and the tokens,
+    of prompts and outputs, of the requests that it got."""
 
     jobs: Sequence[Job]
     num_loads: Sequence[int]
-    busy_seconds: Sequence[float]
+    num_tokens: Sequence[int]
 
 
 class Fleet:
@@ -63,22 +64,23 @@ class Fleet:
         for gateway in self._gateways:
             for number in range(len(self._engines)):
                 self._report_at(self._draw.random() * self._shape.report_seconds, gateway, number)
-        marks = {}
+        begin = self._num_loads()
+        num_tokens = [0] * len(self._engines)
         for position, job in enumerate(jobs):
             self._run_until(job.request.arrival_seconds)
             if position == num_unmeasured:
-                marks["begin"] = self._counts()
-            self._arrive(position, job)
-        marks["end"] = self._counts()
+                begin = self._num_loads()
+            number = self._arrive(position, job)
+            if position >= num_unmeasured:
+                num_tokens[number] += job.request.num_prompt + job.request.num_outputs
+        end = self._num_loads()
         while self._num_open:
             self._next_event()
-        loads, busy = zip(
-            *((b[0] - a[0], b[1] - a[1]) for a, b in zip(marks["begin"], marks["end"], strict=True)), strict=True
-        )
-        return FleetRun(jobs[num_unmeasured:], loads, busy)
+        num_loads = [after - before for before, after in zip(begin, end, strict=True)]
+        return FleetRun(jobs[num_unmeasured:], num_loads, num_tokens)
 
-    def _counts(self) -> list[tuple[int, float]]:
-        return [(engine.num_loads, engine.busy_seconds) for engine in self._engines]
+    def _num_loads(self) -> list[int]:
+        return [engine.num_loads for engine in self._engines]
 
     def _run_until(self, at: float) -> None:
         while self._events[0][0] < at:
@@ -91,7 +93,8 @@ class Fleet:
     def _at(self, at: float, happen: Callable[[float], None]) -> None:
         heapq.heappush(self._events, (at, next(self._order), happen))
 
-    def _arrive(self, position: int, job: Job) -> None:
+    def _arrive(self, position: int, job: Job) -> int:
+        """Sends a request on its way; the number of its engine."""
         now = job.request.arrival_seconds
         gateway = self._draw.choice(self._gateways)
         state = gateway.choose(job, f"request-{position}", now)
@@ -101,6 +104,7 @@ class Fleet:
         number = int(state.address)
         self._engines[number].add(job)
         self._wake(number, now)
+        return number
 
     def _wake(self, number: int, now: float) -> None:
         news = self._engines[number].wake(now)

@@ -124,6 +124,11 @@ class _Loader:
         """When the next load is done."""
         return self._loading[0][0] if self._loading else None
 
+    @property
+    def has_news(self) -> bool:
+        """Whether there is something to plan with at once."""
+        return bool(self._events)
+
     def start(self, adapter: Adapter) -> LoadJob:
         job = LoadJob(adapter, cast(AdapterFetch, _NoFetch()), 60.0)
         self._events.append(LoadSized(job, self._num_pages))
@@ -154,6 +159,8 @@ class VirtualEngine:
         shape = shape or EngineShape()
         allocator = PageAllocator(shape.num_pages)
         self._loader = _Loader(lambda: self.now, self._model.load, shape.adapter_pages)
+        self.num_loads = 0
+        """Adapters that became resident."""
         residency = Residency(allocator, cast(AdapterDevice, _Device()), self._loader, shape.max_adapters)
         config = SchedulerConfig(
             max_running=shape.max_running,
@@ -176,11 +183,13 @@ class VirtualEngine:
                 self.scheduler.add(_generate(num_added, arrivals[num_added]))
                 num_added += 1
             plan = self.scheduler.plan()
-            for failure in self.scheduler.take_news().failures:
+            news = self.scheduler.take_news()
+            self.num_loads += len(news.loaded)
+            for failure in news.failures:
                 outcomes[failure.request_id].dropped_at = self.now
             if plan is not None:
                 self._step(plan, outcomes)
-            else:
+            elif not self._loader.has_news:
                 coming = [arrivals[num_added].request.arrival_seconds] if num_added < len(arrivals) else []
                 loaded_at = self._loader.next_at
                 self.now = min([*coming, *([] if loaded_at is None else [loaded_at])], default=self.now)

@@ -29,7 +29,7 @@ class GatewaySettings:
     routing: RoutingName = setting(
         "adapter_aware", "how engines are chosen: adapter_aware, or for comparison least_loaded or round_robin"
     )
-    spill_share: float = setting(0.1, "an adapter's engine may be fuller than the emptiest by this share of it")
+    spill_share: float = setting(0.125, "an adapter's engine may be fuller than the emptiest by this share of it")
     spill_requests: int = setting(4, "... or by this many requests, whichever is more")
     loading_seconds: float = setting(10.0, "an adapter sent to an engine this recently is thought to be loading there")
     store_timeout_seconds: float = setting(5.0, "how long a look-up in the adapter store may take")
@@ -56,7 +56,7 @@ class RoutingPolicy:
     long it counts that something was sent there, that it failed, and that it is late with a report."""
 
     rule: RoutingName = "adapter_aware"
-    spill_share: float = 0.1
+    spill_share: float = 0.125
     spill_requests: int = 4
     loading_seconds: float = 10.0
     avoid_seconds: float = 1.0

@@ -35,6 +35,9 @@ from services.gateway.config import RoutingPolicy
 from services.gateway.engine_state import EngineState
 from services.gateway.router import Router, RoutingRule, Wish
 
+NEAR = 1 / 8
+"""Of the margin: engines that differ by less are alike to an adapter that is at none of them."""
+
 
 class AdapterAware:
     """Where the adapter is, while that is not much busier than elsewhere; see the module."""
@@ -56,7 +59,8 @@ class AdapterAware:
         if holders:
             level = min(pressure for pressure, _ in holders)
             return first_by_hash([engine for pressure, engine in holders if pressure == level], digest)
-        return first_by_hash([e for pressure, e in eligible if pressure <= least + self._margin(e) / 2], digest)
+        near = [e for pressure, e in eligible if pressure <= least + NEAR * self._margin(e)]
+        return first_by_hash(near, digest)
 
     def _margin(self, engine: EngineState) -> float:
         return max(self._policy.spill_share, self._policy.spill_requests / engine.max_running)
