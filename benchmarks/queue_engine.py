@@ -80,6 +80,8 @@ class QueueEngine:
         self._idle: OrderedDict[str, None] = OrderedDict()
         self._loading: deque[tuple[float, str]] = deque()
         self._loader_free_at = 0.0
+        # Adapters whose size was asked for: it is known when the next step is planned, for good.
+        self._sized: set[str] = set()
         self._woken_at: float | None = None
         self.changes: list[AdapterChange] = []
         """All that became of adapters here, in order."""
@@ -142,7 +144,11 @@ class QueueEngine:
     def _plan(self, now: float) -> None:
         num_decoding, context = len(self._decoding), self._context
         budget = self.shape.max_step_tokens - num_decoding
-        self._admit(now, budget - sum(job.num_left_of_prompt for job in self._prefilling))
+        budget_for_new = budget - sum(job.num_left_of_prompt for job in self._prefilling)
+        num_sized = len(self._sized)
+        self._admit(now, budget_for_new)
+        if not self.num_running and len(self._sized) > num_sized:
+            self._admit(now, budget_for_new)
         if not self.num_running:
             return
         step = _Step(now)
@@ -169,7 +175,10 @@ class QueueEngine:
                 break
             if job.digest in loading:
                 continue
-            if job.digest not in self._pins and job.digest not in self._idle:
+            if job.digest not in self._sized:
+                self._sized.add(job.digest)
+                loading.add(job.digest)
+            elif job.digest not in self._pins and job.digest not in self._idle:
                 if not self._begin_load(job.digest, now, needed):
                     break
                 loading.add(job.digest)
