@@ -8,19 +8,19 @@ just computing for this gateway), of all engines that can take the request:
 1. the least pressed one that holds the adapter, unless it is pressed harder than the least pressed of all by more than
    a margin (`spill_share` of its capacity or `spill_requests` requests, whichever is more);
 2. likewise one where the adapter is loading: it will hold it soonest;
-3. of the engines within half that margin of the least pressed of all, the one that the adapter's digest ranks first
-   by rendezvous hashing.
+3. of the engines that are about as little pressed as the least pressed of all (`NEAR`), the one that the adapter's
+   digest ranks first by rendezvous hashing.
 
 What that comes to:
 
 - *Spread in proportion to demand.* Each time that all its holders are pressed, an adapter comes to one engine more;
   its requests are then shared by all of them. One that is no longer asked for is evicted by the engines themselves.
-- *Hysteresis.* A holder is left only when it is a whole margin worse, for an engine that is at most half a margin
-  worse than the best; and the next request finds the adapter at both. A load costs more than a short queue.
-- *No herding.* Reports are up to a second old. What was sent since counts at once, so a burst spreads; prompts without
-  an answer count until they are answered, which no other report is as fresh as. Gateways that all see the same idle
-  engine send it different adapters: for each digest the half margin's engines have another order. That order is the
-  same for all gateways, so they bring a new adapter to one engine, not each to its own.
+- *Hysteresis.* A holder is left only when it is a whole margin worse than another, for one that is hardly worse than
+  the best; and the next request finds the adapter at both. A load costs more than a short queue.
+- *No herding.* Reports are some tenths of a second old. What a gateway sent since counts at once, so a burst spreads;
+  its prompts without an answer count double until they are answered, so that it soon passes an engine to which all
+  gateways run. Gateways that see the same idle engines bring each adapter to the same one of them, since a digest ranks
+  engines alike everywhere, and different adapters to different ones.
 - *Engines that come and go* move the adapters that they are first for, and no others.
 
 `AdapterAware` and `LeastLoaded` are pure: states in, a choice out. `RoundRobin` has a place in the round.
