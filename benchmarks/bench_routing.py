@@ -113,7 +113,8 @@ def run_trial(scratch: Path, rule: str, shape: RoutingTraceShape) -> Trial:
         shares = [after - before for before, after in zip(admitted, count(stack, ADMITTED), strict=True)]
     serving = summarize(run.streams)
     if serving.num_failed:
-        raise RuntimeError(f"{serving.num_failed} requests failed, such as: {next(s.error for s in run.streams if s.error)}")
+        error = next(stream.error for stream in run.streams if stream.error)
+        raise RuntimeError(f"{serving.num_failed} requests failed, the first one so: {error}")
     return Trial(1000 * num_loads / len(calls[1]), serving, max(shares) * len(shares) / sum(shares))
 
 

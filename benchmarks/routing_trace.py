@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 from benchmarks.trace import PAPER_LENGTHS, Lengths
 
-
 INTRODUCTION_PACE = 4.0
 """Adapters are asked for once at a rate that is lower by this factor, so that loads leave no queue behind."""
 

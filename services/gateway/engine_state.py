@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 
 PROMPT_PRESSURE = 0.05
 """What a request that has no first token yet adds to an engine's pressure, besides its place. On Llama-7B a prompt of
-256 tokens delays the next one by 5 ms, a running sequence by 0.05 ms a step: at 256 places it counts as much as thirteen of those."""
+256 tokens delays the next one by 5 ms, a running sequence by 0.05 ms a step: at 256 places it counts as much as
+thirteen of those."""
 
 MOST_PROMPTS = 4
 """More such requests add nothing: they are a queue, which is counted as one."""

@@ -22,8 +22,8 @@ from services.gateway.http.gate import Gate
 from services.gateway.http.server import HttpServer
 from services.gateway.metrics import EngineCollector, GatewayMetrics
 from services.gateway.models import Models
-from services.gateway.servicer import SERVICE_NAME, InferenceServicer
 from services.gateway.routing_rules import make_router
+from services.gateway.servicer import SERVICE_NAME, InferenceServicer
 from services.gateway.store_client import StoreClient
 from services.gateway.tenancy.exposure import check_exposure
 from services.gateway.tenancy.tenancy import Tenancy

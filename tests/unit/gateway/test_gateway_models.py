@@ -12,10 +12,10 @@ from services.common.errors import Reason, SloraError
 from services.gateway.catalogue import AdapterEntry, Catalogue, CatalogueChange, CatalogueEvent
 from services.gateway.codec import from_page_token, to_model, to_page_size, to_page_token
 from services.gateway.config import RoutingPolicy
-from services.gateway.routing_rules import make_router
 from services.gateway.engine_pool import EnginePool
 from services.gateway.engine_state import EngineLoad, EngineProfile, StateUpdate
 from services.gateway.models import ListPosition, Models
+from services.gateway.routing_rules import make_router
 
 
 def entry(name: str, version: int = 1, base_model: str = "base") -> AdapterEntry:
@@ -43,7 +43,9 @@ class Source:
 
 def pool_of(*base_models: str | None, resident: Sequence[str] = ()) -> EnginePool:
     """Engines with these base models; None is an engine that was never heard of."""
-    pool = EnginePool([f"engine-{i}" for i in range(len(base_models))], lambda address: None, make_router(RoutingPolicy()), 3.0)  # type: ignore[arg-type, return-value]
+    pool = EnginePool(
+        [f"engine-{i}" for i in range(len(base_models))], lambda address: None, make_router(RoutingPolicy()), 3.0
+    )  # type: ignore[arg-type, return-value]
     for state, base_model in zip(pool.states, base_models, strict=True):
         if base_model is not None:
             profile = EngineProfile(state.address, base_model, 64, 100)

@@ -15,9 +15,7 @@ from services.gateway.engine_state import MAX_SENT, EngineLoad, EngineProfile, E
 from services.gateway.router import Decision, Route, Router, Wish, can_take
 from services.gateway.routing_rules import RULES, make_router
 
-POLICY = RoutingPolicy(
-    spill_share=0.25, spill_requests=4, loading_seconds=10.0, avoid_seconds=1.0, late_seconds=2.0
-)
+POLICY = RoutingPolicy(spill_share=0.25, spill_requests=4, loading_seconds=10.0, avoid_seconds=1.0, late_seconds=2.0)
 ROUTER = make_router(POLICY)
 NOW = 100.0
 
