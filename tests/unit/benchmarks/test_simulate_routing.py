@@ -62,7 +62,7 @@ def test_the_queue_is_the_real_scheduler_to_the_step(rng: random.Random, rate: f
 
 def small_case(**trace: float) -> Case:
     """Four engines, each with room for four tenths of the adapters, which load as rank 8 does when streamed."""
-    shape = RoutingTraceShape(0.0, 80.0, num_adapters=300, zipf=0.9)
+    shape = RoutingTraceShape(0.0, 50.0, num_adapters=300, zipf=0.9)
     fleet = FleetShape(4, engine=replace(ENGINE, max_adapters=120), model=StepModel(load=0.01))
     return Case("small", replace(shape, **trace), (), fleet)
 
@@ -99,7 +99,7 @@ def test_a_trace_asks_for_each_adapter_once_and_then_by_popularity(rng: random.R
 
 def test_shifts_change_who_is_popular(rng: random.Random) -> None:
     shape = RoutingTraceShape(200.0, 40.0, num_adapters=50, zipf=1.0, shift_seconds=20.0, shift_share=1.0)
-    trace = [one for one in draw_routing_trace(shape, rng.randrange(2**32))[50:]]
+    trace = draw_routing_trace(shape, rng.randrange(2**32))[50:]
     parts = [[one.adapter for one in trace if begin <= one.arrival_seconds < begin + 19] for begin in (1, 21)]
     orders = [[adapter for adapter, _ in Counter(part).most_common(10)] for part in parts]
     assert orders[0] != orders[1]
