@@ -10,7 +10,6 @@ Run: python -m benchmarks.simulate_routing [--seconds 30] [--processes 2]
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 import random
 from collections.abc import Callable, Mapping, Sequence
@@ -94,8 +93,11 @@ def simulate(case: Case, rate: float, rule: str, seed: int) -> RoutingSummary:
     trace = draw_routing_trace(shape, seed)
     num_introduced = shape.num_adapters
     num_unmeasured = num_introduced + round(SETTLING * (len(trace) - num_introduced))
-    router = functools.partial(Router, RULES[rule](), RoutingPolicy())
-    run = Fleet(case.fleet, router, random.Random(f"{seed} fleet")).serve(trace, num_unmeasured)
+
+    def make_router() -> Router:
+        return Router(RULES[rule](), RoutingPolicy())
+
+    run = Fleet(case.fleet, make_router, random.Random(f"{seed} fleet")).serve(trace, num_unmeasured)
     return summarize(run)
 
 
