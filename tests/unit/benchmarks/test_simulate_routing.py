@@ -61,9 +61,9 @@ def test_the_queue_is_the_real_scheduler_to_the_step(rng: random.Random, rate: f
 
 
 def small_case(**trace: float) -> Case:
-    """Four engines, each with room for four tenths of the adapters, which load as rank 8 does when streamed."""
+    """Four engines, each with room for four tenths of the adapters, which load as slowly as rank 64 when streamed."""
     shape = RoutingTraceShape(0.0, 50.0, num_adapters=300, zipf=0.9)
-    fleet = FleetShape(4, engine=replace(ENGINE, max_adapters=120), model=StepModel(load=0.01))
+    fleet = FleetShape(4, engine=replace(ENGINE, max_adapters=120), model=StepModel(load=0.067))
     return Case("small", replace(shape, **trace), (), fleet)
 
 
