@@ -118,6 +118,10 @@ class Residency:
         """Evictable adapters as (digest, pages), least recently used first."""
         return ((digest, len(entry.pages)) for digest, entry in self._idle.items())
 
+    def under_way(self) -> Iterator[str]:
+        """Digests of adapters that will be resident unless their load fails or is given up."""
+        return (digest for digest, entry in self._loads.items() if entry.state is not AdapterState.LEAVING)
+
     def loading(self) -> Iterator[str]:
         """Digests of adapters whose pages are granted and whose bytes are on their way."""
         return (digest for digest, entry in self._loads.items() if entry.state is AdapterState.LOADING)

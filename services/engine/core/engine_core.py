@@ -133,6 +133,7 @@ class EngineCore:
         self._num_failed_in_a_row = 0
         self._step_seconds = 0.0
         self._reported = CoreLoad()
+        self._reported_loading: tuple[str, ...] = ()
         self.needs_event = True
 
     def ready(self) -> CoreReady:
@@ -176,11 +177,22 @@ class EngineCore:
             self._check_rest()
         load = self._load()
         # An abort frees pages without any news: those who watch the load have to hear of that too.
-        if not (settled or news or failures) and load == self._reported:
+        loading = tuple(self._residency.under_way())
+        is_as_before = loading == self._reported_loading
+        if not (settled or news or failures) and load == self._reported and is_as_before:
             return None
-        self._reported = load
+        self._reported, self._reported_loading = load, loading
+        told = None if is_as_before else loading
         return StepReport(
-            load, tokens, failures, news.loaded, news.evicted, news.prefetched, news.admitted, news.traced_loads
+            load,
+            tokens,
+            failures,
+            news.loaded,
+            news.evicted,
+            told,
+            news.prefetched,
+            news.admitted,
+            news.traced_loads,
         )
 
     def close(self) -> bool:
