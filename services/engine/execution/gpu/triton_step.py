@@ -141,6 +141,10 @@ class TritonStep:
         """The rows whose logits are wanted."""
         return rows if self._step.logit_rows is None else rows.index_select(0, self._step.logit_rows)
 
+    def whole_logits(self, logits: torch.Tensor) -> torch.Tensor:
+        """They are."""
+        return logits
+
     def _add_rows(self, layer: int, group: Group, x: torch.Tensor, y: torch.Tensor) -> None:
         """The decoded tokens' part: the first rows of x and y."""
         state, slots, plan = self._state, self._step.adapter_slots, self._row_plan
