@@ -68,7 +68,7 @@ class ModelRunner:
         self._rope = rope_table(self.config.rope, head_dim, self.max_model_len, dtype).to(device)
         self._pool = Pool(self.pool_config, self.config.dtype, device)
         groups = module_groups(self.config, partition)
-        self.adapter_device = PagedAdapterDevice(self._pool, groups, settings.max_adapters)
+        self.adapter_device = PagedAdapterDevice(self._pool, groups, settings.max_adapters, partition)
         lora = LoraPlanner(self.adapter_device, groups, self._pool)
         self._batches = StepBatchBuilder(self._part, self._pool, self.max_model_len, lora)
         self._make_step: Callable[[ForwardBatch], StepOps]
