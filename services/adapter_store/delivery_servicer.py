@@ -36,7 +36,7 @@ class WeightDelivery:
     """
 
     def __init__(
-        self, pin: Callable[[str], Awaitable[Pin]], arena: Arena, metrics: StoreMetrics, stall_seconds: float
+        self, pin: Callable[[str, int, int], Awaitable[Pin]], arena: Arena, metrics: StoreMetrics, stall_seconds: float
     ) -> None:
         self._pin = pin
         self._arena = arena
@@ -47,7 +47,7 @@ class WeightDelivery:
     async def send(self, request: pb.FetchAdapterRequest, context: Context) -> None:
         """Streams the manifest, then chunks as memoryviews, which `serialize_part` knows."""
         began = time.perf_counter()
-        with await self._pin(request.digest) as pin:
+        with await self._pin(request.digest, *_shard(request)) as pin:
             self._metrics.fetch_seconds.observe(time.perf_counter() - began)
             size = len(pin.content)
             if request.offset > size:
@@ -67,10 +67,10 @@ class WeightDelivery:
     async def lend(self, requests: AsyncIterator[pb.ShareAdapterRequest | DecodeError], context: Context) -> None:
         """Pins an adapter until its reader says that it has copied it. Returning, and only that, confirms the lease."""
         began = time.perf_counter()
-        digest = (await self._next_part(requests, "digest", context)).digest
+        request = await self._next_part(requests, "digest", context)
         outcome = "refused"
         try:
-            with await self._pin(digest) as pin, self._metrics.open_leases.track_inprogress():
+            with await self._pin(request.digest, *_shard(request)) as pin, self._metrics.open_leases.track_inprogress():
                 self._metrics.fetch_seconds.observe(time.perf_counter() - began)
                 outcome = "abandoned"
                 manifest = manifest_message(pin.manifest)
@@ -116,6 +116,11 @@ class WeightDelivery:
                 Reason.DEADLINE_EXCEEDED,
                 f"the reader took nothing for {self._stall_seconds:g} s; fetch again from the offset reached",
             ) from None
+
+
+def _shard(request: pb.FetchAdapterRequest | pb.ShareAdapterRequest) -> tuple[int, int]:
+    """tp_rank and tp_size, of which 0 means that there is one process."""
+    return request.tp_rank, request.tp_size or 1
 
 
 def add_to_server(servicer: adapter_store_pb2_grpc.AdapterStoreServiceServicer, server: grpc.aio.Server) -> None:

@@ -16,6 +16,15 @@ from __future__ import annotations
 import enum
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
+
+
+class PackedShard(NamedTuple):
+    """What packed weights are asked for by: the adapter's digest, and which of how many shards (0 of 1: the whole)."""
+
+    digest: str
+    tp_rank: int = 0
+    tp_size: int = 1
 
 
 class TargetModule(enum.IntEnum):
@@ -59,7 +68,6 @@ class AdapterLayout:
     num_layers: int
     layer_elems: int
     layers: tuple[tuple[ModulePlacement, ...], ...]
-    # Which of how many shards; 0 of 1: the whole adapter.
     tp_rank: int = 0
     tp_size: int = 1
 

@@ -10,6 +10,7 @@ from slora.adapter_store.v1 import adapter_store_pb2, adapter_store_pb2_grpc
 
 from services.common.errors import Reason, SloraError
 from services.common.grpc_errors import from_rpc_error
+from services.engine.adapters.layout import PackedShard
 from services.engine.adapters.mapped_arena import ArenaPlace
 
 _COPIED = adapter_store_pb2.ShareAdapterRequest(copied=adapter_store_pb2.CopiedExtent())
@@ -19,11 +20,11 @@ class LeaseCall:
     """The call, from any thread's `cancel` to its own end; otherwise used by one thread."""
 
     def __init__(
-        self, stub: adapter_store_pb2_grpc.AdapterStoreServiceStub, digest: str, timeout_seconds: float
+        self, stub: adapter_store_pb2_grpc.AdapterStoreServiceStub, wanted: PackedShard, timeout_seconds: float
     ) -> None:
         """Opens the call; ValueError if the channel is closed."""
         self._requests: queue.SimpleQueue[adapter_store_pb2.ShareAdapterRequest | None] = queue.SimpleQueue()
-        self._requests.put(adapter_store_pb2.ShareAdapterRequest(digest=digest))
+        self._requests.put(adapter_store_pb2.ShareAdapterRequest(**wanted._asdict()))
         self._responses = stub.ShareAdapter(iter(self._requests.get, None), timeout=timeout_seconds)
 
     def lent(self) -> adapter_store_pb2.ShareAdapterResponse | None:

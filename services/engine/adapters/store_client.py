@@ -20,6 +20,7 @@ from slora.adapter_store.v1 import adapter_store_pb2, adapter_store_pb2_grpc
 from services.common.errors import Reason, SloraError, Status
 from services.common.grpc_client import open_blocking_channel
 from services.common.grpc_errors import from_rpc_error
+from services.engine.adapters.layout import PackedShard
 from services.engine.adapters.lease_client import LeaseCall, StoreLease, to_place
 from services.engine.adapters.manifest_codec import to_manifest
 from services.engine.adapters.mapped_arena import NO_ARENA, ArenaReader
@@ -51,10 +52,13 @@ class _Call(Protocol):
 class StoreClient:
     """An `AdapterSource`: the adapter store at `address` (`host:port`). It need not be up yet.
 
-    With `arenas`, weights of a store on this host are read where they lie.
+    With `arenas`, weights of a store on this host are read where they lie. A process of several takes its own shard.
     """
 
-    def __init__(self, address: str, arenas: ArenaReader | None = None) -> None:
+    def __init__(
+        self, address: str, arenas: ArenaReader | None = None, tp_rank: int = 0, tp_size: int = 1
+    ) -> None:
+        self._shard = (tp_rank, tp_size)
         self._address = address
         self._arenas = arenas
         self._channel = open_blocking_channel(address)
@@ -69,7 +73,7 @@ class StoreClient:
 
     def open(self, digest: str) -> StoreFetch:
         """Begins to fetch; returns at once."""
-        fetch = StoreFetch(self._stub, self._address, digest, self._arenas)
+        fetch = StoreFetch(self._stub, self._address, PackedShard(digest, *self._shard), self._arenas)
         self._fetches.add(fetch)
         return fetch
 
@@ -89,12 +93,13 @@ class StoreFetch:
         self,
         stub: adapter_store_pb2_grpc.AdapterStoreServiceStub,
         address: str,
-        digest: str,
+        wanted: PackedShard,
         arenas: ArenaReader | None = None,
     ) -> None:
         self._stub = stub
         self._address = address
-        self._digest = digest
+        self._wanted = wanted
+        self._digest = wanted.digest
         self._arenas = arenas
         self._manifest: AdapterManifest | None = None
         self._lease: StoreLease | None = None
@@ -165,7 +170,7 @@ class StoreFetch:
             return False
         self.pause()
         try:
-            call = self._lease_call = LeaseCall(self._stub, self._digest, max(deadline - time.monotonic(), 0.001))
+            call = self._lease_call = LeaseCall(self._stub, self._wanted, max(deadline - time.monotonic(), 0.001))
         except ValueError as closed:  # grpc's way to say that the channel was closed
             raise FetchCancelled from closed
         if self._cancelled.is_set():
@@ -180,7 +185,7 @@ class StoreFetch:
         if lent is None:
             self._arenas.note(NO_ARENA)
         else:
-            self._keep(to_manifest(lent.manifest, self._digest))
+            self._keep(to_manifest(lent.manifest, self._wanted))
             self._lease = self._open_lease(call, lent)
         if self._lease is None:
             self.pause()
@@ -197,7 +202,7 @@ class StoreFetch:
     def _connect(self, offset: int, deadline: float) -> None:
         """Opens a call at `offset` and reads its manifest."""
         self.pause()
-        request = adapter_store_pb2.FetchAdapterRequest(digest=self._digest, offset=offset)
+        request = adapter_store_pb2.FetchAdapterRequest(offset=offset, **self._wanted._asdict())
         try:
             self._call = self._stub.FetchAdapter(request, timeout=max(deadline - time.monotonic(), 0.001))
         except ValueError as closed:  # grpc's way to say that the channel was closed
@@ -210,7 +215,7 @@ class StoreFetch:
             raise SloraError(Reason.INTERNAL, f"adapter store {self._address} began a fetch without a manifest")
         if self._arenas is not None:
             self._arenas.note(response.arena_id)
-        self._keep(to_manifest(response.manifest, self._digest))
+        self._keep(to_manifest(response.manifest, self._wanted))
 
     def _keep(self, manifest: AdapterManifest) -> None:
         if self._manifest is not None and manifest != self._manifest:
