@@ -46,12 +46,10 @@ def open_runner(settings: EngineSettings, communicator: Communicator | None = No
     device = _device(settings)
     if device.type == "cpu":
         return ModelRunner(settings, _random_weights(settings, device), communicator)
-    if communicator is not None:
-        raise ValueError("tp_size above 1 is served on CPUs only")
     # Imported only here: an engine on a CPU needs no triton.
     from services.engine.execution.gpu.gpu_runner import GpuRunner
 
-    return GpuRunner(settings, _random_weights(settings, device))
+    return GpuRunner(settings, _random_weights(settings, device), communicator)
 
 
 def _device(settings: EngineSettings) -> torch.device:

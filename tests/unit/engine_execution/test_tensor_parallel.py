@@ -13,6 +13,7 @@ import torch
 from services.engine.adapters.layout import AdapterLayout
 from services.engine.config import EngineSettings
 from services.engine.execution.communicator import SoleProcess
+from services.engine.execution.gpu.gpu_runner import GpuRunner
 from services.engine.model.config import CheckpointError, load_model_config
 from services.engine.model.partition import Partition
 from tests.fixtures.adapter_kinds import ATTENTION, KINDS, MLP, peft_model
@@ -101,6 +102,30 @@ def test_every_adapter_kind_in_one_batch(
             assert_same(outcome, wanted, asks)
             assert said(outcome) == said(outcomes[0]), "processes differ in their bits"
             assert outcome.adapter_pages == outcomes[0].adapter_pages
+
+
+def test_the_accelerators_path(tmp_path: Path, rng: random.Random, groups: dict[int, ProcessGroups]) -> None:
+    """Its kernels in triton's interpreter, over gloo: decode in rows, prefill in segments, both in one step."""
+    seed = rng.randrange(2**31)
+    # Rows of 16, 32, 48 and 64 features in a shard: whole tiles of 16.
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1}
+    checkpoint = make_checkpoint(tmp_path / "base", "qwen3", seed=seed, **sizes)
+    kinds: dict[str, dict[str, object]] = {
+        "all": {"r": 9, "target_modules": ATTENTION + MLP, "rank_pattern": {"k_proj": 2}},
+        "odd": {"r": 3, "target_modules": ["v_proj", "down_proj"]},
+        "wide": {"r": 70, "target_modules": ["q_proj", "o_proj"]},
+    }
+    model, names = peft_model(checkpoint, kinds, seed), list(kinds)
+    asks = [
+        Ask(adapter, [rng.randrange(VOCABULARY) for _ in range(length)], 2, begins_at)
+        for adapter, length, begins_at in ((0, 1, 1), (0, 5, 0), (1, 9, 0), (2, 3, 1), (None, 4, 0), (2, 1, 0))
+    ]
+    settings = settings_for(checkpoint, num_pages=300, max_running=8, max_step_tokens=64)
+    wanted = run_model(SoleProcess(), settings, shards(model, names, 1), asks, seed)
+    outcomes = groups[2].call(run_model, settings, shards(model, names, 2), asks, seed, GpuRunner)
+    for outcome in outcomes:
+        assert_same(outcome, wanted, asks)
+        assert said(outcome) == said(outcomes[0]), "processes differ in their bits"
 
 
 @pytest.mark.parametrize("tp_size", [2, 4])

@@ -66,7 +66,9 @@ class GpuAdapterDevice:
         """`groups` are those of the partition's part of the model."""
         self._pool = pool
         self._checks = AdapterChecks(pool.config, pool.dtype, groups, partition)
-        self.groups = tuple(LoraGroup(group.modules[0], group.in_features, group.out_features) for group in groups)
+        self.groups = tuple(
+            LoraGroup(group.modules[0], group.in_features, group.out_features, group.rank_parts) for group in groups
+        )
         self._shape = (pool.config.num_layers, len(TargetModule))
 
         def table(*shape: int) -> torch.Tensor:
@@ -179,6 +181,8 @@ class GpuAdapterDevice:
 
 def _check_group(layout: AdapterLayout, layer: int, group: LoraGroup, by_module: dict[int, ModulePlacement]) -> None:
     """The rows of A of a group's modules are one run: what a kernel reads as one list of rows."""
+    if group.rank_parts > 1:
+        return  # one run for all modules: AdapterChecks has looked
     modules = range(group.first_module, group.first_module + group.num_modules)
     present = [by_module[module] for module in modules if module in by_module]
     for before, place in itertools.pairwise(present):
