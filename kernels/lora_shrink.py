@@ -5,7 +5,8 @@ adapter's own rank.
 
 Shapes: x `[num_tokens, in_features]`; tiles `[num_tiles, tile_elems]`, the layer's pool; u is flat: the rows' ranks
 end to end, token after token and in a token module after module, then each segment's `[tokens, rank]`; of a rank space
-that is split over processes, this process's part of each. It is float32 or wider than x's type, never narrower. Source: S-LoRA section 6; see lora_plan.
+that is split over processes, this process's part of each. It is float32 or wider than x's type, never narrower.
+Source: S-LoRA section 6; see lora_plan.
 """
 
 from __future__ import annotations

@@ -78,7 +78,8 @@ def _num_sms(device: torch.device) -> int:
 def _planned_shrink_kernel(
     x_ptr, slots_ptr, starts_ptr, pages_ptr, page_table_ptr, rank_ptr, a_tile_ptr, u_ptr,
     plan_offset, batch, x_stride, table_offset,
-    NUM_MODULES: tl.constexpr, RANK_PARTS: tl.constexpr, TILE: tl.constexpr, PAGE_TILES: tl.constexpr, TABLE_STRIDE: tl.constexpr,
+    NUM_MODULES: tl.constexpr, RANK_PARTS: tl.constexpr,
+    TILE: tl.constexpr, PAGE_TILES: tl.constexpr, TABLE_STRIDE: tl.constexpr,
     PAGE_TABLE_STRIDE: tl.constexpr, IN_TILES: tl.constexpr, OWN_TILES: tl.constexpr, U_STRIDE: tl.constexpr,
     BATCH: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, GDC: tl.constexpr,
 ):  # fmt: skip

@@ -125,7 +125,8 @@ def _launch(
 @triton.jit(do_not_specialize=["table_offset", "u_stride"])
 def _segment_shrink_kernel(
     x_ptr, plan_ptr, pages_ptr, page_table_ptr, rank_ptr, a_tile_ptr, u_ptr, x_stride, table_offset, u_stride,
-    NUM_MODULES: tl.constexpr, RANK_PARTS: tl.constexpr, TILE: tl.constexpr, PAGE_TILES: tl.constexpr, TABLE_STRIDE: tl.constexpr,
+    NUM_MODULES: tl.constexpr, RANK_PARTS: tl.constexpr,
+    TILE: tl.constexpr, PAGE_TILES: tl.constexpr, TABLE_STRIDE: tl.constexpr,
     PAGE_TABLE_STRIDE: tl.constexpr, IN_TILES: tl.constexpr, TWO_PAGES: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip

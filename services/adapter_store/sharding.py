@@ -94,16 +94,22 @@ def plan_shard(whole: PackedLayout, geometry: ShardGeometry) -> PackedLayout:
     return PackedLayout(whole.element_type, tile, whole.num_layers, layer_elems, layers)
 
 
-def cut_shard(manifest: PackedManifest, content: memoryview, name: PackedName, base: BaseModel, out: Bytes) -> PackedManifest:
-    """Fills `out` (the planned layout's packed_bytes, any content) from a whole adapter's; describes it. For a thread."""
+def cut_shard(
+    manifest: PackedManifest, content: memoryview, name: PackedName, base: BaseModel, out: Bytes
+) -> PackedManifest:
+    """Fills `out` (the planned layout's packed_bytes, any content) from a whole adapter and describes it.
+
+    For a thread.
+    """
     geometry = shard_geometry(base, name)
     whole, layout = manifest.layout, plan_shard(manifest.layout, geometry)
     source, target = as_elements(content, whole), as_elements(out.data, layout)
-    pairs = zip(whole.layers, layout.layers, strict=True)
     begin = 0
-    for (modules, places), run in groupby(pairs):
+    for (modules, places), run in groupby(zip(whole.layers, layout.layers, strict=True)):
         end = begin + len(list(run))
-        _cut_layers(_Layers(source[begin:end], whole.tile_elems, modules), _Layers(target[begin:end], layout.tile_elems, places), geometry, name.tp_rank)  # fmt: skip
+        whole_layers = _Layers(source[begin:end], whole.tile_elems, modules)
+        shard_layers = _Layers(target[begin:end], layout.tile_elems, places)
+        _cut_layers(whole_layers, shard_layers, geometry, name.tp_rank)
         begin = end
     return PackedManifest(manifest.digest, digest_of(out), layout, name.tp_rank, name.tp_size)
 

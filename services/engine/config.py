@@ -33,8 +33,12 @@ class EngineSettings:
     random_weights: bool = setting(False, "make up the weights of config.json's model and read none: to size a machine")
     num_threads: int = setting(0, "CPU threads of the core; 0: torch's own choice, with tp_size its share of the CPUs")
     tp_size: int = setting(1, "processes (on accelerators: devices) of this host that share the model; see docs")
-    step_timeout_seconds: float = setting(120.0, "with tp_size: a step that takes longer ends the core: a process hangs")
-    pool_bytes: int = setting(0, "bytes of each process's pool; 0: 512 MiB on a CPU, what the weights leave on an accelerator")
+    step_timeout_seconds: float = setting(
+        120.0, "with tp_size: a step that takes longer ends the core: a process hangs"
+    )
+    pool_bytes: int = setting(
+        0, "bytes of each process's pool; 0: 512 MiB on a CPU, what the weights leave on an accelerator"
+    )
     num_pages: int = setting(0, "pages of the pool; 0: as many as pool_bytes holds")
     tokens_per_page: int = setting(16, "tokens whose K and V one page holds")
     max_adapters: int = setting(1024, "most adapters resident at once (rows of the device's adapter table)")

@@ -53,7 +53,10 @@ def test_two_processes_serve_as_one_and_end_as_one(tmp_path: Path) -> None:
     reference = PeftReference(checkpoint, adapters)
     # Room for two of the adapters beside the KV cache, more or less: they are evicted and loaded again.
     options = {"tp_size": 2, "num_threads": 1, "num_pages": 48, "max_model_len": 200, "step_timeout_seconds": 4.0}
-    with LocalStack(tmp_path / "state", checkpoint, engine_options=options) as stack, SloraClient(stack.gateway_address) as client:  # fmt: skip
+    with (
+        LocalStack(tmp_path / "state", checkpoint, engine_options=options) as stack,
+        SloraClient(stack.gateway_address) as client,
+    ):
         upload(stack, adapters)
 
         def check(name: str | None) -> None:
@@ -75,7 +78,7 @@ def test_two_processes_serve_as_one_and_end_as_one(tmp_path: Path) -> None:
                 for _ in stream:
                     pass
             assert raised.value.reason == "ENGINE_CORE_DEAD"
-            gone, alive = psutil.wait_procs([*leaders, *followers], timeout=20)
+            _, alive = psutil.wait_procs([*leaders, *followers], timeout=20)
             assert not alive, "a process outlived its core"
             if signal_number == signal.SIGKILL:
                 wait_until("another core of two processes serves", lambda: serves(check), 60)

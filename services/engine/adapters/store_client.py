@@ -55,9 +55,7 @@ class StoreClient:
     With `arenas`, weights of a store on this host are read where they lie. A process of several takes its own shard.
     """
 
-    def __init__(
-        self, address: str, arenas: ArenaReader | None = None, tp_rank: int = 0, tp_size: int = 1
-    ) -> None:
+    def __init__(self, address: str, arenas: ArenaReader | None = None, tp_rank: int = 0, tp_size: int = 1) -> None:
         self._shard = (tp_rank, tp_size)
         self._address = address
         self._arenas = arenas

@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return error.exit_code
 
 
-class _CannotLoad(Exception):
+class _CannotLoad(Exception):  # noqa: N818 - a way out
     """The model cannot be loaded; it was logged why."""
 
     def __init__(self, exit_code: int) -> None:

@@ -127,8 +127,8 @@ class EngineCore:
             source, runner.adapter_device, pool.page_elems, settings.load_timeout_seconds, wake
         )
         if followers is not None:
-            slots = ParallelSlots(slots, followers)
-            self._loader = ParallelLoader(self._loader, slots, followers)
+            slots = everywhere = ParallelSlots(slots, followers)
+            self._loader = ParallelLoader(self._loader, everywhere, followers)
             followers.on_outcome(wake)
         self._residency = Residency(self._allocator, slots, self._loader, settings.max_adapters)
         config = SchedulerConfig(

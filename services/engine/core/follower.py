@@ -96,11 +96,11 @@ class _Follower:
                 self._jobs[message.number], self._numbers[id(job)] = job, message.number
         elif isinstance(message, GrantLoad):
             # One that is not there any more has failed, and process 0 is about to hear of it.
-            if (job := self._jobs.get(message.number)) is not None:
-                self._loader.grant(job, Grant(message.slot, message.pages))
+            if (granted := self._jobs.get(message.number)) is not None:
+                self._loader.grant(granted, Grant(message.slot, message.pages))
         elif isinstance(message, CancelLoad):
-            if (job := self._jobs.get(message.number)) is not None:
-                self._loader.cancel(job)
+            if (unwanted := self._jobs.get(message.number)) is not None:
+                self._loader.cancel(unwanted)
         elif isinstance(message, RemoveAdapter):
             self._runner.adapter_device.remove(message.slot)
 

@@ -1,7 +1,8 @@
 """What process 0 of a tensor-parallel core and the others (its followers) say to each other, over a socket pair each.
 
-Framed as `services.engine.messages`. Process 0 says what it does, in the order in which it does it; a follower says that
-it is ready, and what its loads come to. Steps have no answer but their collectives. End of file is the end of either.
+Framed as `services.engine.messages`. Process 0 says what it does, in the order in which it does it; a follower says
+that it is ready, and what its loads come to. Steps have no answer but their collectives. End of file is the end of
+either.
 """
 
 from __future__ import annotations
@@ -131,9 +132,11 @@ def followed(plan: StepPlan) -> FollowedStep:
 
 def to_plan(step: FollowedStep) -> StepPlan:
     """The step as a runner takes it."""
-    return StepPlan(
-        tuple(
-            ScheduledChunk(c.sequence_id, c.token_ids, c.start, c.block_table, c.adapter_slot, _WANTED if c.wants_token else None)  # fmt: skip
-            for c in step.chunks
-        )
+    return StepPlan(tuple(map(_to_chunk, step.chunks)))
+
+
+def _to_chunk(chunk: FollowedChunk) -> ScheduledChunk:
+    sample = _WANTED if chunk.wants_token else None
+    return ScheduledChunk(
+        chunk.sequence_id, chunk.token_ids, chunk.start, chunk.block_table, chunk.adapter_slot, sample
     )

@@ -7,6 +7,7 @@ with the reason, on a thread of its own, since the core's thread may be in the m
 from __future__ import annotations
 
 import collections
+import contextlib
 import logging
 import socket
 import subprocess
@@ -86,10 +87,10 @@ class Followers:
         """`wake` is called, on another thread, when there are new `outcomes`."""
         self._wake = wake
 
-    def send(self, message: ToFollower) -> None:
-        """Tells every follower. One that is gone is `on_lost`'s affair."""
+    def send(self, message: ToFollower, tp_rank: int | None = None) -> None:
+        """Tells every follower, or one. One that is gone is `on_lost`'s affair."""
         framed = frame(message)
-        for _, sock in self._started:
+        for _, sock in self._started if tp_rank is None else [self._started[tp_rank - 1]]:
             try:
                 sock.sendall(framed)
             except OSError as error:
@@ -114,6 +115,8 @@ class Followers:
         """Lets the followers end."""
         self._closing.set()
         for _, sock in self._started:
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)  # also for the thread that reads
             sock.close()
 
     def _listen(self, tp_rank: int, process: FollowerProcess, sock: socket.socket) -> None:

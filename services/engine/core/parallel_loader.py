@@ -14,7 +14,14 @@ from services.common.errors import Reason, SloraError
 from services.engine.adapters.device import AdapterSlots
 from services.engine.adapters.load_job import Grant, LoadEnded, LoadEvent, LoadInstalled, LoadJob, LoadSized
 from services.engine.adapters.residency import Loader
-from services.engine.core.follower_messages import CancelLoad, GrantLoad, RemoveAdapter, ShardFailed, ShardInstalled, StartLoad
+from services.engine.core.follower_messages import (
+    CancelLoad,
+    GrantLoad,
+    RemoveAdapter,
+    ShardFailed,
+    ShardInstalled,
+    StartLoad,
+)
 from services.engine.core.followers import Followers
 from services.engine.messages import Adapter
 
@@ -50,12 +57,18 @@ class ParallelSlots:
         self._own.remove(slot)
         self._followers.send(RemoveAdapter(slot))
 
+    def remove_from(self, tp_rank: int, slot: int) -> None:
+        """Forgets the adapter at `slot` in one process: not all have it."""
+        if tp_rank == 0:
+            self._own.remove(slot)
+        else:
+            self._followers.send(RemoveAdapter(slot), tp_rank)
+
 
 class ParallelLoader:
     """A `Loader`, over this process's and the followers'. All on the core's thread."""
 
-    def __init__(self, own: ClosingLoader, slots: AdapterSlots, followers: Followers) -> None:
-        """`slots`: those of all processes."""
+    def __init__(self, own: ClosingLoader, slots: ParallelSlots, followers: Followers) -> None:
         self._own = own
         self._slots = slots
         self._followers = followers
@@ -129,14 +142,13 @@ class ParallelLoader:
             self._followers.send(CancelLoad(load.number))
 
     def _join(self, load: _Load) -> Outcome:
-        installed = [outcome for outcome in load.outcomes.values() if isinstance(outcome, LoadInstalled)]
+        installed = {tp_rank: o for tp_rank, o in load.outcomes.items() if isinstance(o, LoadInstalled)}
         if len(installed) == len(load.outcomes):
-            seconds = max(outcome.load_seconds for outcome in installed)
-            return LoadInstalled(
-                load.job, seconds, sum(o.packed_bytes for o in installed), all(o.lent for o in installed)
-            )
-        if installed:
-            self._slots.remove(load.slot)
+            shards = installed.values()
+            seconds, lent = max(o.load_seconds for o in shards), all(o.lent for o in shards)
+            return LoadInstalled(load.job, seconds, sum(o.packed_bytes for o in shards), lent)
+        for tp_rank in installed:
+            self._slots.remove_from(tp_rank, load.slot)
         errors = [outcome.error for outcome in load.outcomes.values() if isinstance(outcome, LoadEnded)]
         return LoadEnded(load.job, next(filter(None, errors), None))
 

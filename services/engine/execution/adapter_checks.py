@@ -85,7 +85,10 @@ class AdapterChecks:
         tile = layout.tile_elems
         # The rows of A of a group that is split are counted together, in _check_group.
         a_rows = 0 if self._is_split[place.module] else place.rank
-        parts = ((place.lora_a_offset, a_rows, place.in_features), (place.lora_b_offset, place.rank, place.out_features))
+        parts = (
+            (place.lora_a_offset, a_rows, place.in_features),
+            (place.lora_b_offset, place.rank, place.out_features),
+        )
         for offset, num_rows, features in parts:
             end = offset + num_rows * -(-features // tile) * tile
             if offset < 0 or offset % tile or end > layout.layer_elems:

@@ -66,9 +66,7 @@ class Checkpoint:
     def __contains__(self, name: str) -> bool:
         return name in self._file_of
 
-    def read(
-        self, name: str, shape: Sequence[int], out: torch.Tensor | None = None, cut: Cut = ()
-    ) -> torch.Tensor:
+    def read(self, name: str, shape: Sequence[int], out: torch.Tensor | None = None, cut: Cut = ()) -> torch.Tensor:
         """The tensor `name`, which must have `shape`, or a `cut` of it; copied into `out` if given.
 
         Raises CheckpointError.

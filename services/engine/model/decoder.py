@@ -32,9 +32,7 @@ class Decoder:
         hidden = config.hidden_size
         table_shape = (config.vocab_size, hidden)
         self._embedding = checkpoint.read("model.embed_tokens.weight", table_shape).to(device)
-        self._layers = [
-            _Layer(config, checkpoint, number, device, partition) for number in range(config.num_layers)
-        ]
+        self._layers = [_Layer(config, checkpoint, number, device, partition) for number in range(config.num_layers)]
         self._norm = checkpoint.read("model.norm.weight", (hidden,)).to(device)
         self._lm_head = self._read_lm_head(checkpoint, device)
         checkpoint.finish()

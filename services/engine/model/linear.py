@@ -1,7 +1,7 @@
 """A linear layer of the base model, possibly several of the checkpoint's side by side (q k v; gate up).
 
-A process of a tensor-parallel engine reads a cut of it: output rows by head or column for qkv and gate_up, input columns
-for o and down, whose outputs are then summed over the processes together with LoRA's.
+A process of a tensor-parallel engine reads a cut of it: output rows by head or column for qkv and gate_up, input
+columns for o and down, whose outputs are then summed over the processes together with LoRA's.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import torch
 
 from kernels.linear import linear, pack_weight
 from services.engine.model.checkpoint import Weights
-
 
 ALL = slice(None)
 

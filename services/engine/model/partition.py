@@ -32,7 +32,9 @@ class Partition:
             ("hidden features", config.hidden_size),
         ):
             if count % self.tp_size:
-                raise CheckpointError(f"{count} {name} cannot be shared by tp_size {self.tp_size}; it has to divide them")
+                raise CheckpointError(
+                    f"{count} {name} cannot be shared by tp_size {self.tp_size}; it has to divide them"
+                )
         if config.num_kv_heads % self.tp_size and self.tp_size % config.num_kv_heads:
             raise CheckpointError(
                 f"{config.num_kv_heads} key-value heads and tp_size {self.tp_size}: one has to divide the other"

@@ -2,8 +2,8 @@
 
 A graph holds the launches of one batch size and one set of groups that adapters change (none, attention's, all): what a
 batch does not have costs it nothing. Where several processes share the model, also of one bound on ranks, since what
-they send has a fixed size. A batch runs in the next larger size, its last rows being padding that kernels pass over. Where there is no accelerator (tests in triton's interpreter) the same step
-runs uncaptured.
+they send has a fixed size. A batch runs in the next larger size, its last rows being padding that kernels pass over.
+Where there is no accelerator (tests in triton's interpreter) the same step runs uncaptured.
 """
 
 from __future__ import annotations

@@ -92,15 +92,14 @@ class ParallelTritonStep(TritonStep):
         if ranks.row_width:
             parts = arrived[:, : ranks.num_row_elems].view(len(arrived), -1, ranks.row_width)
             width = step.max_row_rank * modules.num_modules
-            self._expand_rows(layer, group, self._joined(layer, group, parts, step.adapter_slots, width, torch.float32).unsqueeze(0), y)  # fmt: skip
+            u = self._joined(layer, group, parts, step.adapter_slots, width, torch.float32)
+            self._expand_rows(layer, group, u.unsqueeze(0), y)
         if step.segments is not None and ranks.segment_width:
             assert step.segment_slots is not None
             parts = arrived[:, ranks.num_row_elems :].view(len(arrived), -1, ranks.segment_width)
             most = step.segments.max_ranks[group]
             u = self._joined(layer, group, parts, step.segment_slots, most.total, y.dtype)
-            segment_expand(
-                u, step.segments.plan, layer, pages, tables, modules, y, most.total, max_rank=most.single
-            )
+            segment_expand(u, step.segments.plan, layer, pages, tables, modules, y, most.total, max_rank=most.single)
 
     def _joined(
         self, layer: int, group: Group, parts: torch.Tensor, slots: torch.Tensor, width: int, dtype: torch.dtype
