@@ -32,7 +32,7 @@ class EngineSettings:
     dtype: str = setting("auto", "auto (the checkpoint's), float32, bfloat16 or float16")
     random_weights: bool = setting(False, "make up the weights of config.json's model and read none: to size a machine")
     num_threads: int = setting(0, "CPU threads of the core; 0: torch's own choice, with tp_size its share of the CPUs")
-    tp_size: int = setting(1, "processes (on accelerators: devices) of this host that share the model; see docs")
+    tp_size: int = setting(1, "processes (on accelerators: devices) of this host that share the model")
     step_timeout_seconds: float = setting(
         120.0, "with tp_size: a step that takes longer ends the core: a process hangs"
     )
