@@ -1,4 +1,4 @@
-"""Claim: N processes send what S-LoRA's formula says and no more; LoRA's part of it is small, and hides behind products.
+"""Claim: N processes send what S-LoRA's formula says; LoRA's part of it is small, and hides behind products.
 
 Decode steps of a small random Llama on this host's CPUs, N processes over gloo on the loopback interface, with and
 without adapters on all seven modules. Bytes are the kernel's own count of what the processes' sockets sent

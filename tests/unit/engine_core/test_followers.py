@@ -1,4 +1,4 @@
-"""Process 0 and a follower over a real socket pair, with fake devices: what one does the other does, and ends with it."""
+"""Process 0 and a follower over a real socket pair, with fake devices: they do the same, and end together."""
 
 from __future__ import annotations
 
