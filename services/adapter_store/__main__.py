@@ -14,8 +14,9 @@ from services.adapter_store.base_model import BaseModel, load_base_model
 from services.adapter_store.catalogue_servicer import CatalogueServicer
 from services.adapter_store.config import AdapterStoreSettings
 from services.adapter_store.delivery_servicer import SERVICE_NAME, add_to_server
+from services.adapter_store.exposure import check_exposure
 from services.common.grpc_server import GrpcServer
-from services.common.settings import AddressError, parse_settings
+from services.common.settings import UnusableSettingsError, parse_settings
 from services.common.telemetry import configure_logging, serve_metrics
 
 logger = logging.getLogger("services.adapter_store")
@@ -23,7 +24,10 @@ logger = logging.getLogger("services.adapter_store")
 
 async def serve(settings: AdapterStoreSettings, base: BaseModel, arena: Arena) -> None:
     """Serves until SIGTERM or SIGINT."""
-    server = GrpcServer(settings.listen, [SERVICE_NAME])
+    check_exposure(settings)
+    asks = bool(settings.service_tokens)
+    # Whoever has no token learns nothing, and that is less than reflection tells.
+    server = GrpcServer(settings.listen, [SERVICE_NAME], settings.server_tls, settings.health, reflects=not asks)
     async with running_store(settings, base, arena, REGISTRY) as store:
         servicer = CatalogueServicer(store)
         add_to_server(servicer, server.grpc)
@@ -31,6 +35,7 @@ async def serve(settings: AdapterStoreSettings, base: BaseModel, arena: Arena) -
         await server.start()
         listening = {
             "port": server.port,
+            "health_port": server.health_port or None,
             "metrics_port": exposition[0].server_port if exposition else None,
             "base_model": base.name,
             "dtype": base.element_type.value,
@@ -57,7 +62,7 @@ def main() -> None:
         sys.exit(2)
     try:
         asyncio.run(serve(settings, base, arena))
-    except AddressError as error:
+    except UnusableSettingsError as error:
         logger.error("cannot start: %s", error)
         sys.exit(2)
     finally:

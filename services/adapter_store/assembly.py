@@ -10,10 +10,12 @@ from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry
 
+from services.adapter_store.access import Door
 from services.adapter_store.administration import Administration
 from services.adapter_store.arena import Arena
 from services.adapter_store.base_model import BaseModel
 from services.adapter_store.blob_store import BlobStore
+from services.adapter_store.callers import Anyone, Callers, KnownCallers, ServiceTokens
 from services.adapter_store.catalogue import Catalogue
 from services.adapter_store.catalogue_fill import CatalogueFill
 from services.adapter_store.catalogue_marks import CatalogueMarks
@@ -22,6 +24,7 @@ from services.adapter_store.catalogue_sync import CatalogueSync
 from services.adapter_store.catalogue_watch import CatalogueWatches
 from services.adapter_store.config import AdapterStoreSettings
 from services.adapter_store.host_cache import HostCache
+from services.adapter_store.isolation import Isolation
 from services.adapter_store.journal import Journal, JournalPlace
 from services.adapter_store.metrics import StoreMetrics
 from services.adapter_store.pin_keeper import PinKeeper
@@ -30,6 +33,9 @@ from services.adapter_store.residency import Residency
 from services.adapter_store.sync import PrefixSync
 from services.adapter_store.upkeep import follow_changes, sweep, sync_now_and_then
 from services.adapter_store.upload_spool import UploadSpool
+from services.tenancy.authentication import KeyHolders
+from services.tenancy.directory import TenantDirectory
+from services.tenancy.tenancy_redis import TenancyRedis
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +49,8 @@ class Store:
     registry: AdapterRegistry
     administration: Administration
     sync: PrefixSync
+    door: Door
+    isolation: Isolation
     threads: ThreadPoolExecutor
 
     def open_spool(self) -> UploadSpool:
@@ -79,10 +87,39 @@ def _open_catalogue(settings: AdapterStoreSettings, blob_store: BlobStore) -> _C
 
 
 @contextlib.asynccontextmanager
+async def _open_door(settings: AdapterStoreSettings) -> AsyncIterator[Door]:
+    """Raises UnusableSettingsError for tokens that cannot be."""
+    callers: Callers = Anyone()
+    async with contextlib.AsyncExitStack() as stack:
+        if settings.service_tokens:
+            key_holders = None
+            if settings.tenancy_redis:
+                redis = TenancyRedis(settings.tenancy_redis, settings.tenancy_prefix, settings.tenancy_timeout_seconds)
+                stack.push_async_callback(redis.close)
+                # Refusals are counted with the calls.
+                key_holders = KeyHolders(
+                    TenantDirectory(redis), settings.tenancy_cache_seconds, False, count_refusal=lambda reason: None
+                )
+            callers = KnownCallers(ServiceTokens(settings.service_tokens), key_holders)
+        yield Door(callers, settings.tenancy_cache_seconds)
+
+
+@contextlib.asynccontextmanager
 async def running_store(
     settings: AdapterStoreSettings, base: BaseModel, arena: Arena, metrics_registry: CollectorRegistry
 ) -> AsyncIterator[Store]:
-    """A store and its background work for the length of a block. Neither Redis nor S3 need be there. Owns no arena."""
+    """A store and its background work for the length of a block. Neither Redis nor S3 need be there. Owns no arena.
+
+    Raises UnusableSettingsError for tokens that cannot be.
+    """
+    async with _open_door(settings) as door, _working_store(settings, base, arena, metrics_registry, door) as store:
+        yield store
+
+
+@contextlib.asynccontextmanager
+async def _working_store(
+    settings: AdapterStoreSettings, base: BaseModel, arena: Arena, metrics_registry: CollectorRegistry, door: Door
+) -> AsyncIterator[Store]:
     metrics = StoreMetrics(metrics_registry)
     # Uploads append to their spools on these threads too, and must not wait behind packing.
     threads = ThreadPoolExecutor(2 * settings.max_preparing + 2, thread_name_prefix="prepare")
@@ -113,7 +150,8 @@ async def running_store(
         work.append(sync_now_and_then(sync, *timer, count=lambda outcome: metrics.syncs.labels(outcome).inc()))
     background = [asyncio.create_task(task) for task in work]
     try:
-        yield Store(settings, base, metrics, cache, registry, administration, sync, threads)
+        isolation = Isolation(parts.catalogue)
+        yield Store(settings, base, metrics, cache, registry, administration, sync, door, isolation, threads)
     finally:
         for task in background:
             task.cancel()

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import grpc
 from slora.adapter_store.v1 import adapter_store_pb2 as pb
 
 from services.adapter_store.assembly import Store
+from services.adapter_store.callers import Caller
 from services.adapter_store.catalogue_codec import inspection_message, sync_message
 from services.adapter_store.catalogue_marks import MarkChanges
 from services.adapter_store.codec import adapter_message
 from services.adapter_store.delivery_servicer import WeightDelivery
+from services.adapter_store.identifiers import parse_adapter_id
 from services.adapter_store.inspection import Inspection
+from services.adapter_store.manifest import AdapterRecord
 from services.adapter_store.servicer import AdapterStoreServicer
 from services.adapter_store.sync import SyncReport
 from services.common.errors import Reason, SloraError
@@ -28,7 +31,16 @@ class CatalogueServicer(AdapterStoreServicer):
         settings = store.settings
         stall_seconds = settings.stall_seconds
         delivery = WeightDelivery(store.registry.pin, store.cache.arena, store.metrics, stall_seconds)
-        super().__init__(store.registry, delivery, store.metrics, store.open_spool, stall_seconds, settings.max_uploads)
+        super().__init__(
+            store.registry,
+            delivery,
+            store.metrics,
+            store.open_spool,
+            stall_seconds,
+            settings.max_uploads,
+            store.door,
+            store.isolation,
+        )
         self._store = store
         self._administration = store.administration
 
@@ -37,7 +49,11 @@ class CatalogueServicer(AdapterStoreServicer):
         expected = request.expected_version if request.HasField("expected_version") else None
         set_alias = self._administration.set_alias
         record = await self._answer(
-            "SetAlias", context, lambda: set_alias(request.name, request.alias, request.version, expected)
+            "SetAlias",
+            context,
+            lambda caller: self._change(
+                caller, request.name, lambda: set_alias(request.name, request.alias, request.version, expected)
+            ),
         )
         return pb.SetAliasResponse(adapter=adapter_message(record))
 
@@ -45,7 +61,13 @@ class CatalogueServicer(AdapterStoreServicer):
         """Removes an alias."""
         expected = request.expected_version if request.HasField("expected_version") else None
         delete_alias = self._administration.delete_alias
-        record = await self._answer("DeleteAlias", context, lambda: delete_alias(request.name, request.alias, expected))
+        record = await self._answer(
+            "DeleteAlias",
+            context,
+            lambda caller: self._change(
+                caller, request.name, lambda: delete_alias(request.name, request.alias, expected)
+            ),
+        )
         return pb.DeleteAliasResponse(adapter=adapter_message(record))
 
     async def UpdateAdapter(self, request: pb.UpdateAdapterRequest, context: Context) -> pb.UpdateAdapterResponse:  # noqa: N802
@@ -53,7 +75,13 @@ class CatalogueServicer(AdapterStoreServicer):
         pinned = request.pinned if request.HasField("pinned") else None
         changes = MarkChanges(dict(request.set_labels), tuple(request.remove_labels), pinned)
         update = self._administration.update
-        record = await self._answer("UpdateAdapter", context, lambda: update(request.adapter_id, changes))
+        record = await self._answer(
+            "UpdateAdapter",
+            context,
+            lambda caller: self._change(
+                caller, parse_adapter_id(request.adapter_id).name, lambda: update(request.adapter_id, changes)
+            ),
+        )
         return pb.UpdateAdapterResponse(adapter=adapter_message(record))
 
     async def ReportAdapterUse(  # noqa: N802
@@ -63,19 +91,25 @@ class CatalogueServicer(AdapterStoreServicer):
         uses = {use.adapter_id: use.last_use_time.ToMilliseconds() for use in request.uses}
         report_use = self._administration.report_use
         return pb.ReportAdapterUseResponse(
-            num_noted=await self._answer("ReportAdapterUse", context, lambda: report_use(uses))
+            num_noted=await self._answer("ReportAdapterUse", context, lambda caller: report_use(uses))
         )
 
     async def SyncAdapters(self, request: pb.SyncAdaptersRequest, context: Context) -> pb.SyncAdaptersResponse:  # noqa: N802
         """Compares a prefix in S3 with the catalogue."""
-        return sync_message(await self._answer("SyncAdapters", context, lambda: self._sync(request)))
+        return sync_message(await self._answer("SyncAdapters", context, lambda caller: self._sync(request)))
 
     async def ValidateAdapter(  # noqa: N802
         self, requests: AsyncIterator[pb.ValidateAdapterRequest], context: Context
     ) -> pb.ValidateAdapterResponse:
         """Looks an adapter over."""
-        found = await self._answer("ValidateAdapter", context, lambda: self._inspect(requests))
+        found = await self._answer("ValidateAdapter", context, lambda caller: self._inspect(requests))
         return inspection_message(found, self._store.base)
+
+    async def _change(self, caller: Caller, name: str, change: Callable[[], Awaitable[AdapterRecord]]) -> AdapterRecord:
+        """`change()`, if the caller may change what has this name."""
+        await self._isolation.check_change(caller, name)
+        with self._isolation.veiled(caller):
+            return await change()
 
     async def _sync(self, request: pb.SyncAdaptersRequest) -> SyncReport:
         source_uri = request.source_uri or self._store.settings.sync_uri

@@ -208,7 +208,7 @@ class Residency:
         async with self._loading:
             records = await self._catalogue.find_digest(digest)
             if not records:
-                raise SloraError(Reason.ADAPTER_NOT_FOUND, f"no version has the digest {digest}", digest=digest)
+                raise unknown_digest(digest)
             files = await self._read_verified(digest, records)
             prepared = await run_to_end(self._threads, lambda: prepare(files, self._base))
             prepared = replace(prepared, digest=digest)  # what a sync discovered is known by where it was found
@@ -284,6 +284,11 @@ def _close_behind_last(flight: _Flight) -> None:
     task = flight.task
     if task.done() and not flight.num_waiting and not task.cancelled() and task.exception() is None:
         task.result().close()
+
+
+def unknown_digest(digest: str) -> SloraError:
+    """The error for a digest that no version has."""
+    return SloraError(Reason.ADAPTER_NOT_FOUND, f"no version has the digest {digest}", digest=digest)
 
 
 def _as_changed(error: SloraError, digest: str, uri: str) -> SloraError:

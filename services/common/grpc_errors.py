@@ -80,6 +80,16 @@ def from_rpc_error(error: grpc.RpcError, unavailable: Reason) -> SloraError:
     return SloraError(_reason_of_bare_code(error.code(), unavailable), error.details() or str(error.code()))
 
 
+def from_store_error(error: grpc.RpcError) -> SloraError:
+    """What the adapter store's status means to whom a service answers: that the store refuses the service's own
+    credentials is not their fault, and may pass."""
+    found = from_rpc_error(error, unavailable=Reason.ADAPTER_STORE_UNAVAILABLE)
+    if found.reason.status not in (Status.UNAUTHENTICATED, Status.PERMISSION_DENIED):
+        return found
+    message = f"the adapter store does not let this service in: {found.message}; see --store-token-file"
+    return SloraError(Reason.ADAPTER_STORE_UNAVAILABLE, message)
+
+
 def _reason_of_bare_code(code: grpc.StatusCode, unavailable: Reason) -> Reason:
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         return Reason.DEADLINE_EXCEEDED
@@ -92,4 +102,4 @@ def _reason_of_bare_code(code: grpc.StatusCode, unavailable: Reason) -> Reason:
     return Reason.INTERNAL
 
 
-__all__ = ["DOMAIN", "Status", "abort", "from_rpc_error", "to_grpc_status"]
+__all__ = ["DOMAIN", "Status", "abort", "from_rpc_error", "from_store_error", "to_grpc_status"]

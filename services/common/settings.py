@@ -22,7 +22,11 @@ _TRUE, _FALSE = {"1", "true", "yes", "on"}, {"0", "false", "no", "off"}
 LogLevel = typing.Literal["DEBUG", "INFO", "WARNING", "ERROR"]
 
 
-class AddressError(Exception):
+class UnusableSettingsError(Exception):
+    """With these settings a service cannot start; the message says what is wrong."""
+
+
+class AddressError(UnusableSettingsError):
     """An address of the settings cannot be served on; the message says which and why."""
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from slora.engine.v1 import engine_pb2_grpc
 
 from services.common.grpc_server import GrpcServer
-from services.common.settings import AddressError, parse_settings
+from services.common.settings import UnusableSettingsError, parse_settings
 from services.common.telemetry import configure_logging, serve_metrics
 from services.engine.config import EngineSettings
 from services.engine.core.launch import USAGE_EXIT_CODE, core_command
@@ -46,9 +46,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         logger.critical("the engine cannot start: scheduling policies: %s", error)
         return USAGE_EXIT_CODE
     try:
+        settings.store_security.read()
         tokenizer = load_tokenizer(Path(settings.checkpoint))
         return asyncio.run(serve(settings, tokenizer, lambda fd: core_command(settings, fd)))
-    except (TokenizerFileError, AddressError) as error:
+    except (TokenizerFileError, UnusableSettingsError) as error:
         logger.critical("the engine cannot start: %s", error)
         return USAGE_EXIT_CODE
 
@@ -56,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 async def serve(settings: EngineSettings, tokenizer: TextTokenizer, command: Callable[[int], Sequence[str]]) -> int:
     """Serves with cores started by `command(fd)`; returns the process's exit code."""
     metrics = EngineMetrics()
-    server = GrpcServer(settings.listen, [SERVICE_NAME])
+    server = GrpcServer(settings.listen, [SERVICE_NAME], settings.server_tls, settings.health)
     frontend = Frontend(tokenizer, metrics, settings.served_name, _engine_ids(settings, server.port).__next__)
     vllm_names = VllmCollector(
         settings.served_name,
@@ -89,7 +90,7 @@ async def serve(settings: EngineSettings, tokenizer: TextTokenizer, command: Cal
         serving.cancel()
         await supervisor.stop()
         await asyncio.wait([supervising, serving])
-        await server.grpc.stop(0)
+        await server.stop(0)
         if metrics_server:
             metrics_server[0].shutdown()
             metrics_server[0].server_close()

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from services.common.settings import LogLevel, setting
+from services.common.tls import ChannelSecurity, ServerTls
 
 OrderName = Literal["fcfs", "priority", "fair"]
 ClientKind = Literal["tenant", "adapter"]
@@ -59,6 +60,17 @@ class EngineSettings:
     latency_goal_seconds: float = setting(0.0, "drop at once whose first token cannot come in this time; 0: nobody")
     max_adapters_a_batch: int = setting(0, "soft limit on different adapters that run at once; 0: none")
     clustering_patience_seconds: float = setting(1.0, "one that waited so long may exceed that limit")
+    tls_certificate: str = setting(
+        "", "PEM file with the certificate that is shown, then its issuers; empty: plain text"
+    )
+    tls_key: str = setting("", "PEM file with that certificate's key")
+    tls_client_ca: str = setting("", "PEM file of authorities: callers need a certificate of theirs; empty: none asked")
+    health: str = setting("", "host:port to serve health alone on, in plain text, for probes without TLS; empty: none")
+    store_ca: str = setting("", "PEM file of the authorities of the store's certificate; empty: plain text")
+    store_certificate: str = setting("", "PEM file with the certificate that is shown to a store that asks for one")
+    store_key: str = setting("", "PEM file with that certificate's key")
+    store_server_name: str = setting("", "name in the store's certificate, where that is not the host of its address")
+    store_token_file: str = setting("", "file with this service's token, for a store that asks who calls")
     share_arena: bool = setting(True, "copy adapters out of the memory of a store on this host, if it may be read")
     load_timeout_seconds: float = setting(30.0, "an adapter load that takes longer fails")
     drain_seconds: float = setting(30.0, "on SIGTERM running requests have this long to end")
@@ -69,6 +81,18 @@ class EngineSettings:
             raise ValueError(f"tp_size is {self.tp_size}; it must be in 1 to {MAX_TP_SIZE}")
         if not self.step_timeout_seconds > 0:
             raise ValueError(f"step_timeout_seconds is {self.step_timeout_seconds}; it must be above 0")
+
+    @property
+    def server_tls(self) -> ServerTls:
+        """What callers are shown and asked for."""
+        return ServerTls(self.tls_certificate, self.tls_key, self.tls_client_ca)
+
+    @property
+    def store_security(self) -> ChannelSecurity:
+        """How the store is called."""
+        return ChannelSecurity(
+            self.store_ca, self.store_certificate, self.store_key, self.store_server_name, self.store_token_file
+        )
 
     @property
     def served_name(self) -> str:

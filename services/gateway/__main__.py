@@ -9,7 +9,7 @@ import sys
 
 from prometheus_client import REGISTRY
 
-from services.common.settings import AddressError, parse_settings
+from services.common.settings import UnusableSettingsError, parse_settings
 from services.common.telemetry import configure_logging, serve_metrics
 from services.gateway.config import GatewaySettings
 from services.gateway.gateway import Gateway
@@ -44,7 +44,7 @@ def main() -> None:
     configure_logging("gateway", settings.log_level)
     try:
         asyncio.run(run(settings, admin_secret))
-    except AddressError as error:
+    except UnusableSettingsError as error:
         sys.stderr.write(f"gateway: {error}\n")
         raise SystemExit(2) from None
 

@@ -11,6 +11,7 @@ from slora.engine.v1 import engine_pb2, engine_pb2_grpc
 from services.common.errors import Reason, SloraError
 from services.common.grpc_client import TOKEN_STREAM_OPTIONS, open_channel
 from services.common.grpc_errors import from_rpc_error
+from services.common.tls import PLAIN_TEXT, ChannelSecurity
 from services.gateway.engine_state import EngineLoad, EngineProfile, StateUpdate
 
 
@@ -53,8 +54,8 @@ class EngineCall:
 class EngineClient:
     """A connection to the engine at `host:port`."""
 
-    def __init__(self, address: str) -> None:
-        self._channel = open_channel(address, TOKEN_STREAM_OPTIONS)
+    def __init__(self, address: str, security: ChannelSecurity = PLAIN_TEXT) -> None:
+        self._channel = open_channel(address, TOKEN_STREAM_OPTIONS, security)
         self._stub = engine_pb2_grpc.EngineServiceStub(self._channel)
 
     def generate(self, request: engine_pb2.GenerateRequest, timeout: float | None) -> EngineCall:

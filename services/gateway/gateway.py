@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 
 from prometheus_client import CollectorRegistry
 
@@ -39,14 +40,17 @@ class Gateway:
     def __init__(self, settings: GatewaySettings, registry: CollectorRegistry, admin_secret: str = "") -> None:
         """`admin_secret`, the admin key, lets AdminService be used; without one it is not served.
 
-        Raises AddressError where an address cannot be served on, or may not without keys.
+        Raises AddressError where an address cannot be served on, or may not without keys; TlsError.
         """
         check_exposure(settings)
         self._settings = settings
         self.pool = EnginePool(
-            settings.engines, EngineClient, routing_policy(settings), settings.engine_silence_seconds
+            settings.engines,
+            functools.partial(EngineClient, security=settings.engine_security),
+            routing_policy(settings),
+            settings.engine_silence_seconds,
         )
-        self._store = StoreClient(settings.adapter_store)
+        self._store = StoreClient(settings.adapter_store, settings.store_security)
         self.catalogue = Catalogue()
         self._feed = CatalogueFeed(self.catalogue, self._store)
         self._admission = Admission(settings.max_concurrent)
@@ -66,7 +70,8 @@ class Gateway:
         dispatcher = Dispatcher(self.pool, retry_policy(settings))
         directory, admin_key = self.tenancy.directory, self.tenancy.admin_key
         admin = None if directory is None or admin_key is None else AdminServicer(directory, admin_key)
-        self.server = GrpcServer(settings.listen, [SERVICE_NAME, *([ADMIN_SERVICE_NAME] if admin is not None else [])])
+        names = [SERVICE_NAME, *([ADMIN_SERVICE_NAME] if admin is not None else [])]
+        self.server = GrpcServer(settings.listen, names, settings.server_tls, settings.health)
         if admin is not None:
             admin.add_to(self.server)
         generations = Generations(models, dispatcher, self._admission, self.tenancy.limiter, metrics)
@@ -115,7 +120,7 @@ class Gateway:
         policy = http_policy(self._settings)
         gate = Gate(self.tenancy.authenticator, self.tenancy.admin_key, asks_for_keys=self.tenancy.is_on)
         app = build_app(models, generations, self._store, gate, self._is_ready, metrics.count_http_response, policy)
-        return HttpServer(self._settings.http, app)
+        return HttpServer(self._settings.http, app, self._settings.server_tls)
 
     def _is_ready(self) -> bool:
         return self.pool.num_serving() > 0 and not self._admission.is_draining

@@ -21,7 +21,7 @@ from services.gateway.models import Models, ResolvedModel
 from services.gateway.request_record import CANCELLED, OK, RequestRecord
 from services.gateway.router import Wish
 from services.gateway.tenancy.limiter import Limiter, Quota
-from services.gateway.tenancy.tenants import ANONYMOUS, Tenant
+from services.tenancy.tenants import ANONYMOUS, Tenant
 
 MAX_REQUEST_ID_CHARS = 128
 

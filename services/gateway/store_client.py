@@ -9,7 +9,8 @@ from slora.adapter_store.v1 import adapter_pb2, adapter_store_pb2, adapter_store
 
 from services.common.errors import Reason, SloraError
 from services.common.grpc_client import open_channel
-from services.common.grpc_errors import from_rpc_error
+from services.common.grpc_errors import from_store_error
+from services.common.tls import PLAIN_TEXT, ChannelSecurity
 from services.gateway.catalogue import AdapterEntry, CatalogueChange, CatalogueEvent
 
 _CHANGES = {
@@ -29,8 +30,8 @@ _REPORT_TIMEOUT_SECONDS = 5.0
 class StoreClient:
     """An `AdapterSource`, and the HTTP API's `AdapterRegistry`, at `host:port`."""
 
-    def __init__(self, address: str) -> None:
-        self._channel = open_channel(address, RECONNECT_OPTIONS)
+    def __init__(self, address: str, security: ChannelSecurity = PLAIN_TEXT) -> None:
+        self._channel = open_channel(address, RECONNECT_OPTIONS, security)
         self._stub = adapter_store_pb2_grpc.AdapterStoreServiceStub(self._channel)
 
     async def find(self, adapter_id: str, timeout: float | None) -> AdapterEntry | None:
@@ -39,7 +40,7 @@ class StoreClient:
             request = adapter_store_pb2.GetAdapterRequest(adapter_id=adapter_id)
             response = await self._stub.GetAdapter(request, timeout=timeout)
         except grpc.aio.AioRpcError as rpc_error:
-            error = from_rpc_error(rpc_error, unavailable=Reason.ADAPTER_STORE_UNAVAILABLE)
+            error = from_store_error(rpc_error)
             # A name that no adapter can have is, to who asks for a model, an unknown one.
             if error.reason in (Reason.ADAPTER_NOT_FOUND, Reason.ADAPTER_NAME_INVALID):
                 return None
@@ -55,7 +56,7 @@ class StoreClient:
         try:
             response = await self._stub.RegisterAdapter(request)
         except grpc.aio.AioRpcError as error:
-            raise from_rpc_error(error, unavailable=Reason.ADAPTER_STORE_UNAVAILABLE) from None
+            raise from_store_error(error) from None
         return str(response.adapter.adapter_id)
 
     async def delete(self, adapter_id: str) -> int:
@@ -63,7 +64,7 @@ class StoreClient:
         try:
             response = await self._stub.DeleteAdapter(adapter_store_pb2.DeleteAdapterRequest(adapter_id=adapter_id))
         except grpc.aio.AioRpcError as error:
-            raise from_rpc_error(error, unavailable=Reason.ADAPTER_STORE_UNAVAILABLE) from None
+            raise from_store_error(error) from None
         return int(response.num_deleted)
 
     async def watch(self, resume_token: str) -> AsyncGenerator[CatalogueEvent, None]:
@@ -78,7 +79,7 @@ class StoreClient:
                 adapter = _to_entry(response.adapter) if response.HasField("adapter") else None
                 yield CatalogueEvent(change, adapter, response.resume_token)
         except grpc.aio.AioRpcError as error:
-            raise from_rpc_error(error, unavailable=Reason.ADAPTER_STORE_UNAVAILABLE) from None
+            raise from_store_error(error) from None
         finally:
             call.cancel()
 
@@ -90,7 +91,7 @@ class StoreClient:
         try:
             await self._stub.ReportAdapterUse(request, timeout=_REPORT_TIMEOUT_SECONDS)
         except grpc.aio.AioRpcError as error:
-            raise from_rpc_error(error, unavailable=Reason.ADAPTER_STORE_UNAVAILABLE) from None
+            raise from_store_error(error) from None
 
     async def close(self) -> None:
         """Closes the connection."""
@@ -106,4 +107,5 @@ def _to_entry(adapter: adapter_pb2.Adapter) -> AdapterEntry:
         base_model=adapter.base_model,
         created_at=(adapter.create_time.seconds, adapter.create_time.nanos),
         aliases=tuple(adapter.aliases),
+        tenant=adapter.tenant,
     )

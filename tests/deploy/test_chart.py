@@ -118,6 +118,9 @@ def test_services_are_probed_over_grpc(example: str) -> None:
         for workload, container in rendered(example).containers(name):
             own = {port["name"]: port["containerPort"] for port in container["ports"]}
             grpc = own["store-grpc" if name == "adapter-store" else "grpc"]
+            # Where that port is encrypted, there is one for probes.
+            (health,) = (value for key, value in environment(container).items() if key.endswith("_HEALTH"))
+            grpc = int(health.rpartition(":")[2]) if health else grpc
             liveness, readiness = container["livenessProbe"]["grpc"], container["readinessProbe"]["grpc"]
             assert liveness == {"port": grpc, "service": LIVENESS}
             wanted = {"port": grpc, "service": GATEWAY_SERVICE} if name == "gateway" else {"port": grpc}

@@ -9,7 +9,7 @@ import grpc
 from slora.adapter_store.v1 import adapter_store_pb2, adapter_store_pb2_grpc
 
 from services.common.errors import Reason, SloraError
-from services.common.grpc_errors import from_rpc_error
+from services.common.grpc_errors import from_store_error
 from services.engine.adapters.layout import PackedShard
 from services.engine.adapters.mapped_arena import ArenaPlace
 
@@ -34,7 +34,7 @@ class LeaseCall:
         except grpc.RpcError as error:
             if error.code() is grpc.StatusCode.UNIMPLEMENTED:
                 return None
-            raise from_rpc_error(error, Reason.ADAPTER_STORE_UNAVAILABLE) from error
+            raise from_store_error(error) from error
         if response is None:
             raise SloraError(Reason.INTERNAL, "the adapter store ended a lease without saying what it lends")
         return response
@@ -45,7 +45,7 @@ class LeaseCall:
         try:
             response = next(self._responses, None)
         except grpc.RpcError as error:
-            raise from_rpc_error(error, Reason.ADAPTER_STORE_UNAVAILABLE) from error
+            raise from_store_error(error) from error
         if response is not None:
             raise SloraError(Reason.INTERNAL, "the adapter store lent something more instead of confirming the lease")
 

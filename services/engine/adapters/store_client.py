@@ -19,7 +19,8 @@ from slora.adapter_store.v1 import adapter_store_pb2, adapter_store_pb2_grpc
 
 from services.common.errors import Reason, SloraError, Status
 from services.common.grpc_client import open_blocking_channel
-from services.common.grpc_errors import from_rpc_error
+from services.common.grpc_errors import from_store_error
+from services.common.tls import PLAIN_TEXT, ChannelSecurity
 from services.engine.adapters.layout import PackedShard
 from services.engine.adapters.lease_client import LeaseCall, StoreLease, to_place
 from services.engine.adapters.manifest_codec import to_manifest
@@ -55,11 +56,19 @@ class StoreClient:
     With `arenas`, weights of a store on this host are read where they lie. A process of several takes its own shard.
     """
 
-    def __init__(self, address: str, arenas: ArenaReader | None = None, tp_rank: int = 0, tp_size: int = 1) -> None:
+    def __init__(
+        self,
+        address: str,
+        arenas: ArenaReader | None = None,
+        security: ChannelSecurity = PLAIN_TEXT,
+        tp_rank: int = 0,
+        tp_size: int = 1,
+    ) -> None:
+        """Raises TlsError."""
         self._shard = (tp_rank, tp_size)
         self._address = address
         self._arenas = arenas
-        self._channel = open_blocking_channel(address)
+        self._channel = open_blocking_channel(address, security)
         self._stub = adapter_store_pb2_grpc.AdapterStoreServiceStub(self._channel)
         # As the generated stub does it, but chunks are not copied twice more.
         self._stub.FetchAdapter = self._channel.unary_stream(
@@ -247,7 +256,7 @@ class StoreFetch:
         except grpc.RpcError as error:
             if self._cancelled.is_set():
                 raise FetchCancelled from error
-            raise from_rpc_error(error, Reason.ADAPTER_STORE_UNAVAILABLE) from error
+            raise from_store_error(error) from error
 
     def _recover(self, error: SloraError, deadline: float) -> None:
         """Waits a while if another attempt may help and there is time for it; raises what the caller sees if not."""

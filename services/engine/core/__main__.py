@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from services.common.telemetry import configure_logging
+from services.common.tls import TlsError
 from services.engine.adapters.mapped_arena import ArenaReader
 from services.engine.adapters.store_client import StoreClient
 from services.engine.config import EngineSettings
@@ -115,7 +116,12 @@ def _open(
         logger.critical("the model cannot be loaded", exc_info=True)
         raise _CannotLoad(FAULT_EXIT_CODE) from error
     arenas = ArenaReader(runner.adapter_device) if settings.share_arena else None
-    return runner, StoreClient(settings.adapter_store, arenas, tp_rank, settings.tp_size)
+    try:
+        store = StoreClient(settings.adapter_store, arenas, settings.store_security, tp_rank, settings.tp_size)
+    except TlsError as error:
+        logger.critical("the adapter store cannot be called: %s", error)
+        raise _CannotLoad(USAGE_EXIT_CODE) from error
+    return runner, store
 
 
 def tie_to_parent() -> None:

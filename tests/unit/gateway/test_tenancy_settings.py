@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from services.common.exposure import is_loopback
 from services.gateway.config import GatewaySettings
 from services.gateway.tenancy.admin_key_source import read_admin_key
-from services.gateway.tenancy.exposure import is_loopback
-from services.gateway.tenancy.tenants import Tenant
+from services.tenancy.tenants import Tenant
 
 KEY = "0123456789abcdef" * 4
 

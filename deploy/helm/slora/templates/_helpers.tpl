@@ -126,6 +126,38 @@ lifecycle: {preStop: {sleep: {seconds: {{ .Values.preStopSeconds }}}}}
     secretKeyRef: {name: {{ include "slora.secretName" (index . 0) }}, key: {{ index . 2 }}, optional: {{ not (index . 3) }}}
 {{- end }}
 
+{{/* A Secret's files: (list volume secret), or (list volume secret key) for one of them. A new one appears in its place. */}}
+{{- define "slora.secretVolume" -}}
+- name: {{ index . 0 }}
+  secret:
+    secretName: {{ index . 1 }}
+    defaultMode: 0440
+    {{- if gt (len .) 2 }}
+    items: [{key: {{ index . 2 }}, path: {{ index . 2 }}}]
+    {{- end }}
+{{- end }}
+
+{{/* What a service shows its callers, and asks of them: (list secret directory asks healthPort). Nothing without a Secret. */}}
+{{- define "slora.serverTls" -}}
+{{- $secret := index . 0 -}}
+{{- $place := index . 1 -}}
+tls_certificate: {{ empty $secret | ternary "" (printf "%s/tls.crt" $place) | quote }}
+tls_key: {{ empty $secret | ternary "" (printf "%s/tls.key" $place) | quote }}
+tls_client_ca: {{ or (empty $secret) (not (index . 2)) | ternary "" (printf "%s/ca.crt" $place) | quote }}
+# Kubernetes' probes know no TLS.
+health: {{ empty $secret | ternary "" (printf "0.0.0.0:%d" (int (index . 3))) | quote }}
+{{- end }}
+
+{{/* How a service calls another: (list $ peer component). */}}
+{{- define "slora.callerTls" -}}
+{{- $ := index . 0 -}}
+{{- $peer := index . 1 -}}
+{{- range $name, $file := dict "ca" "ca.crt" "certificate" "tls.crt" "key" "tls.key" }}
+{{ $peer }}_{{ $name }}: {{ empty $.Values.tls.services | ternary "" (printf "/certificates/%s" $file) | quote }}
+{{- end }}
+{{ $peer }}_server_name: {{ empty $.Values.tls.services | ternary "" (printf "%s-%s" $.Release.Name (index . 2)) | quote }}
+{{- end }}
+
 {{- define "slora.secretChecksum" -}}
 checksum/secrets: {{ toJson .Values.secrets | sha256sum }}
 {{- end }}
@@ -172,10 +204,13 @@ env:
     "arena_bytes" .Values.adapterStore.arenaBytes
     "arena_dir" "/arena"
     "upload_dir" "/uploads"
-    "drain_seconds" .Values.adapterStore.drainSeconds }}
+    "drain_seconds" .Values.adapterStore.drainSeconds
+    "service_tokens" (empty .Values.auth.tokens | ternary "" "/tokens")
+    "allow_anonymous" (not (or .Values.auth.tokens .Values.tls.services)) }}
+{{- $own = merge $own (include "slora.serverTls" (list .Values.tls.services "/certificates" true 50058) | fromYaml) }}
 {{- include "slora.settings" (list "ADAPTER_STORE" $own) | trim | nindent 2 }}
 {{- include "slora.settings" (list "ADAPTER_STORE" .Values.adapterStore.settings) | trim | nindent 2 }}
-{{ include "slora.probes" (list 50052 "") }}
+{{ include "slora.probes" (list (empty .Values.tls.services | ternary 50052 50058) "") }}
 {{ include "slora.lifecycle" . }}
 resources:
   # Pages of shared memory count as the store's, which touches them first.
@@ -186,6 +221,41 @@ volumeMounts:
   {{- include "slora.modelMount" . | nindent 2 }}
   - {name: arena, mountPath: /arena}
   - {name: uploads, mountPath: /uploads}
+  {{- if .Values.tls.services }}
+  - {name: certificates, mountPath: /certificates, readOnly: true}
+  {{- end }}
+  {{- if .Values.auth.tokens }}
+  - {name: tokens, mountPath: /tokens, readOnly: true}
+  {{- end }}
+{{- end }}
+
+{{/* The Secrets of a pod with a store, besides its certificates. */}}
+{{- define "slora.tokenVolume" -}}
+{{- with .Values.auth.tokens }}
+{{- include "slora.secretVolume" (list "tokens" .) }}
+{{- end }}
+{{- end }}
+
+{{- define "slora.certificateVolume" -}}
+{{- with .Values.tls.services }}
+{{- include "slora.secretVolume" (list "certificates" .) }}
+{{- end }}
+{{- end }}
+
+{{/* The token with which a service calls the store: (list $ role). */}}
+{{- define "slora.ownTokenVolume" -}}
+{{- with (index . 0).Values.auth.tokens }}
+{{- include "slora.secretVolume" (list "own-token" . (index $ 1)) }}
+{{- end }}
+{{- end }}
+
+{{- define "slora.callerMounts" -}}
+{{- if .Values.tls.services }}
+- {name: certificates, mountPath: /certificates, readOnly: true}
+{{- end }}
+{{- if .Values.auth.tokens }}
+- {name: own-token, mountPath: /own-token, readOnly: true}
+{{- end }}
 {{- end }}
 
 {{- define "slora.claim" -}}

@@ -27,6 +27,13 @@ if _version_not_supported:
 
 class AdapterStoreServiceStub:
     """Owns the adapters of one base model. S3 is the truth for weights, Redis for the catalogue.
+
+    A store may ask who calls, by `authorization: Bearer …` with a service's token or a tenant's API key. Every RPC then has
+    also the errors UNAUTHENTICATED (no credential, or one that is not valid), PERMISSION_DENIED (it is not for this
+    caller) and UNAVAILABLE (keys cannot be looked up). A tenant sees adapters that are its own and those that are nobody's
+    in particular, under the names that it may use; all others are NOT_FOUND to it, and left out of lists and watches. It
+    changes and uploads only what is its own. RegisterAdapter, SyncAdapters, ShareAdapter and ReportAdapterUse are not for
+    tenants.
     """
 
     def __init__(self, channel):
@@ -109,6 +116,13 @@ class AdapterStoreServiceStub:
 
 class AdapterStoreServiceServicer:
     """Owns the adapters of one base model. S3 is the truth for weights, Redis for the catalogue.
+
+    A store may ask who calls, by `authorization: Bearer …` with a service's token or a tenant's API key. Every RPC then has
+    also the errors UNAUTHENTICATED (no credential, or one that is not valid), PERMISSION_DENIED (it is not for this
+    caller) and UNAVAILABLE (keys cannot be looked up). A tenant sees adapters that are its own and those that are nobody's
+    in particular, under the names that it may use; all others are NOT_FOUND to it, and left out of lists and watches. It
+    changes and uploads only what is its own. RegisterAdapter, SyncAdapters, ShareAdapter and ReportAdapterUse are not for
+    tenants.
     """
 
     def RegisterAdapter(self, request, context):
@@ -335,6 +349,13 @@ def add_AdapterStoreServiceServicer_to_server(servicer, server):
  # This class is part of an EXPERIMENTAL API.
 class AdapterStoreService:
     """Owns the adapters of one base model. S3 is the truth for weights, Redis for the catalogue.
+
+    A store may ask who calls, by `authorization: Bearer …` with a service's token or a tenant's API key. Every RPC then has
+    also the errors UNAUTHENTICATED (no credential, or one that is not valid), PERMISSION_DENIED (it is not for this
+    caller) and UNAVAILABLE (keys cannot be looked up). A tenant sees adapters that are its own and those that are nobody's
+    in particular, under the names that it may use; all others are NOT_FOUND to it, and left out of lists and watches. It
+    changes and uploads only what is its own. RegisterAdapter, SyncAdapters, ShareAdapter and ReportAdapterUse are not for
+    tenants.
     """
 
     @staticmethod
