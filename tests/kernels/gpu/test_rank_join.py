@@ -43,9 +43,8 @@ def held_by(case: LoraCase, tp_rank: int, tp_size: int) -> LoraCase:
     return dataclasses.replace(case, tables=tables, group=dataclasses.replace(GROUP, rank_parts=tp_size))
 
 
-@pytest.mark.parametrize("tp_size", [2, 4])
-@pytest.mark.parametrize("way", ["rows", "planned rows", "segments"])
-def test_parts_joined(rng: random.Random, device: torch.device, tp_size: int, way: str) -> None:
+@pytest.mark.parametrize(("way", "tp_size"), [("rows", 4), ("planned rows", 2), ("segments", 2), ("segments", 4)])
+def test_parts_joined(rng: random.Random, device: torch.device, way: str, tp_size: int) -> None:
     ranks = [{0: 1}, {0: 3, 2: 5}, *(random_ranks(rng, GROUP, [1, 8, 17, 32]) for _ in range(4))]
     # Pages enough behind the last adapter's B for what is read beyond the last rank.
     case = random_case(rng, GROUP, [*ranks, {0: 40, 1: 40, 2: 40}], TILE, 64, torch.float32, device)
