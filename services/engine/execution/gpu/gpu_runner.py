@@ -157,12 +157,12 @@ class GpuRunner:
     def _submit(self, layout: StepLayout) -> StepHandle:
         logits, rows, sequence_ids = self._compute(layout)
         logprobs = self._sampler.draw(logits, rows, self._state.resolved, self._state.drawn)
-        num_rows = self._share_drawn(rows)
+        num_rows = self._share_drawn(rows, sequence_ids)
         return StepHandle(rows, sequence_ids, *self._fetch(num_rows, logprobs))
 
     def _follow(self, layout: StepLayout) -> None:
-        _, rows, _ = self._compute(layout)
-        self._share_drawn(rows)
+        _, rows, sequence_ids = self._compute(layout)
+        self._share_drawn(rows, sequence_ids)
 
     def _compute(self, layout: StepLayout) -> tuple[torch.Tensor, list[SampleRow], list[int]]:
         """The step's logits, their most likely tokens in `drawn`, and whose they are."""
@@ -186,12 +186,14 @@ class GpuRunner:
             for chunk, token_row in layout.sampled
             if chunk.sample is not None
         ]
-        sequence_ids = [chunk.sequence_id for chunk, _ in layout.sampled]
-        self._rows_drawn = {number: r.row for number, r in zip(sequence_ids, rows, strict=True)}
-        return logits, rows, sequence_ids
+        return logits, rows, [chunk.sequence_id for chunk, _ in layout.sampled]
 
-    def _share_drawn(self, rows: list[SampleRow]) -> int:
-        """Tells the other processes, or hears from process 0, what was drawn, ahead of the next step; how many rows."""
+    def _share_drawn(self, rows: list[SampleRow], sequence_ids: list[int]) -> int:
+        """Notes where the next step finds what was drawn, and tells the other processes, or hears it from process 0.
+
+        Returns how many rows there are.
+        """
+        self._rows_drawn = {number: r.row for number, r in zip(sequence_ids, rows, strict=True)}
         num_rows = max((r.row for r in rows), default=-1) + 1
         if num_rows and self._communicator.partition.tp_size > 1:
             self._communicator.broadcast(self._state.drawn[:num_rows], Traffic.CONTROL)
