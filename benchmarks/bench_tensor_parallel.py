@@ -151,7 +151,7 @@ def work(end: Connection, checkpoint: Path, rendezvous: Path, tp_rank: int, tp_s
     torch.set_num_threads(1)
     device, partition = torch.device("cpu"), Partition(tp_rank, tp_size)
     group = SoleProcess() if tp_size == 1 else WaitingGroup(partition, device, rendezvous, 600.0)
-    settings = EngineSettings(str(checkpoint), "", num_pages=2048, max_adapters=NUM_ADAPTERS, max_step_tokens=256)
+    settings = EngineSettings(str(checkpoint), (), num_pages=2048, max_adapters=NUM_ADAPTERS, max_step_tokens=256)
     runner = ModelRunner(settings, RandomWeights(device, torch.float32), group)
     adapter_bytes, first_page = install_adapters(runner, checkpoint, partition)
     while True:

@@ -9,7 +9,7 @@ import sys
 from prometheus_client import REGISTRY
 
 from services.adapter_store.arena import Arena
-from services.adapter_store.assembly import running_store
+from services.adapter_store.assembly import as_replica, running_store
 from services.adapter_store.base_model import BaseModel, load_base_model
 from services.adapter_store.catalogue_servicer import CatalogueServicer
 from services.adapter_store.config import AdapterStoreSettings
@@ -33,9 +33,11 @@ async def serve(settings: AdapterStoreSettings, base: BaseModel, arena: Arena) -
         add_to_server(servicer, server.grpc)
         exposition = serve_metrics(settings.metrics)
         await server.start()
+        store.membership.announce(as_replica(settings, server.port, arena))
         listening = {
             "port": server.port,
             "health_port": server.health_port or None,
+            "address": settings.address_at(server.port),
             "metrics_port": exposition[0].server_port if exposition else None,
             "base_model": base.name,
             "dtype": base.element_type.value,

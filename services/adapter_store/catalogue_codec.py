@@ -1,4 +1,4 @@
-"""Messages of syncs and of adapters that were looked over."""
+"""Messages of syncs, of adapters that were looked over, and of replicas."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from slora.adapter_store.v1 import adapter_store_pb2 as pb
 
 from services.adapter_store.base_model import BaseModel
 from services.adapter_store.inspection import Inspection, ModuleFit
+from services.adapter_store.membership import Membership
 from services.adapter_store.sync import SyncReport
 
 MAX_LISTED = 1000
@@ -65,3 +66,20 @@ def _module_message(module: ModuleFit) -> pb.ModuleWidths:
         base_in_features=module.base_in_features,
         base_out_features=module.base_out_features,
     )
+
+
+def replicas_message(membership: Membership) -> pb.ListReplicasResponse:
+    """The replicas, as one of them sees it."""
+    replicas = [
+        pb.Replica(
+            replica_id=replica.replica_id,
+            address=replica.address,
+            weight=replica.arena_bytes,
+            is_draining=replica.is_draining,
+            arena=pb.Arena(
+                arena_id=bytes.fromhex(replica.arena_id), path=replica.arena_path, num_bytes=replica.arena_bytes
+            ),
+        )
+        for replica in membership.replicas
+    ]
+    return pb.ListReplicasResponse(replicas=replicas, num_homes=membership.num_homes, is_current=membership.is_current)

@@ -30,13 +30,19 @@ FetchPart: TypeAlias = "pb.FetchAdapterResponse | memoryview"
 
 
 class WeightDelivery:
-    """Sends what `pin` gives, or lends it; it stays where it is in `arena` meanwhile.
+    """Sends what `pin(digest, only_resident, tp_rank, tp_size)` gives, or lends it.
+
+    It stays where it is in `arena` meanwhile.
 
     A reader that stands still for `stall_seconds`, or keeps a lease for so long, pins memory no longer.
     """
 
     def __init__(
-        self, pin: Callable[[str, int, int], Awaitable[Pin]], arena: Arena, metrics: StoreMetrics, stall_seconds: float
+        self,
+        pin: Callable[[str, bool, int, int], Awaitable[Pin]],
+        arena: Arena,
+        metrics: StoreMetrics,
+        stall_seconds: float,
     ) -> None:
         self._pin = pin
         self._arena = arena
@@ -47,7 +53,7 @@ class WeightDelivery:
     async def send(self, request: pb.FetchAdapterRequest, context: Context) -> None:
         """Streams the manifest, then chunks as memoryviews, which `serialize_part` knows."""
         began = time.perf_counter()
-        with await self._pin(request.digest, *_shard(request)) as pin:
+        with await self._pin(request.digest, False, *_shard(request)) as pin:
             self._metrics.fetch_seconds.observe(time.perf_counter() - began)
             size = len(pin.content)
             if request.offset > size:
@@ -70,7 +76,10 @@ class WeightDelivery:
         request = await self._next_part(requests, "digest", context)
         outcome = "refused"
         try:
-            with await self._pin(request.digest, *_shard(request)) as pin, self._metrics.open_leases.track_inprogress():
+            with (
+                await self._pin(request.digest, request.only_resident, *_shard(request)) as pin,
+                self._metrics.open_leases.track_inprogress(),
+            ):
                 self._metrics.fetch_seconds.observe(time.perf_counter() - began)
                 outcome = "abandoned"
                 manifest = manifest_message(pin.manifest)

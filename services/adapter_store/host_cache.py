@@ -125,6 +125,10 @@ class HostCache:
         """Digests of the adapters that can be found here."""
         return list({name.digest for name in self._entries})
 
+    def __contains__(self, digest: str) -> bool:
+        """Whether the whole adapter with this digest is here."""
+        return PackedName(digest) in self._entries
+
     def pin(self, digest: str, tp_rank: int = 0, tp_size: int = 1) -> Pin | None:
         """Pins the adapter with this digest, or a shard of it, now the most recently used; None if it is not here."""
         entry = self._entries.get(PackedName(digest, tp_rank, tp_size))

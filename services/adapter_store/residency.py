@@ -103,16 +103,21 @@ class Residency:
         self._loading = asyncio.Semaphore(max_loads)
         self._flights: dict[PackedName, _Flight] = {}
 
-    async def pin(self, digest: str, tp_rank: int = 0, tp_size: int = 1) -> Pin:
+    async def pin(self, digest: str, only_resident: bool = False, tp_rank: int = 0, tp_size: int = 1) -> Pin:
         """The packed adapter with this digest, or a shard of it, pinned; from S3 if it is not in memory.
 
+        With `only_resident` nothing is read from S3; a shard may be cut from what is in memory.
         A caller that is cancelled leaves the load running for the others. Errors: ADAPTER_NOT_FOUND, ADAPTER_CHANGED,
-        HOST_CACHE_FULL, CATALOGUE_UNAVAILABLE, BLOB_STORE_UNAVAILABLE; REQUEST_INVALID for a shard that cannot be cut.
+        HOST_CACHE_FULL, CATALOGUE_UNAVAILABLE, BLOB_STORE_UNAVAILABLE; ADAPTER_NOT_RESIDENT; REQUEST_INVALID for a
+        shard that cannot be cut.
         """
         name = PackedName(digest, tp_rank, tp_size)
         if name != PackedName(digest):
             shard_geometry(self._base, name)
         pin = self._cache.pin(*name)
+        if pin is None and only_resident and digest not in self._cache:
+            message = f"this store does not hold {digest} in memory now; fetch it from one of its homes"
+            raise SloraError(Reason.ADAPTER_NOT_RESIDENT, message, digest=digest)
         self._observer.on_lookup(pin is not None)
         return pin or await self._join_flight(name)
 

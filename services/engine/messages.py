@@ -106,12 +106,15 @@ class RequestFailed(msgspec.Struct, frozen=True):
 
 
 class AdapterLoaded(msgspec.Struct, frozen=True):
-    """An adapter became resident. `lent`: its bytes were copied out of the store's memory, not streamed."""
+    """An adapter became resident. `lent`: its bytes were copied out of the store's memory, not streamed. `replica`: of
+    the store, which gave it; others that were asked before failed `num_failovers` times."""
 
     adapter: Adapter
     load_seconds: float
     packed_bytes: int
     lent: bool = False
+    replica: str = ""
+    num_failovers: int = 0
 
 
 class CoreLoad(msgspec.Struct, frozen=True):

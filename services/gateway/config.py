@@ -13,7 +13,9 @@ class GatewaySettings:
     """A slora gateway: takes requests for any adapter and routes each to an engine."""
 
     engines: tuple[str, ...] = setting(help="host:port of each engine, separated by commas")
-    adapter_store: str = setting(help="host:port of the adapter store")
+    adapter_store: tuple[str, ...] = setting(
+        help="host:port of the adapter store, or of some of its replicas, separated by commas; they name the others"
+    )
     listen: str = setting("127.0.0.1:50051", "host:port to serve gRPC on; port 0 takes a free one")
     metrics: str = setting("", "host:port to serve Prometheus metrics on; empty for none")
     http: str = setting("", "host:port to serve the OpenAI-compatible HTTP API on; empty for none")

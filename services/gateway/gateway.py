@@ -50,11 +50,11 @@ class Gateway:
             routing_policy(settings),
             settings.engine_silence_seconds,
         )
-        self._store = StoreClient(settings.adapter_store, settings.store_security)
+        metrics = GatewayMetrics(registry, settings.max_model_labels)
+        self._store = StoreClient(settings.adapter_store, metrics.store_failovers.inc, settings.store_security)
         self.catalogue = Catalogue()
         self._feed = CatalogueFeed(self.catalogue, self._store)
         self._admission = Admission(settings.max_concurrent)
-        metrics = GatewayMetrics(registry, settings.max_model_labels)
         registry.register(EngineCollector(self.pool.states, lambda: len(self.catalogue)))
         self.tenancy = Tenancy(tenancy_policy(settings), admin_secret, metrics.count_refusal)
         feed = self._feed
@@ -88,7 +88,8 @@ class Gateway:
         """
         self.pool.start()
         self.tenancy.start()
-        self._tasks += [asyncio.create_task(self._feed.run()), asyncio.create_task(self._uses.run())]
+        follow = (self._store.follow_replicas(), self._feed.run(), self._uses.run())
+        self._tasks += [asyncio.create_task(task) for task in follow]
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self.pool.wait_until_heard(), self._settings.engine_wait_seconds)
         await self.server.start()

@@ -47,6 +47,7 @@ def all_metrics() -> set[str]:
     store_metrics = StoreMetrics(store := CollectorRegistry())
     store_metrics.observe_cache(lambda: CacheFigures(1, 1, 1, 0, 0))
     store_metrics.observe_copies(lambda: 0)
+    store_metrics.observe_replicas(lambda: 1, lambda: True)
     engine_metrics = EngineMetrics()
     engine_metrics.watch_core(CoreLoad, lambda: 0, lambda: True)
     vllm: Collector = VllmCollector("base", 1, CoreLoad, AdapterPresence)

@@ -20,7 +20,7 @@ from services.common.errors import Reason, SloraError
 from services.common.packed_digest import packed_digest
 from services.engine.adapters.layout import AdapterLayout
 from services.engine.adapters.load_job import Grant, LoadEnded, LoadEvent, LoadInstalled, LoadJob, LoadSized
-from services.engine.adapters.source import AdapterManifest, FetchCancelled
+from services.engine.adapters.source import AdapterManifest, Delivery, FetchCancelled
 from services.engine.config import PoolConfig
 from services.engine.messages import Adapter, Generate, SamplingParams, StopParams
 from services.engine.step import BASE_SLOT, PENDING_TOKEN, SampledToken, ScheduledChunk, StepPlan
@@ -443,6 +443,7 @@ class FakeFetch:
         self._source = source
         self._digest = digest
         self.cancelled = threading.Event()
+        self.delivery = Delivery("fake", 0)
 
     def manifest(self, deadline: float) -> AdapterManifest:
         found = self._source.adapters.get(self._digest)

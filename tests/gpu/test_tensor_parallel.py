@@ -101,7 +101,7 @@ def test_two_accelerators(tmp_path: Path) -> None:
         Ask(a, [rng.randrange(4096) for _ in range(rng.choice([1, 30, 200]))], 10, rng.choice([0, 4])) for a in adapters
     ]
     settings = EngineSettings(
-        str(checkpoint), "", device="cuda", num_pages=3000, max_adapters=8, max_running=32, max_step_tokens=1024
+        str(checkpoint), (), device="cuda", num_pages=3000, max_adapters=8, max_running=32, max_step_tokens=1024
     ).for_device()
 
     def packed(tp_size: int, dtype: torch.dtype = torch.bfloat16) -> Sequence[Sequence[PackedAdapter]]:

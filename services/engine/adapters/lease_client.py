@@ -20,11 +20,16 @@ class LeaseCall:
     """The call, from any thread's `cancel` to its own end; otherwise used by one thread."""
 
     def __init__(
-        self, stub: adapter_store_pb2_grpc.AdapterStoreServiceStub, wanted: PackedShard, timeout_seconds: float
+        self,
+        stub: adapter_store_pb2_grpc.AdapterStoreServiceStub,
+        wanted: PackedShard,
+        only_resident: bool,
+        timeout_seconds: float,
     ) -> None:
         """Opens the call; ValueError if the channel is closed."""
+        first = adapter_store_pb2.ShareAdapterRequest(only_resident=only_resident, **wanted._asdict())
         self._requests: queue.SimpleQueue[adapter_store_pb2.ShareAdapterRequest | None] = queue.SimpleQueue()
-        self._requests.put(adapter_store_pb2.ShareAdapterRequest(**wanted._asdict()))
+        self._requests.put(first)
         self._responses = stub.ShareAdapter(iter(self._requests.get, None), timeout=timeout_seconds)
 
     def lent(self) -> adapter_store_pb2.ShareAdapterResponse | None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from services.common.errors import SloraError
-from services.engine.adapters.source import AdapterFetch
+from services.engine.adapters.source import AdapterFetch, Delivery
 from services.engine.messages import Adapter
 
 
@@ -130,13 +130,14 @@ class LoadSized:
 class LoadInstalled:
     """The adapter is in its pages and at its slot. `load_seconds` leaves out the wait for pages.
 
-    `lent`: its bytes were copied out of the store's memory, not streamed.
+    `lent`: its bytes were copied out of the store's memory, not streamed. `delivery`: by which replica.
     """
 
     job: LoadJob
     load_seconds: float
     packed_bytes: int
     lent: bool = False
+    delivery: Delivery = Delivery()
 
 
 @dataclass(frozen=True, slots=True)

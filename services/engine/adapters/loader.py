@@ -176,7 +176,7 @@ class AdapterLoader:
             self._copy_streamed(job, manifest, grant, buffer)
         with self._device_lock:
             self._device.enter(grant.slot, manifest.layout, grant.pages)
-        return LoadInstalled(job, job.load_seconds, manifest.packed_bytes, lent)
+        return LoadInstalled(job, job.load_seconds, manifest.packed_bytes, lent, job.fetch.delivery)
 
     def _copy_lent(
         self, job: LoadJob, manifest: AdapterManifest, grant: Grant, buffer: _HostBuffer, lease: WeightsLease

@@ -223,7 +223,7 @@ class Residency:
                 entry.state, entry.job = AdapterState.RESIDENT, None
                 del self._loads[entry.adapter.digest]
                 self._become_idle(entry)
-                news.loaded.append(AdapterLoaded(entry.adapter, event.load_seconds, event.packed_bytes, event.lent))
+                news.loaded.append(_loaded(entry.adapter, event))
             else:
                 self._note_end(entry, event, news)
         return news
@@ -270,3 +270,10 @@ class Residency:
             self._free_slots.append(entry.slot)
         del self._entries[entry.adapter.digest]
         self._loads.pop(entry.adapter.digest, None)
+
+
+def _loaded(adapter: Adapter, event: LoadInstalled) -> AdapterLoaded:
+    delivery = event.delivery
+    return AdapterLoaded(
+        adapter, event.load_seconds, event.packed_bytes, event.lent, delivery.replica, delivery.num_failovers
+    )

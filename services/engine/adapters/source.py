@@ -24,6 +24,14 @@ class AdapterManifest:
     packed_digest: str
 
 
+@dataclass(frozen=True, slots=True)
+class Delivery:
+    """Who gave an adapter, and how often another one had to be asked for it."""
+
+    replica: str = ""
+    num_failovers: int = 0
+
+
 class WeightsLease(AbstractContextManager["WeightsLease"], Protocol):
     """The right to read an adapter's weights where the store keeps them, until the context is left.
 
@@ -44,6 +52,10 @@ class AdapterFetch(Protocol):
     Deadlines are `time.monotonic()` seconds. Faults that may pass (store away, stream cut) are retried until then;
     what remains is raised as a `SloraError`, or as `FetchCancelled`.
     """
+
+    @property
+    def delivery(self) -> Delivery:
+        """How the adapter came, as far as it has."""
 
     def manifest(self, deadline: float) -> AdapterManifest:
         """The manifest; blocks until it is here. Later calls return the same."""

@@ -117,7 +117,14 @@ def _open(
         raise _CannotLoad(FAULT_EXIT_CODE) from error
     arenas = ArenaReader(runner.adapter_device) if settings.share_arena else None
     try:
-        store = StoreClient(settings.adapter_store, arenas, settings.store_security, tp_rank, settings.tp_size)
+        store = StoreClient(
+            settings.adapter_store,
+            arenas,
+            settings.load_through_local,
+            settings.store_security,
+            tp_rank,
+            settings.tp_size,
+        )
     except TlsError as error:
         logger.critical("the adapter store cannot be called: %s", error)
         raise _CannotLoad(USAGE_EXIT_CODE) from error

@@ -47,7 +47,7 @@ class Fleet:
         addresses = tuple(engine.address for engine in self.engines)
         everything = {"listen": "127.0.0.1:0", "http": "127.0.0.1:0", **quick, **settings}
         admin_secret = everything.pop("admin_secret", "")
-        settings_given = GatewaySettings(addresses, self.store.address, **everything)
+        settings_given = GatewaySettings(addresses, (self.store.address,), **everything)
         self.gateway = Gateway(settings_given, self.registry, admin_secret)
         await self.gateway.start()
         self.channel = grpc.aio.insecure_channel(f"127.0.0.1:{self.gateway.server.port}")

@@ -71,7 +71,7 @@ class World:
     """A core of two processes, the second one a thread."""
 
     def __init__(self, step_timeout_seconds: float = 60.0) -> None:
-        settings = EngineSettings("", "", max_running=4, max_step_tokens=16, max_adapters=3, tp_size=2)
+        settings = EngineSettings("", (), max_running=4, max_step_tokens=16, max_adapters=3, tp_size=2)
         self.runner = FakeRunner(NUM_PAGES)
         self.sources = [FakeSource(self.runner.pool_config.page_elems) for _ in range(2)]
         meeting = threading.Barrier(2)
@@ -228,7 +228,7 @@ def test_a_plan_travels_whole() -> None:
     runner = FakeRunner(8)
     plans: list[StepPlan] = []
     runner.before = plans.append
-    settings = EngineSettings("", "", max_running=4, max_step_tokens=4, max_adapters=1)
+    settings = EngineSettings("", (), max_running=4, max_step_tokens=4, max_adapters=1)
     core = EngineCore(settings, runner, FakeSource(runner.pool_config.page_elems), lambda: None)
     core.handle(ask(1))
     while not core.needs_event:

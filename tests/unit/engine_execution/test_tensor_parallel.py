@@ -45,7 +45,7 @@ def groups(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[int, Proce
 
 
 def settings_for(checkpoint: Path, num_pages: int = 4000, **fields: Any) -> EngineSettings:
-    return EngineSettings(str(checkpoint), "", num_pages=num_pages, max_adapters=32, **fields).for_device()
+    return EngineSettings(str(checkpoint), (), num_pages=num_pages, max_adapters=32, **fields).for_device()
 
 
 def shards(model: Any, names: list[str], tp_size: int, dtype: torch.dtype = torch.float32) -> list[list[PackedAdapter]]:

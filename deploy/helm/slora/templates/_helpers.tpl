@@ -191,11 +191,16 @@ env:
 {{- include "slora.secretVariable" (list . "AWS_ACCESS_KEY_ID" "s3-access-key" .Values.s3.bundled) | nindent 2 }}
 {{- include "slora.secretVariable" (list . "AWS_SECRET_ACCESS_KEY" "s3-secret-key" .Values.s3.bundled) | nindent 2 }}
   - {name: AWS_DEFAULT_REGION, value: {{ .Values.s3.region | quote }}}
+  # By its name it keeps its adapters over a restart; by its address the others, engines and gateways reach it.
+  - {name: REPLICA_ID, valueFrom: {fieldRef: {fieldPath: {{ eq .Values.adapterStore.placement "node" | ternary "spec.nodeName" "metadata.name" }}}}}
+  - {name: POD_IP, valueFrom: {fieldRef: {fieldPath: status.podIP}}}
 {{- $redis := printf "redis://:$(REDIS_PASSWORD)@%s-redis:6379/0" .Release.Name }}
 {{- $s3 := printf "http://%s-s3:9000" .Release.Name }}
 {{- $own := dict
     "listen" "0.0.0.0:50052"
     "metrics" "0.0.0.0:9052"
+    "replica_id" "$(REPLICA_ID)"
+    "advertise" "$(POD_IP)"
     "base_model" .Values.model.name
     "base_model_config" (include "slora.modelPath" .)
     "redis_url" (.Values.redis.bundled | ternary $redis .Values.redis.url)
