@@ -22,7 +22,7 @@ from services.engine.execution.gpu.adapter_device import model_tile_elems
 from services.engine.execution.gpu.gpu_runner import GpuRunner
 from services.engine.execution.model_runner import ModelRunner
 from services.engine.execution.open_runner import open_runner
-from services.engine.messages import Adapter
+from services.engine.messages import Adapter, Origin
 from services.engine.model.config import ModelConfig
 from services.engine.model.random_weights import NAME_PREFIX
 from services.engine.model.step_ops import module_groups
@@ -113,7 +113,7 @@ class SyntheticAdapters:
             self.device or other.device,
         )
 
-    def open(self, digest: str) -> _Fetch:
+    def open(self, digest: str, origin: Origin) -> _Fetch:
         """Begins to fetch."""
         return _Fetch(self.manifests[digest], self.weights[digest])
 

@@ -9,8 +9,10 @@ from services.adapter_store.base_model import BaseModel
 from services.adapter_store.inspection import Inspection, ModuleFit
 from services.adapter_store.membership import Membership
 from services.adapter_store.sync import SyncReport
+from services.common.errors import Reason, SloraError
 
 MAX_LISTED = 1000
+MAX_USES = 10_000
 
 
 def sync_message(report: SyncReport) -> pb.SyncAdaptersResponse:
@@ -32,6 +34,21 @@ def sync_message(report: SyncReport) -> pb.SyncAdaptersResponse:
         refused=refused,
         kept=report.kept[:MAX_LISTED],
     )
+
+
+def use_times(request: pb.ReportAdapterUseRequest) -> dict[str, int]:
+    """Milliseconds since the epoch by `name@version`; REQUEST_INVALID for too many, or a time that is none."""
+    if len(request.uses) > MAX_USES:
+        message = f"{len(request.uses)} uses at once; at most {MAX_USES} are taken"
+        raise SloraError(Reason.REQUEST_INVALID, message, field="uses", limit=MAX_USES)
+    times = {}
+    for use in request.uses:
+        try:
+            times[use.adapter_id] = use.last_use_time.ToMilliseconds()
+        except ValueError as error:
+            message = f"the last_use_time of {use.adapter_id[:160]!r} is no time: {error}"
+            raise SloraError(Reason.REQUEST_INVALID, message, field="last_use_time") from error
+    return times
 
 
 def inspection_message(found: Inspection, base: BaseModel) -> pb.ValidateAdapterResponse:

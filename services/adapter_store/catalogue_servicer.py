@@ -10,9 +10,9 @@ from slora.adapter_store.v1 import adapter_store_pb2 as pb
 
 from services.adapter_store.assembly import Store
 from services.adapter_store.callers import Caller
-from services.adapter_store.catalogue_codec import inspection_message, replicas_message, sync_message
+from services.adapter_store.catalogue_codec import inspection_message, replicas_message, sync_message, use_times
 from services.adapter_store.catalogue_marks import MarkChanges
-from services.adapter_store.codec import adapter_message
+from services.adapter_store.codec import adapter_message, few_labels
 from services.adapter_store.delivery_servicer import WeightDelivery
 from services.adapter_store.host_cache import Pin
 from services.adapter_store.identifiers import parse_adapter_id
@@ -89,13 +89,17 @@ class CatalogueServicer(AdapterStoreServicer):
     async def UpdateAdapter(self, request: pb.UpdateAdapterRequest, context: Context) -> pb.UpdateAdapterResponse:  # noqa: N802
         """Changes labels and pin."""
         pinned = request.pinned if request.HasField("pinned") else None
-        changes = MarkChanges(dict(request.set_labels), tuple(request.remove_labels), pinned)
         update = self._administration.update
         record = await self._answer(
             "UpdateAdapter",
             context,
             lambda caller: self._change(
-                caller, parse_adapter_id(request.adapter_id).name, lambda: update(request.adapter_id, changes)
+                caller,
+                parse_adapter_id(request.adapter_id).name,
+                lambda: update(
+                    request.adapter_id,
+                    MarkChanges(few_labels(request.set_labels), tuple(request.remove_labels), pinned),
+                ),
             ),
         )
         return pb.UpdateAdapterResponse(adapter=adapter_message(record))
@@ -104,11 +108,9 @@ class CatalogueServicer(AdapterStoreServicer):
         self, request: pb.ReportAdapterUseRequest, context: Context
     ) -> pb.ReportAdapterUseResponse:
         """Notes when adapters were used."""
-        uses = {use.adapter_id: use.last_use_time.ToMilliseconds() for use in request.uses}
         report_use = self._administration.report_use
-        return pb.ReportAdapterUseResponse(
-            num_noted=await self._answer("ReportAdapterUse", context, lambda caller: report_use(uses))
-        )
+        num_noted = await self._answer("ReportAdapterUse", context, lambda caller: report_use(use_times(request)))
+        return pb.ReportAdapterUseResponse(num_noted=num_noted)
 
     async def SyncAdapters(self, request: pb.SyncAdaptersRequest, context: Context) -> pb.SyncAdaptersResponse:  # noqa: N802
         """Compares a prefix in S3 with the catalogue."""

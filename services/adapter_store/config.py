@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from services.adapter_store.identifiers import parse_source_uri
 from services.common.errors import SloraError
-from services.common.settings import LogLevel, setting
+from services.common.settings import LogFormat, LogLevel, setting
 from services.common.tls import ServerTls
 
 
@@ -70,6 +70,9 @@ class AdapterStoreSettings:
     stall_seconds: float = setting(60.0, "a fetch or upload that stands still, or a lease that lasts, so long is ended")
     drain_seconds: float = setting(30.0, "on SIGTERM running calls have this long to end")
     log_level: LogLevel = setting("INFO", "DEBUG, INFO, WARNING or ERROR")
+    log_format: LogFormat = setting("json", "json (an object a line) or text (for people)")
+    otlp_endpoint: str = setting("", "http(s)://host:port of a collector of traces, OTLP over gRPC; empty: no traces")
+    trace_sample_ratio: float = setting(1.0, "share of traces kept that begin here; a caller's own are kept as it says")
 
     @property
     def server_tls(self) -> ServerTls:

@@ -54,6 +54,7 @@ class StoreMetrics:
             "arena_used_bytes": ("Bytes of the arena that hold adapters", lambda f: f.capacity_bytes - f.free_bytes),
             "arena_free_bytes": ("Bytes of the arena that nothing holds", lambda f: f.free_bytes),
             "arena_largest_free_bytes": ("Bytes of the arena's largest free extent", lambda f: f.largest_free_bytes),
+            "arena_free_extents": ("Pieces that the arena's free bytes lie in", lambda f: f.num_free_extents),
             "resident_adapters": ("Adapters in memory", lambda f: f.num_adapters),
             "pinned_adapters": ("Adapters in memory that are being sent or copied", lambda f: f.num_pinned),
         }

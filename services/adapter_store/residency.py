@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 from functools import partial
 from types import TracebackType
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 
@@ -30,6 +30,8 @@ from services.adapter_store.threads import run_to_end
 from services.common.errors import Reason, SloraError
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 class ResidencyObserver(Protocol):
@@ -144,7 +146,7 @@ class Residency:
         Nothing is evicted for an adapter that nobody has asked for. Errors: every reason why an adapter cannot be
         served; ADAPTER_TOO_LARGE if it could never be in the cache.
         """
-        prepared = await run_to_end(self._threads, lambda: prepare(files, self._base))
+        prepared = await self.on_thread(lambda: prepare(files, self._base))
         resident = self._cache.pin(prepared.digest)
         if resident is not None:
             with resident:
@@ -167,6 +169,10 @@ class Residency:
         except BaseException:
             reservation.cancel()
             raise
+
+    async def on_thread(self, call: Callable[[], T]) -> T:
+        """`call()` on a thread of those that validate and pack."""
+        return await run_to_end(self._threads, call)
 
     def discard(self, digest: str) -> None:
         """No version has this content any more: it is not found again; streams that send it go on."""
@@ -215,7 +221,7 @@ class Residency:
             if not records:
                 raise unknown_digest(digest)
             files = await self._read_verified(digest, records)
-            prepared = await run_to_end(self._threads, lambda: prepare(files, self._base))
+            prepared = await self.on_thread(lambda: prepare(files, self._base))
             prepared = replace(prepared, digest=digest)  # what a sync discovered is known by where it was found
             with self._cache.reserve(prepared.layout.packed_bytes, evict=True) as reservation:
                 manifest = await self._pack(prepared, reservation.view)
@@ -240,7 +246,7 @@ class Residency:
                 await self._synced.complete(record, read)
 
     async def _pack(self, prepared: PreparedAdapter, out: Bytes) -> PackedManifest:
-        return await run_to_end(self._threads, lambda: pack_into(prepared, out))
+        return await self.on_thread(lambda: pack_into(prepared, out))
 
     async def _read_verified(self, digest: str, records: Iterable[AdapterRecord]) -> AdapterFiles:
         """The files from the first place that still holds this content."""

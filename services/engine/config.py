@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from services.common.settings import LogLevel, setting
+from services.common.settings import LogFormat, LogLevel, setting
 from services.common.tls import ChannelSecurity, ServerTls
 
 OrderName = Literal["fcfs", "priority", "fair"]
@@ -80,6 +80,9 @@ class EngineSettings:
     load_timeout_seconds: float = setting(30.0, "an adapter load that takes longer fails")
     drain_seconds: float = setting(30.0, "on SIGTERM running requests have this long to end")
     log_level: LogLevel = setting("INFO", "DEBUG, INFO, WARNING or ERROR")
+    log_format: LogFormat = setting("json", "json (an object a line) or text (for people)")
+    otlp_endpoint: str = setting("", "http(s)://host:port of a collector of traces, OTLP over gRPC; empty: no traces")
+    trace_sample_ratio: float = setting(1.0, "share of traces kept that begin here; a caller's own are kept as it says")
 
     def __post_init__(self) -> None:
         if not 1 <= self.tp_size <= MAX_TP_SIZE:

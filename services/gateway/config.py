@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from services.common.settings import LogLevel, setting
+from services.common.settings import LogFormat, LogLevel, setting
 from services.common.tls import ChannelSecurity, ServerTls
 
 
@@ -62,6 +62,9 @@ class GatewaySettings:
     max_model_labels: int = setting(100, "most models with metrics of their own; the rest count as `other`")
     drain_seconds: float = setting(30.0, "on SIGTERM running requests have this long to end")
     log_level: LogLevel = setting("INFO", "DEBUG, INFO, WARNING or ERROR")
+    log_format: LogFormat = setting("json", "json (an object a line) or text (for people)")
+    otlp_endpoint: str = setting("", "http(s)://host:port of a collector of traces, OTLP over gRPC; empty: no traces")
+    trace_sample_ratio: float = setting(1.0, "share of traces kept that begin here; a caller's own are kept as it says")
 
     @property
     def server_tls(self) -> ServerTls:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+import contextlib
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 
 from slora.adapter_store.v1 import adapter_pb2, adapter_store_pb2
 
 from services.common.errors import Reason, SloraError
 from services.common.tls import PLAIN_TEXT, ChannelSecurity
+from services.common.tracing import Headers, Kind, call_metadata, current_span
 from services.gateway.catalogue import AdapterEntry, CatalogueChange, CatalogueEvent
 from services.gateway.replica_client import StoreReplicas
 
@@ -41,7 +43,10 @@ class StoreClient:
         """See `AdapterSource.find`."""
         request = adapter_store_pb2.GetAdapterRequest(adapter_id=adapter_id)
         try:
-            response = await self._replicas.ask(lambda stub, part: stub.GetAdapter(request, timeout=part), timeout)
+            with _calling("GetAdapter") as metadata:
+                response = await self._replicas.ask(
+                    lambda stub, part: stub.GetAdapter(request, timeout=part, metadata=metadata), timeout
+                )
         except SloraError as error:
             # A name that no adapter can have is, to who asks for a model, an unknown one.
             if error.reason in (Reason.ADAPTER_NOT_FOUND, Reason.ADAPTER_NAME_INVALID):
@@ -55,16 +60,20 @@ class StoreClient:
     async def register(self, name: str, source_uri: str) -> str:
         """See `AdapterRegistry.register`; takes as long as reading the files does."""
         request = adapter_store_pb2.RegisterAdapterRequest(name=name, source_uri=source_uri)
-        response = await self._replicas.ask(lambda stub, part: stub.RegisterAdapter(request, timeout=part), None)
+        with _calling("RegisterAdapter") as metadata:
+            response = await self._replicas.ask(
+                lambda stub, part: stub.RegisterAdapter(request, timeout=part, metadata=metadata), None
+            )
         return str(response.adapter.adapter_id)
 
     async def delete(self, adapter_id: str) -> int:
         """See `AdapterRegistry.delete`. Where a replica goes away meanwhile no other is asked: to ask it what the first
         one has done would give NOT_FOUND."""
         request = adapter_store_pb2.DeleteAdapterRequest(adapter_id=adapter_id)
-        response = await self._replicas.ask(
-            lambda stub, part: stub.DeleteAdapter(request, timeout=part), None, may_repeat=False
-        )
+        with _calling("DeleteAdapter") as metadata:
+            response = await self._replicas.ask(
+                lambda stub, part: stub.DeleteAdapter(request, timeout=part, metadata=metadata), None, may_repeat=False
+            )
         return int(response.num_deleted)
 
     async def watch(self, resume_token: str) -> AsyncGenerator[CatalogueEvent, None]:
@@ -99,6 +108,21 @@ class StoreClient:
     async def close(self) -> None:
         """Closes the connections."""
         await self._replicas.close()
+
+
+@contextlib.contextmanager
+def _calling(method: str) -> Iterator[Headers]:
+    """Within the span of a call to the store, whichever replicas are asked: the metadata that it carries."""
+    name = f"slora.adapter_store.v1.AdapterStoreService/{method}"
+    span = current_span().child(name, Kind.CLIENT)
+    span.set({"rpc.system.name": "grpc", "rpc.method": name})
+    try:
+        yield call_metadata(span)
+    except SloraError as error:
+        span.fail(error.reason.status.value)
+        raise
+    finally:
+        span.end()
 
 
 def _to_entry(adapter: adapter_pb2.Adapter) -> AdapterEntry:

@@ -19,10 +19,11 @@ from slora.adapter_store.v1 import adapter_store_pb2
 
 from services.common.errors import Reason, SloraError, Status
 from services.common.grpc_errors import from_store_error
+from services.common.tracing import Headers
 from services.engine.adapters.layout import PackedShard
 from services.engine.adapters.lease_client import LeaseCall, StoreLease, to_place
 from services.engine.adapters.manifest_codec import to_manifest
-from services.engine.adapters.mapped_arena import NO_ARENA, ArenaReader
+from services.engine.adapters.mapped_arena import EXTENT_ALIGNMENT, NO_ARENA, ArenaReader
 from services.engine.adapters.replica_client import FetchCall, FetchPart, ReplicaClient
 from services.engine.adapters.replica_directory import ReplicaDirectory
 from services.engine.adapters.replica_order import Attempt, attempts
@@ -52,8 +53,15 @@ class StoreFetch:
     """An `AdapterFetch` by `AdapterStoreService.ShareAdapter`, where that helps, and `FetchAdapter`."""
 
     def __init__(
-        self, directory: ReplicaDirectory, wanted: PackedShard, arenas: ArenaReader | None, through_local: bool
+        self,
+        directory: ReplicaDirectory,
+        wanted: PackedShard,
+        arenas: ArenaReader | None,
+        through_local: bool,
+        metadata: Headers = (),
     ) -> None:
+        """Calls carry `metadata`."""
+        self._metadata = metadata
         self._directory = directory
         self._wanted = wanted
         self._digest = wanted.digest
@@ -170,7 +178,7 @@ class StoreFetch:
             return False
         self.pause()
         timeout = max(deadline - time.monotonic(), 0.001)
-        call = self._lease_call = replica.borrow(self._wanted, attempt.only_resident, timeout)
+        call = self._lease_call = replica.borrow(self._wanted, attempt.only_resident, timeout, self._metadata)
         if self._cancelled.is_set():
             call.cancel()
         try:
@@ -194,17 +202,22 @@ class StoreFetch:
     ) -> StoreLease | None:
         assert self._arenas is not None
         replica.arena_id = lent.arena.arena_id
-        end = lent.offset + lent.manifest.packed_bytes
-        if end > lent.arena.num_bytes:
-            raise SloraError(Reason.INTERNAL, f"adapter store {replica.address} lent bytes outside of its arena")
         arena = self._arenas.map(to_place(lent.arena))
-        return None if arena is None else StoreLease(call, arena[lent.offset : end])
+        if arena is None:
+            return None
+        end = lent.offset + lent.manifest.packed_bytes
+        # What is mapped counts, not how large the store says now that it is.
+        if lent.offset % EXTENT_ALIGNMENT or end > len(arena):
+            where = f"bytes {lent.offset} to {end} of an arena of {len(arena)}"
+            raise SloraError(Reason.INTERNAL, f"adapter store {replica.address} lent no extent of its arena: {where}")
+        return StoreLease(call, arena[lent.offset : end])
 
     def _connect(self, attempt: ReplicaAttempt, offset: int, deadline: float) -> None:
         """Opens a call at `offset` and reads its manifest."""
         self.pause()
         replica = attempt.replica
-        self._call = replica.fetch(self._wanted, offset, max(deadline - time.monotonic(), 0.001))
+        timeout = max(deadline - time.monotonic(), 0.001)
+        self._call = replica.fetch(self._wanted, offset, timeout, self._metadata)
         self._call_offset = offset
         if self._cancelled.is_set():
             self._call.cancel()

@@ -19,6 +19,9 @@ from services.engine.adapters.device import HostMemory
 
 TRAILER_BYTES = 4096
 ID_BYTES = 16
+EXTENT_ALIGNMENT = 4096
+"""Where an adapter may begin in an arena. Devices copy from aligned addresses. See ShareAdapterResponse."""
+
 NO_ARENA = b""
 """What is heard of a store that shares none."""
 

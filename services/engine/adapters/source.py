@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from services.engine.adapters.layout import AdapterLayout
+from services.engine.messages import Origin
 
 
 class FetchCancelled(Exception):  # noqa: N818 - nobody's fault
@@ -76,8 +77,8 @@ class AdapterFetch(Protocol):
 class AdapterSource(Protocol):
     """Finds adapters by the digest of their content."""
 
-    def open(self, digest: str) -> AdapterFetch:
-        """Begins to fetch; returns at once."""
+    def open(self, digest: str, origin: Origin) -> AdapterFetch:
+        """Begins to fetch, on behalf of `origin`; returns at once."""
 
     def close(self) -> None:
         """Ends every fetch and lets go of all connections."""

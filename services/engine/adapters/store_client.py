@@ -5,11 +5,14 @@ from __future__ import annotations
 import weakref
 from collections.abc import Sequence
 
+from services.common.request_id import REQUEST_ID
 from services.common.tls import PLAIN_TEXT, ChannelSecurity
+from services.common.tracing import TRACEPARENT, Headers
 from services.engine.adapters.fetch_client import StoreFetch
 from services.engine.adapters.layout import PackedShard
 from services.engine.adapters.mapped_arena import ArenaReader
 from services.engine.adapters.replica_directory import ReplicaDirectory
+from services.engine.messages import NOBODY, Origin
 
 
 class StoreClient:
@@ -35,10 +38,10 @@ class StoreClient:
         self._directory = ReplicaDirectory(addresses, arenas, security)
         self._fetches: weakref.WeakSet[StoreFetch] = weakref.WeakSet()
 
-    def open(self, digest: str) -> StoreFetch:
-        """Begins to fetch; returns at once."""
+    def open(self, digest: str, origin: Origin = NOBODY) -> StoreFetch:
+        """Begins to fetch, on behalf of `origin`; returns at once."""
         wanted = PackedShard(digest, *self._shard)
-        fetch = StoreFetch(self._directory, wanted, self._arenas, self._through_local)
+        fetch = StoreFetch(self._directory, wanted, self._arenas, self._through_local, _metadata(origin))
         self._fetches.add(fetch)
         return fetch
 
@@ -49,3 +52,8 @@ class StoreClient:
         self._directory.close()
         if self._arenas is not None:
             self._arenas.close()
+
+
+def _metadata(origin: Origin) -> Headers:
+    told = ((REQUEST_ID, origin.request_id), (TRACEPARENT, origin.traceparent))
+    return tuple((key, value) for key, value in told if value)

@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         settings = settings_from_json(arguments.settings).for_device()
     except msgspec.MsgspecError as error:
         parser.error(f"--settings: {error}")
-    configure_logging("engine-core", settings.log_level)
+    configure_logging("engine-core", settings.log_level, settings.log_format)
     sys.setswitchinterval(SWITCH_SECONDS)
     tie_to_parent()
     sock = socket.socket(fileno=arguments.fd)

@@ -195,7 +195,9 @@ class EngineCore:
         if not (settled or news or failures) and load == self._reported:
             return None
         self._reported = load
-        return StepReport(load, tokens, failures, news.loaded, news.evicted, news.prefetched)
+        return StepReport(
+            load, tokens, failures, news.loaded, news.evicted, news.prefetched, news.admitted, news.traced_loads
+        )
 
     def close(self) -> bool:
         """Drops everything, waits for what is in flight, ends the loader's threads; whether every page came back."""
@@ -244,7 +246,8 @@ class EngineCore:
         if isinstance(error, RunnerLost):
             raise CoreFault(str(error)) from error
         self._num_steps += 1
-        logger.error("a step of %d sequences failed", len(step.plan.chunks), exc_info=error)
+        extra = {"request_ids": self._scheduler.request_ids(step.plan)}
+        logger.error("a step of %d sequences failed", len(step.plan.chunks), exc_info=error, extra=extra)
         if not step.excused:
             self._num_failed_in_a_row += 1
             for other in self._submitted:

@@ -92,7 +92,7 @@ class _Follower:
             self._runner.follow(to_plan(message))
         elif isinstance(message, StartLoad):
             with self._sending:  # its news may come before it has a number
-                job = self._loader.start(message.adapter)
+                job = self._loader.start(message.adapter, message.origin)
                 self._jobs[message.number], self._numbers[id(job)] = job, message.number
         elif isinstance(message, GrantLoad):
             # One that is not there any more has failed, and process 0 is about to hear of it.

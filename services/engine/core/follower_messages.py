@@ -13,7 +13,7 @@ from typing import TypeAlias
 
 import msgspec
 
-from services.engine.messages import LENGTH, Adapter, SamplingParams
+from services.engine.messages import LENGTH, NOBODY, Adapter, Origin, SamplingParams
 from services.engine.step import SampleRequest, ScheduledChunk, StepPlan
 
 
@@ -39,6 +39,7 @@ class StartLoad(msgspec.Struct, frozen=True, tag=True):
 
     number: int
     adapter: Adapter
+    origin: Origin = NOBODY
 
 
 class GrantLoad(msgspec.Struct, frozen=True, tag=True):

@@ -23,7 +23,7 @@ from services.engine.core.follower_messages import (
     StartLoad,
 )
 from services.engine.core.followers import Followers
-from services.engine.messages import Adapter
+from services.engine.messages import Adapter, Origin
 
 Outcome = LoadInstalled | LoadEnded
 
@@ -77,12 +77,12 @@ class ParallelLoader:
         self._by_job: dict[int, _Load] = {}
         self._closed = False
 
-    def start(self, adapter: Adapter) -> LoadJob:
-        """Begins a load in every process."""
-        job = self._own.start(adapter)
+    def start(self, adapter: Adapter, origin: Origin) -> LoadJob:
+        """Begins a load in every process, on behalf of `origin`."""
+        job = self._own.start(adapter, origin)
         load = _Load(next(self._numbers), job)
         self._loads[load.number] = self._by_job[id(job)] = load
-        self._followers.send(StartLoad(load.number, adapter))
+        self._followers.send(StartLoad(load.number, adapter, origin))
         return job
 
     def grant(self, job: LoadJob, grant: Grant) -> None:
@@ -146,7 +146,9 @@ class ParallelLoader:
         if len(installed) == len(load.outcomes):
             shards = installed.values()
             seconds, lent = max(o.load_seconds for o in shards), all(o.lent for o in shards)
-            return LoadInstalled(load.job, seconds, sum(o.packed_bytes for o in shards), lent)
+            packed_bytes = sum(o.packed_bytes for o in shards)
+            # By whom: process 0's is told for all.
+            return LoadInstalled(load.job, seconds, packed_bytes, lent, installed[0].delivery)
         for tp_rank in installed:
             self._slots.remove_from(tp_rank, load.slot)
         errors = [outcome.error for outcome in load.outcomes.values() if isinstance(outcome, LoadEnded)]

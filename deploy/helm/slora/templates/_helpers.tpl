@@ -34,6 +34,16 @@ imagePullPolicy: {{ $.Values.image.pullPolicy }}
 {{- end }}
 {{- end }}
 
+{{/* What all services are told of logs and traces: (list $ "ENGINE"). */}}
+{{- define "slora.telemetry" -}}
+{{- $values := (index . 0).Values -}}
+{{- $own := dict
+    "log_format" $values.logFormat
+    "otlp_endpoint" $values.tracing.endpoint
+    "trace_sample_ratio" $values.tracing.sampleRatio -}}
+{{ include "slora.settings" (list (index . 1) $own) }}
+{{- end }}
+
 {{/* Alive: the process answers. A loading engine and a draining service are, and must not be restarted for it. */}}
 {{- define "slora.probes" -}}
 {{- $port := index . 0 -}}
@@ -214,6 +224,7 @@ env:
     "allow_anonymous" (not (or .Values.auth.tokens .Values.tls.services)) }}
 {{- $own = merge $own (include "slora.serverTls" (list .Values.tls.services "/certificates" true 50058) | fromYaml) }}
 {{- include "slora.settings" (list "ADAPTER_STORE" $own) | trim | nindent 2 }}
+{{- include "slora.telemetry" (list . "ADAPTER_STORE") | trim | nindent 2 }}
 {{- include "slora.settings" (list "ADAPTER_STORE" .Values.adapterStore.settings) | trim | nindent 2 }}
 {{ include "slora.probes" (list (empty .Values.tls.services | ternary 50052 50058) "") }}
 {{ include "slora.lifecycle" . }}
