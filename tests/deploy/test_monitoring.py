@@ -54,6 +54,8 @@ BOUNDED_LABELS = {
     "method": "the RPCs of the store",
     "kind": "prompt, completion",
     "path": "lent, streamed",
+    "place": "home, away",
+    "replica": "the stores, by names that last",
     "result": "hit, miss",
     "state": "kinds of pages",
     "model_name": "one base model",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tracemalloc
 from collections.abc import Callable
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,8 +25,9 @@ from services.adapter_store.target_resolution import AdaptedModule
 from services.common.errors import Reason, SloraError
 from services.engine.adapters.layout import TargetModule
 from services.engine.adapters.manifest_codec import to_manifest
+from services.engine.adapters.replica_client import parse_part
 from services.engine.adapters.source import AdapterManifest
-from services.engine.adapters.store_client import StoreFetch, parse_part
+from services.engine.adapters.store_client import StoreFetch
 from services.engine.config import PoolConfig
 from services.engine.execution.adapter_checks import AdapterChecks
 from tests.fakes.engine_fakes import digest_of
@@ -231,12 +233,13 @@ def test_a_lease_lies_within_what_is_mapped_whatever_the_store_says(offset: int,
     lent = adapter_store_pb2.ShareAdapterResponse(manifest=manifest, arena=arena, offset=offset)
     nothing: Any = None
     arenas: Any = OneArena()
-    fetch = StoreFetch(nothing, "store:1", DIGEST, arenas)
+    replica: Any = SimpleNamespace(address="store:1", arena_id=None)
+    fetch = StoreFetch(nothing, DIGEST, arenas, through_local=False)
     if says:
         with pytest.raises(SloraError, match=says) as caught:
-            fetch._open_lease(nothing, lent)
+            fetch._open_lease(replica, nothing, lent)
         assert caught.value.reason is Reason.INTERNAL
         return
-    lease = fetch._open_lease(nothing, lent)
+    lease = fetch._open_lease(replica, nothing, lent)
     assert lease is not None
     assert len(lease.content) == manifest.packed_bytes
