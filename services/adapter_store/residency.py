@@ -10,6 +10,7 @@ import logging
 from collections.abc import Callable, Iterable
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
+from functools import partial
 from types import TracebackType
 from typing import Protocol, TypeVar
 
@@ -21,9 +22,10 @@ from services.adapter_store.catalogue import Catalogue
 from services.adapter_store.catalogue_sync import CatalogueSync
 from services.adapter_store.host_cache import HostCache, Pin, Reservation
 from services.adapter_store.identifiers import parse_source_uri
-from services.adapter_store.manifest import AdapterRecord, PackedManifest
+from services.adapter_store.manifest import AdapterRecord, PackedManifest, PackedName
 from services.adapter_store.packing import Bytes
 from services.adapter_store.preparation import AdapterFiles, PreparedAdapter, pack_into, prepare, read_files
+from services.adapter_store.sharding import cut_shard, plan_shard, shard_geometry
 from services.adapter_store.threads import run_to_end
 from services.common.errors import Reason, SloraError
 
@@ -101,22 +103,28 @@ class Residency:
         self._observer = observer
         self._max_adapter_bytes = max_adapter_bytes
         self._loading = asyncio.Semaphore(max_loads)
-        self._flights: dict[str, _Flight] = {}
+        self._flights: dict[PackedName, _Flight] = {}
 
-    async def pin(self, digest: str, only_resident: bool = False) -> Pin:
-        """The packed adapter with this digest, pinned; from S3 if it is not in memory, unless `only_resident`.
+    async def pin(self, digest: str, only_resident: bool = False, tp_rank: int = 0, tp_size: int = 1) -> Pin:
+        """The packed adapter with this digest, or a shard of it, pinned; from S3 if it is not in memory.
 
+        With `only_resident` nothing is read from S3; a shard may be cut from what is in memory.
         A caller that is cancelled leaves the load running for the others. Errors: ADAPTER_NOT_FOUND, ADAPTER_CHANGED,
-        HOST_CACHE_FULL, CATALOGUE_UNAVAILABLE, BLOB_STORE_UNAVAILABLE; ADAPTER_NOT_RESIDENT.
+        HOST_CACHE_FULL, CATALOGUE_UNAVAILABLE, BLOB_STORE_UNAVAILABLE; ADAPTER_NOT_RESIDENT; REQUEST_INVALID for a
+        shard that cannot be cut.
         """
-        pin = self._cache.pin(digest)
-        if pin is None and only_resident:
+        name = PackedName(digest, tp_rank, tp_size)
+        if name != PackedName(digest):
+            shard_geometry(self._base, name)
+        pin = self._cache.pin(*name)
+        if pin is None and only_resident and digest not in self._cache:
             message = f"this store does not hold {digest} in memory now; fetch it from one of its homes"
             raise SloraError(Reason.ADAPTER_NOT_RESIDENT, message, digest=digest)
         self._observer.on_lookup(pin is not None)
-        if pin is not None:
-            return pin
-        flight = self._flights.get(digest) or self._take_off(digest)
+        return pin or await self._join_flight(name)
+
+    async def _join_flight(self, name: PackedName) -> Pin:
+        flight = self._flights.get(name) or self._take_off(name)
         flight.num_waiting += 1
         try:
             return (await asyncio.shield(flight.task)).share()
@@ -169,8 +177,8 @@ class Residency:
     def discard(self, digest: str) -> None:
         """No version has this content any more: it is not found again; streams that send it go on."""
         self._cache.discard(digest)
-        if digest in self._flights:
-            self._flights[digest].doomed = True
+        for name, flight in self._flights.items():
+            flight.doomed = flight.doomed or name.digest == digest
 
     @property
     def digests(self) -> list[str]:
@@ -184,17 +192,28 @@ class Residency:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    def _take_off(self, digest: str) -> _Flight:
-        flight = _Flight(asyncio.create_task(self._load(digest), name=f"load {digest}"))
-        self._flights[digest] = flight
-        flight.task.add_done_callback(lambda _: self._land(digest, flight))
+    def _take_off(self, name: PackedName) -> _Flight:
+        bringing = self._cut(name) if name.tp_size > 1 else self._load(name.digest)
+        flight = _Flight(asyncio.create_task(bringing, name=f"load {name.digest}"))
+        self._flights[name] = flight
+        flight.task.add_done_callback(lambda _: self._land(name, flight))
         return flight
 
-    def _land(self, digest: str, flight: _Flight) -> None:
-        del self._flights[digest]
+    def _land(self, name: PackedName, flight: _Flight) -> None:
+        del self._flights[name]
         if flight.doomed:
-            self._cache.discard(digest)
+            self._cache.discard(name.digest)
         _close_behind_last(flight)
+
+    async def _cut(self, name: PackedName) -> Pin:
+        """A shard, cut from the whole adapter, which was verified and may be evicted again after that."""
+        geometry = shard_geometry(self._base, name)
+        with self._cache.pin(name.digest) or await self._join_flight(PackedName(name.digest)) as pin:
+            packed_bytes = plan_shard(pin.manifest.layout, geometry).packed_bytes
+            with self._cache.reserve(packed_bytes, evict=True) as reservation:
+                out = reservation.view
+                cut = partial(cut_shard, pin.manifest, pin.content, name, self._base, out)
+                return reservation.commit(await run_to_end(self._threads, cut))
 
     async def _load(self, digest: str) -> Pin:
         async with self._loading:
