@@ -14,6 +14,7 @@ from services.adapter_store.base_model import BaseModel, load_base_model
 from services.adapter_store.catalogue_servicer import CatalogueServicer
 from services.adapter_store.config import AdapterStoreSettings
 from services.adapter_store.delivery_servicer import SERVICE_NAME, add_to_server
+from services.adapter_store.disk_cache import DiskCacheError
 from services.common.grpc_server import GrpcServer
 from services.common.settings import AddressError, parse_settings
 from services.common.telemetry import configure_logging, serve_metrics
@@ -57,7 +58,7 @@ def main() -> None:
         sys.exit(2)
     try:
         asyncio.run(serve(settings, base, arena))
-    except AddressError as error:
+    except (AddressError, DiskCacheError) as error:
         logger.error("cannot start: %s", error)
         sys.exit(2)
     finally:

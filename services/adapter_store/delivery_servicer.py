@@ -16,6 +16,7 @@ from services.adapter_store.arena import Arena
 from services.adapter_store.host_cache import Pin
 from services.adapter_store.manifest_codec import manifest_message
 from services.adapter_store.metrics import StoreMetrics
+from services.adapter_store.tier_metrics import Tier
 from services.common.errors import Reason, SloraError
 
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["AdapterStoreService"].full_name
@@ -47,7 +48,7 @@ class WeightDelivery:
     async def send(self, request: pb.FetchAdapterRequest, context: Context) -> None:
         """Streams the manifest, then chunks as memoryviews, which `serialize_part` knows."""
         began = time.perf_counter()
-        with await self._pin(request.digest) as pin:
+        with await self._pin(request.digest) as pin, self._metrics.tiers.in_flight(Tier.ARENA):
             self._metrics.fetch_seconds.observe(time.perf_counter() - began)
             size = len(pin.content)
             if request.offset > size:
@@ -63,6 +64,7 @@ class WeightDelivery:
                 with pin.content[begin : begin + CHUNK_BYTES] as chunk:
                     await self._write(context, chunk)
                     self._metrics.fetched_bytes.inc(len(chunk))
+                    self._metrics.tiers.on_read(Tier.ARENA, len(chunk))
 
     async def lend(self, requests: AsyncIterator[pb.ShareAdapterRequest | DecodeError], context: Context) -> None:
         """Pins an adapter until its reader says that it has copied it. Returning, and only that, confirms the lease."""
@@ -70,7 +72,8 @@ class WeightDelivery:
         digest = (await self._next_part(requests, "digest", context)).digest
         outcome = "refused"
         try:
-            with await self._pin(digest) as pin, self._metrics.open_leases.track_inprogress():
+            in_flight = self._metrics.tiers.in_flight(Tier.ARENA)
+            with await self._pin(digest) as pin, self._metrics.open_leases.track_inprogress(), in_flight:
                 self._metrics.fetch_seconds.observe(time.perf_counter() - began)
                 outcome = "abandoned"
                 manifest = manifest_message(pin.manifest)
@@ -79,6 +82,7 @@ class WeightDelivery:
                 await self._next_part(requests, "copied", context)
                 outcome = "confirmed"
                 self._metrics.shared_bytes.inc(len(pin.content))
+                self._metrics.tiers.on_read(Tier.ARENA, len(pin.content))
         except SloraError as error:
             outcome = "expired" if error.reason is Reason.DEADLINE_EXCEEDED else outcome
             raise

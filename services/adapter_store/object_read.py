@@ -1,0 +1,162 @@
+"""One S3 object on its way into memory: in ranges, several at a time, all of them of one version of the object.
+
+The first range tells size and ETag. The others name that ETag, and every answer's is compared with it, for not every
+service looks at If-Match. What breaks is asked for again from the byte where it broke.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import re
+import threading
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import botocore.exceptions
+import numpy as np
+
+from services.adapter_store.identifiers import ObjectPrefix
+from services.adapter_store.s3_errors import (
+    ObjectChangedError,
+    TruncatedError,
+    means_changed,
+    means_no_such_range,
+    unavailable,
+)
+from services.common.errors import Reason, SloraError
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client
+    from mypy_boto3_s3.type_defs import GetObjectOutputTypeDef
+
+READ_BYTES = 2**20
+_CONTENT_RANGE = re.compile(r"bytes (\d+)-\d+/(\d+)")
+
+
+@dataclass(slots=True, eq=False)
+class Part:
+    """A range of the object; bytes before `position` are there."""
+
+    position: int
+    end: int
+
+
+class StoppedError(Exception):
+    """The read was given up."""
+
+
+class ObjectRead:
+    """Reads the object `name` under `place`. `begin` first, then `fill` for each of `parts`, then `sha256`.
+
+    `begin` and `fill` may be called again after they failed, and go on where they were. All of them block, for threads.
+    """
+
+    def __init__(self, client: S3Client, place: ObjectPrefix, name: str, max_bytes: int, part_bytes: int) -> None:
+        self.shown = f"{place.uri}{name}"
+        self.content = memoryview(b"")
+        self.etag = ""
+        """As the service writes it, in quotes or not; known when something was read."""
+        self.first = Part(0, part_bytes)
+        self._client = client
+        self._bucket, self._key = place.bucket, place.prefix + name
+        self._max_bytes = max_bytes
+        self._part_bytes = part_bytes
+        self._size: int | None = None
+        self._parts: list[Part] = [self.first]
+        self._stopped = False
+        self._hashing = threading.Lock()
+        self._hash = hashlib.sha256()
+        self._num_hashed = self._hashed_bytes = 0
+
+    @property
+    def parts(self) -> list[Part]:
+        """What remains behind the first part; known after `begin`."""
+        return self._parts[1:]
+
+    def begin(self) -> None:
+        """Learns size and ETag, and reads the first part; ADAPTER_TOO_LARGE if the object is too large."""
+        self.fill(self.first)
+
+    def fill(self, part: Part) -> None:
+        """Reads the rest of a part; ObjectChangedError if it belongs to another version than the parts before."""
+        if self._size is not None and part.position == part.end:
+            return
+        answer = self._ask(part)
+        with contextlib.closing(answer["Body"]) as body:
+            self._compare(answer, part)
+            # Its own methods would wait for as much as is asked for; this one gives what has come.
+            stream: Any = body._raw_stream  # type: ignore[attr-defined]
+            while part.position < part.end:
+                if self._stopped:
+                    raise StoppedError
+                piece = stream.read1(min(READ_BYTES, part.end - part.position), decode_content=False)
+                if not piece:
+                    raise TruncatedError(f"the answer ended after {part.position} of {part.end} bytes")
+                self.content[part.position : part.position + len(piece)] = piece
+                part.position += len(piece)
+        self._hash_what_is_there(wait=False)
+
+    def sha256(self) -> str:
+        """Of the whole object, in hexadecimal; all parts must be there."""
+        self._hash_what_is_there(wait=True)
+        assert self._num_hashed == len(self._parts), "a part is missing"
+        return self._hash.hexdigest()
+
+    def stop(self) -> None:
+        """Ends threads that read, at what comes next from the service."""
+        self._stopped = True
+
+    def _ask(self, part: Part) -> GetObjectOutputTypeDef:
+        pinned: dict[str, Any] = {"IfMatch": self.etag} if self.etag else {}
+        asked = f"bytes={part.position}-{part.end - 1}"
+        try:
+            return self._client.get_object(Bucket=self._bucket, Key=self._key, Range=asked, **pinned)
+        except botocore.exceptions.ClientError as error:
+            if means_no_such_range(error) and self._size is None:  # an empty object has no byte 0
+                return self._client.get_object(Bucket=self._bucket, Key=self._key)
+            if means_changed(error) or means_no_such_range(error):
+                raise ObjectChangedError(self.shown) from error
+            raise
+
+    def _compare(self, answer: GetObjectOutputTypeDef, part: Part) -> None:
+        """Whether an answer is the range that was asked for, of the version that is being read."""
+        ranged = _CONTENT_RANGE.fullmatch(answer.get("ContentRange", ""))
+        begin, size = (int(ranged[1]), int(ranged[2])) if ranged else (0, answer["ContentLength"])
+        etag = answer.get("ETag", "")
+        if self._size is None:
+            self._make_room(size, etag, ranged is not None)
+        elif size != self._size or etag != self.etag:
+            raise ObjectChangedError(self.shown)
+        if begin != part.position:
+            unavailable(f"{self.shown}: the service answers no ranges, and a read must go on at byte {part.position}")
+
+    def _make_room(self, size: int, etag: str, ranged: bool) -> None:
+        if size > self._max_bytes:
+            raise SloraError(
+                Reason.ADAPTER_TOO_LARGE,
+                f"{self.shown} has {size} bytes; at most {self._max_bytes} are taken",
+                num_bytes=size,
+                max_bytes=self._max_bytes,
+            )
+        self._size, self.etag = size, etag
+        self.content = np.empty(size, np.uint8).data
+        # A service that answered with all there is may not answer ranges at all.
+        step = self._part_bytes if ranged else max(size, 1)
+        self.first.end = min(step, size)
+        self._parts += [Part(begin, min(begin + step, size)) for begin in range(step, size, step)]
+
+    def _hash_what_is_there(self, wait: bool) -> None:
+        """Hashes the parts that have come in order, while others come; one thread does it, the others read on."""
+        if not self._hashing.acquire(blocking=wait):
+            return
+        try:
+            while self._num_hashed < len(self._parts):
+                part = self._parts[self._num_hashed]
+                if part.position < part.end:
+                    return
+                self._hash.update(self.content[self._hashed_bytes : part.end])
+                self._hashed_bytes = part.end
+                self._num_hashed += 1
+        finally:
+            self._hashing.release()
