@@ -19,7 +19,13 @@ from botocore.config import Config
 
 from services.adapter_store.identifiers import ObjectPrefix
 from services.adapter_store.object_read import ObjectRead, Part
-from services.adapter_store.s3_errors import TRANSPORT_ERRORS, ObjectChangedError, explain, unavailable
+from services.adapter_store.s3_errors import (
+    TRANSPORT_ERRORS,
+    ObjectChangedError,
+    TruncatedError,
+    explain,
+    unavailable,
+)
 from services.adapter_store.s3_retries import RetryPolicy
 from services.adapter_store.threads import run_to_end
 from services.common.errors import Reason, SloraError
@@ -107,7 +113,10 @@ class BlobStore:
 
         def put() -> str:
             content.seek(0)
-            return _etag(client.put_object(Bucket=place.bucket, Key=place.prefix + name, Body=content)["ETag"])
+            answer = client.put_object(Bucket=place.bucket, Key=place.prefix + name, Body=content)
+            if "ETag" not in answer:
+                raise TruncatedError("the answer's headers have no ETag")
+            return _etag(answer["ETag"])
 
         # To its end even when cancelled: `content` is lent, and nothing may appear in S3 after the caller's clean-up.
         return await self._run(put, place, name)

@@ -56,7 +56,7 @@ class ObjectRead:
         self.shown = f"{place.uri}{name}"
         self.content = memoryview(b"")
         self.etag = ""
-        """As the service writes it, in quotes or not; known when something was read."""
+        """As the service writes it, mostly in quotes; known when something was read."""
         self.first = Part(0, part_bytes)
         self._client = client
         self._bucket, self._key = place.bucket, place.prefix + name
@@ -121,9 +121,11 @@ class ObjectRead:
 
     def _compare(self, answer: GetObjectOutputTypeDef, part: Part) -> None:
         """Whether an answer is the range that was asked for, of the version that is being read."""
+        if "ContentLength" not in answer or "ETag" not in answer:
+            raise TruncatedError("the answer's headers have no length or no ETag")
         ranged = _CONTENT_RANGE.fullmatch(answer.get("ContentRange", ""))
         begin, size = (int(ranged[1]), int(ranged[2])) if ranged else (0, answer["ContentLength"])
-        etag = answer.get("ETag", "")
+        etag = answer["ETag"]
         if self._size is None:
             self._make_room(size, etag, ranged is not None)
         elif size != self._size or etag != self.etag:

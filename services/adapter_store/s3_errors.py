@@ -43,7 +43,7 @@ class ObjectChangedError(Exception):
 
 
 class TruncatedError(OSError):
-    """A body ended before the length that its headers promised."""
+    """An answer ended in its headers, or its body before the length that they promised."""
 
 
 def retry_cause(error: BaseException) -> str | None:
