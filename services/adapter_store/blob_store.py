@@ -143,16 +143,22 @@ class BlobStore:
 
     async def _read(self, read: ObjectRead) -> Blob:
         """All of an object: the first part, then the others side by side."""
+        await self._fill(read, read.first)
+        # A large object leaves threads to others that are read at the same time.
+        places = asyncio.Semaphore(max(self._limits.num_threads // 2, 1))
+
+        async def fill(part: Part) -> None:
+            async with places:
+                await self._fill(read, part)
+
+        # No TaskGroup: in Python 3.11 one that fails leaves its task marked as cancelled; gRPC then answers nothing.
+        filling = [asyncio.create_task(fill(part)) for part in read.parts]
         try:
-            await self._fill(read, read.first)
-            # A large object leaves threads to others that are read at the same time.
-            places = asyncio.Semaphore(max(self._limits.num_threads // 2, 1))
-            async with asyncio.TaskGroup() as group:
-                for part in read.parts:
-                    await places.acquire()
-                    group.create_task(self._fill(read, part)).add_done_callback(lambda _: places.release())
-        except ExceptionGroup as failures:
-            raise failures.exceptions[0] from None
+            await asyncio.gather(*filling)
+        finally:
+            for task in filling:
+                task.cancel()
+            await asyncio.gather(*filling, return_exceptions=True)
         sha256 = await run_to_end(self._readers, read.sha256)
         return Blob(read.content.toreadonly(), sha256, _etag(read.etag))
 

@@ -32,7 +32,7 @@ from services.adapter_store.threads import run_to_end
 from services.adapter_store.tier_metrics import Tier, TierMetrics
 
 SUFFIX = ".packed"
-# Each holds its adapter in the arena meanwhile.
+# Most adapters that wait to be written, one after the other; each is held in the arena meanwhile.
 MAX_WRITING = 4
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -65,6 +65,7 @@ class DiskCache:
         self._sizes: OrderedDict[str, int] = OrderedDict()
         self._used_bytes = 0
         self._writing: dict[str, asyncio.Task[None]] = {}
+        self._turn = asyncio.Lock()
         self._warned = False
         try:
             self._lock = _take_over(place.directory, self._directory)
@@ -148,27 +149,27 @@ class DiskCache:
 
     async def _write(self, pin: Pin, header: bytes) -> None:
         digest, num_bytes = pin.manifest.digest, len(header) + len(pin.content)
-        # Counted from now on, so that writes side by side keep to the budget together.
-        victims = self._make_room(num_bytes)
-        self._used_bytes += num_bytes
-        try:
-            with pin:
-                await run_to_end(self._threads, lambda: self._replace(victims, self._path(digest), header, pin.content))
-        except OSError as error:
-            self._used_bytes -= num_bytes
-            full = error.errno in _FULL
-            self._metrics.on_disk_skip("full" if full else "failed")
-            if not self._warned:
-                what = "its disk is full" if full else str(error)
-                logger.warning("the disk cache takes nothing now: %s", what, extra={"path": str(self._directory)})
-            self._warned = True
-        except BaseException:
-            self._used_bytes -= num_bytes
-            raise
-        else:
-            self._warned = False
-            self._sizes[digest] = num_bytes
-            self._metrics.on_written(Tier.DISK, num_bytes)
+        with pin:
+            async with self._turn:
+                victims = self._make_room(num_bytes)
+                path = self._path(digest)
+                try:
+                    await run_to_end(self._threads, lambda: self._replace(victims, path, header, pin.content))
+                except OSError as error:
+                    self._skip(error)
+                else:
+                    self._warned = False
+                    self._sizes[digest] = num_bytes
+                    self._used_bytes += num_bytes
+                    self._metrics.on_written(Tier.DISK, num_bytes)
+
+    def _skip(self, error: OSError) -> None:
+        is_full = error.errno in _FULL
+        self._metrics.on_disk_skip("full" if is_full else "failed")
+        if not self._warned:
+            what = "its disk is full" if is_full else str(error)
+            logger.warning("the disk cache takes nothing now: %s", what, extra={"path": str(self._directory)})
+        self._warned = True
 
     def _replace(self, victims: list[Path], path: Path, header: bytes, content: memoryview) -> None:
         for victim in victims:
