@@ -21,7 +21,7 @@ from services.adapter_store.catalogue_marks import CatalogueMarks
 from services.adapter_store.catalogue_redis import CatalogueRedis
 from services.adapter_store.catalogue_sync import CatalogueSync
 from services.adapter_store.catalogue_watch import CatalogueWatches
-from services.adapter_store.cold_fetch import ColdFetch, ColdPlaces, SourceReader
+from services.adapter_store.cold_fetch import ColdFetch, ColdPlaces
 from services.adapter_store.config import AdapterStoreSettings
 from services.adapter_store.disk_cache import DiskCache, DiskPlace
 from services.adapter_store.host_cache import HostCache
@@ -30,6 +30,7 @@ from services.adapter_store.metrics import StoreMetrics
 from services.adapter_store.pin_keeper import PinKeeper
 from services.adapter_store.registry import AdapterRegistry, UploadPlace
 from services.adapter_store.residency import Residency
+from services.adapter_store.source_reader import SourceReader
 from services.adapter_store.sync import PrefixSync
 from services.adapter_store.tier_metrics import Tier, TierMetrics
 from services.adapter_store.upkeep import follow_changes, sweep, sync_now_and_then
@@ -89,6 +90,7 @@ def _open_blob_store(settings: AdapterStoreSettings, metrics: TierMetrics) -> Bl
         settings.s3_threads,
         settings.s3_part_bytes,
         settings.s3_attempts,
+        settings.max_preparing,
     )
     return BlobStore(settings.s3_endpoint, limits, metrics.on_s3_retry)
 
@@ -119,7 +121,7 @@ async def running_store(
     cache = HostCache(arena, lambda: metrics.tiers.on_evicted(Tier.ARENA))
     metrics.observe_cache(cache.figures)
     metrics.observe_copies(lambda: parts.journal.num_due)
-    source = SourceReader(blob_store, metrics.tiers, settings.max_adapter_bytes)
+    source = SourceReader(blob_store, threads, metrics.tiers, settings.max_adapter_bytes)
     places = ColdPlaces(parts.catalogue, parts.synced, disk, source)
     cold = ColdFetch(base, cache, places, threads, metrics.tiers, settings.max_preparing)
     residency = Residency(base, cache, cold, threads, metrics.tiers)

@@ -19,6 +19,7 @@ from botocore.config import Config
 
 from services.adapter_store.identifiers import ObjectPrefix
 from services.adapter_store.object_read import ObjectRead, Part
+from services.adapter_store.read_buffers import ReadBuffers
 from services.adapter_store.s3_errors import (
     TRANSPORT_ERRORS,
     ObjectChangedError,
@@ -44,7 +45,7 @@ class S3Limits:
 
     `timeout_seconds`: longest silence. `read_seconds`: longest read of one object, tries included. `num_threads`: most
     reads at once, and most calls of other kinds. `part_bytes`: larger objects are read in ranges of this size.
-    `max_attempts`: tries of a request.
+    `max_attempts`: tries of a request. `kept_buffers`: most buffers kept for objects to come.
     """
 
     timeout_seconds: float
@@ -52,15 +53,24 @@ class S3Limits:
     num_threads: int
     part_bytes: int
     max_attempts: int
+    kept_buffers: int
 
 
 @dataclass(frozen=True, slots=True)
 class Blob:
-    """A whole object: its bytes, their SHA-256 in hexadecimal, and the ETag the service gave."""
+    """A whole object: its bytes, and the ETag the service gave."""
 
     content: memoryview
-    sha256: str
     etag: str
+    give_back: Callable[[], None] = lambda: None
+
+    def release(self) -> None:
+        """Lets the bytes' memory be used for others; whoever looks at `content` later is told (ValueError)."""
+        try:
+            self.content.release()
+        except BufferError:  # somebody still looks at them
+            return
+        self.give_back()
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +92,7 @@ class BlobStore:
         self._limits = limits
         self._on_retry = on_retry
         self._retries = RetryPolicy(limits.max_attempts, 2 * limits.timeout_seconds, on_retry)
+        self._buffers = ReadBuffers(limits.kept_buffers)
         # Reads take long and are many. The rest is short, and an acknowledgement may wait for it.
         self._readers = ThreadPoolExecutor(limits.num_threads, thread_name_prefix="s3-read")
         self._threads = ThreadPoolExecutor(limits.num_threads, thread_name_prefix="s3")
@@ -99,7 +110,8 @@ class BlobStore:
             async with asyncio.timeout(self._limits.read_seconds):
                 for _ in range(_READS_OF_ONE_VERSION):
                     try:
-                        return await self._read(ObjectRead(client, place, name, max_bytes, self._limits.part_bytes))
+                        part_bytes, buffers = self._limits.part_bytes, self._buffers
+                        return await self._read(ObjectRead(client, place, name, max_bytes, part_bytes, buffers))
                     except ObjectChangedError:
                         self._on_retry("changed")
         except TimeoutError:
@@ -159,8 +171,7 @@ class BlobStore:
             for task in filling:
                 task.cancel()
             await asyncio.gather(*filling, return_exceptions=True)
-        sha256 = await run_to_end(self._readers, read.sha256)
-        return Blob(read.content.toreadonly(), sha256, _etag(read.etag))
+        return Blob(read.content.toreadonly(), _etag(read.etag), lambda: self._buffers.give_back(read.buffer))
 
     async def _fill(self, read: ObjectRead, part: Part) -> None:
         def fill() -> Awaitable[None]:

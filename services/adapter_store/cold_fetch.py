@@ -1,45 +1,36 @@
 """Brings an adapter that is not in memory: from the local disk if it is there, else from S3; verified either way.
 
-The disk and S3 have bounds and queues of their own, so what lies near does not wait behind what lies far.
+The disk and S3 have bounds and queues of their own, so what lies near does not wait behind what lies far. Why packed
+bytes are what is verified: docs/adr/0021.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 
 from services.adapter_store.base_model import BaseModel
-from services.adapter_store.blob_store import BlobStore
 from services.adapter_store.catalogue import Catalogue
 from services.adapter_store.catalogue_sync import CatalogueSync
 from services.adapter_store.disk_cache import DiskCache
 from services.adapter_store.host_cache import HostCache, Pin, Reservation
-from services.adapter_store.identifiers import parse_source_uri
 from services.adapter_store.manifest import AdapterRecord, PackedManifest
-from services.adapter_store.preparation import AdapterFiles, pack_into, prepare, read_files
+from services.adapter_store.preparation import StoredFiles, pack_into, prepare_as
+from services.adapter_store.source_reader import SourceReader
 from services.adapter_store.threads import run_to_end
 from services.adapter_store.tier_metrics import Tier, TierMetrics
 from services.common.errors import Reason, SloraError
 
-
-class SourceReader:
-    """Reads adapters' files from S3; every read is counted."""
-
-    def __init__(self, blob_store: BlobStore, metrics: TierMetrics, max_adapter_bytes: int) -> None:
-        self._blob_store = blob_store
-        self._metrics = metrics
-        self._max_adapter_bytes = max_adapter_bytes
-
-    async def read(self, uri: str) -> AdapterFiles:
-        """An adapter's files, whatever they hold. Errors: those of `read_files`."""
-        with self._metrics.look_up(Tier.S3) as lookup:
-            files = await read_files(self._blob_store, parse_source_uri(uri), self._max_adapter_bytes)
-            lookup.is_hit = True
-        self._metrics.on_read(Tier.S3, len(files.config) + len(files.weights))
-        return files
+# Another place may hold the content still, or be within reach.
+_NEXT_PLACE = {
+    Reason.SOURCE_NOT_FOUND,
+    Reason.ADAPTER_TOO_LARGE,
+    Reason.ADAPTER_CHANGED,
+    Reason.BLOB_STORE_UNAVAILABLE,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +71,8 @@ class ColdFetch:
         pin = await self._from_disk(digest, records)
         if pin is not None:
             return pin
-        pin = await self._from_s3(digest, records)
+        async with self._turn(Tier.S3):
+            pin = await self._from_s3(digest, records)
         if self._disk is not None:
             self._disk.keep(pin.share())
         return pin
@@ -90,9 +82,9 @@ class ColdFetch:
         if self._disk is not None:
             self._disk.discard(digest)
 
-    async def _from_disk(self, digest: str, records: Iterable[AdapterRecord]) -> Pin | None:
+    async def _from_disk(self, digest: str, records: Sequence[AdapterRecord]) -> Pin | None:
         """None if it is not there, or what is there is not what the catalogue says."""
-        packed_digest = next((r.packed_digest for r in records if r.packing == self._base.packing), "")
+        packed_digest = self._packed_digest(records)
         if self._disk is None or not packed_digest:
             return None
         async with self._turn(Tier.DISK):
@@ -106,16 +98,91 @@ class ColdFetch:
                     lookup.is_hit = True
                     return self._commit(reservation, file.manifest)
 
-    async def _from_s3(self, digest: str, records: Iterable[AdapterRecord]) -> Pin:
-        async with self._turn(Tier.S3):
-            files = await self._read_verified(digest, records)
-            prepared = await run_to_end(self._threads, lambda: prepare(files, self._base))
-            prepared = replace(prepared, digest=digest)  # what a sync discovered is known by where it was found
-            with await self._reserve(prepared.layout.packed_bytes) as reservation:
-                manifest = await run_to_end(self._threads, lambda: pack_into(prepared, reservation.view))
-                self._check_packed(manifest, records)
-                await self._complete(files, manifest, records)
-                return self._commit(reservation, manifest)
+    async def _from_s3(self, digest: str, records: Sequence[AdapterRecord]) -> Pin:
+        """From the first place that still holds this content."""
+        failure: SloraError | None = None
+        for record in {record.source.uri: record for record in records}.values():
+            try:
+                files = await self._places.source.read(record.source.uri)
+                try:
+                    _check_listed(files, record)
+                    return await self._verify_and_pack(files, record, records)
+                finally:
+                    files.release()
+            except SloraError as error:
+                if error.reason not in _NEXT_PLACE:
+                    raise
+                if failure is None or error.reason is Reason.BLOB_STORE_UNAVAILABLE:
+                    failure = _as_changed(error, digest, record.source.uri)
+        assert failure is not None, "there was no record"
+        raise failure
+
+    async def _verify_and_pack(
+        self, files: StoredFiles, record: AdapterRecord, records: Sequence[AdapterRecord]
+    ) -> Pin:
+        """Packs the files, if they are those of the record.
+
+        Where the catalogue has the digest of the packed bytes, that decides: a good adapter is digested once. Else, and
+        to tell what is wrong, the files themselves are.
+        """
+        packed_digest = self._packed_digest(records)
+        if not packed_digest:
+            await self._check_content(files, record)
+        try:
+            return await self._pack(files, packed_digest, record, records)
+        except SloraError as error:
+            if packed_digest and error.reason is not Reason.HOST_CACHE_FULL:
+                await self._check_content(files, record)
+            raise
+
+    async def _pack(
+        self, files: StoredFiles, packed_digest: str, record: AdapterRecord, records: Sequence[AdapterRecord]
+    ) -> Pin:
+        # What a sync discovered is known by where it was found.
+        config, weights, digest = files.config.content, files.weights.content, record.digest
+        prepared = await run_to_end(self._threads, lambda: prepare_as(digest, config, weights, self._base))
+        with await self._reserve(prepared.layout.packed_bytes) as reservation:
+            manifest = await run_to_end(self._threads, lambda: pack_into(prepared, reservation.view))
+            if packed_digest and manifest.packed_digest != packed_digest:
+                raise SloraError(
+                    Reason.INTERNAL,
+                    f"packing {record.adapter_id} gave other bytes than at its registration",
+                    expected=packed_digest,
+                    got=manifest.packed_digest,
+                )
+            await self._complete(files, manifest, records)
+            return self._commit(reservation, manifest)
+
+    async def _check_content(self, files: StoredFiles, record: AdapterRecord) -> None:
+        """ADAPTER_CHANGED unless the files have the content that the catalogue has; of an unread one, anything does."""
+        if not record.content:
+            return
+        got = (await run_to_end(self._threads, files.hashed)).digest
+        if got != record.content:
+            raise _changed(record, f"have the digest {got}; registered was {record.content}", got)
+
+    async def _complete(self, files: StoredFiles, manifest: PackedManifest, records: Sequence[AdapterRecord]) -> None:
+        """Notes what is known now of those that a sync discovered and nobody had read."""
+        unread = [record for record in records if not record.content]
+        if not unread:
+            return
+        layout = manifest.layout
+        content = (await run_to_end(self._threads, files.hashed)).digest
+        for record in unread:
+            read = replace(
+                record,
+                rank=layout.max_rank,
+                target_modules=layout.target_modules,
+                packed_bytes=layout.packed_bytes,
+                packed_digest=manifest.packed_digest,
+                packing=self._base.packing,
+                content=content,
+            )
+            await self._places.synced.complete(record, read)
+
+    def _packed_digest(self, records: Sequence[AdapterRecord]) -> str:
+        """The digest of the packed bytes, if somebody packed them as this store does; else empty."""
+        return next((record.packed_digest for record in records if record.packing == self._base.packing), "")
 
     @contextlib.asynccontextmanager
     async def _turn(self, tier: Tier) -> AsyncIterator[None]:
@@ -140,63 +207,24 @@ class ColdFetch:
         self._metrics.on_written(Tier.ARENA, manifest.layout.packed_bytes)
         return reservation.commit(manifest)
 
-    async def _complete(self, files: AdapterFiles, manifest: PackedManifest, records: Iterable[AdapterRecord]) -> None:
-        """Notes what is known now of those that a sync discovered and nobody had read."""
-        layout = manifest.layout
-        for record in records:
-            if not record.content:
-                read = replace(
-                    record,
-                    rank=layout.max_rank,
-                    target_modules=layout.target_modules,
-                    packed_bytes=layout.packed_bytes,
-                    packed_digest=manifest.packed_digest,
-                    packing=self._base.packing,
-                    content=files.digest,
-                )
-                await self._places.synced.complete(record, read)
 
-    async def _read_verified(self, digest: str, records: Iterable[AdapterRecord]) -> AdapterFiles:
-        """The files from the first place that still holds this content."""
-        failure: SloraError | None = None
-        for uri, record in {record.source.uri: record for record in records}.items():
-            try:
-                files = await self._places.source.read(uri)
-            except SloraError as error:
-                if failure is None or error.reason is Reason.BLOB_STORE_UNAVAILABLE:
-                    failure = _as_changed(error, digest, uri)
-                continue
-            if _are_those_of(files, record):
-                return files
-            failure = failure or SloraError(
-                Reason.ADAPTER_CHANGED,
-                f"the files under {uri} have the digest {files.digest}; "
-                + (f"registered was {digest}" if not record.discovered else "they changed since they were synced"),
-                source_uri=uri,
-                expected=record.content or digest,
-                got=files.digest,
-            )
-        assert failure is not None, "there was no record"
-        raise failure
-
-    def _check_packed(self, manifest: PackedManifest, records: Iterable[AdapterRecord]) -> None:
-        for record in records:
-            if record.packing == self._base.packing and record.packed_digest != manifest.packed_digest:
-                raise SloraError(
-                    Reason.INTERNAL,
-                    f"packing {record.adapter_id} gave other bytes than at its registration",
-                    expected=record.packed_digest,
-                    got=manifest.packed_digest,
-                )
+def _check_listed(files: StoredFiles, record: AdapterRecord) -> None:
+    """ADAPTER_CHANGED if a sync discovered the record, and these are not the objects that it listed."""
+    if record.discovered:
+        listed = (record.config_etag, record.config_bytes, record.weights_etag, record.weights_bytes)
+        got = (files.config.etag, len(files.config.content), files.weights.etag, len(files.weights.content))
+        if got != listed:
+            raise _changed(record, "changed since they were synced", ", ".join(map(str, got)))
 
 
-def _are_those_of(files: AdapterFiles, record: AdapterRecord) -> bool:
-    """Whether these are the files of the record; of a discovered one, those that were listed, and once read."""
-    if not record.discovered:
-        return files.digest == record.digest
-    listed = (record.config_etag, record.config_bytes, record.weights_etag, record.weights_bytes)
-    got = (files.config_etag, len(files.config), files.weights_etag, len(files.weights))
-    return got == listed and record.content in ("", files.digest)
+def _changed(record: AdapterRecord, how: str, got: str) -> SloraError:
+    return SloraError(
+        Reason.ADAPTER_CHANGED,
+        f"the files under {record.source.uri} {how}",
+        source_uri=record.source.uri,
+        expected=record.content or record.digest,
+        got=got,
+    )
 
 
 def _as_changed(error: SloraError, digest: str, uri: str) -> SloraError:

@@ -7,9 +7,10 @@ service looks at If-Match. What breaks is asked for again from the byte where it
 from __future__ import annotations
 
 import contextlib
-import hashlib
+import http.client
 import re
-import threading
+import socket
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ import botocore.exceptions
 import numpy as np
 
 from services.adapter_store.identifiers import ObjectPrefix
+from services.adapter_store.read_buffers import ReadBuffers
 from services.adapter_store.s3_errors import (
     ObjectChangedError,
     TruncatedError,
@@ -47,14 +49,18 @@ class StoppedError(Exception):
 
 
 class ObjectRead:
-    """Reads the object `name` under `place`. `begin` first, then `fill` for each of `parts`, then `sha256`.
+    """Reads the object `name` under `place`: `fill` the first part, then each of `parts`.
 
-    `begin` and `fill` may be called again after they failed, and go on where they were. All of them block, for threads.
+    `fill` may be called again after it failed, and goes on where it was. It blocks, for threads.
     """
 
-    def __init__(self, client: S3Client, place: ObjectPrefix, name: str, max_bytes: int, part_bytes: int) -> None:
+    def __init__(
+        self, client: S3Client, place: ObjectPrefix, name: str, max_bytes: int, part_bytes: int, buffers: ReadBuffers
+    ) -> None:
         self.shown = f"{place.uri}{name}"
+        self.buffer = np.empty(0, np.uint8)
         self.content = memoryview(b"")
+        """The object, in `buffer`, once all parts are filled."""
         self.etag = ""
         """As the service writes it, mostly in quotes; known when something was read."""
         self.first = Part(0, part_bytes)
@@ -62,50 +68,61 @@ class ObjectRead:
         self._bucket, self._key = place.bucket, place.prefix + name
         self._max_bytes = max_bytes
         self._part_bytes = part_bytes
+        self._buffers = buffers
         self._size: int | None = None
         self._parts: list[Part] = [self.first]
         self._stopped = False
-        self._hashing = threading.Lock()
-        self._hash = hashlib.sha256()
-        self._num_hashed = self._hashed_bytes = 0
+        self._open: set[socket.socket] = set()
 
     @property
     def parts(self) -> list[Part]:
-        """What remains behind the first part; known after `begin`."""
+        """What remains behind the first part; known when that was filled."""
         return self._parts[1:]
 
-    def begin(self) -> None:
-        """Learns size and ETag, and reads the first part; ADAPTER_TOO_LARGE if the object is too large."""
-        self.fill(self.first)
-
     def fill(self, part: Part) -> None:
-        """Reads the rest of a part; ObjectChangedError if it belongs to another version than the parts before."""
+        """Reads the rest of a part; ObjectChangedError if it belongs to another version than the parts before.
+
+        The first one learns size and ETag; ADAPTER_TOO_LARGE if the object is too large.
+        """
         if self._size is not None and part.position == part.end:
             return
         answer = self._ask(part)
         with contextlib.closing(answer["Body"]) as body:
             self._compare(answer, part)
-            # Its own methods would wait for as much as is asked for; this one gives what has come.
+            # What is underneath reads into memory that is there; botocore's and urllib3's own methods copy once more.
             stream: Any = body._raw_stream  # type: ignore[attr-defined]
-            while part.position < part.end:
-                if self._stopped:
-                    raise StoppedError
-                piece = stream.read1(min(READ_BYTES, part.end - part.position), decode_content=False)
-                if not piece:
-                    raise TruncatedError(f"the answer ended after {part.position} of {part.end} bytes")
-                self.content[part.position : part.position + len(piece)] = piece
-                part.position += len(piece)
-        self._hash_what_is_there(wait=False)
+            if part.position < part.end:  # the answer for an empty object is closed already
+                with self._stoppable(stream._fp):
+                    self._take(stream._fp, part)
+            if stream._fp.isclosed():  # the answer is at its end: its connection can be used again
+                stream.release_conn()
 
-    def sha256(self) -> str:
-        """Of the whole object, in hexadecimal; all parts must be there."""
-        self._hash_what_is_there(wait=True)
-        assert self._num_hashed == len(self._parts), "a part is missing"
-        return self._hash.hexdigest()
+    def _take(self, response: http.client.HTTPResponse, part: Part) -> None:
+        while part.position < part.end:
+            end = min(part.position + READ_BYTES, part.end)
+            count = response.readinto(self.content[part.position : end])
+            if not count:
+                raise TruncatedError(f"the answer ended after {part.position} of {part.end} bytes")
+            part.position += count
 
     def stop(self) -> None:
-        """Ends threads that read, at what comes next from the service."""
+        """Ends threads that read: their connections end, however slowly or fast something comes."""
         self._stopped = True
+        for connection in list(self._open):
+            with contextlib.suppress(OSError):
+                socket.socket.shutdown(connection, socket.SHUT_RDWR)  # of TLS too only what is underneath
+
+    @contextlib.contextmanager
+    def _stoppable(self, response: http.client.HTTPResponse) -> Iterator[None]:
+        """A block in which `stop` can end what waits for the response's next bytes."""
+        connection: socket.socket = response.fp.raw._sock  # type: ignore[attr-defined]
+        self._open.add(connection)
+        try:
+            if self._stopped:
+                raise StoppedError
+            yield
+        finally:
+            self._open.discard(connection)
 
     def _ask(self, part: Part) -> GetObjectOutputTypeDef:
         pinned: dict[str, Any] = {"IfMatch": self.etag} if self.etag else {}
@@ -142,23 +159,9 @@ class ObjectRead:
                 max_bytes=self._max_bytes,
             )
         self._size, self.etag = size, etag
-        self.content = np.empty(size, np.uint8).data
+        self.buffer = self._buffers.take(size)
+        self.content = self.buffer[:size].data
         # A service that answered with all there is may not answer ranges at all.
         step = self._part_bytes if ranged else max(size, 1)
         self.first.end = min(step, size)
         self._parts += [Part(begin, min(begin + step, size)) for begin in range(step, size, step)]
-
-    def _hash_what_is_there(self, wait: bool) -> None:
-        """Hashes the parts that have come in order, while others come; one thread does it, the others read on."""
-        if not self._hashing.acquire(blocking=wait):
-            return
-        try:
-            while self._num_hashed < len(self._parts):
-                part = self._parts[self._num_hashed]
-                if part.position < part.end:
-                    return
-                self._hash.update(self.content[self._hashed_bytes : part.end])
-                self._hashed_bytes = part.end
-                self._num_hashed += 1
-        finally:
-            self._hashing.release()

@@ -18,7 +18,6 @@ from services.adapter_store.base_model import BaseModel
 from services.adapter_store.blob_store import BlobStore
 from services.adapter_store.catalogue import Catalogue, Registration, SourceGoneError
 from services.adapter_store.catalogue_watch import CatalogueEvent, CatalogueWatches
-from services.adapter_store.cold_fetch import SourceReader
 from services.adapter_store.host_cache import Pin
 from services.adapter_store.identifiers import (
     CONFIG_FILE,
@@ -36,6 +35,7 @@ from services.adapter_store.journal import Journal
 from services.adapter_store.manifest import AdapterRecord, Marks, PackedManifest, SourceLocation
 from services.adapter_store.preparation import AdapterFiles
 from services.adapter_store.residency import Residency
+from services.adapter_store.source_reader import SourceReader
 from services.adapter_store.upload_spool import UploadSpool
 from services.common.errors import Reason, SloraError
 
@@ -93,7 +93,7 @@ class AdapterRegistry:
         place = parse_source_uri(source_uri)
         await self._catalogue.check()  # rather than read gigabytes in vain
         async with self._preparing:
-            files = await self._source.read(place.uri)
+            files = await self._source.read_hashed(place.uri)
             with await self._residency.validate(files) as candidate:
                 record = self._record(name, tenant, files, candidate.manifest, SourceLocation(place.uri))
                 record = replace(record, marks=Marks(labels=tuple((labels or {}).items())))
