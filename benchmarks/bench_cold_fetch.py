@@ -86,8 +86,8 @@ def write_adapter(folder: Path, rank: int, seed: int) -> int:
     text = json.dumps(header).encode()
     # Exponents below the largest one: no infinity, no NaN.
     values = draw.integers(0, 0x4000, offset // 2, np.uint16)
-    lora = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "target_modules": "all-linear"}
-    lora["target_modules"] = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    modules = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    lora = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "target_modules": modules}
     folder.mkdir(parents=True)
     (folder / FILES[0]).write_text(json.dumps(lora))
     (folder / FILES[1]).write_bytes(len(text).to_bytes(8, "little") + text + values.tobytes())
@@ -171,7 +171,8 @@ class Stores:
         command = [sys.executable, "-m", "services.adapter_store", *(f"--{name}={v}" for name, v in options.items())]
         log = self._directory / f"store-{time.time_ns()}.log"
         with log.open("wb") as file:
-            process = subprocess.Popen(command, stderr=file, env=os.environ | self._server.client_environment())
+            environment = os.environ | self._server.client_environment()
+            process = subprocess.Popen(command, stderr=file, env=environment)  # noqa: ASYNC220 (nothing else waits)
         try:
             while not (port := _listening_port(log)):
                 if process.poll() is not None:
@@ -243,7 +244,7 @@ async def _written(disk: Path, number: int) -> None:
     """Returns when the disk cache is complete; what it skipped because too much came at once stays away."""
     settled, last = time.monotonic(), -1
     while time.monotonic() < settled + 1.0:
-        there = len(list(disk.glob("*/*.packed")))
+        there = await asyncio.to_thread(lambda: len(list(disk.glob("*/*.packed"))))
         if there != last:
             settled, last = time.monotonic(), there
         if there == number:

@@ -62,15 +62,6 @@ class Blob:
 
     content: memoryview
     etag: str
-    give_back: Callable[[], None] = lambda: None
-
-    def release(self) -> None:
-        """Lets the bytes' memory be used for others; whoever looks at `content` later is told (ValueError)."""
-        try:
-            self.content.release()
-        except BufferError:  # somebody still looks at them
-            return
-        self.give_back()
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,7 +162,7 @@ class BlobStore:
             for task in filling:
                 task.cancel()
             await asyncio.gather(*filling, return_exceptions=True)
-        return Blob(read.content.toreadonly(), _etag(read.etag), lambda: self._buffers.give_back(read.buffer))
+        return Blob(read.content.toreadonly(), _etag(read.etag))
 
     async def _fill(self, read: ObjectRead, part: Part) -> None:
         def fill() -> Awaitable[None]:

@@ -104,11 +104,8 @@ class ColdFetch:
         for record in {record.source.uri: record for record in records}.values():
             try:
                 files = await self._places.source.read(record.source.uri)
-                try:
-                    _check_listed(files, record)
-                    return await self._verify_and_pack(files, record, records)
-                finally:
-                    files.release()
+                _check_listed(files, record)
+                return await self._verify_and_pack(files, record, records)
             except SloraError as error:
                 if error.reason not in _NEXT_PLACE:
                     raise

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import botocore.exceptions
-import numpy as np
 
 from services.adapter_store.identifiers import ObjectPrefix
 from services.adapter_store.read_buffers import ReadBuffers
@@ -58,9 +57,8 @@ class ObjectRead:
         self, client: S3Client, place: ObjectPrefix, name: str, max_bytes: int, part_bytes: int, buffers: ReadBuffers
     ) -> None:
         self.shown = f"{place.uri}{name}"
-        self.buffer = np.empty(0, np.uint8)
         self.content = memoryview(b"")
-        """The object, in `buffer`, once all parts are filled."""
+        """The object, once all parts are filled."""
         self.etag = ""
         """As the service writes it, mostly in quotes; known when something was read."""
         self.first = Part(0, part_bytes)
@@ -159,8 +157,7 @@ class ObjectRead:
                 max_bytes=self._max_bytes,
             )
         self._size, self.etag = size, etag
-        self.buffer = self._buffers.take(size)
-        self.content = self.buffer[:size].data
+        self.content = self._buffers.take(size)
         # A service that answered with all there is may not answer ranges at all.
         step = self._part_bytes if ranged else max(size, 1)
         self.first.end = min(step, size)

@@ -46,11 +46,6 @@ class StoredFiles:
         """Bytes of both."""
         return len(self.config.content) + len(self.weights.content)
 
-    def release(self) -> None:
-        """Nobody looks at the bytes any more."""
-        self.config.release()
-        self.weights.release()
-
     def hashed(self) -> AdapterFiles:
         """With their SHA-256. Takes a second a gigabyte: for a thread."""
         config, weights = (hashlib.sha256(blob.content).hexdigest() for blob in (self.config, self.weights))

@@ -7,6 +7,8 @@ into memory that was used before takes half the processor time.
 from __future__ import annotations
 
 import threading
+import weakref
+from collections import deque
 
 import numpy as np
 import numpy.typing as npt
@@ -16,25 +18,34 @@ _ROUND_BYTES = 2 * 2**20
 
 
 class ReadBuffers:
-    """Keeps at most `max_kept` buffers, the largest; for several threads."""
+    """Keeps at most `max_kept` buffers, the largest. For several threads."""
 
     def __init__(self, max_kept: int) -> None:
         self._max_kept = max_kept
         self._kept: list[npt.NDArray[np.uint8]] = []
         self._lock = threading.Lock()
+        # Whatever thread lets go of the last view adds to it, perhaps in the middle of `take`.
+        self._returned: deque[npt.NDArray[np.uint8]] = deque()
 
-    def take(self, num_bytes: int) -> npt.NDArray[np.uint8]:
-        """A buffer of at least so many bytes, whatever is in it; the caller's until it is given back or forgotten."""
+    def take(self, num_bytes: int) -> memoryview:
+        """Memory of so many bytes, whatever is in it. It is used again when nobody looks at any part of it any more."""
+        if num_bytes <= _SMALL_BYTES:
+            return np.empty(num_bytes, np.uint8).data
+        buffer = self._kept_one(num_bytes)
+        if buffer is None:
+            buffer = np.empty(-(-num_bytes // _ROUND_BYTES) * _ROUND_BYTES, np.uint8)
+        lent = buffer[:num_bytes]
+        # Every view of this memoryview, of any kind, keeps `lent` alive.
+        weakref.finalize(lent, self._returned.append, buffer).atexit = False
+        return lent.data
+
+    def _kept_one(self, num_bytes: int) -> npt.NDArray[np.uint8] | None:
+        """The smallest kept buffer that is large enough."""
         with self._lock:
+            while self._returned:
+                self._kept.append(self._returned.popleft())
+            self._kept = sorted(self._kept, key=lambda buffer: buffer.nbytes)[-self._max_kept :]
             for index, buffer in enumerate(self._kept):
-                if buffer.nbytes >= num_bytes > _SMALL_BYTES:
+                if buffer.nbytes >= num_bytes:
                     return self._kept.pop(index)
-        rounded = num_bytes if num_bytes <= _SMALL_BYTES else -(-num_bytes // _ROUND_BYTES) * _ROUND_BYTES
-        return np.empty(rounded, np.uint8)
-
-    def give_back(self, buffer: npt.NDArray[np.uint8]) -> None:
-        """Nobody looks at it any more."""
-        if buffer.nbytes <= _SMALL_BYTES:
-            return
-        with self._lock:
-            self._kept = sorted([*self._kept, buffer], key=lambda kept: kept.nbytes)[-self._max_kept :]
+        return None

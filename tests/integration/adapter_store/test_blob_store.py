@@ -10,7 +10,6 @@ from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import pytest
 
 from services.adapter_store.blob_store import Blob, BlobStore, S3Limits
@@ -256,34 +255,6 @@ async def test_a_write_is_tried_again_from_its_start(setup: Setup) -> None:
         blob = await store.read(PLACE, NAME, 2**20)
     assert (bytes(blob.content), blob.etag) == (content, etag)
     assert setup.retries == ["throttled", "broken"]
-
-
-async def test_memory_is_used_again_only_when_it_was_released(setup: Setup) -> None:
-    big = 2**21
-    async with setup.store(part_bytes=2**19) as store:
-
-        async def read() -> Blob:
-            setup.content = setup.rng.randbytes(big)
-            setup.put(setup.content)
-            blob = await store.read(PLACE, NAME, 2**30)
-            setup.check(blob)
-            return blob
-
-        kept = await read()
-        kept_content = setup.content
-        first = await read()
-        address = np.frombuffer(first.content, np.uint8).ctypes.data
-        first.release()
-        again = await read()
-        assert np.frombuffer(again.content, np.uint8).ctypes.data == address
-        with pytest.raises(ValueError, match="released"):
-            bytes(first.content)
-        looking = np.frombuffer(again.content, np.uint8)
-        again_content = setup.content
-        again.release()
-        await read()
-        assert looking.tobytes() == again_content, "somebody looked at it still"
-        assert bytes(kept.content) == kept_content
 
 
 async def test_reads_do_not_hold_up_writes(setup: Setup) -> None:
