@@ -54,10 +54,11 @@ class AdapterStoreSettings:
     def __post_init__(self) -> None:
         for name in ("redis_timeout_seconds", "s3_timeout_seconds", "stall_seconds", "sweep_seconds", "max_preparing",
                      "max_uploads", "s3_threads", "max_events", "max_adapter_bytes", "sync_seconds",
-                     "s3_read_seconds", "s3_attempts", "s3_part_bytes", "disk_cache_bytes",
-                     "pinned_share"):  # fmt: skip
+                     "s3_read_seconds", "s3_attempts", "s3_part_bytes", "pinned_share"):  # fmt: skip
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0")
+        if self.disk_cache_dir and not self.disk_cache_bytes > 0:
+            raise ValueError(f"disk_cache_bytes is {self.disk_cache_bytes}; with a disk_cache_dir it must be above 0")
         if self.pinned_share > 1:
             raise ValueError(f"pinned_share is {self.pinned_share}; it must be at most 1")
         if self.sync_uri:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
+from collections.abc import Awaitable
 from dataclasses import dataclass
 
 from services.adapter_store.base_model import BaseModel
@@ -64,10 +66,22 @@ class PreparedAdapter:
 
 
 async def read_files(blob_store: BlobStore, place: ObjectPrefix, max_adapter_bytes: int) -> StoredFiles:
-    """Both files from S3. Errors: SOURCE_NOT_FOUND, ADAPTER_TOO_LARGE, BLOB_STORE_UNAVAILABLE."""
-    config = await blob_store.read(place, CONFIG_FILE, MAX_CONFIG_BYTES)
+    """Both files from S3, side by side.
+
+    Errors: SOURCE_NOT_FOUND, ADAPTER_TOO_LARGE, ADAPTER_CHANGED, BLOB_STORE_UNAVAILABLE.
+    """
+    weights = asyncio.create_task(blob_store.read(place, WEIGHTS_FILE, max_adapter_bytes))
     try:
-        weights = await blob_store.read(place, WEIGHTS_FILE, max_adapter_bytes)
+        config = await blob_store.read(place, CONFIG_FILE, MAX_CONFIG_BYTES)
+        return StoredFiles(config, await _weights(weights))
+    finally:
+        weights.cancel()
+        await asyncio.gather(weights, return_exceptions=True)
+
+
+async def _weights(reading: Awaitable[Blob]) -> Blob:
+    try:
+        return await reading
     except SloraError as error:
         if error.reason is not Reason.SOURCE_NOT_FOUND:
             raise
@@ -75,7 +89,6 @@ async def read_files(blob_store: BlobStore, place: ObjectPrefix, max_adapter_byt
             f"{error.message}; a file adapter_model.bin is a pickle and never read: save the adapter as safetensors"
         )
         raise SloraError(error.reason, message, **error.metadata) from error
-    return StoredFiles(config, weights)
 
 
 def prepare(files: AdapterFiles, base: BaseModel) -> PreparedAdapter:

@@ -146,6 +146,12 @@ checksum/secrets: {{ toJson .Values.secrets | sha256sum }}
   emptyDir: {sizeLimit: {{ int64 .Values.adapterStore.uploadBytes | quote }}}
 {{- end }}
 
+{{- define "slora.diskCacheVolume" -}}
+- name: disk-cache
+  # A little above the budget: a file system counts in blocks. It outlives the container, not the pod.
+  emptyDir: {sizeLimit: {{ add (int64 .Values.adapterStore.diskCacheBytes) 67108864 | quote }}}
+{{- end }}
+
 {{/* The store's container: a pod of its own, or beside an engine. */}}
 {{- define "slora.storeContainer" -}}
 name: adapter-store
@@ -172,6 +178,8 @@ env:
     "arena_bytes" .Values.adapterStore.arenaBytes
     "arena_dir" "/arena"
     "upload_dir" "/uploads"
+    "disk_cache_dir" (gt (int64 .Values.adapterStore.diskCacheBytes) 0 | ternary "/disk-cache" "")
+    "disk_cache_bytes" .Values.adapterStore.diskCacheBytes
     "drain_seconds" .Values.adapterStore.drainSeconds }}
 {{- include "slora.settings" (list "ADAPTER_STORE" $own) | trim | nindent 2 }}
 {{- include "slora.settings" (list "ADAPTER_STORE" .Values.adapterStore.settings) | trim | nindent 2 }}
@@ -186,6 +194,9 @@ volumeMounts:
   {{- include "slora.modelMount" . | nindent 2 }}
   - {name: arena, mountPath: /arena}
   - {name: uploads, mountPath: /uploads}
+  {{- if .Values.adapterStore.diskCacheBytes }}
+  - {name: disk-cache, mountPath: /disk-cache}
+  {{- end }}
 {{- end }}
 
 {{- define "slora.claim" -}}
