@@ -12,6 +12,7 @@ import re
 import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import botocore.exceptions
@@ -159,6 +160,9 @@ class ObjectRead:
         self._size, self.etag = size, etag
         self.content = self._buffers.take(size)
         # A service that answered with all there is may not answer ranges at all.
-        step = self._part_bytes if ranged else max(size, 1)
-        self.first.end = min(step, size)
-        self._parts += [Part(begin, min(begin + step, size)) for begin in range(step, size, step)]
+        self.first.end = min(self._part_bytes, size) if ranged else size
+        rest = size - self.first.end
+        # In equal parts, a little larger or smaller than was asked for: a request costs as much as some megabytes.
+        num_parts = max(round(rest / self._part_bytes), 1)
+        ends = [self.first.end + rest * number // num_parts for number in range(num_parts + 1)]
+        self._parts += [Part(begin, end) for begin, end in pairwise(ends) if begin < end]
