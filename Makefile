@@ -44,7 +44,7 @@ lint: setup ## Check style, types, protos, generated code and who imports whom
 	python -m pytest -q tests/architecture
 
 test: setup ## Run every test that needs no accelerator
-	python -m pytest tests
+	python -m pytest tests --numprocesses 2 --dist loadfile
 
 test-gpu: setup ## Run the tests of the accelerator's kernels and runner, on an accelerator
 	python -m pytest tests/kernels/gpu tests/unit/engine_execution/test_gpu_runner.py tests/gpu

@@ -15,7 +15,7 @@ from services.engine.adapters.residency import Residency
 from services.engine.adapters.source import AdapterFetch
 from services.engine.config import PolicyConfig, SchedulerConfig
 from services.engine.memory.page_allocator import PageAllocator
-from services.engine.messages import Adapter, Generate, SamplingParams, StopParams
+from services.engine.messages import Adapter, Generate, Origin, SamplingParams, StopParams
 from services.engine.scheduling.policies.combination import make_policy
 from services.engine.scheduling.scheduler import Scheduler
 from services.engine.step import BASE_SLOT, SampledToken, StepPlan
@@ -120,7 +120,7 @@ class _Loader:
         """When the next load is done."""
         return self._loading[0][0] if self._loading else None
 
-    def start(self, adapter: Adapter) -> LoadJob:
+    def start(self, adapter: Adapter, origin: Origin) -> LoadJob:
         job = LoadJob(adapter, cast(AdapterFetch, _NoFetch()), 60.0)
         self._events.append(LoadSized(job, self._num_pages))
         return job

@@ -13,6 +13,7 @@ from slora_client.async_client import AsyncSloraClient
 from slora_client.errors import SloraRequestError
 from slora_client.options import GenerationOptions
 from slora_client.sync_client import SloraClient
+from slora_client.tls import Tls
 from slora_client.values import (
     Adapter,
     AdapterFit,
@@ -56,6 +57,7 @@ __all__ = [
     "SyncRefusal",
     "SyncReport",
     "Tenant",
+    "Tls",
     "TokenLogprob",
     "TopLogprob",
     "Usage",

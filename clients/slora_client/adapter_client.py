@@ -11,7 +11,9 @@ from slora.adapter_store.v1 import adapter_store_pb2, adapter_store_pb2_grpc
 
 from slora_client.adapter_codec import ValidationSource, to_set_alias, to_sync_report, to_update, to_validation
 from slora_client.codec import PAGE_SIZE, Progress, UploadSource, to_adapter
-from slora_client.grpc_errors import CHANNEL_OPTIONS, to_request_error
+from slora_client.grpc_channels import open_channel
+from slora_client.grpc_errors import authorization, to_request_error
+from slora_client.tls import Tls
 from slora_client.values import Adapter, SyncReport, Validation
 
 T = TypeVar("T")
@@ -21,10 +23,12 @@ class AdapterClient:
     """Speaks to an adapter store at `host:port`. Safe to share between threads; close it, or use it in a `with`.
 
     Failed calls raise `SloraRequestError`. `timeout` is in seconds, for the whole call; None waits for ever.
+    `api_key` is for stores that ask who calls: a tenant's key, or an operator's token.
     """
 
-    def __init__(self, address: str) -> None:
-        self._channel = grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
+    def __init__(self, address: str, api_key: str = "", tls: Tls | None = None) -> None:
+        self._metadata = authorization(api_key)
+        self._channel = open_channel(address, tls)
         self._stub = adapter_store_pb2_grpc.AdapterStoreServiceStub(self._channel)
 
     def register(
@@ -41,7 +45,7 @@ class AdapterClient:
         request = adapter_store_pb2.RegisterAdapterRequest(
             name=name, source_uri=source_uri, tenant=tenant, labels=labels or {}
         )
-        return to_adapter(_call(lambda: self._stub.RegisterAdapter(request, timeout=timeout)).adapter)
+        return to_adapter(self._call(self._stub.RegisterAdapter, request, timeout).adapter)
 
     def upload(
         self,
@@ -56,12 +60,12 @@ class AdapterClient:
         """Uploads and registers an adapter directory as PEFT saves it (adapter_config.json and
         adapter_model.safetensors). `on_progress` hears how many bytes of how many were read."""
         source = UploadSource(name, directory, tenant, labels, on_progress)
-        return to_adapter(_call(lambda: self._stub.UploadAdapter(source.messages(), timeout=timeout)).adapter)
+        return to_adapter(self._call(self._stub.UploadAdapter, source.messages(), timeout).adapter)
 
     def get(self, adapter_id: str, *, timeout: float | None = None) -> Adapter:
         """The adapter `name` (its newest version), `name@version` or `name@alias`."""
         request = adapter_store_pb2.GetAdapterRequest(adapter_id=adapter_id)
-        return to_adapter(_call(lambda: self._stub.GetAdapter(request, timeout=timeout)).adapter)
+        return to_adapter(self._call(self._stub.GetAdapter, request, timeout).adapter)
 
     def list(
         self, *, name_prefix: str = "", tenant: str | None = None, timeout: float | None = None
@@ -70,7 +74,7 @@ class AdapterClient:
         request = adapter_store_pb2.ListAdaptersRequest(page_size=PAGE_SIZE, name_prefix=name_prefix, tenant=tenant)
         adapters: tuple[Adapter, ...] = ()
         while True:
-            response = _call(lambda: self._stub.ListAdapters(request, timeout=timeout))
+            response = self._call(self._stub.ListAdapters, request, timeout)
             adapters += tuple(map(to_adapter, response.adapters))
             request.page_token = response.next_page_token
             if not request.page_token:
@@ -79,7 +83,7 @@ class AdapterClient:
     def delete(self, adapter_id: str, *, timeout: float | None = None) -> int:
         """Deletes `name@version`, or every version of `name`; returns how many."""
         request = adapter_store_pb2.DeleteAdapterRequest(adapter_id=adapter_id)
-        response = _call(lambda: self._stub.DeleteAdapter(request, timeout=timeout))
+        response = self._call(self._stub.DeleteAdapter, request, timeout)
         return int(response.num_deleted)
 
     def set_alias(
@@ -88,14 +92,14 @@ class AdapterClient:
         """Makes `name@alias` mean `name@version`, in one step; with `expected` only if it means that version now
         (0: none)."""
         request = to_set_alias(adapter_id, alias, expected)
-        return to_adapter(_call(lambda: self._stub.SetAlias(request, timeout=timeout)).adapter)
+        return to_adapter(self._call(self._stub.SetAlias, request, timeout).adapter)
 
     def delete_alias(
         self, name: str, alias: str, *, expected: int | None = None, timeout: float | None = None
     ) -> Adapter:
         """Removes an alias; returns the version that it meant."""
         request = adapter_store_pb2.DeleteAliasRequest(name=name, alias=alias, expected_version=expected)
-        return to_adapter(_call(lambda: self._stub.DeleteAlias(request, timeout=timeout)).adapter)
+        return to_adapter(self._call(self._stub.DeleteAlias, request, timeout).adapter)
 
     def update(
         self,
@@ -108,7 +112,7 @@ class AdapterClient:
     ) -> Adapter:
         """Changes labels of the version that `adapter_id` means, and whether stores keep it in memory."""
         request = to_update(adapter_id, set_labels, remove_labels, pinned)
-        return to_adapter(_call(lambda: self._stub.UpdateAdapter(request, timeout=timeout)).adapter)
+        return to_adapter(self._call(self._stub.UpdateAdapter, request, timeout).adapter)
 
     def sync(
         self, source_uri: str = "", *, tenant: str = "", allow_empty: bool = False, timeout: float | None = None
@@ -116,14 +120,14 @@ class AdapterClient:
         """Compares a prefix in S3, a folder an adapter, with the catalogue; by default the one that the store syncs by
         itself."""
         request = adapter_store_pb2.SyncAdaptersRequest(source_uri=source_uri, tenant=tenant, allow_empty=allow_empty)
-        return to_sync_report(_call(lambda: self._stub.SyncAdapters(request, timeout=timeout)))
+        return to_sync_report(self._call(self._stub.SyncAdapters, request, timeout))
 
     def validate(
         self, directory: str | Path, *, on_progress: Progress | None = None, timeout: float | None = None
     ) -> Validation:
         """Whether the store could serve this adapter directory, by the checks of an upload; nothing is kept."""
         source = ValidationSource(directory, on_progress)
-        return to_validation(_call(lambda: self._stub.ValidateAdapter(source.messages(), timeout=timeout)))
+        return to_validation(self._call(self._stub.ValidateAdapter, source.messages(), timeout))
 
     def close(self) -> None:
         """Closes the connection."""
@@ -135,9 +139,9 @@ class AdapterClient:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-
-def _call(send: Callable[[], T]) -> T:
-    try:
-        return send()
-    except grpc.RpcError as error:
-        raise to_request_error(error) from None
+    def _call(self, method: Callable[..., T], request: object, timeout: float | None) -> T:
+        """The answer to `request`, a message or an iterator of them."""
+        try:
+            return method(request, timeout=timeout, metadata=self._metadata)
+        except grpc.RpcError as error:
+            raise to_request_error(error) from None

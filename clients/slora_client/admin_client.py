@@ -10,7 +10,9 @@ import grpc
 from slora.gateway.v1 import admin_pb2, admin_pb2_grpc
 
 from slora_client.codec import PAGE_SIZE
-from slora_client.grpc_errors import CHANNEL_OPTIONS, authorization, to_request_error
+from slora_client.grpc_channels import open_channel
+from slora_client.grpc_errors import authorization, to_request_error
+from slora_client.tls import Tls
 from slora_client.values import Key, Tenant
 
 T = TypeVar("T")
@@ -22,8 +24,8 @@ class AdminClient:
     Failed calls raise `SloraRequestError`. `timeout` is in seconds, for each call; None waits for ever.
     """
 
-    def __init__(self, address: str, admin_key: str) -> None:
-        self._channel = grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
+    def __init__(self, address: str, admin_key: str, tls: Tls | None = None) -> None:
+        self._channel = open_channel(address, tls)
         self._stub = admin_pb2_grpc.AdminServiceStub(self._channel)
         self._metadata = authorization(admin_key)
 

@@ -1,4 +1,4 @@
-"""How channels are opened, how callers show their keys, and how a failed call becomes a `SloraRequestError`."""
+"""How callers show their keys, and how a failed call becomes a `SloraRequestError`."""
 
 from __future__ import annotations
 
@@ -11,21 +11,8 @@ from google.rpc import error_details_pb2, status_pb2
 
 from slora_client.errors import SloraRequestError
 
-_MAX_MESSAGE_BYTES = 16 * 2**20
 _DOMAIN = "slora"
 _DETAILS_KEY = "grpc-status-details-bin"
-
-CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
-    ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
-    ("grpc.max_send_message_length", _MAX_MESSAGE_BYTES),
-    # A server whose host vanished is noticed within 15 s, not after the kernel's hours.
-    ("grpc.keepalive_time_ms", 10_000),
-    ("grpc.keepalive_timeout_ms", 5_000),
-    ("grpc.http2.ping_timeout_ms", 5_000),
-    ("grpc.http2.max_pings_without_data", 0),
-    ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.max_reconnect_backoff_ms", 1_000),
-)
 
 
 def authorization(key: str) -> tuple[tuple[str, str], ...]:

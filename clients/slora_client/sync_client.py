@@ -9,8 +9,10 @@ import grpc
 from slora.gateway.v1 import inference_pb2, inference_pb2_grpc
 
 from slora_client.codec import PAGE_SIZE, ChunkReader, join_chunks, to_generate_request, to_model
-from slora_client.grpc_errors import CHANNEL_OPTIONS, authorization, to_request_error
+from slora_client.grpc_channels import open_channel
+from slora_client.grpc_errors import authorization, to_request_error
 from slora_client.options import GenerationOptions
+from slora_client.tls import Tls
 from slora_client.values import Chunk, Generation, Model, Prompt
 
 
@@ -21,9 +23,9 @@ class SloraClient:
     `api_key` is for gateways that ask for one.
     """
 
-    def __init__(self, address: str, api_key: str = "") -> None:
+    def __init__(self, address: str, api_key: str = "", tls: Tls | None = None) -> None:
         self._metadata = authorization(api_key)
-        self._channel = grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
+        self._channel = open_channel(address, tls)
         self._stub = inference_pb2_grpc.InferenceServiceStub(self._channel)
 
     def generate(

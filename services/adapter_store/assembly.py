@@ -11,10 +11,12 @@ from pathlib import Path
 
 from prometheus_client import CollectorRegistry
 
+from services.adapter_store.access import Door
 from services.adapter_store.administration import Administration
 from services.adapter_store.arena import Arena
 from services.adapter_store.base_model import BaseModel
 from services.adapter_store.blob_store import BlobStore, S3Limits
+from services.adapter_store.callers import Anyone, Callers, KnownCallers, ServiceTokens
 from services.adapter_store.catalogue import Catalogue
 from services.adapter_store.catalogue_fill import CatalogueFill
 from services.adapter_store.catalogue_marks import CatalogueMarks
@@ -25,16 +27,22 @@ from services.adapter_store.cold_fetch import ColdFetch, ColdPlaces
 from services.adapter_store.config import AdapterStoreSettings
 from services.adapter_store.disk_cache import DiskCache, DiskPlace
 from services.adapter_store.host_cache import HostCache
+from services.adapter_store.isolation import Isolation
 from services.adapter_store.journal import Journal, JournalPlace
+from services.adapter_store.membership import Membership
 from services.adapter_store.metrics import StoreMetrics
 from services.adapter_store.pin_keeper import PinKeeper
 from services.adapter_store.registry import AdapterRegistry, UploadPlace
+from services.adapter_store.replica_view import Replica
 from services.adapter_store.residency import Residency
 from services.adapter_store.source_reader import SourceReader
 from services.adapter_store.sync import PrefixSync
 from services.adapter_store.tier_metrics import Tier, TierMetrics
 from services.adapter_store.upkeep import follow_changes, sweep, sync_now_and_then
 from services.adapter_store.upload_spool import UploadSpool
+from services.tenancy.authentication import KeyHolders
+from services.tenancy.directory import TenantDirectory
+from services.tenancy.tenancy_redis import TenancyRedis
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +56,9 @@ class Store:
     registry: AdapterRegistry
     administration: Administration
     sync: PrefixSync
+    membership: Membership
+    door: Door
+    isolation: Isolation
     threads: ThreadPoolExecutor
 
     def open_spool(self) -> UploadSpool:
@@ -104,14 +115,48 @@ def _open_disk_cache(
     return DiskCache(place, threads, metrics)
 
 
+def as_replica(settings: AdapterStoreSettings, port: int, arena: Arena) -> Replica:
+    """What a store that listens on `port` says of itself."""
+    address = settings.address_at(port)
+    return Replica(
+        settings.replica_id or address, address, arena.arena_id.hex(), str(arena.path), arena.extents.capacity
+    )
+
+
+@contextlib.asynccontextmanager
+async def _open_door(settings: AdapterStoreSettings) -> AsyncIterator[Door]:
+    """Raises UnusableSettingsError for tokens that cannot be."""
+    callers: Callers = Anyone()
+    async with contextlib.AsyncExitStack() as stack:
+        if settings.service_tokens:
+            key_holders = None
+            if settings.tenancy_redis:
+                redis = TenancyRedis(settings.tenancy_redis, settings.tenancy_prefix, settings.tenancy_timeout_seconds)
+                stack.push_async_callback(redis.close)
+                # Refusals are counted with the calls.
+                key_holders = KeyHolders(
+                    TenantDirectory(redis), settings.tenancy_cache_seconds, False, count_refusal=lambda reason: None
+                )
+            callers = KnownCallers(ServiceTokens(settings.service_tokens), key_holders)
+        yield Door(callers, settings.tenancy_cache_seconds)
+
+
 @contextlib.asynccontextmanager
 async def running_store(
     settings: AdapterStoreSettings, base: BaseModel, arena: Arena, metrics_registry: CollectorRegistry
 ) -> AsyncIterator[Store]:
     """A store and its background work for the length of a block. Neither Redis nor S3 need be there. Owns no arena.
 
-    Raises DiskCacheError if there is to be a disk cache and cannot be.
+    Raises UnusableSettingsError for tokens, or a disk cache, that cannot be.
     """
+    async with _open_door(settings) as door, _working_store(settings, base, arena, metrics_registry, door) as store:
+        yield store
+
+
+@contextlib.asynccontextmanager
+async def _working_store(
+    settings: AdapterStoreSettings, base: BaseModel, arena: Arena, metrics_registry: CollectorRegistry, door: Door
+) -> AsyncIterator[Store]:
     metrics = StoreMetrics(metrics_registry)
     # Uploads append to their spools on these threads too, and must not wait behind packing or the disk.
     threads = ThreadPoolExecutor(3 * settings.max_preparing + 2, thread_name_prefix="prepare")
@@ -141,23 +186,32 @@ async def running_store(
     )
     sync = PrefixSync(base, parts.synced, blob_store, parts.journal, settings.max_adapter_bytes)
     administration = Administration(parts.catalogue, parts.marks, parts.journal, keeper)
+    membership = Membership(parts.redis, settings.replica_seconds, settings.num_homes)
+    metrics.observe_replicas(lambda: len(membership.replicas), lambda: membership.is_on_duty)
     work = [
+        membership.beat(),
         parts.journal.keep_whole(sync.fill),
-        parts.journal.catch_up(),
+        parts.journal.catch_up(lambda: membership.is_on_duty),
         follow_changes(parts.catalogue, parts.watches, residency, keeper),
         keeper.follow(),
-        sweep(registry, settings.sweep_seconds, settings.orphan_seconds),
+        sweep(registry, membership, settings.sweep_seconds, settings.orphan_seconds),
     ]
     if settings.sync_uri:
         timer = (settings.sync_uri, settings.sync_seconds)
-        work.append(sync_now_and_then(sync, *timer, count=lambda outcome: metrics.syncs.labels(outcome).inc()))
+        work.append(
+            sync_now_and_then(sync, membership, *timer, count=lambda outcome: metrics.syncs.labels(outcome).inc())
+        )
     background = [asyncio.create_task(task) for task in work]
     try:
-        yield Store(settings, base, metrics, cache, registry, administration, sync, threads)
+        isolation = Isolation(parts.catalogue)
+        yield Store(
+            settings, base, metrics, cache, registry, administration, sync, membership, door, isolation, threads
+        )
     finally:
         for task in background:
             task.cancel()
         await asyncio.gather(*background, return_exceptions=True)
+        await membership.leave()
         keeper.close()
         await registry.close()
         if disk is not None:

@@ -7,6 +7,7 @@ a restart of anything. Several stores may share one catalogue.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from services.adapter_store import catalogue_scripts as scripts
@@ -61,12 +62,13 @@ class Catalogue:
         """CATALOGUE_UNAVAILABLE unless Redis answers and is filled."""
         await self._redis.look(scripts.CHECK)
 
-    async def register(self, record: AdapterRecord) -> Registration:
+    async def register(self, record: AdapterRecord, exclusive: bool = False) -> Registration:
         """Adds the content under the record's name, as a new version unless the name has it already (atomic).
 
         `record.version` is ignored, and so are the marks where the content exists. Where it exists but lies elsewhere,
         and the new place is at least as durable (a managed one is never given up for another), the version is told
-        its new place. Raises SourceGoneError if the source is managed and was given up.
+        its new place. Raises SourceGoneError if the source is managed and was given up. `exclusive`: NOT_PERMITTED if a
+        version of the name is not the record's tenant's.
         """
         managed = str(int(record.source.managed))
         outcome, *row = await self._redis.write(
@@ -78,7 +80,10 @@ class Catalogue:
             managed,
             encode_record(record),
             encode_marks(dict(record.marks.labels)),
+            str(int(exclusive)),
         )
+        if outcome == "FOREIGN":
+            raise name_taken(record.name)
         if outcome == "GONE":
             raise SourceGoneError(record.source.uri)
         existing = decode_row(*row)
@@ -93,13 +98,23 @@ class Catalogue:
         relocated = await self._redis.write(scripts.RELOCATE, row[0], row[1], encode_record(moved), *places)
         return Registration(decode_row(*relocated) if relocated else existing, False)
 
-    async def get(self, adapter_id: AdapterId) -> AdapterRecord:
-        """The version that is meant; ADAPTER_NOT_FOUND, saying which there are, if there is none."""
+    async def find(self, adapter_id: AdapterId) -> AdapterRecord | None:
+        """The version that is meant, if there is one."""
         version = "" if adapter_id.version is None else adapter_id.version
         row = await self._redis.look(scripts.LOOK_UP, adapter_id.name, version, adapter_id.alias)
-        if not row:
+        return decode_row(*row) if row else None
+
+    async def get(self, adapter_id: AdapterId) -> AdapterRecord:
+        """The version that is meant; ADAPTER_NOT_FOUND, saying which there are, if there is none."""
+        record = await self.find(adapter_id)
+        if record is None:
             raise await self.not_found(adapter_id)
-        return decode_row(*row)
+        return record
+
+    async def count_versions(self, name: str, tenant: str) -> tuple[int, int, int]:
+        """How many versions a name has: in all, of this tenant, and of nobody in particular."""
+        in_all, own, shared = await self._redis.look(scripts.COUNT, name, tenant)
+        return int(in_all), int(own), int(shared)
 
     async def not_found(self, adapter_id: AdapterId) -> SloraError:
         """The error for an id that means no version: it says which versions and aliases the name has."""
@@ -127,35 +142,35 @@ class Catalogue:
         A page begins behind the last adapter of the page before: what others add or delete is neither repeated
         nor hides anything.
         """
-        if not 0 <= page_size <= MAX_PAGE_SIZE:
-            raise SloraError(
-                Reason.PAGE_INVALID,
-                f"page_size is {page_size}; it must be 1 to {MAX_PAGE_SIZE}, or 0",
-                field="page_size",
-            )
+        page_size, after = page_start(page_size, page_token, name_prefix, tenant)
         if not is_name_prefix(name_prefix):
             return [], ""
-        page_size = page_size or DEFAULT_PAGE_SIZE
-        lowest = "[" + name_prefix
-        if page_token:
-            lowest = "(" + _page_position(page_token, name_prefix, tenant)
-        index = ":index" if tenant is None else f":index:{tenant}"
-        highest = "[" + name_prefix + LAST
-        records = decode_rows(await self._redis.look(scripts.PAGE, index, lowest, highest, page_size + 1))
-        if len(records) <= page_size:
-            return records, ""
-        last = records[page_size - 1]
-        token = PageToken(index_member(last.name, last.version), name_prefix, tenant)
-        return records[:page_size], token.encode()
+        owners = None if tenant is None else (tenant,)
+        records = await self.records(owners, name_prefix, after, page_size + 1)
+        return cut_page(records, page_size, name_prefix, tenant)
 
-    async def delete(self, adapter_id: AdapterId) -> list[Deletion]:
+    async def records(
+        self, owners: Sequence[str] | None, name_prefix: str, after: str, limit: int
+    ) -> list[AdapterRecord]:
+        """The first records, at most `limit`, by name, then version: of these owners (None: of all), whose names begin
+        so, behind the index member `after` (empty: from the first on)."""
+        lowest = f"({after}" if after >= name_prefix and after else f"[{name_prefix}"
+        found: list[AdapterRecord] = []
+        for index in (":index",) if owners is None else [f":index:{owner}" for owner in owners]:
+            found += decode_rows(await self._redis.look(scripts.PAGE, index, lowest, f"[{name_prefix}{LAST}", limit))
+        found.sort(key=member_of)
+        return found[:limit]
+
+    async def delete(self, adapter_id: AdapterId, owner: str = "") -> list[Deletion]:
         """Deletes one version, or of a bare name all and its aliases; ADAPTER_NOT_FOUND if there is none.
 
         ALIAS_IN_USE for a version that an alias means. Managed files that no version uses any more are condemned:
-        `condemned_sources` gives them.
+        `condemned_sources` gives them. With an `owner`, NOT_PERMITTED if a version of the name is another's.
         """
         version = "" if adapter_id.version is None else adapter_id.version
-        outcome, *deleted = await self._redis.write(scripts.DELETE, adapter_id.name, version)
+        outcome, *deleted = await self._redis.write(scripts.DELETE, adapter_id.name, version, owner)
+        if outcome == "FOREIGN":
+            raise name_taken(adapter_id.name)
         if outcome == "ALIASED":
             raise SloraError(
                 Reason.ALIAS_IN_USE,
@@ -191,7 +206,25 @@ class Catalogue:
         return self._redis.key(":unreferenced")
 
 
-def _page_position(page_token: str, name_prefix: str, tenant: str | None) -> str:
+def name_taken(name: str) -> SloraError:
+    """The error for a name under which somebody else has adapters."""
+    message = f"{name!r} is not a name of yours: choose one that your tenant's patterns cover and nobody else has"
+    return SloraError(Reason.NOT_PERMITTED, message, name=name)
+
+
+def member_of(record: AdapterRecord) -> str:
+    """A record's place in the order of lists."""
+    return index_member(record.name, record.version)
+
+
+def page_start(page_size: int, page_token: str, name_prefix: str, tenant: str | None) -> tuple[int, str]:
+    """How many records a page has at most, and the index member that it begins behind. PAGE_INVALID."""
+    if not 0 <= page_size <= MAX_PAGE_SIZE:
+        message = f"page_size is {page_size}; it must be 1 to {MAX_PAGE_SIZE}, or 0"
+        raise SloraError(Reason.PAGE_INVALID, message, field="page_size")
+    page_size = page_size or DEFAULT_PAGE_SIZE
+    if not page_token:
+        return page_size, ""
     try:
         token = PageToken.decode(page_token)
     except ValueError:
@@ -202,4 +235,13 @@ def _page_position(page_token: str, name_prefix: str, tenant: str | None) -> str
         raise SloraError(
             Reason.PAGE_INVALID, "page_token was given out for another name_prefix or tenant", field="page_token"
         )
-    return token.after
+    return page_size, token.after
+
+
+def cut_page(
+    records: Sequence[AdapterRecord], page_size: int, name_prefix: str, tenant: str | None
+) -> tuple[list[AdapterRecord], str]:
+    """The first `page_size` records, and the token of the page behind them if there are more."""
+    page = list(records[:page_size])
+    more = len(records) > page_size
+    return page, PageToken(member_of(page[-1]), name_prefix, tenant).encode() if more else ""

@@ -58,6 +58,10 @@ local function rows(members)
   end
   return found
 end
+local function count_of(name, index)
+  return redis.call('ZLEXCOUNT', key(index), range_of(name))
+end
+local function is_foreign(name, tenant) return count_of(name, ':index') > count_of(name, ':index:' .. tenant) end
 local function refer(uri, member)
   redis.call('SADD', key(':source:' .. uri), member)
   redis.call('ZREM', key(':unreferenced'), uri)
@@ -126,11 +130,13 @@ WRITING = COMMON + WRITING_ALWAYS.removeprefix(KEYS)
 # nothing -> 1
 CHECK = COMMON + "return 1"
 
-# name, digest, tenant, uri, managed, record, marks -> {outcome, row...}; outcome CREATED, EXISTS or GONE
+# name, digest, tenant, uri, managed, record, marks, '1' if no version of the name may be another tenant's
+# -> {outcome, row...}; outcome CREATED, EXISTS, GONE or FOREIGN
 REGISTER = (
     WRITING
     + """
-local name, digest, tenant, uri, managed, record, marks = unpack(ARGV, 4, 10)
+local name, digest, tenant, uri, managed, record, marks, exclusive = unpack(ARGV, 4, 11)
+if exclusive == '1' and is_foreign(name, tenant) then return {'FOREIGN'} end
 local content = name .. '!' .. digest
 local version = redis.call('HGET', key(':contents'), content)
 if version then return {'EXISTS', unpack(row(member_of(name, version)))} end
@@ -161,11 +167,13 @@ return row(member)
 """
 )
 
-# name, version or '' for all -> {'ALIASED', alias}, or {'DONE', {versions left with this digest, row...}, ...}
+# name, version or '' for all, the tenant whose all versions of the name must be or ''
+# -> {'ALIASED', alias}, {'FOREIGN'}, or {'DONE', {versions left with this digest, row...}, ...}
 DELETE = (
     WRITING
     + """
-local name, version = ARGV[4], ARGV[5]
+local name, version, owner = unpack(ARGV, 4, 6)
+if owner ~= '' and is_foreign(name, owner) then return {'FOREIGN'} end
 local members
 if version == '' then
   members = redis.call('ZRANGEBYLEX', key(':index'), range_of(name))
@@ -219,6 +227,12 @@ local members = redis.call('ZREVRANGEBYLEX', key(':index'), highest, lowest, 'LI
 return {redis.call('ZLEXCOUNT', key(':index'), lowest, highest), redis.call('HGET', key(':aliases'), ARGV[2]) or '',
         unpack(members)}
 """
+)
+
+# name, tenant -> {number of the name's versions, of those of the tenant, of those of nobody in particular}
+COUNT = (
+    COMMON
+    + "return {count_of(ARGV[2], ':index'), count_of(ARGV[2], ':index:' .. ARGV[3]), count_of(ARGV[2], ':index:')}"
 )
 
 # digest -> rows

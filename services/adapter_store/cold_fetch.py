@@ -67,7 +67,7 @@ class ColdFetch:
         """Brings the adapter with this digest into the cache, pinned. Errors: see `Residency.pin`."""
         records = await self._places.catalogue.find_digest(digest)
         if not records:
-            raise SloraError(Reason.ADAPTER_NOT_FOUND, f"no version has the digest {digest}", digest=digest)
+            raise unknown_digest(digest)
         pin = await self._from_disk(digest, records)
         if pin is not None:
             return pin
@@ -203,6 +203,11 @@ class ColdFetch:
     def _commit(self, reservation: Reservation, manifest: PackedManifest) -> Pin:
         self._metrics.on_written(Tier.ARENA, manifest.layout.packed_bytes)
         return reservation.commit(manifest)
+
+
+def unknown_digest(digest: str) -> SloraError:
+    """The error for a digest that no version has."""
+    return SloraError(Reason.ADAPTER_NOT_FOUND, f"no version has the digest {digest}", digest=digest)
 
 
 def _check_listed(files: StoredFiles, record: AdapterRecord) -> None:

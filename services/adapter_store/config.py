@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ipaddress
+import socket
 from dataclasses import dataclass
 
 from services.adapter_store.identifiers import parse_source_uri
 from services.common.errors import SloraError
-from services.common.settings import LogLevel, setting
+from services.common.settings import LogFormat, LogLevel, setting
+from services.common.tls import ServerTls
 
 
 @dataclass(frozen=True)
@@ -21,6 +24,22 @@ class AdapterStoreSettings:
     dtype: str = setting("auto", "type of packed elements: auto (the checkpoint's), float32, bfloat16 or float16")
     listen: str = setting("127.0.0.1:50052", "host:port to serve gRPC on; port 0 takes a free one")
     metrics: str = setting("", "host:port to serve Prometheus metrics on; empty for none")
+    tls_certificate: str = setting(
+        "", "PEM file with the certificate that is shown, then its issuers; empty: plain text"
+    )
+    tls_key: str = setting("", "PEM file with that certificate's key")
+    tls_client_ca: str = setting("", "PEM file of authorities: callers need a certificate of theirs; empty: none asked")
+    health: str = setting("", "host:port to serve health alone on, in plain text, for probes without TLS; empty: none")
+    service_tokens: str = setting(
+        "", "directory with a token file a service, named engine, gateway or operator: callers must say who they are"
+    )
+    tenancy_redis: str = setting(
+        "", "redis:// URL where gateways keep API keys: their tenants may call; empty: services only"
+    )
+    tenancy_prefix: str = setting("slora:tenancy", "what the keys of tenancy in Redis begin with")
+    tenancy_timeout_seconds: float = setting(1.0, "how long a call to that Redis may take")
+    tenancy_cache_seconds: float = setting(5.0, "how long an API key is believed: so late a revocation may be noticed")
+    allow_anonymous: bool = setting(False, "whether a store without tokens may listen beyond the loopback interface")
     redis_url: str = setting("redis://127.0.0.1:6379/0", "Redis that holds the catalogue")
     catalogue_prefix: str = setting("slora", "first part of every Redis key; one catalogue a base model")
     redis_timeout_seconds: float = setting(5.0, "a Redis command that takes longer counts as Redis being away")
@@ -46,19 +65,36 @@ class AdapterStoreSettings:
     sweep_seconds: float = setting(30.0, "how often files that no version uses are looked for")
     sync_uri: str = setting("", "s3://bucket/prefix/ whose folders are adapters: followed by itself; empty for none")
     sync_seconds: float = setting(60.0, "how often that prefix is listed")
+    replica_id: str = setting("", "names this store among its replicas, also after a restart; empty: its address")
+    advertise: str = setting(
+        "", "host or host:port where engines and gateways reach this store; empty: listen's host, or this host's name"
+    )
+    replica_seconds: float = setting(3.0, "a replica that was silent for so long is no longer one")
+    num_homes: int = setting(2, "replicas that hold an adapter")
     pinned_share: float = setting(0.75, "most of the arena that pinned adapters may take, in (0, 1]")
     stall_seconds: float = setting(60.0, "a fetch or upload that stands still, or a lease that lasts, so long is ended")
     drain_seconds: float = setting(30.0, "on SIGTERM running calls have this long to end")
     log_level: LogLevel = setting("INFO", "DEBUG, INFO, WARNING or ERROR")
+    log_format: LogFormat = setting("json", "json (an object a line) or text (for people)")
+    otlp_endpoint: str = setting("", "http(s)://host:port of a collector of traces, OTLP over gRPC; empty: no traces")
+    trace_sample_ratio: float = setting(1.0, "share of traces kept that begin here; a caller's own are kept as it says")
+
+    @property
+    def server_tls(self) -> ServerTls:
+        """What callers are shown and asked for."""
+        return ServerTls(self.tls_certificate, self.tls_key, self.tls_client_ca)
 
     def __post_init__(self) -> None:
         for name in ("redis_timeout_seconds", "s3_timeout_seconds", "stall_seconds", "sweep_seconds", "max_preparing",
                      "max_uploads", "s3_threads", "max_events", "max_adapter_bytes", "sync_seconds",
-                     "s3_read_seconds", "s3_attempts", "s3_part_bytes", "pinned_share"):  # fmt: skip
+                     "s3_read_seconds", "s3_attempts", "s3_part_bytes", "pinned_share", "replica_seconds", "num_homes",
+                     "tenancy_timeout_seconds", "tenancy_cache_seconds"):  # fmt: skip
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0")
         if self.disk_cache_dir and not self.disk_cache_bytes > 0:
             raise ValueError(f"disk_cache_bytes is {self.disk_cache_bytes}; with a disk_cache_dir it must be above 0")
+        if self.tenancy_redis and not self.service_tokens:
+            raise ValueError("tenancy_redis without service_tokens: tenants alone could call, and no engine could load")
         if self.pinned_share > 1:
             raise ValueError(f"pinned_share is {self.pinned_share}; it must be at most 1")
         if self.sync_uri:
@@ -66,3 +102,14 @@ class AdapterStoreSettings:
                 parse_source_uri(self.sync_uri)
             except SloraError as error:
                 raise ValueError(f"sync_uri: {error.message}") from error
+
+    def address_at(self, port: int) -> str:
+        """`host:port` where others reach this store, which listens on `port`."""
+        host = self.listen.rpartition(":")[0]
+        if host in ("", "0.0.0.0", "[::]"):
+            host = socket.gethostname()
+        address = self.advertise or host
+        try:
+            return f"[{ipaddress.IPv6Address(address)}]:{port}"
+        except ValueError:
+            return address if ":" in address.rpartition("]")[2] else f"{address}:{port}"

@@ -30,6 +30,7 @@ from services.adapter_store.packed_file import (
 from services.adapter_store.packing import Bytes
 from services.adapter_store.threads import run_to_end
 from services.adapter_store.tier_metrics import Tier, TierMetrics
+from services.common.settings import UnusableSettingsError
 
 SUFFIX = ".packed"
 # Most adapters that wait to be written, one after the other; each is held in the arena meanwhile.
@@ -39,7 +40,7 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 logger = logging.getLogger(__name__)
 
 
-class DiskCacheError(Exception):
+class DiskCacheError(UnusableSettingsError):
     """The directory cannot be used; the message, for the operator, says why."""
 
 

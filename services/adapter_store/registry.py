@@ -111,9 +111,17 @@ class AdapterRegistry:
             )
 
     async def upload(
-        self, name: str, tenant: str, spool: UploadSpool, labels: Mapping[str, str] | None = None
+        self,
+        name: str,
+        tenant: str,
+        spool: UploadSpool,
+        labels: Mapping[str, str] | None = None,
+        exclusive: bool = False,
     ) -> Registration:
-        """Stores a complete spool's files in S3 and registers them. Cancelled or failed, it leaves nothing behind."""
+        """Stores a complete spool's files in S3 and registers them. Cancelled or failed, it leaves nothing behind.
+
+        `exclusive`: see `Catalogue.register`.
+        """
         self.check_upload(name, tenant, labels)
         files = spool.files()
         await self._catalogue.check()
@@ -121,10 +129,10 @@ class AdapterRegistry:
             with await self._residency.validate(files) as candidate:
                 record = self._record(name, tenant, files, candidate.manifest, SourceLocation(""))
                 record = replace(record, marks=Marks(labels=tuple((labels or {}).items())))
-                registration = await self._register_stored(record)
+                registration = await self._register_stored(record, exclusive)
                 is_stored_now = registration is None
                 if registration is None:
-                    registration = await self._store_and_register(record, files, spool)
+                    registration = await self._store_and_register(record, files, spool, exclusive)
                 candidate.keep()
         # S3 took the files a moment ago: the copy is not put off.
         await self._journal.copy(name, must=is_stored_now)
@@ -135,23 +143,16 @@ class AdapterRegistry:
         async with self._preparing:
             return await inspect(spool.files(), self._base, self._residency)
 
-    async def get(self, adapter_id: str) -> AdapterRecord:
-        """The version that `name` (the newest), `name@version` or `name@alias` means."""
-        return await self._catalogue.get(parse_adapter_id(adapter_id))
+    async def delete(self, adapter_id: str, owner: str = "") -> int:
+        """Deletes a version, or with a bare name all; gives how many. Files of uploads go in the background.
 
-    async def list_page(
-        self, page_size: int, page_token: str, name_prefix: str, tenant: str | None
-    ) -> tuple[list[AdapterRecord], str]:
-        """A page of records and the next page's token."""
-        return await self._catalogue.list_page(page_size, page_token, name_prefix, tenant)
-
-    async def delete(self, adapter_id: str) -> int:
-        """Deletes a version, or with a bare name all; gives how many. Files of uploads go in the background."""
+        `owner`: see `Catalogue.delete`.
+        """
         doomed = parse_adapter_id(adapter_id)
         if doomed.alias:
             message = f"{adapter_id} is an alias: name the version to delete, name@version, or remove the alias"
             raise SloraError(Reason.ADAPTER_NAME_INVALID, message, adapter_id=adapter_id)
-        deletions = await self._catalogue.delete(doomed)
+        deletions = await self._catalogue.delete(doomed, owner)
         for deletion in deletions:
             if deletion.content_is_gone:
                 self._residency.discard(deletion.record.digest)
@@ -160,9 +161,9 @@ class AdapterRegistry:
         await self._journal.copy(doomed.name)
         return len(deletions)
 
-    async def pin(self, digest: str) -> Pin:
-        """The packed adapter with this digest, pinned in memory."""
-        return await self._residency.pin(check_digest(digest))
+    async def pin(self, digest: str, only_resident: bool = False) -> Pin:
+        """The packed adapter with this digest, pinned in memory; see `Residency.pin`."""
+        return await self._residency.pin(check_digest(digest), only_resident)
 
     def watch(self, resume_token: str, stopped: Callable[[], bool]) -> AsyncIterator[CatalogueEvent]:
         """The catalogue and its changes."""
@@ -213,7 +214,7 @@ class AdapterRegistry:
             content=files.digest,
         )
 
-    async def _register_stored(self, record: AdapterRecord) -> Registration | None:
+    async def _register_stored(self, record: AdapterRecord, exclusive: bool) -> Registration | None:
         """Registers with the files of an earlier upload of the same content; None if there are none (any more)."""
         records = await self._catalogue.find_digest(record.digest)
         stored = next((record for record in records if record.source.managed), None)
@@ -221,11 +222,13 @@ class AdapterRegistry:
             return None
         record = replace(record, source=stored.source, config_etag=stored.config_etag, weights_etag=stored.weights_etag)
         try:
-            return await self._catalogue.register(record)
+            return await self._catalogue.register(record, exclusive)
         except SourceGoneError:
             return None  # deleted just now
 
-    async def _store_and_register(self, record: AdapterRecord, files: AdapterFiles, spool: UploadSpool) -> Registration:
+    async def _store_and_register(
+        self, record: AdapterRecord, files: AdapterFiles, spool: UploadSpool, exclusive: bool
+    ) -> Registration:
         place = self._uploads.fresh(files.digest)
         source = SourceLocation(place.uri, managed=True)
         await self._catalogue.announce_source(source)
@@ -234,7 +237,7 @@ class AdapterRegistry:
             config_etag = await self._blob_store.write(place, CONFIG_FILE, io.BytesIO(files.config))
             weights_etag = await self._blob_store.write(place, WEIGHTS_FILE, spool.weights_file)
             record = replace(record, source=source, config_etag=config_etag, weights_etag=weights_etag)
-            registration = await self._catalogue.register(record)
+            registration = await self._catalogue.register(record, exclusive)
             used = registration.record.source == source
             return registration
         except SourceGoneError:

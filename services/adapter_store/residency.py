@@ -6,9 +6,11 @@ What is resident needs neither Redis nor S3, and never waits for what is not: a 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from types import TracebackType
+from typing import TypeVar
 
 import numpy as np
 
@@ -21,6 +23,8 @@ from services.adapter_store.preparation import AdapterFiles, PreparedAdapter, pa
 from services.adapter_store.threads import run_to_end
 from services.adapter_store.tier_metrics import Tier, TierMetrics
 from services.common.errors import Reason, SloraError
+
+T = TypeVar("T")
 
 
 class Candidate:
@@ -68,15 +72,18 @@ class Residency:
         self._metrics = metrics
         self._flights: dict[str, _Flight] = {}
 
-    async def pin(self, digest: str) -> Pin:
-        """The packed adapter with this digest, pinned; from disk or S3 if it is not in memory.
+    async def pin(self, digest: str, only_resident: bool = False) -> Pin:
+        """The packed adapter with this digest, pinned; from disk or S3 if it is not in memory, unless `only_resident`.
 
         A caller that is cancelled leaves the load running for the others. Errors: ADAPTER_NOT_FOUND, ADAPTER_CHANGED,
-        HOST_CACHE_FULL, CATALOGUE_UNAVAILABLE, BLOB_STORE_UNAVAILABLE.
+        HOST_CACHE_FULL, CATALOGUE_UNAVAILABLE, BLOB_STORE_UNAVAILABLE; ADAPTER_NOT_RESIDENT.
         """
         with self._metrics.look_up(Tier.ARENA) as lookup:
             pin = self._cache.pin(digest)
             lookup.is_hit = pin is not None
+        if pin is None and only_resident:
+            message = f"this store does not hold {digest} in memory now; fetch it from one of its homes"
+            raise SloraError(Reason.ADAPTER_NOT_RESIDENT, message, digest=digest)
         if pin is not None:
             return pin
         flight = self._flights.get(digest) or self._take_off(digest)
@@ -93,7 +100,7 @@ class Residency:
         Nothing is evicted for an adapter that nobody has asked for. Errors: every reason why an adapter cannot be
         served; ADAPTER_TOO_LARGE if it could never be in the cache.
         """
-        prepared = await run_to_end(self._threads, lambda: prepare(files, self._base))
+        prepared = await self.on_thread(lambda: prepare(files, self._base))
         resident = self._cache.pin(prepared.digest)
         if resident is not None:
             with resident:
@@ -116,6 +123,10 @@ class Residency:
         except BaseException:
             reservation.cancel()
             raise
+
+    async def on_thread(self, call: Callable[[], T]) -> T:
+        """`call()` on a thread of those that validate and pack."""
+        return await run_to_end(self._threads, call)
 
     def discard(self, digest: str) -> None:
         """No version has this content any more: it is not found again; streams that send it go on."""
@@ -150,7 +161,7 @@ class Residency:
         _close_behind_last(flight)
 
     async def _pack(self, prepared: PreparedAdapter, out: Bytes) -> PackedManifest:
-        return await run_to_end(self._threads, lambda: pack_into(prepared, out))
+        return await self.on_thread(lambda: pack_into(prepared, out))
 
 
 def _close_behind_last(flight: _Flight) -> None:

@@ -12,14 +12,19 @@ from google.protobuf.message import DecodeError
 from slora.adapter_store.v1 import adapter_store_pb2 as pb
 from slora.adapter_store.v1 import adapter_store_pb2_grpc
 
+from services.adapter_store.access import Door
+from services.adapter_store.callers import Caller
 from services.adapter_store.catalogue import Registration
-from services.adapter_store.codec import adapter_message, event_message
+from services.adapter_store.codec import adapter_message, event_message, few_labels
 from services.adapter_store.delivery_servicer import WeightDelivery
+from services.adapter_store.identifiers import parse_adapter_id
+from services.adapter_store.isolation import Isolation
 from services.adapter_store.metrics import StoreMetrics
 from services.adapter_store.registry import AdapterRegistry
 from services.adapter_store.upload_spool import UploadSpool
 from services.common.errors import Reason, SloraError
 from services.common.grpc_errors import abort
+from services.common.grpc_server import authorization_of
 
 Context = grpc.aio.ServicerContext[Any, Any]
 T = TypeVar("T")
@@ -37,7 +42,11 @@ class AdapterStoreServicer(adapter_store_pb2_grpc.AdapterStoreServiceServicer):
         open_spool: Callable[[], UploadSpool],
         stall_seconds: float,
         max_uploads: int,
+        door: Door,
+        isolation: Isolation,
     ) -> None:
+        self._door = door
+        self._isolation = isolation
         self._registry = registry
         self._delivery = delivery
         self._metrics = metrics
@@ -57,8 +66,8 @@ class AdapterStoreServicer(adapter_store_pb2_grpc.AdapterStoreServiceServicer):
         done = await self._answer(
             "RegisterAdapter",
             context,
-            lambda: self._count_registration(
-                registered(request.name, request.source_uri, request.tenant, dict(request.labels))
+            lambda caller: self._count_registration(
+                registered(request.name, request.source_uri, request.tenant, few_labels(request.labels))
             ),
         )
         return pb.RegisterAdapterResponse(adapter=adapter_message(done.record), created=done.created)
@@ -68,45 +77,61 @@ class AdapterStoreServicer(adapter_store_pb2_grpc.AdapterStoreServiceServicer):
     ) -> pb.UploadAdapterResponse:
         """Takes an adapter's files, stores and registers them."""
         done = await self._answer(
-            "UploadAdapter", context, lambda: self._count_registration(self._receive_upload(requests, context))
+            "UploadAdapter",
+            context,
+            lambda caller: self._count_registration(self._receive_upload(requests, context, caller)),
         )
         return pb.UploadAdapterResponse(adapter=adapter_message(done.record), created=done.created)
 
     async def GetAdapter(self, request: pb.GetAdapterRequest, context: Context) -> pb.GetAdapterResponse:  # noqa: N802
         """Looks one adapter up."""
-        record = await self._answer("GetAdapter", context, lambda: self._registry.get(request.adapter_id))
+        record = await self._answer(
+            "GetAdapter", context, lambda caller: self._isolation.get(caller, request.adapter_id)
+        )
         return pb.GetAdapterResponse(adapter=adapter_message(record))
 
     async def ListAdapters(self, request: pb.ListAdaptersRequest, context: Context) -> pb.ListAdaptersResponse:  # noqa: N802
         """Lists a page of adapters."""
         tenant = request.tenant if request.HasField("tenant") else None
-        listed = self._registry.list_page
+        listed = self._isolation.list_page
         records, token = await self._answer(
             "ListAdapters",
             context,
-            lambda: listed(request.page_size, request.page_token, request.name_prefix, tenant),
+            lambda caller: listed(caller, request.page_size, request.page_token, request.name_prefix, tenant),
         )
         return pb.ListAdaptersResponse(adapters=[adapter_message(r) for r in records], next_page_token=token)
 
     async def DeleteAdapter(self, request: pb.DeleteAdapterRequest, context: Context) -> pb.DeleteAdapterResponse:  # noqa: N802
         """Deletes one version or all of a name."""
-        count = await self._answer("DeleteAdapter", context, lambda: self._registry.delete(request.adapter_id))
+        count = await self._answer("DeleteAdapter", context, lambda caller: self._delete(request.adapter_id, caller))
         return pb.DeleteAdapterResponse(num_deleted=count)
 
     async def FetchAdapter(self, request: pb.FetchAdapterRequest, context: Context) -> None:  # noqa: N802
         """Streams packed weights."""
-        await self._answer("FetchAdapter", context, lambda: self._delivery.send(request, context))
+        await self._answer("FetchAdapter", context, lambda caller: self._send(request, context, caller))
 
     async def ShareAdapter(self, requests: AsyncIterator[pb.ShareAdapterRequest], context: Context) -> None:  # noqa: N802
         """Lends packed weights to a reader on this host."""
-        await self._answer("ShareAdapter", context, lambda: self._delivery.lend(requests, context))
+        await self._answer("ShareAdapter", context, lambda caller: self._delivery.lend(requests, context))
 
     async def WatchAdapters(self, request: pb.WatchAdaptersRequest, context: Context) -> None:  # noqa: N802
         """Streams the catalogue and its changes."""
-        await self._answer("WatchAdapters", context, lambda: self._send_events(request, context))
+        await self._answer("WatchAdapters", context, lambda caller: self._send_events(request, context, caller))
 
-    async def _receive_upload(self, requests: AsyncIterator[pb.UploadAdapterRequest], context: Context) -> Registration:
+    async def _delete(self, adapter_id: str, caller: Caller) -> int:
+        await self._isolation.check_change(caller, parse_adapter_id(adapter_id).name)
+        return await self._registry.delete(adapter_id, caller.tenant.name if caller.tenant else "")
+
+    async def _send(self, request: pb.FetchAdapterRequest, context: Context, caller: Caller) -> None:
+        await self._isolation.check_fetch(caller, request.digest)
+        with self._isolation.veiled(caller):
+            await self._delivery.send(request, context)
+
+    async def _receive_upload(
+        self, requests: AsyncIterator[pb.UploadAdapterRequest], context: Context, caller: Caller
+    ) -> Registration:
         header: pb.UploadAdapterHeader | None = None
+        owner = ""
         with self._admit_upload(), self._open_spool() as spool:
             while (request := await self._next_part(requests)) is not None:
                 part = request.WhichOneof("part")
@@ -114,7 +139,8 @@ class AdapterStoreServicer(adapter_store_pb2_grpc.AdapterStoreServiceServicer):
                     raise SloraError(Reason.UPLOAD_INVALID, "the first message must be the header, and only it")
                 if part == "header":
                     header = request.header
-                    self._registry.check_upload(header.name, header.tenant, dict(header.labels))
+                    self._registry.check_upload(header.name, header.tenant, few_labels(header.labels))
+                    owner = await self._isolation.check_upload(caller, header.name, header.tenant)
                 elif part == "config_chunk":
                     spool.add_config(request.config_chunk)
                 elif part == "weights_chunk":
@@ -125,7 +151,8 @@ class AdapterStoreServicer(adapter_store_pb2_grpc.AdapterStoreServiceServicer):
                 raise asyncio.CancelledError  # to the iterator above, a cancelled upload just ends
             if header is None:
                 raise SloraError(Reason.UPLOAD_INVALID, "the upload ended before its header")
-            return await self._registry.upload(header.name, header.tenant, spool, dict(header.labels))
+            is_tenants, labels = caller.tenant is not None, few_labels(header.labels)
+            return await self._registry.upload(header.name, owner, spool, labels, exclusive=is_tenants)
 
     @contextlib.contextmanager
     def _admit_upload(self) -> Iterator[None]:
@@ -153,11 +180,17 @@ class AdapterStoreServicer(adapter_store_pb2_grpc.AdapterStoreServiceServicer):
             raise SloraError(Reason.REQUEST_INVALID, f"a message cannot be parsed: {request}")
         return request
 
-    async def _send_events(self, request: pb.WatchAdaptersRequest, context: Context) -> None:
+    async def _send_events(self, request: pb.WatchAdaptersRequest, context: Context, caller: Caller) -> None:
+        attended = self._door.attend("WatchAdapters", authorization_of(context), caller)
         with self._metrics.watchers.track_inprogress():
-            async for event in self._registry.watch(request.resume_token, stopped=lambda: self._draining):
-                await context.write(event_message(event))
-        raise _draining()
+            async with attended as attendance:
+                events = self._registry.watch(
+                    request.resume_token, stopped=lambda: self._draining or attendance.refusal is not None
+                )
+                async for event in events:
+                    if event.record is None or self._isolation.sees(attendance.caller, event.record):
+                        await context.write(event_message(event))
+        raise attendance.refusal or _draining()
 
     async def _count_registration(self, registration: Awaitable[Registration]) -> Registration:
         outcome = "CANCELLED"
@@ -171,13 +204,13 @@ class AdapterStoreServicer(adapter_store_pb2_grpc.AdapterStoreServiceServicer):
         finally:
             self._metrics.registrations.labels(outcome).inc()
 
-    async def _answer(self, method: str, context: Context, call: Callable[[], Awaitable[T]]) -> T:
-        """`call()`, or its error as the RPC's status."""
+    async def _answer(self, method: str, context: Context, call: Callable[[Caller], Awaitable[T]]) -> T:
+        """`call` with whoever calls, if they may; or its error as the RPC's status."""
         outcome = "CANCELLED"
         try:
             if self._draining:
                 raise _draining()
-            result = await call()
+            result = await call(await self._door.admit(method, authorization_of(context)))
             outcome = "OK"
             return result
         except Exception as caught:

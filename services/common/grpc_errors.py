@@ -17,6 +17,7 @@ from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
 from services.common.errors import Reason, SloraError, Status
+from services.common.tracing import SERVER_FAULTS, current_span
 
 DOMAIN = "slora"
 
@@ -61,6 +62,7 @@ async def abort(context: grpc.aio.ServicerContext[Any, Any], error: BaseExceptio
     if not isinstance(error, SloraError):
         logger.error("an RPC failed unexpectedly", exc_info=error)
         error = SloraError(Reason.INTERNAL, f"internal error: {type(error).__name__}; the server's log has more")
+    current_span().fail(error.reason.name, error.reason.status.name in SERVER_FAULTS)
     status = to_grpc_status(error)
     await context.abort(status.code, status.details, status.trailing_metadata)
 
@@ -80,6 +82,16 @@ def from_rpc_error(error: grpc.RpcError, unavailable: Reason) -> SloraError:
     return SloraError(_reason_of_bare_code(error.code(), unavailable), error.details() or str(error.code()))
 
 
+def from_store_error(error: grpc.RpcError) -> SloraError:
+    """What the adapter store's status means to whom a service answers: that the store refuses the service's own
+    credentials is not their fault, and may pass."""
+    found = from_rpc_error(error, unavailable=Reason.ADAPTER_STORE_UNAVAILABLE)
+    if found.reason.status not in (Status.UNAUTHENTICATED, Status.PERMISSION_DENIED):
+        return found
+    message = f"the adapter store does not let this service in: {found.message}; see --store-token-file"
+    return SloraError(Reason.ADAPTER_STORE_UNAVAILABLE, message)
+
+
 def _reason_of_bare_code(code: grpc.StatusCode, unavailable: Reason) -> Reason:
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         return Reason.DEADLINE_EXCEEDED
@@ -92,4 +104,4 @@ def _reason_of_bare_code(code: grpc.StatusCode, unavailable: Reason) -> Reason:
     return Reason.INTERNAL
 
 
-__all__ = ["DOMAIN", "Status", "abort", "from_rpc_error", "to_grpc_status"]
+__all__ = ["DOMAIN", "Status", "abort", "from_rpc_error", "from_store_error", "to_grpc_status"]

@@ -20,9 +20,14 @@ _TRUE, _FALSE = {"1", "true", "yes", "on"}, {"0", "false", "no", "off"}
 
 
 LogLevel = typing.Literal["DEBUG", "INFO", "WARNING", "ERROR"]
+LogFormat = typing.Literal["json", "text"]
 
 
-class AddressError(Exception):
+class UnusableSettingsError(Exception):
+    """With these settings a service cannot start; the message says what is wrong."""
+
+
+class AddressError(UnusableSettingsError):
     """An address of the settings cannot be served on; the message says which and why."""
 
 

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from slora.gateway.v1 import admin_pb2
 
 from services.common.errors import Reason, SloraError
-from services.gateway.tenancy.directory import KeyRecord
-from services.gateway.tenancy.tenants import Tenant
+from services.tenancy.directory import KeyRecord
+from services.tenancy.tenants import Tenant
 
 _LIMITS = ("requests_per_minute", "tokens_per_minute", "max_concurrent")
 

@@ -9,7 +9,7 @@ import grpc
 from slora.gateway.v1 import admin_pb2, admin_pb2_grpc
 
 from services.common.grpc_errors import abort
-from services.common.grpc_server import GrpcServer
+from services.common.grpc_server import GrpcServer, authorization_of
 from services.gateway.admin_codec import (
     from_position_token,
     to_key,
@@ -19,9 +19,8 @@ from services.gateway.admin_codec import (
     to_tenant,
 )
 from services.gateway.codec import to_page_size
-from services.gateway.servicer import authorization_of
-from services.gateway.tenancy.authentication import AdminKey
-from services.gateway.tenancy.directory import TenantDirectory
+from services.tenancy.authentication import AdminKey
+from services.tenancy.directory import TenantDirectory
 
 ADMIN_SERVICE_NAME: str = admin_pb2.DESCRIPTOR.services_by_name["AdminService"].full_name
 

@@ -25,6 +25,8 @@ class AdapterEntry:
     """When it was registered: seconds since the epoch, and nanoseconds."""
     aliases: tuple[str, ...] = ()
     """Aliases that mean it: `name@alias`. An alias means one version of its name."""
+    tenant: str = ""
+    """Whose it is; empty: nobody's in particular."""
 
     @property
     def adapter_id(self) -> str:

@@ -11,7 +11,7 @@ from slora.gateway.v1 import inference_pb2
 from services.common.errors import Reason, SloraError
 from services.gateway.generations import Size
 from services.gateway.models import ListedModel, ListPosition, ResolvedModel
-from services.gateway.tenancy.tenants import Tenant
+from services.tenancy.tenants import Tenant
 
 DEFAULT_PAGE_SIZE, MAX_PAGE_SIZE = 100, 1000
 

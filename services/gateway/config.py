@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from services.common.settings import LogLevel, setting
+from services.common.settings import LogFormat, LogLevel, setting
+from services.common.tls import ChannelSecurity, ServerTls
 
 
 @dataclass(frozen=True)
@@ -12,7 +13,9 @@ class GatewaySettings:
     """A slora gateway: takes requests for any adapter and routes each to an engine."""
 
     engines: tuple[str, ...] = setting(help="host:port of each engine, separated by commas")
-    adapter_store: str = setting(help="host:port of the adapter store")
+    adapter_store: tuple[str, ...] = setting(
+        help="host:port of the adapter store, or of some of its replicas, separated by commas; they name the others"
+    )
     listen: str = setting("127.0.0.1:50051", "host:port to serve gRPC on; port 0 takes a free one")
     metrics: str = setting("", "host:port to serve Prometheus metrics on; empty for none")
     http: str = setting("", "host:port to serve the OpenAI-compatible HTTP API on; empty for none")
@@ -27,6 +30,23 @@ class GatewaySettings:
     spill_requests: int = setting(4, "... or by this many requests, whichever is more")
     loading_seconds: float = setting(10.0, "an adapter sent to an engine this recently is thought to be loading there")
     store_timeout_seconds: float = setting(5.0, "how long a look-up in the adapter store may take")
+    tls_certificate: str = setting(
+        "", "PEM file with the certificate that is shown, then its issuers; empty: plain text"
+    )
+    tls_key: str = setting("", "PEM file with that certificate's key")
+    tls_client_ca: str = setting("", "PEM file of authorities: callers need a certificate of theirs; empty: none asked")
+    health: str = setting("", "host:port to serve health alone on, in plain text, for probes without TLS; empty: none")
+    engine_ca: str = setting("", "PEM file of the authorities of the engines' certificates; empty: plain text")
+    engine_certificate: str = setting("", "PEM file with the certificate that is shown to an engine that asks for one")
+    engine_key: str = setting("", "PEM file with that certificate's key")
+    engine_server_name: str = setting(
+        "", "name in the engines' certificates, where that is not the host of their addresses"
+    )
+    store_ca: str = setting("", "PEM file of the authorities of the store's certificate; empty: plain text")
+    store_certificate: str = setting("", "PEM file with the certificate that is shown to a store that asks for one")
+    store_key: str = setting("", "PEM file with that certificate's key")
+    store_server_name: str = setting("", "name in the store's certificate, where that is not the host of its address")
+    store_token_file: str = setting("", "file with this service's token, for a store that asks who calls")
     allow_anonymous: bool = setting(False, "whether a gateway without keys may listen beyond the loopback interface")
     tenancy_redis: str = setting(
         "", "redis:// URL where API keys, tenants and limits are kept; empty: no keys asked for"
@@ -42,6 +62,26 @@ class GatewaySettings:
     max_model_labels: int = setting(100, "most models with metrics of their own; the rest count as `other`")
     drain_seconds: float = setting(30.0, "on SIGTERM running requests have this long to end")
     log_level: LogLevel = setting("INFO", "DEBUG, INFO, WARNING or ERROR")
+    log_format: LogFormat = setting("json", "json (an object a line) or text (for people)")
+    otlp_endpoint: str = setting("", "http(s)://host:port of a collector of traces, OTLP over gRPC; empty: no traces")
+    trace_sample_ratio: float = setting(1.0, "share of traces kept that begin here; a caller's own are kept as it says")
+
+    @property
+    def server_tls(self) -> ServerTls:
+        """What callers are shown and asked for."""
+        return ServerTls(self.tls_certificate, self.tls_key, self.tls_client_ca)
+
+    @property
+    def engine_security(self) -> ChannelSecurity:
+        """How engines are called."""
+        return ChannelSecurity(self.engine_ca, self.engine_certificate, self.engine_key, self.engine_server_name)
+
+    @property
+    def store_security(self) -> ChannelSecurity:
+        """How the store is called."""
+        return ChannelSecurity(
+            self.store_ca, self.store_certificate, self.store_key, self.store_server_name, self.store_token_file
+        )
 
 
 @dataclass(frozen=True)

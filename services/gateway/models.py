@@ -11,7 +11,7 @@ from services.common.errors import Reason, SloraError
 from services.gateway.adapter_source import AdapterSource
 from services.gateway.catalogue import AdapterEntry, Catalogue
 from services.gateway.engine_pool import EnginePool
-from services.gateway.tenancy.tenants import ANONYMOUS, Tenant
+from services.tenancy.tenants import ANONYMOUS, Tenant
 
 _NAME_SHOWN = 128
 _MOST_VERSIONS_NAMED = 10
@@ -100,14 +100,14 @@ class Models:
             return ResolvedModel(model, None)
         if not tenant.may_use(model.partition("@")[0]):
             raise _not_offered(model)
-        adapter = self._catalogue.find(model)
+        adapter = _seen(self._catalogue.find(model), tenant)
         if adapter is None or not self._is_current():
-            adapter = await self._ask(model, adapter, time_remaining())
+            adapter = _seen(await self._ask(model, adapter, time_remaining()), tenant)
             base_models = self._pool.base_models()
         if not base_models:
             raise SloraError(Reason.ENGINE_UNAVAILABLE, "no engine has been reached yet; retry later")
         if adapter is None:
-            raise self._not_found(model, base_models) if tenant.may_use_all else _not_offered(model)
+            raise _not_offered(model) if tenant.name else self._not_found(model, base_models)
         if adapter.base_model not in base_models and self._is_every_engine_known():
             raise SloraError(
                 Reason.ADAPTER_BASE_MISMATCH,
@@ -160,7 +160,7 @@ class Models:
                 if after is None or name > after.name:
                     yield ListedModel(ResolvedModel(name, None), self._pool.num_serving(name))
         for adapter in self._catalogue.newest_after(after.name if after is not None and after.is_adapter else ""):
-            if tenant.may_use(adapter.name):
+            if tenant.may_see(adapter.name, adapter.tenant):
                 yield ListedModel(ResolvedModel(adapter.base_model, adapter), self._pool.num_resident(adapter.digest))
 
     def _is_every_engine_known(self) -> bool:
@@ -185,6 +185,11 @@ class Models:
             f"(by name, name@version or name@alias); ListModels lists them"
         )
         return SloraError(Reason.MODEL_NOT_FOUND, message, model=shown)
+
+
+def _seen(adapter: AdapterEntry | None, tenant: Tenant) -> AdapterEntry | None:
+    """`adapter`, unless it is one that does not exist for `tenant`: another tenant's."""
+    return adapter if adapter is not None and tenant.may_see(adapter.name, adapter.tenant) else None
 
 
 def _not_offered(model: str) -> SloraError:

@@ -21,10 +21,10 @@ A request for the base model alone goes to the emptiest engine (`BASE`); the req
 from __future__ import annotations
 
 import enum
-import hashlib
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 
+from services.common.rendezvous import ranked
 from services.gateway.config import RoutingPolicy
 from services.gateway.engine_state import EngineState
 
@@ -106,14 +106,4 @@ def _margin(engine: EngineState, policy: RoutingPolicy) -> float:
 
 
 def _first_by_hash(engines: Sequence[EngineState], key: str) -> EngineState:
-    """Rendezvous hashing: each key ranks all addresses in an order of its own."""
-    if len(engines) == 1:
-        return engines[0]
-    prefix = hashlib.blake2b(key.encode(), digest_size=8)
-
-    def rank(engine: EngineState) -> tuple[bytes, str]:
-        digest = prefix.copy()
-        digest.update(engine.address.encode())
-        return digest.digest(), engine.address
-
-    return max(engines, key=rank)
+    return engines[0] if len(engines) == 1 else ranked(engines, key, lambda engine: engine.address)[0]

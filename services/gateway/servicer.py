@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import grpc
 from slora.gateway.v1 import inference_pb2, inference_pb2_grpc
 
 from services.common.grpc_errors import abort
-from services.common.grpc_server import GrpcServer
+from services.common.grpc_server import GrpcServer, authorization_of
 from services.gateway.codec import (
     from_page_token,
     to_engine_request,
@@ -20,8 +18,8 @@ from services.gateway.codec import (
 )
 from services.gateway.generations import Ask, Generations
 from services.gateway.models import Models
-from services.gateway.tenancy.authentication import Authenticator
-from services.gateway.tenancy.tenants import Tenant
+from services.tenancy.authentication import Authenticator
+from services.tenancy.tenants import Tenant
 
 SERVICE_NAME: str = inference_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name
 
@@ -73,11 +71,6 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         return inference_pb2.ListModelsResponse(
             models=map(to_model, listed), next_page_token=to_page_token(next_position)
         )
-
-
-def authorization_of(context: grpc.aio.ServicerContext[Any, Any]) -> list[str]:
-    """The values of a call's `authorization` metadata."""
-    return [str(value) for key, value in context.invocation_metadata() or () if key == "authorization"]
 
 
 def _to_ask(request: inference_pb2.GenerateRequest, context: GenerateContext, tenant: Tenant) -> Ask:

@@ -265,11 +265,13 @@ class LocalStack:
             "drain_seconds": DRAIN_SECONDS,
             **settings,
         }
+        # Where the service is encrypted, its health is asked for at a port of its own.
+        probed = str(everything.get("health") or address)
         options = [part for key, value in everything.items() for part in (f"--{key.replace('_', '-')}", str(value))]
         return ProcessSpec(
             name,
             (sys.executable, "-m", f"services.{module}", *options),
-            lambda: is_serving(address),
+            lambda: is_serving(probed),
             self._store_environment() if name == ADAPTER_STORE else {**PATIENT_THREADS, **HUGE_PAGES, **os.environ},
             self.start_timeout_seconds,
         )

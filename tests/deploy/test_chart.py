@@ -118,6 +118,9 @@ def test_services_are_probed_over_grpc(example: str) -> None:
         for workload, container in rendered(example).containers(name):
             own = {port["name"]: port["containerPort"] for port in container["ports"]}
             grpc = own["store-grpc" if name == "adapter-store" else "grpc"]
+            # Where that port is encrypted, there is one for probes.
+            (health,) = (value for key, value in environment(container).items() if key.endswith("_HEALTH"))
+            grpc = int(health.rpartition(":")[2]) if health else grpc
             liveness, readiness = container["livenessProbe"]["grpc"], container["readinessProbe"]["grpc"]
             assert liveness == {"port": grpc, "service": LIVENESS}
             wanted = {"port": grpc, "service": GATEWAY_SERVICE} if name == "gateway" else {"port": grpc}
@@ -334,6 +337,21 @@ def test_scaling_is_by_requests_and_tokens() -> None:
     for example in ("one-gpu", "kind-cpu"):
         assert not rendered(example).of_kind("HorizontalPodAutoscaler", "ScaledObject")
         assert rendered(example).workload("gateway").manifest["spec"]["replicas"] == 1
+
+
+def test_services_are_told_where_traces_go_and_get_there() -> None:
+    values = example_values("network-store")
+    traced = Rendered(values | {"tracing": {"endpoint": "http://collector:4317", "sampleRatio": 0.25}})
+    for service in ("gateway", "engine", "adapter-store"):
+        _, container = next(traced.containers(service))
+        told = {name.partition("_OTLP_")[2] or name: value for name, value in environment(container).items()}
+        assert told["ENDPOINT"] == "http://collector:4317"
+        assert f"SLORA_{service.replace('-', '_').upper()}_TRACE_SAMPLE_RATIO" in told
+        assert "0.25" in told.values()
+    for policy in traced.of_kind("NetworkPolicy"):
+        if policy["metadata"]["name"] in ("slora-gateway", "slora-engine"):
+            assert {"ports": [{"port": 4317, "protocol": "TCP"}]} in policy["spec"]["egress"]
+    assert not [p for p in rendered("network-store").of_kind("NetworkPolicy") if "4317" in str(p)]
 
 
 def test_gpus_are_asked_for_where_there_are_some() -> None:

@@ -13,6 +13,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, Trans
 
 from slora_client.adapter_client import AdapterClient
 from slora_client.codec import Progress as OnProgress
+from slora_client.command.options import api_key, tls
 from slora_client.command.outcome import REFUSED, console, explained, write_json
 from slora_client.command.tables import adapter_details, adapters_table, sync_summary, validation_summary
 from slora_client.values import Adapter
@@ -42,7 +43,7 @@ def push(
     as_json: AsJson = False,
 ) -> None:
     """Upload an adapter directory, or register one that lies in S3: a new version, unless the content is there."""
-    with explained(as_json), AdapterClient(store) as client:
+    with explained(as_json), AdapterClient(store, api_key(), tls()) as client:
         labels, _ = _labels(label or [], removable=False)
         name = name or _default_name(source)
         if source.startswith("s3://"):
@@ -68,7 +69,7 @@ def ls(
     as_json: AsJson = False,
 ) -> None:
     """List adapters, every version."""
-    with explained(as_json), AdapterClient(store) as client:
+    with explained(as_json), AdapterClient(store, api_key(), tls()) as client:
         found = client.list(name_prefix=prefix, tenant=tenant, timeout=timeout)
         if as_json:
             write_json(found)
@@ -81,7 +82,7 @@ def ls(
 @app.command()
 def show(adapter_id: AdapterId, store: Store = DEFAULT_STORE, timeout: Timeout = 30.0, as_json: AsJson = False) -> None:
     """Show everything about one version."""
-    with explained(as_json), AdapterClient(store) as client:
+    with explained(as_json), AdapterClient(store, api_key(), tls()) as client:
         _show(client.get(adapter_id, timeout=timeout), as_json)
 
 
@@ -98,7 +99,7 @@ def alias(
     as_json: AsJson = False,
 ) -> None:
     """Make an alias mean a version, in one step: `alias pirate@3 prod` (of a bare name the newest)."""
-    with explained(as_json), AdapterClient(store) as client:
+    with explained(as_json), AdapterClient(store, api_key(), tls()) as client:
         if remove:
             changed = client.delete_alias(adapter_id, alias, expected=expect, timeout=timeout)
         else:
@@ -116,7 +117,7 @@ def label(
     as_json: AsJson = False,
 ) -> None:
     """Set and remove labels of a version."""
-    with explained(as_json), AdapterClient(store) as client:
+    with explained(as_json), AdapterClient(store, api_key(), tls()) as client:
         labels, removed = _labels(changes, removable=True)
         _show(client.update(adapter_id, set_labels=labels, remove_labels=removed, timeout=timeout), as_json)
 
@@ -124,7 +125,7 @@ def label(
 @app.command()
 def pin(adapter_id: AdapterId, store: Store = DEFAULT_STORE, timeout: Timeout = 120.0, as_json: AsJson = False) -> None:
     """Keep a version in the memory of the stores, from now on and from their start."""
-    with explained(as_json), AdapterClient(store) as client:
+    with explained(as_json), AdapterClient(store, api_key(), tls()) as client:
         pinned = client.update(adapter_id, pinned=True, timeout=timeout)
         _say(pinned, as_json, f"{pinned.adapter_id} is pinned")
 
@@ -134,7 +135,7 @@ def unpin(
     adapter_id: AdapterId, store: Store = DEFAULT_STORE, timeout: Timeout = 30.0, as_json: AsJson = False
 ) -> None:
     """Let a version be evicted again."""
-    with explained(as_json), AdapterClient(store) as client:
+    with explained(as_json), AdapterClient(store, api_key(), tls()) as client:
         unpinned = client.update(adapter_id, pinned=False, timeout=timeout)
         _say(unpinned, as_json, f"{unpinned.adapter_id} is not pinned")
 
@@ -148,7 +149,7 @@ def rm(
     as_json: AsJson = False,
 ) -> None:
     """Delete a version. Requests that run end as they began; files that were registered or synced stay in S3."""
-    with explained(as_json), AdapterClient(store) as client:
+    with explained(as_json), AdapterClient(store, api_key(), tls()) as client:
         if "@" not in adapter_id and not every:
             versions = [
                 entry for entry in client.list(name_prefix=adapter_id, timeout=timeout) if entry.name == adapter_id
@@ -173,7 +174,7 @@ def sync(
     as_json: AsJson = False,
 ) -> None:
     """Find what is new, changed and gone under a prefix in S3, a folder an adapter."""
-    with explained(as_json), AdapterClient(store) as client:
+    with explained(as_json), AdapterClient(store, api_key(), tls()) as client:
         report = client.sync(source_uri, tenant=tenant, allow_empty=allow_empty, timeout=timeout)
         if as_json:
             write_json(report)
@@ -192,7 +193,7 @@ def validate(
 
     Exit status 1 if it could not. Nothing is kept.
     """
-    with explained(as_json), AdapterClient(store) as client:
+    with explained(as_json), AdapterClient(store, api_key(), tls()) as client:
         with _progress("checking") as on_progress:
             found = client.validate(directory, on_progress=on_progress, timeout=timeout)
         if as_json:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from slora_client.async_client import AsyncSloraClient
 from slora_client.errors import SloraRequestError
+from slora_client.tls import Tls
 
 _IDS = range(10, 250)
 """Token ids that every vocabulary has."""
@@ -40,14 +41,14 @@ class Outcome:
     """The reason of a request that failed."""
 
 
-async def run_load(gateway: str, api_key: str, load: Load) -> tuple[list[Outcome], float]:
+async def run_load(gateway: str, api_key: str, load: Load, tls: Tls | None = None) -> tuple[list[Outcome], float]:
     """Every request's outcome, and how long all of them took together, in seconds."""
     draw = random.Random(load.seed)
     models = itertools.islice(itertools.cycle(load.models), load.num_requests)
     asks = [(model, draw.choices(_IDS, k=load.prompt_tokens)) for model in models]
     waiting, outcomes = iter(asks), list[Outcome]()
     started_at = time.perf_counter()
-    async with AsyncSloraClient(gateway, api_key) as client, asyncio.TaskGroup() as group:
+    async with AsyncSloraClient(gateway, api_key, tls) as client, asyncio.TaskGroup() as group:
         for _ in range(min(load.concurrency, load.num_requests)):
             group.create_task(_ask_in_turn(client, waiting, load.output_tokens, outcomes))
     return outcomes, time.perf_counter() - started_at

@@ -27,6 +27,7 @@ from slora_client.command.options import (
     TopPOption,
     api_key,
     generation_options,
+    tls,
 )
 from slora_client.command.terminal import write_stream
 from slora_client.sync_client import SloraClient
@@ -41,7 +42,7 @@ SystemOption = Annotated[str | None, typer.Option(help="a system message that co
 @app.command()
 def models(gateway: GatewayOption = DEFAULT_GATEWAY, as_json: JsonOption = False) -> None:
     """List the base model and the adapters."""
-    with SloraClient(gateway, api_key()) as client:
+    with SloraClient(gateway, api_key(), tls()) as client:
         found = client.list_models(timeout=30)
     if as_json:
         typer.echo(json.dumps([dataclasses.asdict(model) for model in found], default=str, indent=2))
@@ -73,7 +74,7 @@ def generate(
         asked = [*_opening(system), ChatMessage("user", text)]
     options = generation_options(temperature, top_p, top_k, seed, max_tokens, stop)
     said: list[Chunk] = []
-    with SloraClient(gateway, api_key()) as client:
+    with SloraClient(gateway, api_key(), tls()) as client:
         write_stream(client.stream(model, asked, **options), said)
     if sys.stdout.isatty():
         sys.stdout.write("\n")
@@ -92,7 +93,7 @@ def chat(
     stop: StopOption = None,
 ) -> None:
     """Talk to a model. Ctrl-C stops an answer; `/clear` begins anew; Ctrl-D, or Ctrl-C at the prompt, leaves."""
-    with SloraClient(gateway, api_key()) as client:
+    with SloraClient(gateway, api_key(), tls()) as client:
         options = generation_options(temperature, top_p, top_k, seed, max_tokens, stop)
         Conversation(client, model, _opening(system), options).run()
 
@@ -110,7 +111,7 @@ def bench(
 ) -> None:
     """Put a closed-loop load on a gateway and measure throughput and latencies. Exits with 1 if a request failed."""
     load = Load(tuple(model), num_requests, concurrency, prompt_tokens, output_tokens, seed)
-    outcomes, seconds = asyncio.run(run_load(gateway, api_key(), load))
+    outcomes, seconds = asyncio.run(run_load(gateway, api_key(), load, tls()))
     report = report_of(outcomes, seconds)
     if as_json:
         typer.echo(json.dumps({"load": dataclasses.asdict(load), **dataclasses.asdict(report)}, indent=2))

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from slora_client.admin_client import AdminClient
-from slora_client.command.options import DEFAULT_GATEWAY, GatewayOption, JsonOption, admin_key
+from slora_client.command.options import DEFAULT_GATEWAY, GatewayOption, JsonOption, admin_key, tls
 from slora_client.command.outcome import console, explained, write_json
 from slora_client.command.tables import keys_table
 
@@ -25,7 +25,7 @@ def create(
     as_json: JsonOption = False,
 ) -> None:
     """Make a key and print it. It is shown this once: the gateway keeps only a digest."""
-    with explained(as_json), AdminClient(gateway, admin_key()) as client:
+    with explained(as_json), AdminClient(gateway, admin_key(), tls()) as client:
         text, key = client.create_key(tenant, label=label, timeout=timeout)
         if as_json:
             write_json({"api_key": text, "key": key})
@@ -42,7 +42,7 @@ def ls(
     as_json: JsonOption = False,
 ) -> None:
     """List keys, without their secrets."""
-    with explained(as_json), AdminClient(gateway, admin_key()) as client:
+    with explained(as_json), AdminClient(gateway, admin_key(), tls()) as client:
         found = client.list_keys(tenant=tenant, timeout=timeout)
         if as_json:
             write_json(found)
@@ -58,7 +58,7 @@ def revoke(
     as_json: JsonOption = False,
 ) -> None:
     """Revoke a key: gateways refuse it within seconds; requests that run go on to their end."""
-    with explained(as_json), AdminClient(gateway, admin_key()) as client:
+    with explained(as_json), AdminClient(gateway, admin_key(), tls()) as client:
         client.revoke_key(key_id, timeout=timeout)
         if as_json:
             write_json({"key_id": key_id})

@@ -8,7 +8,7 @@ import typer
 
 from slora_client.admin_client import AdminClient
 from slora_client.command.keys import TimeoutOption
-from slora_client.command.options import DEFAULT_GATEWAY, GatewayOption, JsonOption, admin_key
+from slora_client.command.options import DEFAULT_GATEWAY, GatewayOption, JsonOption, admin_key, tls
 from slora_client.command.outcome import console, explained, write_json
 from slora_client.command.tables import tenants_table
 from slora_client.values import Tenant
@@ -33,7 +33,7 @@ def set_(
 ) -> None:
     """Make a tenant, or change what is given of it. A new one has no limits, and no adapters."""
     patterns = None if adapters is None else [part.strip() for part in adapters.split(",") if part.strip()]
-    with explained(as_json), AdminClient(gateway, admin_key()) as client:
+    with explained(as_json), AdminClient(gateway, admin_key(), tls()) as client:
         changed = client.set_tenant(
             name,
             requests_per_minute=requests_per_minute,
@@ -53,14 +53,14 @@ def show(
     as_json: JsonOption = False,
 ) -> None:
     """Show a tenant."""
-    with explained(as_json), AdminClient(gateway, admin_key()) as client:
+    with explained(as_json), AdminClient(gateway, admin_key(), tls()) as client:
         _show([client.get_tenant(name, timeout=timeout)], as_json)
 
 
 @app.command()
 def ls(gateway: GatewayOption = DEFAULT_GATEWAY, timeout: TimeoutOption = 30.0, as_json: JsonOption = False) -> None:
     """List tenants."""
-    with explained(as_json), AdminClient(gateway, admin_key()) as client:
+    with explained(as_json), AdminClient(gateway, admin_key(), tls()) as client:
         found = client.list_tenants(timeout=timeout)
         if as_json:
             write_json(found)

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import msgspec
 
 from services.common.telemetry import configure_logging
+from services.common.tls import TlsError
 from services.engine.adapters.mapped_arena import ArenaReader
 from services.engine.adapters.store_client import StoreClient
 from services.engine.core.launch import FAULT_EXIT_CODE, SWITCH_SECONDS, USAGE_EXIT_CODE, settings_from_json
@@ -35,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         settings = settings_from_json(arguments.settings).for_device()
     except msgspec.MsgspecError as error:
         parser.error(f"--settings: {error}")
-    configure_logging("engine-core", settings.log_level)
+    configure_logging("engine-core", settings.log_level, settings.log_format)
     sys.setswitchinterval(SWITCH_SECONDS)
     tie_to_frontend()
     sock = socket.socket(fileno=arguments.fd)
@@ -48,7 +49,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         logger.critical("the model cannot be loaded", exc_info=True)
         return FAULT_EXIT_CODE
     arenas = ArenaReader(runner.adapter_device) if settings.share_arena else None
-    return run_core(settings, runner, StoreClient(settings.adapter_store, arenas), sock)
+    try:
+        store = StoreClient(settings.adapter_store, arenas, settings.load_through_local, settings.store_security)
+    except TlsError as error:
+        logger.critical("the adapter store cannot be called: %s", error)
+        return USAGE_EXIT_CODE
+    return run_core(settings, runner, store, sock)
 
 
 def tie_to_frontend() -> None:

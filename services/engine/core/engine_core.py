@@ -179,7 +179,9 @@ class EngineCore:
         if not (settled or news or failures) and load == self._reported:
             return None
         self._reported = load
-        return StepReport(load, tokens, failures, news.loaded, news.evicted, news.prefetched)
+        return StepReport(
+            load, tokens, failures, news.loaded, news.evicted, news.prefetched, news.admitted, news.traced_loads
+        )
 
     def close(self) -> bool:
         """Drops everything, waits for what is in flight, ends the loader's threads; whether every page came back."""
@@ -226,7 +228,8 @@ class EngineCore:
     def _fail(self, step: _SubmittedStep, error: Exception) -> None:
         """A step could not be submitted or computed: its sequences fail, and no other."""
         self._num_steps += 1
-        logger.error("a step of %d sequences failed", len(step.plan.chunks), exc_info=error)
+        extra = {"request_ids": self._scheduler.request_ids(step.plan)}
+        logger.error("a step of %d sequences failed", len(step.plan.chunks), exc_info=error, extra=extra)
         if not step.excused:
             self._num_failed_in_a_row += 1
             for other in self._submitted:

@@ -9,7 +9,7 @@ from services.gateway.codec import to_engine_request, to_size
 from services.gateway.generations import Ask
 from services.gateway.http.chunks import MIN_LOGPROB, Chunk, PositionLogprobs, TokenLogprob, Usage
 from services.gateway.http.requests import Chat, GenerationRequest, Prompt
-from services.gateway.tenancy.tenants import Tenant
+from services.tenancy.tenants import Tenant
 
 _FINISH_REASONS = {
     generation_pb2.FINISH_REASON_STOP: "stop",

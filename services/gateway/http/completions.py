@@ -19,7 +19,7 @@ from services.gateway.http.rate_limits import rate_limit_headers
 from services.gateway.http.replies import EventStreamReply, Reply, WholeReply
 from services.gateway.http.requests import GenerationRequest
 from services.gateway.models import Models
-from services.gateway.tenancy.tenants import Tenant
+from services.tenancy.tenants import Tenant
 
 T = TypeVar("T")
 

@@ -7,8 +7,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from services.common.errors import SloraError
 from services.gateway.http.errors import ApiError, to_api_error
-from services.gateway.tenancy.authentication import AdminKey, Authenticator
-from services.gateway.tenancy.tenants import ANONYMOUS, Tenant
+from services.tenancy.authentication import AdminKey, Authenticator
+from services.tenancy.tenants import ANONYMOUS, Tenant
 
 _HEADER = b"authorization"
 _OPEN = frozenset({"/health"})

@@ -10,7 +10,10 @@ from collections.abc import Iterator
 import uvicorn
 from starlette.types import ASGIApp
 
+from services.common.exposure import warn_of_plain_text
 from services.common.settings import AddressError
+from services.common.tls import ServerTls
+from services.gateway.http.tls import http_context
 
 _BACKLOG = 1024
 _HIGHEST_PORT = 65_535
@@ -21,8 +24,11 @@ _CUT_SECONDS = 1
 class HttpServer:
     """Serves an ASGI application at `host:port`."""
 
-    def __init__(self, address: str, app: ASGIApp) -> None:
-        """Listens from now on. Raises AddressError if that is not possible."""
+    def __init__(self, address: str, app: ASGIApp, tls: ServerTls) -> None:
+        """Listens from now on. Raises AddressError if that is not possible, TlsError for files that cannot work."""
+        context = http_context(tls)
+        if context is None:
+            warn_of_plain_text("--http", address)
         self._socket = _listen(address)
         self.port: int = self._socket.getsockname()[1]
         config = uvicorn.Config(
@@ -36,6 +42,8 @@ class HttpServer:
             server_header=False,
             timeout_graceful_shutdown=_CUT_SECONDS,
         )
+        config.load()
+        config.ssl = context
         self._server = _QuietServer(config)
         self._serving: asyncio.Task[None] | None = None
 

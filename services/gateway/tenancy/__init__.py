@@ -1,1 +1,1 @@
-"""Who calls, what they may use, and how much: API keys, tenants and limits, kept in Redis."""
+"""What callers may use, and how much: keys and tenants of `services.tenancy`, and limits, kept in the same Redis."""

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import ipaddress
-
+from services.common.exposure import is_loopback
 from services.common.settings import AddressError
 from services.gateway.config import GatewaySettings
 
@@ -19,16 +18,3 @@ def check_exposure(settings: GatewaySettings) -> None:
                 "reaches it may use every adapter. Give --tenancy-redis redis://… to ask for keys, an address such as "
                 "127.0.0.1:50051, or --allow-anonymous true if the network keeps strangers out"
             )
-
-
-def is_loopback(address: str) -> bool:
-    """Whether `host:port` (or a Unix socket) is reached from this host only; a name other than localhost is not."""
-    if address.startswith(("unix:", "unix-abstract:")):
-        return True
-    host = address.rpartition(":")[0].strip("[]")
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False

@@ -18,8 +18,8 @@ from typing import Any, Protocol
 
 from services.common.errors import Reason, SloraError
 from services.gateway.tenancy.limit_scripts import admit_script, renew_script, settle_script
-from services.gateway.tenancy.tenancy_redis import TenancyRedis
-from services.gateway.tenancy.tenants import Limits, Tenant
+from services.tenancy.tenancy_redis import TenancyRedis
+from services.tenancy.tenants import Limits, Tenant
 
 logger = logging.getLogger(__name__)
 

@@ -7,10 +7,10 @@ import contextlib
 from collections.abc import Callable
 
 from services.gateway.config import TenancyPolicy
-from services.gateway.tenancy.authentication import AdminKey, Anyone, Authenticator, KeyHolders
-from services.gateway.tenancy.directory import TenantDirectory
 from services.gateway.tenancy.limiter import Limiter, RedisLimiter, Unlimited
-from services.gateway.tenancy.tenancy_redis import TenancyRedis
+from services.tenancy.authentication import AdminKey, Anyone, Authenticator, KeyHolders
+from services.tenancy.directory import TenantDirectory
+from services.tenancy.tenancy_redis import TenancyRedis
 
 
 class Tenancy:

@@ -10,11 +10,11 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from services.adapter_store.arena import Arena
-from services.adapter_store.assembly import Store, running_store
+from services.adapter_store.assembly import Store, as_replica, running_store
 from services.adapter_store.base_model import load_base_model
 from services.adapter_store.catalogue_servicer import CatalogueServicer
 from services.adapter_store.config import AdapterStoreSettings
-from services.adapter_store.delivery_servicer import add_to_server
+from services.adapter_store.delivery_servicer import MAX_REQUEST_BYTES, add_to_server
 from services.common.grpc_server import GrpcServer
 from tests.fixtures.adapter_files import make_tensors, write_adapter, write_checkpoint_config
 from tests.fixtures.embedded_servers import RedisServer, S3Server
@@ -81,9 +81,10 @@ async def open_store(
             registry = CollectorRegistry()
             store = await stack.enter_async_context(running_store(settings, base, arena, registry))
             servicer = CatalogueServicer(store)
-            server = GrpcServer("127.0.0.1:0", [])
+            server = GrpcServer("127.0.0.1:0", [], MAX_REQUEST_BYTES)
             add_to_server(servicer, server.grpc)
             await server.start()
+            store.membership.announce(as_replica(settings, server.port, arena))
             stack.push_async_callback(server.grpc.stop, 0)
             client = await stack.enter_async_context(StoreClient(server.port))
             stack.callback(store.cache.check_integrity)

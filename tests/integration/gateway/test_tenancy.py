@@ -22,8 +22,8 @@ from slora.gateway.v1 import inference_pb2, inference_pb2_grpc
 from services.common.errors import Reason
 from services.common.grpc_errors import from_rpc_error
 from services.common.settings import AddressError
-from services.gateway.tenancy.directory import TenantDirectory
-from services.gateway.tenancy.tenancy_redis import TenancyRedis
+from services.tenancy.directory import TenantDirectory
+from services.tenancy.tenancy_redis import TenancyRedis
 from tests.fakes.fake_adapter_store import FakeAdapterStore
 from tests.fakes.fake_engine import FakeEngine, hang
 from tests.fixtures.embedded_servers import RedisServer

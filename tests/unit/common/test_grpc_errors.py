@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import grpc
+import pytest
 from google.rpc import error_details_pb2, status_pb2
 
 from services.common.errors import Reason, SloraError
-from services.common.grpc_errors import to_grpc_status
+from services.common.grpc_errors import from_store_error, to_grpc_status
 
 
 def decoded(status: grpc.Status) -> tuple[status_pb2.Status, error_details_pb2.ErrorInfo]:
@@ -50,3 +51,31 @@ def test_when_to_retry_is_said_in_the_standard_way_too() -> None:
     assert whole.details[1].Unpack(retry)
     assert retry.retry_delay.ToMilliseconds() == 2500
     assert info.metadata["retry_after_seconds"] == "2.500", "and so that a gateway passes it on"
+
+
+class Answer(grpc.RpcError):
+    """A call that ended so."""
+
+    def __init__(self, error: SloraError) -> None:
+        self._status = to_grpc_status(error)
+
+    def code(self) -> grpc.StatusCode:
+        return self._status.code
+
+    def details(self) -> str:
+        return str(self._status.details)
+
+    def trailing_metadata(self) -> object:
+        return self._status.trailing_metadata
+
+
+@pytest.mark.parametrize("reason", [Reason.API_KEY_MISSING, Reason.API_KEY_INVALID, Reason.NOT_PERMITTED])
+def test_a_store_that_refuses_the_services_own_credentials_is_away(reason: Reason) -> None:
+    error = from_store_error(Answer(SloraError(reason, "the token is not valid")))
+    assert error.reason is Reason.ADAPTER_STORE_UNAVAILABLE
+    assert "the token is not valid; see --store-token-file" in error.message
+
+
+def test_other_errors_of_the_store_are_its_own() -> None:
+    error = from_store_error(Answer(SloraError(Reason.ADAPTER_NOT_FOUND, "no such adapter", adapter_id="x")))
+    assert (error.reason, error.metadata) == (Reason.ADAPTER_NOT_FOUND, {"adapter_id": "x"})

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
+import signal
+from collections.abc import AsyncIterator
+
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2
 
+from services.common.errors import Reason
+from services.common.grpc_errors import from_rpc_error
 from services.common.grpc_server import LIVENESS, GrpcServer
 
 
@@ -27,3 +34,56 @@ async def test_a_server_that_does_not_serve_is_alive(serving: bool) -> None:
         assert await health(server.port, LIVENESS) == health_pb2.HealthCheckResponse.SERVING
     finally:
         await server.grpc.stop(0)
+
+
+async def test_calls_that_come_all_at_once_are_all_answered() -> None:
+    # grpc's own bound is 1000 that wait to be looked at: it cancels the rest, without a reason.
+    server = GrpcServer("127.0.0.1:0", ["a.Service"])
+    await server.start()
+    try:
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
+            check = channel.unary_unary("/grpc.health.v1.Health/Check")
+            calls = [check(health_pb2.HealthCheckRequest().SerializeToString(), timeout=60) for _ in range(2500)]
+            answers = await asyncio.gather(*calls, return_exceptions=True)
+        assert not [answer for answer in answers if isinstance(answer, BaseException)]
+    finally:
+        await server.grpc.stop(0)
+
+
+async def stream_for_ever(_: bytes, context: grpc.aio.ServicerContext[bytes, bytes]) -> AsyncIterator[bytes]:
+    yield b"begun"
+    await asyncio.Event().wait()
+
+
+async def test_what_runs_when_the_time_to_drain_is_over_is_told_so() -> None:
+    called = asyncio.Event()
+
+    async def wait_for_ever(_: bytes, context: grpc.aio.ServicerContext[bytes, bytes]) -> bytes:
+        called.set()
+        return await asyncio.Future()
+
+    server = GrpcServer("127.0.0.1:0", ["a.Service"])
+    handlers = {
+        "Call": grpc.unary_unary_rpc_method_handler(wait_for_ever),
+        "Stream": grpc.unary_stream_rpc_method_handler(stream_for_ever),
+    }
+    server.grpc.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("a.Service", handlers),))
+    await server.start()
+    drained = asyncio.Event()
+
+    async def drain() -> None:
+        drained.set()
+
+    serving = asyncio.create_task(server.serve(drain, drain_seconds=0.2))
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
+        call, stream = channel.unary_unary("/a.Service/Call")(b""), channel.unary_stream("/a.Service/Stream")(b"")
+        assert await stream.read() == b"begun"
+        await called.wait()
+        os.kill(os.getpid(), signal.SIGTERM)
+        await drained.wait()
+        for wait in (call, stream.read()):
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await wait
+            assert from_rpc_error(caught.value, Reason.INTERNAL).reason is Reason.DRAINING
+            assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+    await serving

@@ -6,7 +6,7 @@ from slora.gateway.v1 import inference_pb2
 
 from services.gateway.codec import to_engine_request
 from services.gateway.models import ResolvedModel
-from services.gateway.tenancy.tenants import ANONYMOUS, Tenant
+from services.tenancy.tenants import ANONYMOUS, Tenant
 
 
 def test_priority_and_tenant_are_passed_on() -> None:

@@ -15,6 +15,7 @@ from services.gateway.config import RoutingPolicy
 from services.gateway.engine_pool import EnginePool
 from services.gateway.engine_state import EngineLoad, EngineProfile, StateUpdate
 from services.gateway.models import ListPosition, Models
+from services.tenancy.tenants import Tenant
 
 
 def entry(name: str, version: int = 1, base_model: str = "base") -> AdapterEntry:
@@ -233,3 +234,25 @@ def test_listed_fields() -> None:
     assert (base.name, base.adapter_id, base.rank, base.HasField("create_time")) == ("base", "", 0, False)
     assert (adapter.name, adapter.adapter_id, adapter.base_model, adapter.rank) == ("a", "a@3", "base", 8)
     assert (adapter.create_time.seconds, adapter.create_time.nanos) == (1_700_000_000, 5)
+
+
+async def test_anothers_adapter_does_not_exist_for_a_tenant() -> None:
+    team, all_names = Tenant("team", adapters=("*",)), ("own", "shared", "theirs")
+    owners = dict(zip(all_names, ("team", "", "other"), strict=True))
+    adapters = [dataclasses.replace(entry(name), tenant=owner) for name, owner in owners.items()]
+    source = Source(*adapters)
+    known = models(pool_of("base"), catalogue_of(*adapters), source)
+    for name in ("own", "shared"):
+        assert (await known.resolve(name, no_deadline, team)).name == name
+    assert source.timeouts == []
+    told = []
+    for name in ("theirs", "theirs@1", "absent"):
+        with pytest.raises(SloraError) as caught:
+            await known.resolve(name, no_deadline, team)
+        assert caught.value.reason is Reason.MODEL_NOT_FOUND
+        told.append(caught.value.message.replace(name, "x"))
+    # In the same words and after the same work: the store was asked each time.
+    assert len(set(told)) == 1
+    assert len(source.timeouts) == 3
+    assert [listed.model.name for listed in known.page(None, 10, team)[0]] == ["base", "own", "shared"]
+    assert [listed.model.name for listed in known.page(None, 10)[0]] == ["base", *all_names]

@@ -21,7 +21,7 @@ from services.gateway.http.parameters import (
 )
 from services.gateway.http.requests import Chat, ChatMessage, GenerationRequest
 from services.gateway.models import ResolvedModel
-from services.gateway.tenancy.tenants import ANONYMOUS
+from services.tenancy.tenants import ANONYMOUS
 
 HELLO = [{"role": "user", "content": "Hello"}]
 

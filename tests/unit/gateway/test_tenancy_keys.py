@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 
 from services.common.errors import Reason, SloraError
-from services.gateway.tenancy import authentication
-from services.gateway.tenancy.api_keys import ApiKey, make_key, presented_key
-from services.gateway.tenancy.authentication import KeyHolders
-from services.gateway.tenancy.tenants import Tenant
+from services.tenancy import authentication
+from services.tenancy.api_keys import ApiKey, make_key, presented_key
+from services.tenancy.authentication import KeyHolders
+from services.tenancy.tenants import Tenant
 
 
 class Directory:

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from services.gateway.tenancy.limit_scripts import admit_script, settle_script
 from services.gateway.tenancy.limiter import OverLimitError, RedisLimiter
-from services.gateway.tenancy.tenancy_redis import TenancyRedis
-from services.gateway.tenancy.tenants import Limits, Tenant
+from services.tenancy.tenancy_redis import TenancyRedis
+from services.tenancy.tenants import Limits, Tenant
 from tests.fixtures.embedded_servers import RedisServer
 
 GIVEN_CLOCK = "local now = tonumber(ARGV[#ARGV])\n"

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from services.common.exposure import is_loopback
 from services.gateway.config import GatewaySettings
 from services.gateway.tenancy.admin_key_source import read_admin_key
-from services.gateway.tenancy.exposure import is_loopback
-from services.gateway.tenancy.tenants import Tenant
+from services.tenancy.tenants import Tenant
 
 KEY = "0123456789abcdef" * 4
 
@@ -35,7 +35,7 @@ def test_what_is_loopback(address: str, expected: bool) -> None:
 
 
 def settings_of(**fields: str) -> GatewaySettings:
-    return GatewaySettings(("engine:1",), "store:1", **{"tenancy_redis": "redis://x", **fields})  # type: ignore[arg-type]
+    return GatewaySettings(("engine:1",), ("store:1",), **{"tenancy_redis": "redis://x", **fields})  # type: ignore[arg-type]
 
 
 def test_the_admin_key_comes_from_a_file_or_the_environment(tmp_path: Path) -> None:

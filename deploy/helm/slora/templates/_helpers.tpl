@@ -34,6 +34,16 @@ imagePullPolicy: {{ $.Values.image.pullPolicy }}
 {{- end }}
 {{- end }}
 
+{{/* What all services are told of logs and traces: (list $ "ENGINE"). */}}
+{{- define "slora.telemetry" -}}
+{{- $values := (index . 0).Values -}}
+{{- $own := dict
+    "log_format" $values.logFormat
+    "otlp_endpoint" $values.tracing.endpoint
+    "trace_sample_ratio" $values.tracing.sampleRatio -}}
+{{ include "slora.settings" (list (index . 1) $own) }}
+{{- end }}
+
 {{/* Alive: the process answers. A loading engine and a draining service are, and must not be restarted for it. */}}
 {{- define "slora.probes" -}}
 {{- $port := index . 0 -}}
@@ -126,6 +136,38 @@ lifecycle: {preStop: {sleep: {seconds: {{ .Values.preStopSeconds }}}}}
     secretKeyRef: {name: {{ include "slora.secretName" (index . 0) }}, key: {{ index . 2 }}, optional: {{ not (index . 3) }}}
 {{- end }}
 
+{{/* A Secret's files: (list volume secret), or (list volume secret key) for one of them. A new one appears in its place. */}}
+{{- define "slora.secretVolume" -}}
+- name: {{ index . 0 }}
+  secret:
+    secretName: {{ index . 1 }}
+    defaultMode: 0440
+    {{- if gt (len .) 2 }}
+    items: [{key: {{ index . 2 }}, path: {{ index . 2 }}}]
+    {{- end }}
+{{- end }}
+
+{{/* What a service shows its callers, and asks of them: (list secret directory asks healthPort). Nothing without a Secret. */}}
+{{- define "slora.serverTls" -}}
+{{- $secret := index . 0 -}}
+{{- $place := index . 1 -}}
+tls_certificate: {{ empty $secret | ternary "" (printf "%s/tls.crt" $place) | quote }}
+tls_key: {{ empty $secret | ternary "" (printf "%s/tls.key" $place) | quote }}
+tls_client_ca: {{ or (empty $secret) (not (index . 2)) | ternary "" (printf "%s/ca.crt" $place) | quote }}
+# Kubernetes' probes know no TLS.
+health: {{ empty $secret | ternary "" (printf "0.0.0.0:%d" (int (index . 3))) | quote }}
+{{- end }}
+
+{{/* How a service calls another: (list $ peer component). */}}
+{{- define "slora.callerTls" -}}
+{{- $ := index . 0 -}}
+{{- $peer := index . 1 -}}
+{{- range $name, $file := dict "ca" "ca.crt" "certificate" "tls.crt" "key" "tls.key" }}
+{{ $peer }}_{{ $name }}: {{ empty $.Values.tls.services | ternary "" (printf "/certificates/%s" $file) | quote }}
+{{- end }}
+{{ $peer }}_server_name: {{ empty $.Values.tls.services | ternary "" (printf "%s-%s" $.Release.Name (index . 2)) | quote }}
+{{- end }}
+
 {{- define "slora.secretChecksum" -}}
 checksum/secrets: {{ toJson .Values.secrets | sha256sum }}
 {{- end }}
@@ -165,11 +207,16 @@ env:
 {{- include "slora.secretVariable" (list . "AWS_ACCESS_KEY_ID" "s3-access-key" .Values.s3.bundled) | nindent 2 }}
 {{- include "slora.secretVariable" (list . "AWS_SECRET_ACCESS_KEY" "s3-secret-key" .Values.s3.bundled) | nindent 2 }}
   - {name: AWS_DEFAULT_REGION, value: {{ .Values.s3.region | quote }}}
+  # By its name it keeps its adapters over a restart; by its address the others, engines and gateways reach it.
+  - {name: REPLICA_ID, valueFrom: {fieldRef: {fieldPath: {{ eq .Values.adapterStore.placement "node" | ternary "spec.nodeName" "metadata.name" }}}}}
+  - {name: POD_IP, valueFrom: {fieldRef: {fieldPath: status.podIP}}}
 {{- $redis := printf "redis://:$(REDIS_PASSWORD)@%s-redis:6379/0" .Release.Name }}
 {{- $s3 := printf "http://%s-s3:9000" .Release.Name }}
 {{- $own := dict
     "listen" "0.0.0.0:50052"
     "metrics" "0.0.0.0:9052"
+    "replica_id" "$(REPLICA_ID)"
+    "advertise" "$(POD_IP)"
     "base_model" .Values.model.name
     "base_model_config" (include "slora.modelPath" .)
     "redis_url" (.Values.redis.bundled | ternary $redis .Values.redis.url)
@@ -180,10 +227,14 @@ env:
     "upload_dir" "/uploads"
     "disk_cache_dir" (gt (int64 .Values.adapterStore.diskCacheBytes) 0 | ternary "/disk-cache" "")
     "disk_cache_bytes" .Values.adapterStore.diskCacheBytes
-    "drain_seconds" .Values.adapterStore.drainSeconds }}
+    "drain_seconds" .Values.adapterStore.drainSeconds
+    "service_tokens" (empty .Values.auth.tokens | ternary "" "/tokens")
+    "allow_anonymous" (not (or .Values.auth.tokens .Values.tls.services)) }}
+{{- $own = merge $own (include "slora.serverTls" (list .Values.tls.services "/certificates" true 50058) | fromYaml) }}
 {{- include "slora.settings" (list "ADAPTER_STORE" $own) | trim | nindent 2 }}
+{{- include "slora.telemetry" (list . "ADAPTER_STORE") | trim | nindent 2 }}
 {{- include "slora.settings" (list "ADAPTER_STORE" .Values.adapterStore.settings) | trim | nindent 2 }}
-{{ include "slora.probes" (list 50052 "") }}
+{{ include "slora.probes" (list (empty .Values.tls.services | ternary 50052 50058) "") }}
 {{ include "slora.lifecycle" . }}
 resources:
   # Pages of shared memory count as the store's, which touches them first.
@@ -197,6 +248,41 @@ volumeMounts:
   {{- if .Values.adapterStore.diskCacheBytes }}
   - {name: disk-cache, mountPath: /disk-cache}
   {{- end }}
+  {{- if .Values.tls.services }}
+  - {name: certificates, mountPath: /certificates, readOnly: true}
+  {{- end }}
+  {{- if .Values.auth.tokens }}
+  - {name: tokens, mountPath: /tokens, readOnly: true}
+  {{- end }}
+{{- end }}
+
+{{/* The Secrets of a pod with a store, besides its certificates. */}}
+{{- define "slora.tokenVolume" -}}
+{{- with .Values.auth.tokens }}
+{{- include "slora.secretVolume" (list "tokens" .) }}
+{{- end }}
+{{- end }}
+
+{{- define "slora.certificateVolume" -}}
+{{- with .Values.tls.services }}
+{{- include "slora.secretVolume" (list "certificates" .) }}
+{{- end }}
+{{- end }}
+
+{{/* The token with which a service calls the store: (list $ role). */}}
+{{- define "slora.ownTokenVolume" -}}
+{{- with (index . 0).Values.auth.tokens }}
+{{- include "slora.secretVolume" (list "own-token" . (index $ 1)) }}
+{{- end }}
+{{- end }}
+
+{{- define "slora.callerMounts" -}}
+{{- if .Values.tls.services }}
+- {name: certificates, mountPath: /certificates, readOnly: true}
+{{- end }}
+{{- if .Values.auth.tokens }}
+- {name: own-token, mountPath: /own-token, readOnly: true}
+{{- end }}
 {{- end }}
 
 {{- define "slora.claim" -}}

@@ -27,6 +27,13 @@ if _version_not_supported:
 
 class AdapterStoreServiceStub:
     """Owns the adapters of one base model. S3 is the truth for weights, Redis for the catalogue.
+
+    A store may ask who calls, by `authorization: Bearer …` with a service's token or a tenant's API key. Every RPC then has
+    also the errors UNAUTHENTICATED (no credential, or one that is not valid), PERMISSION_DENIED (it is not for this
+    caller) and UNAVAILABLE (keys cannot be looked up). A tenant sees adapters that are its own and those that are nobody's
+    in particular, under the names that it may use; all others are NOT_FOUND to it, and left out of lists and watches. It
+    changes and uploads only what is its own. RegisterAdapter, SyncAdapters, ShareAdapter and ReportAdapterUse are not for
+    tenants.
     """
 
     def __init__(self, channel):
@@ -105,10 +112,22 @@ class AdapterStoreServiceStub:
                 request_serializer=slora_dot_adapter__store_dot_v1_dot_adapter__store__pb2.ValidateAdapterRequest.SerializeToString,
                 response_deserializer=slora_dot_adapter__store_dot_v1_dot_adapter__store__pb2.ValidateAdapterResponse.FromString,
                 _registered_method=True)
+        self.ListReplicas = channel.unary_unary(
+                '/slora.adapter_store.v1.AdapterStoreService/ListReplicas',
+                request_serializer=slora_dot_adapter__store_dot_v1_dot_adapter__store__pb2.ListReplicasRequest.SerializeToString,
+                response_deserializer=slora_dot_adapter__store_dot_v1_dot_adapter__store__pb2.ListReplicasResponse.FromString,
+                _registered_method=True)
 
 
 class AdapterStoreServiceServicer:
     """Owns the adapters of one base model. S3 is the truth for weights, Redis for the catalogue.
+
+    A store may ask who calls, by `authorization: Bearer …` with a service's token or a tenant's API key. Every RPC then has
+    also the errors UNAUTHENTICATED (no credential, or one that is not valid), PERMISSION_DENIED (it is not for this
+    caller) and UNAVAILABLE (keys cannot be looked up). A tenant sees adapters that are its own and those that are nobody's
+    in particular, under the names that it may use; all others are NOT_FOUND to it, and left out of lists and watches. It
+    changes and uploads only what is its own. RegisterAdapter, SyncAdapters, ShareAdapter and ReportAdapterUse are not for
+    tenants.
     """
 
     def RegisterAdapter(self, request, context):
@@ -179,7 +198,7 @@ class AdapterStoreServiceServicer:
         used. A call that ends otherwise (either side is gone, the reader took too long) proves nothing about the bytes. A
         reader that needs nothing more cancels the call. Idempotent. Read through from S3 like FetchAdapter.
         Errors: as FetchAdapter; INVALID_ARGUMENT (a message out of order, or missing); DEADLINE_EXCEEDED (the reader kept
-        the lease for too long: it has ended).
+        the lease for too long: it has ended); NOT_FOUND (ADAPTER_NOT_RESIDENT: see only_resident).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -247,6 +266,14 @@ class AdapterStoreServiceServicer:
         """Says whether an adapter could be served, and what is wrong with it, by the checks that registering makes. Chunks
         of adapter_config.json, then of adapter_model.safetensors. Stores nothing. What is wrong with the adapter is in the
         answer; errors are INVALID_ARGUMENT (order of messages), RESOURCE_EXHAUSTED (over the store's limit).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListReplicas(self, request, context):
+        """Names the replicas: the stores of this catalogue that were heard of in the last seconds, and this one. Asked of any
+        of them, about once a second; answered from memory, also with Redis away. Idempotent. Errors: none of its own.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -325,6 +352,11 @@ def add_AdapterStoreServiceServicer_to_server(servicer, server):
                     request_deserializer=slora_dot_adapter__store_dot_v1_dot_adapter__store__pb2.ValidateAdapterRequest.FromString,
                     response_serializer=slora_dot_adapter__store_dot_v1_dot_adapter__store__pb2.ValidateAdapterResponse.SerializeToString,
             ),
+            'ListReplicas': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListReplicas,
+                    request_deserializer=slora_dot_adapter__store_dot_v1_dot_adapter__store__pb2.ListReplicasRequest.FromString,
+                    response_serializer=slora_dot_adapter__store_dot_v1_dot_adapter__store__pb2.ListReplicasResponse.SerializeToString,
+            ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
             'slora.adapter_store.v1.AdapterStoreService', rpc_method_handlers)
@@ -335,6 +367,13 @@ def add_AdapterStoreServiceServicer_to_server(servicer, server):
  # This class is part of an EXPERIMENTAL API.
 class AdapterStoreService:
     """Owns the adapters of one base model. S3 is the truth for weights, Redis for the catalogue.
+
+    A store may ask who calls, by `authorization: Bearer …` with a service's token or a tenant's API key. Every RPC then has
+    also the errors UNAUTHENTICATED (no credential, or one that is not valid), PERMISSION_DENIED (it is not for this
+    caller) and UNAVAILABLE (keys cannot be looked up). A tenant sees adapters that are its own and those that are nobody's
+    in particular, under the names that it may use; all others are NOT_FOUND to it, and left out of lists and watches. It
+    changes and uploads only what is its own. RegisterAdapter, SyncAdapters, ShareAdapter and ReportAdapterUse are not for
+    tenants.
     """
 
     @staticmethod
@@ -705,6 +744,33 @@ class AdapterStoreService:
             '/slora.adapter_store.v1.AdapterStoreService/ValidateAdapter',
             slora_dot_adapter__store_dot_v1_dot_adapter__store__pb2.ValidateAdapterRequest.SerializeToString,
             slora_dot_adapter__store_dot_v1_dot_adapter__store__pb2.ValidateAdapterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListReplicas(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/slora.adapter_store.v1.AdapterStoreService/ListReplicas',
+            slora_dot_adapter__store_dot_v1_dot_adapter__store__pb2.ListReplicasRequest.SerializeToString,
+            slora_dot_adapter__store_dot_v1_dot_adapter__store__pb2.ListReplicasResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from services.common.errors import Reason, SloraError
-from services.gateway.tenancy.api_keys import bearer_token, digest_of, invalid_key, presented_key
-from services.gateway.tenancy.directory import TenantDirectory
-from services.gateway.tenancy.tenants import ANONYMOUS, Tenant
+from services.tenancy.api_keys import bearer_token, digest_of, invalid_key, presented_key
+from services.tenancy.directory import TenantDirectory
+from services.tenancy.tenants import ANONYMOUS, Tenant
 
 _MAX_CACHED_KEYS = 10_000
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from services.common.errors import Reason, SloraError
 
 _ID_BYTES, _SECRET_BYTES = 8, 32
+KEY_BEGINS = "sk-slora-"
 _KEY = re.compile(r"sk-slora-([0-9a-f]{16})-([A-Za-z0-9_-]{43})")
 _ID = re.compile(r"[0-9a-f]{16}")
 _BEARER = re.compile(r"bearer +(\S+)", re.IGNORECASE)
@@ -72,7 +73,7 @@ def bearer_token(headers: Sequence[str]) -> str:
     Raises API_KEY_MISSING or API_KEY_INVALID; messages never hold what was sent.
     """
     if not headers:
-        message = "this gateway asks for an API key: send it as `Authorization: Bearer sk-slora-…`"
+        message = "an API key is asked for here: send it as `Authorization: Bearer sk-slora-…`"
         raise SloraError(Reason.API_KEY_MISSING, message)
     found = _BEARER.fullmatch(headers[0]) if len(headers) == 1 and len(headers[0]) <= _LONGEST_HEADER else None
     if found is None:

@@ -49,10 +49,12 @@ class Tenant:
         """Whether it may use the adapter of this name (without a version)."""
         return any(fnmatch.fnmatchcase(adapter, pattern) for pattern in self.adapters)
 
-    @property
-    def may_use_all(self) -> bool:
-        """Whether no adapter is kept from it."""
-        return "*" in self.adapters
+    def may_see(self, adapter: str, owner: str) -> bool:
+        """Whether the adapter of this name exists for it, if it is `owner`'s (empty: nobody's in particular).
+
+        Another tenant's do not, even under names that it may use.
+        """
+        return self.may_use(adapter) and (not self.name or owner in ("", self.name))
 
 
 ANONYMOUS = Tenant("", adapters=("*",))

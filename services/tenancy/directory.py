@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from services.common.errors import Reason, SloraError
-from services.gateway.tenancy import directory_scripts as scripts
-from services.gateway.tenancy.api_keys import ApiKey, checked_key_id, make_key
-from services.gateway.tenancy.tenancy_redis import TenancyRedis
-from services.gateway.tenancy.tenants import (
+from services.tenancy import directory_scripts as scripts
+from services.tenancy.api_keys import ApiKey, checked_key_id, make_key
+from services.tenancy.tenancy_redis import TenancyRedis
+from services.tenancy.tenants import (
     MAX_CONCURRENT,
     MAX_REQUESTS_PER_MINUTE,
     MAX_TOKENS_PER_MINUTE,
