@@ -16,6 +16,7 @@ from services.adapter_store.arena import Arena
 from services.adapter_store.host_cache import Pin
 from services.adapter_store.manifest_codec import manifest_message
 from services.adapter_store.metrics import StoreMetrics
+from services.adapter_store.tier_metrics import Tier
 from services.common.errors import Reason, SloraError
 from services.common.tracing import current_span
 
@@ -57,7 +58,8 @@ class WeightDelivery:
 
     async def send(self, request: pb.FetchAdapterRequest, context: Context) -> None:
         """Streams the manifest, then chunks as memoryviews, which `serialize_part` knows."""
-        with await self._found(request, only_resident=False) as pin:
+        in_flight = self._metrics.tiers.in_flight(Tier.ARENA)
+        with await self._found(request, only_resident=False) as pin, in_flight:
             size = len(pin.content)
             if request.offset > size:
                 raise SloraError(
@@ -74,6 +76,7 @@ class WeightDelivery:
                     write = self._write if begin == request.offset else self._write_in_turn
                     await write(context, chunk)
                     self._metrics.fetched_bytes.inc(len(chunk))
+                    self._metrics.tiers.on_read(Tier.ARENA, len(chunk))
 
     async def lend(self, requests: AsyncIterator[pb.ShareAdapterRequest | DecodeError], context: Context) -> None:
         """Pins an adapter until its reader says that it has copied it. Returning, and only that, confirms the lease."""
@@ -83,6 +86,7 @@ class WeightDelivery:
             with (
                 await self._found(request, request.only_resident) as pin,
                 self._metrics.open_leases.track_inprogress(),
+                self._metrics.tiers.in_flight(Tier.ARENA),
             ):
                 outcome = "abandoned"
                 manifest = manifest_message(pin.manifest)
@@ -91,6 +95,7 @@ class WeightDelivery:
                 await self._next_part(requests, "copied", context)
                 outcome = "confirmed"
                 self._metrics.shared_bytes.inc(len(pin.content))
+                self._metrics.tiers.on_read(Tier.ARENA, len(pin.content))
         except SloraError as error:
             outcome = "expired" if error.reason is Reason.DEADLINE_EXCEEDED else outcome
             raise
