@@ -161,9 +161,9 @@ class AdapterRegistry:
         await self._journal.copy(doomed.name)
         return len(deletions)
 
-    async def pin(self, digest: str, only_resident: bool = False) -> Pin:
-        """The packed adapter with this digest, pinned in memory; see `Residency.pin`."""
-        return await self._residency.pin(check_digest(digest), only_resident)
+    async def pin(self, digest: str, only_resident: bool = False, tp_rank: int = 0, tp_size: int = 1) -> Pin:
+        """The packed adapter with this digest, or a shard of it, pinned in memory; see `Residency.pin`."""
+        return await self._residency.pin(check_digest(digest), only_resident, tp_rank, tp_size)
 
     def watch(self, resume_token: str, stopped: Callable[[], bool]) -> AsyncIterator[CatalogueEvent]:
         """The catalogue and its changes."""

@@ -9,6 +9,7 @@ import asyncio
 from collections.abc import Callable
 from concurrent.futures import Executor
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import TypeVar
 
@@ -17,9 +18,10 @@ import numpy as np
 from services.adapter_store.base_model import BaseModel
 from services.adapter_store.cold_fetch import ColdFetch
 from services.adapter_store.host_cache import HostCache, Pin, Reservation
-from services.adapter_store.manifest import PackedManifest
+from services.adapter_store.manifest import PackedManifest, PackedName
 from services.adapter_store.packing import Bytes
 from services.adapter_store.preparation import AdapterFiles, PreparedAdapter, pack_into, prepare
+from services.adapter_store.sharding import cut_shard, plan_shard, shard_geometry
 from services.adapter_store.threads import run_to_end
 from services.adapter_store.tier_metrics import Tier, TierMetrics
 from services.common.errors import Reason, SloraError
@@ -70,23 +72,31 @@ class Residency:
         self._cold = cold
         self._threads = threads
         self._metrics = metrics
-        self._flights: dict[str, _Flight] = {}
+        self._flights: dict[PackedName, _Flight] = {}
 
-    async def pin(self, digest: str, only_resident: bool = False) -> Pin:
-        """The packed adapter with this digest, pinned; from disk or S3 if it is not in memory, unless `only_resident`.
+    async def pin(self, digest: str, only_resident: bool = False, tp_rank: int = 0, tp_size: int = 1) -> Pin:
+        """The packed adapter with this digest, or a shard of it, pinned; from disk or S3 if it is not in memory.
 
+        With `only_resident` nothing is read from there; a shard may be cut from what is in memory.
+
+        With `only_resident` nothing is read from S3; a shard may be cut from what is in memory.
         A caller that is cancelled leaves the load running for the others. Errors: ADAPTER_NOT_FOUND, ADAPTER_CHANGED,
-        HOST_CACHE_FULL, CATALOGUE_UNAVAILABLE, BLOB_STORE_UNAVAILABLE; ADAPTER_NOT_RESIDENT.
+        HOST_CACHE_FULL, CATALOGUE_UNAVAILABLE, BLOB_STORE_UNAVAILABLE; ADAPTER_NOT_RESIDENT; REQUEST_INVALID for a
+        shard that cannot be cut.
         """
+        name = PackedName(digest, tp_rank, tp_size)
+        if name != PackedName(digest):
+            shard_geometry(self._base, name)
         with self._metrics.look_up(Tier.ARENA) as lookup:
-            pin = self._cache.pin(digest)
+            pin = self._cache.pin(*name)
             lookup.is_hit = pin is not None
-        if pin is None and only_resident:
+        if pin is None and only_resident and digest not in self._cache:
             message = f"this store does not hold {digest} in memory now; fetch it from one of its homes"
             raise SloraError(Reason.ADAPTER_NOT_RESIDENT, message, digest=digest)
-        if pin is not None:
-            return pin
-        flight = self._flights.get(digest) or self._take_off(digest)
+        return pin or await self._join_flight(name)
+
+    async def _join_flight(self, name: PackedName) -> Pin:
+        flight = self._flights.get(name) or self._take_off(name)
         flight.num_waiting += 1
         try:
             return (await asyncio.shield(flight.task)).share()
@@ -132,8 +142,8 @@ class Residency:
         """No version has this content any more: it is not found again; streams that send it go on."""
         self._cache.discard(digest)
         self._cold.discard(digest)
-        if digest in self._flights:
-            self._flights[digest].doomed = True
+        for name, flight in self._flights.items():
+            flight.doomed = flight.doomed or name.digest == digest
 
     @property
     def digests(self) -> list[str]:
@@ -147,18 +157,31 @@ class Residency:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    def _take_off(self, digest: str) -> _Flight:
-        flight = _Flight(asyncio.create_task(self._cold.fetch(digest), name=f"load {digest}"))
-        self._flights[digest] = flight
-        flight.task.add_done_callback(lambda _: self._land(digest, flight))
+    def _take_off(self, name: PackedName) -> _Flight:
+        bringing = self._cut(name) if name.tp_size > 1 else self._cold.fetch(name.digest)
+        flight = _Flight(asyncio.create_task(bringing, name=f"load {name.digest}"))
+        self._flights[name] = flight
+        flight.task.add_done_callback(lambda _: self._land(name, flight))
         return flight
 
-    def _land(self, digest: str, flight: _Flight) -> None:
-        del self._flights[digest]
+    def _land(self, name: PackedName, flight: _Flight) -> None:
+        del self._flights[name]
         if flight.doomed:
-            self._cache.discard(digest)
-            self._cold.discard(digest)
+            self._cache.discard(name.digest)
+            self._cold.discard(name.digest)
         _close_behind_last(flight)
+
+    async def _cut(self, name: PackedName) -> Pin:
+        """A shard, cut from the whole adapter, which was verified and may be evicted again after that."""
+        geometry = shard_geometry(self._base, name)
+        with self._cache.pin(name.digest) or await self._join_flight(PackedName(name.digest)) as pin:
+            packed_bytes = plan_shard(pin.manifest.layout, geometry).packed_bytes
+            with self._cache.reserve(packed_bytes, evict=True) as reservation:
+                out = reservation.view
+                cut = partial(cut_shard, pin.manifest, pin.content, name, self._base, out)
+                manifest = await run_to_end(self._threads, cut)
+                self._metrics.on_written(Tier.ARENA, packed_bytes)
+                return reservation.commit(manifest)
 
     async def _pack(self, prepared: PreparedAdapter, out: Bytes) -> PackedManifest:
         return await self.on_thread(lambda: pack_into(prepared, out))

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from services.common.errors import Reason, SloraError
-from services.engine.adapters.device import AdapterDevice
+from services.engine.adapters.device import AdapterSlots
 from services.engine.adapters.load_job import Grant, LoadEnded, LoadEvent, LoadInstalled, LoadJob, LoadSized
 from services.engine.memory.page_allocator import PageAllocator, PageIntegrityError, PageOwner
 from services.engine.messages import NOBODY, Adapter, AdapterLoaded, Origin, TracedLoad
@@ -79,11 +79,11 @@ class LoadNews:
 class Residency:
     """Which adapters are in the pool, with at most `max_adapters` slots on the device."""
 
-    def __init__(self, allocator: PageAllocator, device: AdapterDevice, loader: Loader, max_adapters: int) -> None:
+    def __init__(self, allocator: PageAllocator, slots: AdapterSlots, loader: Loader, max_adapters: int) -> None:
         if max_adapters < 1:
             raise ValueError(f"max_adapters is at least 1, not {max_adapters}")
         self._allocator = allocator
-        self._device = device
+        self._slots = slots
         self._loader = loader
         self._max_adapters = max_adapters
         self._free_slots = list(range(max_adapters - 1, -1, -1))
@@ -117,6 +117,10 @@ class Residency:
     def idle(self) -> Iterator[tuple[str, int]]:
         """Evictable adapters as (digest, pages), least recently used first."""
         return ((digest, len(entry.pages)) for digest, entry in self._idle.items())
+
+    def under_way(self) -> Iterator[str]:
+        """Digests of adapters that will be resident unless their load fails or is given up."""
+        return (digest for digest, entry in self._loads.items() if entry.state is not AdapterState.LEAVING)
 
     def loading(self) -> Iterator[str]:
         """Digests of adapters whose pages are granted and whose bytes are on their way."""
@@ -211,7 +215,7 @@ class Residency:
         """Takes an idle adapter out of the pool."""
         entry = self._idle.pop(digest)
         self._num_idle_pages -= len(entry.pages)
-        self._device.remove(entry.slot)
+        self._slots.remove(entry.slot)
         self._forget(entry)
 
     def poll(self) -> LoadNews:

@@ -400,3 +400,31 @@ async def test_a_lease_is_counted_beside_streams_and_ends_with_a_drain(
     assert store.metric("shared_bytes_total") == store.metric("fetched_bytes_total") == adapter.packed_bytes
     assert store.metric("leases_total", outcome="confirmed") == 1
     await eventually(lambda: store.metric("calls_total", method="ShareAdapter", outcome="OK") == 1)
+
+
+async def test_shards_are_cut_from_what_was_verified_and_go_with_it(
+    open_store: OpenStore, make_adapter: MakeAdapter
+) -> None:
+    """Three processes ask at once, of a store that has nothing in memory: S3 is read once."""
+    (adapter,) = await registered(open_store, make_adapter, 1)
+    store = await open_store()
+    ask = store.client.fetch
+    answers = await asyncio.gather(*(ask(adapter.digest, tp_rank=n % 2, tp_size=2) for n in (0, 1, 1)))
+    assert store.metric("reads_total") == 1
+    assert [(manifest.tp_rank, manifest.tp_size) for manifest, _ in answers] == [(0, 2), (1, 2), (1, 2)]
+    assert {manifest.digest for manifest, _ in answers} == {adapter.digest}
+    assert answers[1] == answers[2]
+    assert len({content for _, content in answers}) == 2
+    whole, content = await ask(adapter.digest)
+    assert (whole.tp_rank, whole.tp_size) == (0, 1)
+    assert (whole, content) == await ask(adapter.digest, tp_rank=0, tp_size=1)
+    # Half of the 8 rows of A, of 32, and rows of B of 16 and of 8, which is half a tile; float32, two layers.
+    assert {len(content) for _, content in answers} == {2 * 4 * (4 * 32 + 4 * 16 + 4 * 16)}
+    with refused(Reason.REQUEST_INVALID):
+        await ask(adapter.digest, tp_rank=2, tp_size=2)
+    with refused(Reason.REQUEST_INVALID):
+        await ask(adapter.digest, tp_rank=1)
+    await store.client.delete("a1")
+    for shard in ({}, {"tp_rank": 0, "tp_size": 2}, {"tp_rank": 1, "tp_size": 2}):
+        with refused(Reason.ADAPTER_NOT_FOUND):
+            await ask(adapter.digest, **shard)
