@@ -17,9 +17,6 @@ import contextlib
 import io
 import json
 import math
-import os
-import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -37,8 +34,9 @@ from slora.adapter_store.v1 import adapter_store_pb2 as pb
 from slora.adapter_store.v1 import adapter_store_pb2_grpc
 
 from benchmarks.record import record, say
+from benchmarks.store_process import running_store_process
 from services.common.grpc_client import open_channel
-from services.local.embedded_redis import running_redis
+from services.local.embedded_redis import EmbeddedRedis, running_redis
 from services.local.embedded_s3 import EmbeddedS3, running_s3
 
 ROUNDS = 5
@@ -155,42 +153,21 @@ class StoreClient:
 class Stores:
     """Store processes over one Redis and one S3 server."""
 
-    def __init__(self, directory: Path, redis_url: str, server: EmbeddedS3, arena_bytes: int) -> None:
+    def __init__(self, directory: Path, catalogue: EmbeddedRedis, blobs: EmbeddedS3, arena_bytes: int) -> None:
         self._directory = directory
-        self._server = server
-        (directory / "config.json").write_text(json.dumps(_BASE))
-        self._options: dict[str, object] = {
-            "listen": "127.0.0.1:0", "base-model-config": directory / "config.json", "base-model": "7b",
-            "redis-url": redis_url, "arena-bytes": arena_bytes, "s3-timeout-seconds": 60.0,
+        self._catalogue = catalogue
+        self._blobs = blobs
+        self._settings: dict[str, object] = {
+            "arena_bytes": arena_bytes, "arena_dir": "/dev/shm", "s3_timeout_seconds": 60.0,
         }  # fmt: skip
 
     @contextlib.asynccontextmanager
     async def store(self, load: Load, disk: Path | None = None) -> AsyncIterator[StoreClient]:
         """A store with an empty arena, for the length of a block."""
-        options = self._options | {"max-preparing": load.at_once} | ({"disk-cache-dir": disk} if disk else {})
-        command = [sys.executable, "-m", "services.adapter_store", *(f"--{name}={v}" for name, v in options.items())]
-        log = self._directory / f"store-{time.time_ns()}.log"
-        with log.open("wb") as file:
-            environment = os.environ | self._server.client_environment()
-            process = subprocess.Popen(command, stderr=file, env=environment)  # noqa: ASYNC220 (nothing else waits)
-        try:
-            while not (port := _listening_port(log)):
-                if process.poll() is not None:
-                    raise RuntimeError(log.read_text()[-2000:])
-                await asyncio.sleep(0.01)
-            async with open_channel(f"127.0.0.1:{port}") as channel:
+        settings = self._settings | {"max_preparing": load.at_once} | ({"disk_cache_dir": disk} if disk else {})
+        with running_store_process(self._directory, self._catalogue, self._blobs, _BASE, **settings) as store:
+            async with open_channel(store.address) as channel:
                 yield StoreClient(adapter_store_pb2_grpc.AdapterStoreServiceStub(channel))
-        finally:
-            process.terminate()
-            process.wait()
-
-
-def _listening_port(log: Path) -> int:
-    for line in log.read_text().splitlines():
-        with contextlib.suppress(ValueError):
-            if (entry := json.loads(line)).get("message") == "listening":
-                return int(entry["port"])
-    return 0
 
 
 async def hits_while(client: StoreClient, adapter: Any, others: Awaitable[object]) -> list[float]:
@@ -215,9 +192,13 @@ async def measure(stores: Stores, baseline: Boto3, load: Load, num_bytes: int, r
 
     async with stores.store(load) as client:
         hot, *cold = [await client.register(name) for name in load.names]
-    with tempfile.TemporaryDirectory(dir=tempfile.gettempdir()) as scratch:
+    with tempfile.TemporaryDirectory() as scratch:
+        disk = Path(scratch)
+        async with stores.store(load, disk) as client:
+            for number, adapter in enumerate((hot, *cold), 1):
+                await client.bring(adapter)
+                await _written(disk, number)
         for number in range(rounds + 1):
-            disk = Path(scratch) / str(number)
             turns: dict[str, float] = {}
             turns["boto3, one GET"] = await asyncio.to_thread(baseline.seconds, baseline.whole, load)
             turns["boto3, ranges"] = await asyncio.to_thread(baseline.seconds, baseline.ranges, load)
@@ -226,13 +207,11 @@ async def measure(stores: Stores, baseline: Boto3, load: Load, num_bytes: int, r
                 turns["store from S3"] = await client.bring_all(cold)
             async with stores.store(load, disk) as client:
                 await client.bring(hot)
+                turns["store from disk"] = await client.bring_all(cold)
+            async with stores.store(load) as client:
+                await client.bring(hot)
                 hits = [await client.bring(hot) for _ in range(100)]
                 loaded = await hits_while(client, hot, client.bring_all(cold))
-                await _written(disk, len(load.names))
-            async with stores.store(load, disk) as client:
-                await client.bring(hot)
-                turns["store from disk"] = await client.bring_all(cold)
-            shutil.rmtree(disk)
             if number:  # the first round warms up
                 idle += hits
                 during += loaded
@@ -242,15 +221,10 @@ async def measure(stores: Stores, baseline: Boto3, load: Load, num_bytes: int, r
 
 
 async def _written(disk: Path, number: int) -> None:
-    """Returns when the disk cache is complete; what it skipped because too much came at once stays away."""
-    settled, last = time.monotonic(), -1
-    while time.monotonic() < settled + 1.0:
-        there = await asyncio.to_thread(lambda: len(list(disk.glob("*/*.packed"))))
-        if there != last:
-            settled, last = time.monotonic(), there
-        if there == number:
-            return
-        await asyncio.sleep(0.05)
+    """Returns when so many adapters are in the disk cache; it is written behind the answer."""
+    async with asyncio.timeout(60):
+        while await asyncio.to_thread(lambda: len(list(disk.glob("*/*.packed")))) < number:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
 
 
 def _rows(
@@ -281,7 +255,7 @@ def main() -> None:
             written = [write_adapter(bucket / name, load.rank, seed) for seed, name in enumerate(load.names)]
             sizes[load.rank] = sum(written[1:])
         with running_redis(directory / "redis") as redis_server, running_s3(directory / "s3") as s3_server:
-            stores = Stores(directory, redis_server.url, s3_server, 2 * max(sizes.values()))
+            stores = Stores(directory, redis_server, s3_server, 2 * max(sizes.values()))
             for load in LOADS:
                 for row in asyncio.run(measure(stores, Boto3(s3_server), load, sizes[load.rank], rounds)):
                     say(json.dumps(row))
