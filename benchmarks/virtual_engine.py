@@ -45,12 +45,16 @@ class StepModel:
         prefill = sum(len(chunk.token_ids) for chunk in plan.chunks if len(chunk.token_ids) > 1)
         decodes = [chunk.start + 1 for chunk in plan.chunks if len(chunk.token_ids) == 1]
         adapters = {chunk.adapter_slot for chunk in plan.chunks} - {BASE_SLOT}
+        return self.step_seconds(len(decodes), sum(decodes), prefill, len(adapters))
+
+    def step_seconds(self, num_decodes: int, num_context: int, num_prefill: int, num_adapters: int) -> float:
+        """Of a step of so many decodes over so many tokens of context, tokens of prompts, and different adapters."""
         return (
             self.fixed
-            + self.decode_token * len(decodes)
-            + self.context_token * sum(decodes)
-            + self.prefill_token * prefill
-            + self.adapter_byte * self.adapter_bytes * len(adapters)
+            + self.decode_token * num_decodes
+            + self.context_token * num_context
+            + self.prefill_token * num_prefill
+            + self.adapter_byte * self.adapter_bytes * num_adapters
         )
 
 
@@ -120,6 +124,11 @@ class _Loader:
         """When the next load is done."""
         return self._loading[0][0] if self._loading else None
 
+    @property
+    def has_news(self) -> bool:
+        """Whether there is something to plan with at once."""
+        return bool(self._events)
+
     def start(self, adapter: Adapter, origin: Origin) -> LoadJob:
         job = LoadJob(adapter, cast(AdapterFetch, _NoFetch()), 60.0)
         self._events.append(LoadSized(job, self._num_pages))
@@ -150,6 +159,8 @@ class VirtualEngine:
         shape = shape or EngineShape()
         allocator = PageAllocator(shape.num_pages)
         self._loader = _Loader(lambda: self.now, self._model.load, shape.adapter_pages)
+        self.num_loads = 0
+        """Adapters that became resident."""
         residency = Residency(allocator, cast(AdapterDevice, _Device()), self._loader, shape.max_adapters)
         config = SchedulerConfig(
             max_running=shape.max_running,
@@ -172,11 +183,13 @@ class VirtualEngine:
                 self.scheduler.add(_generate(num_added, arrivals[num_added]))
                 num_added += 1
             plan = self.scheduler.plan()
-            for failure in self.scheduler.take_news().failures:
+            news = self.scheduler.take_news()
+            self.num_loads += len(news.loaded)
+            for failure in news.failures:
                 outcomes[failure.request_id].dropped_at = self.now
             if plan is not None:
                 self._step(plan, outcomes)
-            else:
+            elif not self._loader.has_news:
                 coming = [arrivals[num_added].request.arrival_seconds] if num_added < len(arrivals) else []
                 loaded_at = self._loader.next_at
                 self.now = min([*coming, *([] if loaded_at is None else [loaded_at])], default=self.now)

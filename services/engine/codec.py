@@ -267,4 +267,5 @@ def encode_state(change: StateChange) -> engine_pb2.WatchStateResponse:
             engine_pb2.AdapterRef(adapter_id=adapter.adapter_id, digest=adapter.digest) for adapter in change.loaded
         ],
         evicted_digests=change.evicted,
+        loading_digests=change.loading,
     )

@@ -192,6 +192,8 @@ class StepReport(msgspec.Struct, frozen=True, tag=True):
     failures: list[RequestFailed] = []
     loaded: list[AdapterLoaded] = []
     evicted: list[str] = []
+    # Digests of all adapters that are being loaded; None: as in the last report.
+    loading: tuple[str, ...] | None = None
     # Ids of `Prefetch` requests whose adapter is resident now, with how long its load took (0: it was already).
     prefetched: list[tuple[int, float]] = []
     # Requests that began with tokens found in the prefix cache, and how many; before or with their first token.

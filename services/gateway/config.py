@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from services.common.settings import LogFormat, LogLevel, setting
 from services.common.tls import ChannelSecurity, ServerTls
+
+RoutingName = Literal["adapter_aware", "least_loaded", "round_robin"]
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,10 @@ class GatewaySettings:
     engine_wait_seconds: float = setting(2.0, "how long a request waits for an engine that is expected back")
     engine_grace_seconds: float = setting(10.0, "an engine heard of this recently is expected back")
     engine_silence_seconds: float = setting(3.0, "an engine whose state stream is silent this long gets no requests")
-    spill_share: float = setting(0.25, "an adapter's engine may be fuller than the emptiest by this share of it")
+    routing: RoutingName = setting(
+        "adapter_aware", "how engines are chosen: adapter_aware, or for comparison least_loaded or round_robin"
+    )
+    spill_share: float = setting(0.125, "an adapter's engine may be fuller than the emptiest by this share of it")
     spill_requests: int = setting(4, "... or by this many requests, whichever is more")
     loading_seconds: float = setting(10.0, "an adapter sent to an engine this recently is thought to be loading there")
     store_timeout_seconds: float = setting(5.0, "how long a look-up in the adapter store may take")
@@ -86,12 +92,16 @@ class GatewaySettings:
 
 @dataclass(frozen=True)
 class RoutingPolicy:
-    """How much fuller than the emptiest engine one may be and still be chosen for what it holds."""
+    """How engines are chosen: how much busier than others one may be and still be chosen for what it holds, and how
+    long it counts that something was sent there, that it failed, and that it is late with a report."""
 
-    spill_share: float = 0.25
+    rule: RoutingName = "adapter_aware"
+    spill_share: float = 0.125
     spill_requests: int = 4
     loading_seconds: float = 10.0
     avoid_seconds: float = 1.0
+    late_seconds: float = 2.0
+    """More than the second within which an engine promises its next report."""
 
 
 @dataclass(frozen=True)
@@ -126,7 +136,7 @@ class TenancyPolicy:
 
 def routing_policy(settings: GatewaySettings) -> RoutingPolicy:
     """The part of `settings` that routing needs."""
-    return RoutingPolicy(settings.spill_share, settings.spill_requests, settings.loading_seconds)
+    return RoutingPolicy(settings.routing, settings.spill_share, settings.spill_requests, settings.loading_seconds)
 
 
 def retry_policy(settings: GatewaySettings) -> RetryPolicy:

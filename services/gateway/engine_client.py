@@ -108,6 +108,7 @@ def _to_update(response: engine_pb2.WatchStateResponse) -> StateUpdate:
         profile=_to_profile(response.profile) if response.HasField("profile") else None,
         loaded=[adapter.digest for adapter in response.loaded_adapters],
         evicted=list(response.evicted_digests),
+        loading=list(response.loading_digests),
     )
 
 

@@ -11,9 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from services.common.errors import Reason, SloraError
-from services.gateway.config import RoutingPolicy
 from services.gateway.engine_state import EngineState, StateUpdate
-from services.gateway.router import Decision, Wish, can_take, choose_engine
+from services.gateway.router import Decision, Router, Wish, can_take
 
 logger = logging.getLogger(__name__)
 
@@ -62,12 +61,15 @@ class PooledEngine:
 
     @contextlib.contextmanager
     def waiting_for_answer(self, generation: Generation) -> Iterator[None]:
-        """While inside, `generation` is abandoned if the engine falls silent and another could take it over."""
+        """While inside, `generation` is abandoned if the engine falls silent and another could take it over, and
+        counts as a prompt that the engine is to compute."""
         self.unanswered.add(generation)
+        self.state.num_unanswered += 1
         try:
             yield
         finally:
             self.unanswered.discard(generation)
+            self.state.num_unanswered -= 1
 
 
 class EnginePool:
@@ -77,12 +79,12 @@ class EnginePool:
         self,
         addresses: Sequence[str],
         connect: Callable[[str], EngineConnection],
-        policy: RoutingPolicy,
+        router: Router,
         silence_seconds: float,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._engines = {address: PooledEngine(EngineState(address), connect(address)) for address in addresses}
-        self._policy = policy
+        self._router = router
         self._silence_seconds = silence_seconds
         self._clock = clock
         self._changed = asyncio.Event()
@@ -121,7 +123,7 @@ class EnginePool:
 
     def route(self, wish: Wish, excluded: Collection[tuple[str, int]]) -> tuple[PooledEngine, Decision] | None:
         """The engine for `wish`, not one of the lives in `excluded`; None if none can take it now."""
-        route = choose_engine(self.states, wish, excluded, self._clock(), self._policy)
+        route = self._router.route(self.states, wish, excluded, self._clock())
         return None if route is None else (self._engines[route.engine.address], route.decision)
 
     @contextlib.contextmanager

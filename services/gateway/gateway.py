@@ -24,6 +24,7 @@ from services.gateway.http.gate import Gate
 from services.gateway.http.server import HttpServer
 from services.gateway.metrics import EngineCollector, GatewayMetrics
 from services.gateway.models import Models
+from services.gateway.routing_rules import make_router
 from services.gateway.servicer import SERVICE_NAME, InferenceServicer
 from services.gateway.store_client import StoreClient
 from services.gateway.tenancy.exposure import check_exposure
@@ -55,7 +56,7 @@ class Gateway:
         self.pool = EnginePool(
             settings.engines,
             functools.partial(EngineClient, security=settings.engine_security),
-            routing_policy(settings),
+            make_router(routing_policy(settings)),
             settings.engine_silence_seconds,
         )
         metrics = GatewayMetrics(registry, settings.max_model_labels)

@@ -1,42 +1,37 @@
-"""Chooses the engine for a request. Pure: states in, a choice out; no clock, no network, no memory of its own.
+"""Finds the engine for a request: asks a routing rule to choose among those that can take it, and says what it met.
 
-An adapter that an engine holds need not be loaded, so the engine that holds it is preferred; but a popular adapter
-must not queue behind itself while other engines idle, and a rare one should not wander through every pool and push
-out others there. So, of the engines that can take the request:
+Every gateway decides by itself, from what engines reported a moment ago (`EngineState`) and from what it has sent them
+since: there is no state between requests but that. A decision takes time in proportion to the number of engines.
 
-1. `RESIDENT`: the emptiest one that holds the adapter, unless it is clearly fuller than the emptiest of all
-   (by `spill_share` of its capacity or `spill_requests` requests, whichever is more: a hysteresis, for a load costs
-   more than a short queue);
-2. `LOADING`: likewise, one to which the adapter was sent a moment ago: it will hold it soonest;
-3. `SPILL` (if an engine holds it but is too full) or `COLD` (if none does): of the engines that are about as empty as
-   the emptiest (within half that margin), the one that the adapter's digest ranks first by rendezvous hashing. The
-   choice is the same for every gateway, and stays when other engines come and go.
-
-Engines that failed a request within the last `avoid_seconds` come into question only where no other does: one whose
-core is dead looks emptiest of all.
-
-A request for the base model alone goes to the emptiest engine (`BASE`); the request's own key breaks ties.
+Engines that failed a request within the last `avoid_seconds`, or that have not reported for `late_seconds` although
+they promise a report a second, come into question only where no other does: one whose core is dead, or hangs, looks
+emptiest of all. One that stays silent is taken for lost (`EnginePool`).
 """
 
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
-from services.common.rendezvous import ranked
 from services.gateway.config import RoutingPolicy
 from services.gateway.engine_state import EngineState
 
 
 class Decision(enum.Enum):
-    """Why an engine was chosen."""
+    """What a request met at the engine that was chosen for it."""
 
     RESIDENT = "resident"
+    """Its adapter is there."""
     LOADING = "loading"
+    """Its adapter is on its way there, or was asked for there a moment ago."""
     SPILL = "spill"
+    """Its adapter is not there, but at another engine that could have taken it."""
     COLD = "cold"
+    """Its adapter is nowhere."""
     BASE = "base"
+    """It needs no adapter."""
 
 
 @dataclass(frozen=True)
@@ -52,10 +47,18 @@ class Wish:
 
 @dataclass(frozen=True)
 class Route:
-    """An engine, and why."""
+    """An engine, and what is met there."""
 
     engine: EngineState
     decision: Decision
+
+
+class RoutingRule(Protocol):
+    """Which of several engines; `services.gateway.routing_rules` has them."""
+
+    def choose(self, candidates: Sequence[EngineState], wish: Wish, now: float) -> EngineState:
+        """One of `candidates`, of which there is at least one; `now` is in seconds of the clock of their times."""
+        ...
 
 
 def can_take(engine: EngineState, base_model: str) -> bool:
@@ -68,42 +71,37 @@ def can_take(engine: EngineState, base_model: str) -> bool:
     )
 
 
-def choose_engine(
-    engines: Iterable[EngineState], wish: Wish, excluded: Collection[tuple[str, int]], now: float, policy: RoutingPolicy
-) -> Route | None:
-    """The engine for `wish`, of those whose `life` is not in `excluded`; None if none can take it.
+class Router:
+    """A rule, and which engines it is asked about."""
 
-    `now` is in seconds of the clock that the states' times are in. The order of `engines` does not matter.
-    """
-    candidates = [e for e in engines if can_take(e, wish.base_model) and e.life not in excluded]
-    if not candidates:
-        return None
-    candidates = [e for e in candidates if e.failed_at <= now - policy.avoid_seconds] or candidates
-    least = min(e.fullness for e in candidates)
-    if wish.digest is None:
-        emptiest = [e for e in candidates if e.fullness == least]
-        return Route(_first_by_hash(emptiest, wish.key), Decision.BASE)
-    digest = wish.digest
+    def __init__(self, rule: RoutingRule, policy: RoutingPolicy) -> None:
+        self._rule = rule
+        self._policy = policy
 
-    def emptiest_of(holds: Callable[[EngineState], bool]) -> EngineState | None:
-        holders = [e for e in candidates if holds(e)]
-        level = min((e.fullness for e in holders), default=0.0)
-        near = [e for e in holders if e.fullness == level and level <= least + _margin(e, policy)]
-        return _first_by_hash(near, digest) if near else None
+    def route(
+        self, engines: Iterable[EngineState], wish: Wish, excluded: Collection[tuple[str, int]], now: float
+    ) -> Route | None:
+        """The engine for `wish`, of those whose `life` is not in `excluded`; None if none can take it."""
+        candidates = [e for e in engines if can_take(e, wish.base_model) and e.life not in excluded]
+        if not candidates:
+            return None
+        candidates = [e for e in candidates if self._is_trusted(e, now)] or candidates
+        engine = self._rule.choose(candidates, wish, now)
+        return Route(engine, self._what_is_met(engine, candidates, wish.digest, now))
 
-    if (holder := emptiest_of(lambda e: digest in e.resident)) is not None:
-        return Route(holder, Decision.RESIDENT)
-    since = now - policy.loading_seconds
-    if (holder := emptiest_of(lambda e: e.is_loading(digest, since))) is not None:
-        return Route(holder, Decision.LOADING)
-    is_held = any(digest in e.resident or e.is_loading(digest, since) for e in candidates)
-    near = [e for e in candidates if e.fullness <= least + _margin(e, policy) / 2]
-    return Route(_first_by_hash(near, digest), Decision.SPILL if is_held else Decision.COLD)
+    def _is_trusted(self, engine: EngineState, now: float) -> bool:
+        policy = self._policy
+        return engine.failed_at <= now - policy.avoid_seconds and engine.heard_at > now - policy.late_seconds
 
-
-def _margin(engine: EngineState, policy: RoutingPolicy) -> float:
-    return max(policy.spill_share, policy.spill_requests / engine.max_running)
-
-
-def _first_by_hash(engines: Sequence[EngineState], key: str) -> EngineState:
-    return engines[0] if len(engines) == 1 else ranked(engines, key, lambda engine: engine.address)[0]
+    def _what_is_met(
+        self, engine: EngineState, candidates: Iterable[EngineState], digest: str | None, now: float
+    ) -> Decision:
+        if digest is None:
+            return Decision.BASE
+        since = now - self._policy.loading_seconds
+        if digest in engine.resident:
+            return Decision.RESIDENT
+        if engine.is_loading(digest, since):
+            return Decision.LOADING
+        is_held = any(digest in e.resident or e.is_loading(digest, since) for e in candidates)
+        return Decision.SPILL if is_held else Decision.COLD

@@ -158,6 +158,10 @@ class FakeEngine(engine_pb2_grpc.EngineServiceServicer):
         loaded = [engine_pb2.AdapterRef(adapter_id=adapter_id, digest=digest)]
         self._tell(engine_pb2.WatchStateResponse(load=self.load, loaded_adapters=loaded))
 
+    def set_loading(self, *digests: str) -> None:
+        """These adapters, and no others, are being loaded."""
+        self._tell(engine_pb2.WatchStateResponse(load=self.load, loading_digests=digests))
+
     def evict_adapter(self, digest: str) -> None:
         """An adapter is evicted."""
         del self._resident[digest]

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from services.common.errors import Reason, SloraError
-from services.engine.adapters.device import AdapterDevice
+from services.engine.adapters.device import AdapterSlots
 from services.engine.adapters.load_job import Grant, LoadEnded, LoadEvent, LoadInstalled, LoadJob, LoadSized
 from services.engine.memory.page_allocator import PageAllocator, PageIntegrityError, PageOwner
 from services.engine.messages import NOBODY, Adapter, AdapterLoaded, Origin, TracedLoad
@@ -84,7 +84,7 @@ class Residency:
     def __init__(
         self,
         allocator: PageAllocator,
-        device: AdapterDevice,
+        slots: AdapterSlots,
         loader: Loader,
         max_adapters: int,
         clock: Callable[[], float] = time.monotonic,
@@ -93,7 +93,7 @@ class Residency:
         if max_adapters < 1:
             raise ValueError(f"max_adapters is at least 1, not {max_adapters}")
         self._allocator = allocator
-        self._device = device
+        self._slots = slots
         self._loader = loader
         self._max_adapters = max_adapters
         self._clock = clock
@@ -128,6 +128,10 @@ class Residency:
     def idle(self) -> Iterator[tuple[str, int]]:
         """Evictable adapters as (digest, pages), least recently used first."""
         return ((digest, len(entry.pages)) for digest, entry in self._idle.items())
+
+    def under_way(self) -> Iterator[str]:
+        """Digests of adapters that will be resident unless their load fails or is given up."""
+        return (digest for digest, entry in self._loads.items() if entry.state is not AdapterState.LEAVING)
 
     def idle_since(self, digest: str) -> float:
         """When an evictable adapter ceased to be used."""
@@ -226,7 +230,7 @@ class Residency:
         """Takes an idle adapter out of the pool."""
         entry = self._idle.pop(digest)
         self._num_idle_pages -= len(entry.pages)
-        self._device.remove(entry.slot)
+        self._slots.remove(entry.slot)
         self._forget(entry)
 
     def poll(self) -> LoadNews:

@@ -44,12 +44,14 @@ class EngineLoad:
 
 @dataclass(frozen=True, slots=True)
 class StateChange:
-    """One message to a watcher. No digest is in both lists, so their order does not matter."""
+    """One message to a watcher. No digest is both loaded and evicted, so their order does not matter. `loading` are the
+    digests of all adapters that are being loaded."""
 
     profile: EngineProfile | None
     load: EngineLoad
     loaded: tuple[Adapter, ...]
     evicted: tuple[str, ...]
+    loading: tuple[str, ...]
 
 
 class EngineState:
@@ -60,6 +62,7 @@ class EngineState:
         self.core_load = CoreLoad()
         self.load = EngineLoad()
         self.resident: dict[str, Adapter] = {}
+        self.loading: tuple[str, ...] = ()
         self._watches: set[StateWatch] = set()
         self._unavailable = SloraError(
             Reason.ENGINE_UNAVAILABLE, "the engine is still loading its model; try another engine, or again soon"
@@ -94,9 +97,10 @@ class EngineState:
             self.load.draining,
             core.num_cached_pages,
         )
-        if load == self.load and not report.loaded and not report.evicted:
+        loading = self.loading if report.loading is None else report.loading
+        if (load, loading) == (self.load, self.loading) and not report.loaded and not report.evicted:
             return
-        self.load = load
+        self.load, self.loading = load, loading
         # Evicted first: an adapter that was evicted and loaded again within a step is resident.
         for digest in report.evicted:
             self.resident.pop(digest, None)
@@ -118,6 +122,7 @@ class EngineState:
         self.core_load = CoreLoad()
         self.load = EngineLoad(draining=self.load.draining)
         self.resident = {}
+        self.loading = ()
         self._unavailable = error
         for watch in self._watches:
             watch.end(error)
@@ -171,7 +176,8 @@ class StateWatch:
             await _set_within(self._changed, self._told_at + MAX_INTERVAL_SECONDS)
         if self._error is not None:
             raise self._error
-        change = StateChange(self._profile, self._state.load, tuple(self._loaded.values()), tuple(self._evicted))
+        loaded, evicted = tuple(self._loaded.values()), tuple(self._evicted)
+        change = StateChange(self._profile, self._state.load, loaded, evicted, self._state.loading)
         self._profile = None
         self._loaded = {}
         self._evicted = set()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tracemalloc
 from collections.abc import Callable
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,10 +23,11 @@ from services.adapter_store.manifest_codec import manifest_message
 from services.adapter_store.packing import plan_layout
 from services.adapter_store.target_resolution import AdaptedModule
 from services.common.errors import Reason, SloraError
-from services.engine.adapters.layout import TargetModule
+from services.engine.adapters.layout import PackedShard, TargetModule
 from services.engine.adapters.manifest_codec import to_manifest
+from services.engine.adapters.replica_client import parse_part
 from services.engine.adapters.source import AdapterManifest
-from services.engine.adapters.store_client import StoreFetch, parse_part
+from services.engine.adapters.store_client import StoreFetch
 from services.engine.config import PoolConfig
 from services.engine.execution.adapter_checks import AdapterChecks
 from tests.fakes.engine_fakes import digest_of
@@ -70,7 +72,7 @@ def manifests(draw: st.DrawFn) -> adapter_pb2.PackedManifest:
 def check(message: adapter_pb2.PackedManifest) -> AdapterManifest | None:
     """The manifest, all of whose rows lie inside of its layers and apart; None if it is refused as documented."""
     try:
-        manifest = to_manifest(message, DIGEST)
+        manifest = to_manifest(message, PackedShard(DIGEST))
     except SloraError as refused:
         reason, length = refused.reason, len(refused.message)
     else:
@@ -198,7 +200,7 @@ def test_what_fills_a_message_is_refused_before_it_is_read(
     tracemalloc.start()
     try:
         with pytest.raises(SloraError, match=says):
-            to_manifest(message, DIGEST)
+            to_manifest(message, PackedShard(DIGEST))
         assert tracemalloc.get_traced_memory()[1] < 2**20
     finally:
         tracemalloc.stop()
@@ -231,12 +233,13 @@ def test_a_lease_lies_within_what_is_mapped_whatever_the_store_says(offset: int,
     lent = adapter_store_pb2.ShareAdapterResponse(manifest=manifest, arena=arena, offset=offset)
     nothing: Any = None
     arenas: Any = OneArena()
-    fetch = StoreFetch(nothing, "store:1", DIGEST, arenas)
+    replica: Any = SimpleNamespace(address="store:1", arena_id=None)
+    fetch = StoreFetch(nothing, PackedShard(DIGEST), arenas, through_local=False)
     if says:
         with pytest.raises(SloraError, match=says) as caught:
-            fetch._open_lease(nothing, lent)
+            fetch._open_lease(replica, nothing, lent)
         assert caught.value.reason is Reason.INTERNAL
         return
-    lease = fetch._open_lease(nothing, lent)
+    lease = fetch._open_lease(replica, nothing, lent)
     assert lease is not None
     assert len(lease.content) == manifest.packed_bytes

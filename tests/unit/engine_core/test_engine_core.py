@@ -331,6 +331,20 @@ def test_prefetch_is_answered(make: Make, depth: int) -> None:
     assert [loaded.adapter for report in world.reports for loaded in report.loaded] == [wanted]
 
 
+@both_depths
+def test_loads_are_told_when_they_begin_and_when_they_are_over(make: Make, depth: int) -> None:
+    world = make(depth)
+    world.source.add("a", num_pages=2)
+    wanted = adapter("a")
+    assert wanted is not None
+    world.add(generate(1, [1, 2, 3], 4, "a"))
+    world.run()
+    told = [report.loading for report in world.reports if report.loading is not None]
+    assert told == [(wanted.digest,), ()], "once each, and nothing while it stays so"
+    over = next(report for report in world.reports if report.loading == ())
+    assert [loaded.adapter for loaded in over.loaded] == [wanted], "in the report that says that it is resident"
+
+
 # Steps that fail.
 
 

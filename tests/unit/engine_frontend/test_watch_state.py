@@ -67,6 +67,25 @@ async def test_first_everything_then_changes(engine: Any) -> None:
     assert {a.adapter_id for a in late.loaded_adapters} == {"adapter-2@1", "adapter-3@1"}
 
 
+async def test_all_that_is_loading_is_in_every_message_until_it_is_not(engine: Any) -> None:
+    both = (adapter(1).digest, adapter(2).digest)
+    engine.core.report(loading=both)
+    reader = watch(engine)
+    assert tuple((await reader.__anext__()).loading_digests) == both
+    engine.core.report(load=CoreLoad(num_running=1))  # says nothing of loads: they are as they were
+    assert tuple((await reader.__anext__()).loading_digests) == both
+    engine.core.report(loaded=[loaded(1)], loading=both[1:])
+    message = await reader.__anext__()
+    assert [a.digest for a in message.loaded_adapters] == [both[0]]
+    assert tuple(message.loading_digests) == both[1:]
+    engine.core.report(loading=())  # a load that failed is news, though nothing was loaded
+    assert not (await reader.__anext__()).loading_digests
+    engine.core.report(loading=both)
+    engine.frontend.core_lost("killed", expected=False)
+    engine.core.become_ready()
+    assert not (await watch(engine).__anext__()).loading_digests
+
+
 async def test_at_most_ten_and_at_least_one_a_second(engine: Any) -> None:
     reader = watch(engine)
     await reader.__anext__()

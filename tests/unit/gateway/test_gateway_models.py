@@ -15,6 +15,7 @@ from services.gateway.config import RoutingPolicy
 from services.gateway.engine_pool import EnginePool
 from services.gateway.engine_state import EngineLoad, EngineProfile, StateUpdate
 from services.gateway.models import ListPosition, Models
+from services.gateway.routing_rules import make_router
 from services.tenancy.tenants import Tenant
 
 
@@ -43,7 +44,9 @@ class Source:
 
 def pool_of(*base_models: str | None, resident: Sequence[str] = ()) -> EnginePool:
     """Engines with these base models; None is an engine that was never heard of."""
-    pool = EnginePool([f"engine-{i}" for i in range(len(base_models))], lambda address: None, RoutingPolicy(), 3.0)  # type: ignore[arg-type, return-value]
+    pool = EnginePool(
+        [f"engine-{i}" for i in range(len(base_models))], lambda address: None, make_router(RoutingPolicy()), 3.0
+    )  # type: ignore[arg-type, return-value]
     for state, base_model in zip(pool.states, base_models, strict=True):
         if base_model is not None:
             profile = EngineProfile(state.address, base_model, 64, 100)

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
+from typing import get_args
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.gateway.config import RoutingPolicy
-from services.gateway.engine_state import EngineLoad, EngineProfile, EngineState, StateUpdate
-from services.gateway.router import Decision, Wish, can_take, choose_engine
+from services.gateway.config import RoutingName, RoutingPolicy
+from services.gateway.engine_state import MAX_SENT, EngineLoad, EngineProfile, EngineState, StateUpdate
+from services.gateway.router import Decision, Route, Router, Wish, can_take
+from services.gateway.routing_rules import RULES, make_router
 
-POLICY = RoutingPolicy(spill_share=0.25, spill_requests=4, loading_seconds=10.0, avoid_seconds=1.0)
+POLICY = RoutingPolicy(spill_share=0.25, spill_requests=4, loading_seconds=10.0, avoid_seconds=1.0, late_seconds=2.0)
+ROUTER = make_router(POLICY)
 NOW = 100.0
 
 
@@ -35,10 +38,16 @@ def engine(
     return state
 
 
+def route(engines: list[EngineState], digest: str | None = "x", key: str = "r", router: Router = ROUTER) -> Route:
+    found = router.route(engines, Wish("base", digest, key), (), NOW)
+    assert found is not None
+    return found
+
+
 def chosen(engines: list[EngineState], digest: str | None = "x", key: str = "r", **more: object) -> tuple[str, str]:
-    route = choose_engine(engines, Wish("base", digest, key), more.get("excluded", ()), NOW, POLICY)  # type: ignore[arg-type]
-    assert route is not None
-    return route.engine.address, route.decision.value
+    found = ROUTER.route(engines, Wish("base", digest, key), more.get("excluded", ()), NOW)  # type: ignore[arg-type]
+    assert found is not None
+    return found.engine.address, found.decision.value
 
 
 @pytest.mark.parametrize(
@@ -93,13 +102,13 @@ def test_nowhere_to_go() -> None:
     down = engine("a")
     down.lost()
     engines = [down, engine("b", draining=True), engine("c", base_model="other"), EngineState("never heard of")]
-    assert choose_engine(engines, Wish("base", "x", "r"), (), NOW, POLICY) is None
+    assert ROUTER.route(engines, Wish("base", "x", "r"), (), NOW) is None
 
 
 def test_excluded_lives_are_not_chosen_but_the_next_life_is() -> None:
     state = engine("a")
     first_life = state.life
-    assert choose_engine([state], Wish("base", None, "r"), {first_life}, NOW, POLICY) is None
+    assert ROUTER.route([state], Wish("base", None, "r"), {first_life}, NOW) is None
     state.lost()
     state.report(StateUpdate(EngineLoad(), EngineProfile("id-2", "base", 64, 100)), NOW)
     assert chosen([state], None, excluded={first_life}) == ("a", "base")
@@ -133,9 +142,7 @@ def test_an_engine_that_just_failed_is_the_last_resort() -> None:
 def test_a_burst_between_two_reports_is_spread() -> None:
     engines = [engine(name, max_running=8) for name in "abcd"]
     for number in range(80):
-        route = choose_engine(engines, Wish("base", None, f"request-{number}"), (), NOW, POLICY)
-        assert route is not None
-        route.engine.started(None, NOW)
+        route(engines, None, f"request-{number}").engine.started(None, NOW)
     assert [e.num_in_flight for e in engines] == [20, 20, 20, 20]
 
 
@@ -143,16 +150,15 @@ def test_a_burst_for_one_adapter_spills_and_stays_on_few_engines_while_they_have
     engines = [engine(name) for name in "abcd"]
     decisions: Counter[Decision] = Counter()
     for _ in range(40):
-        route = choose_engine(engines, Wish("base", "x", "r"), (), NOW, POLICY)
-        assert route is not None
-        route.engine.started("x", NOW)
-        decisions[route.decision] += 1
+        found = route(engines)
+        found.engine.started("x", NOW)
+        decisions[found.decision] += 1
     assert sum(e.num_in_flight > 0 for e in engines) == 3, "16 more than the emptiest before each spill"
     assert decisions == {Decision.COLD: 1, Decision.LOADING: 37, Decision.SPILL: 2}
 
 
 def test_rare_adapters_spread_over_engines_and_each_stays_on_its_own() -> None:
-    engines = [engine(name) for name in "abcd"]
+    engines = [engine(name, max_running=256) for name in "abcd"]
     places = {f"digest-{i}": chosen(engines, f"digest-{i}")[0] for i in range(400)}
     assert all(70 < count < 130 for count in Counter(places.values()).values())
     for number, state in enumerate(engines):
@@ -183,6 +189,88 @@ def test_fullness_counts_other_gateways_requests() -> None:
     assert state.fullness == pytest.approx(0.9)
 
 
+def test_what_an_engine_says_is_loading_is_loading_for_every_gateway() -> None:
+    first, second = engine("a"), engine("b")
+    other = {"a": second, "b": first}[chosen([first, second])[0]]
+    other.report(StateUpdate(EngineLoad(num_free_pages=100), loading=["x"]), NOW)
+    assert chosen([first, second]) == (other.address, "loading")
+    other.report(StateUpdate(EngineLoad(num_free_pages=100)), NOW)
+    assert chosen([first, second])[1] == "cold", "its load failed, or was given up"
+    other.report(StateUpdate(EngineLoad(num_free_pages=100), loading=["x"]), NOW)
+    other.report(StateUpdate(EngineLoad(num_free_pages=100), loaded=["x"]), NOW)
+    assert chosen([first, second]) == (other.address, "resident")
+
+
+def test_an_engine_that_is_late_with_its_report_is_the_last_resort() -> None:
+    late, other = engine("a", resident=("x",)), engine("b", running=60)
+    late.heard_at = NOW - 2.5
+    assert chosen([late, other]) == ("b", "cold")
+    assert chosen([late]) == ("a", "resident")
+
+
+def test_prompts_without_an_answer_press_an_engine_until_they_are_answered() -> None:
+    busy, idle = engine("a", max_running=256), engine("b", max_running=256)
+    busy.num_unanswered = 2
+    assert chosen([busy, idle], None) == ("b", "base")
+    assert busy.pressure > busy.fullness == idle.pressure == 0.0
+    busy.num_unanswered = 4
+    most = busy.pressure
+    busy.num_unanswered = 400
+    assert busy.pressure == most, "beyond a few they are a queue, and counted as one"
+
+
+def test_a_popular_adapter_spreads_in_proportion_to_its_demand() -> None:
+    """Demand that comes and stays: the engines that hold the adapter are as many as it takes."""
+    holders = []
+    for demand in (10, 60, 200, 400):
+        engines = [engine(name) for name in "abcdefgh"]
+        for _ in range(demand):
+            state = route(engines).engine
+            state.started("x", NOW)
+            state.report(StateUpdate(state.load, loaded=["x"], loading=[]), NOW)
+        holders.append(sum("x" in e.resident for e in engines))
+        assert max(e.num_in_flight for e in engines) - min(e.num_in_flight for e in engines) <= 17
+    assert holders[0] == 1
+    assert holders == sorted(holders)
+    assert holders[-1] == 8
+
+
+def test_gateways_that_see_the_same_idle_engine_do_not_all_run_to_it() -> None:
+    """Eight gateways, each with the same stale view of a fleet in which two engines have just come up."""
+    gateways = [[engine(name, running=32 * (name not in "ab")) for name in "abcdefgh"] for _ in range(8)]
+    sent: Counter[str] = Counter()
+    for number in range(160):
+        state = route(gateways[number % 8], f"digest-{number}", f"request-{number}").engine
+        state.started(f"digest-{number}", NOW)
+        sent[state.address] += 1
+    assert set(sent) == {"a", "b"}
+    assert 50 < sent["a"] < 110
+    agreed = {route(engines, "new").engine.address for engines in ([engine(n) for n in "abcd"] for _ in range(8))}
+    assert len(agreed) == 1, "and all bring a new adapter to the same one"
+
+
+def test_other_rules_look_at_no_adapter() -> None:
+    least_loaded, round_robin = (make_router(RoutingPolicy(rule)) for rule in ("least_loaded", "round_robin"))  # type: ignore[arg-type]
+    engines = [engine("a", running=2, resident=("x",)), engine("b"), engine("c", running=1)]
+    found = route(engines, router=least_loaded)
+    assert (found.engine.address, found.decision) == ("b", Decision.SPILL)
+    turns = [route(engines, router=round_robin) for _ in range(6)]
+    assert Counter(turn.engine.address for turn in turns) == {"a": 2, "b": 2, "c": 2}
+    assert {turn.decision for turn in turns if turn.engine.address == "a"} == {Decision.RESIDENT}
+
+
+def test_every_rule_that_can_be_set_exists() -> None:
+    assert set(RULES) == set(get_args(RoutingName))
+
+
+def test_what_was_sent_and_never_came_is_forgotten_in_the_end() -> None:
+    state = engine("a")
+    for number in range(MAX_SENT + 10):
+        state.started(f"digest-{number}", NOW)
+    assert not state.is_loading("digest-0", NOW - 1)
+    assert state.is_loading("digest-10", NOW - 1)
+
+
 @st.composite
 def fleets(draw: st.DrawFn) -> list[EngineState]:
     digests = st.lists(st.sampled_from("xyz"), unique=True).map(tuple)
@@ -200,6 +288,9 @@ def fleets(draw: st.DrawFn) -> list[EngineState]:
         )
         for digest in draw(digests):
             state.started(digest, NOW - draw(st.floats(0, 20)))
+        state.num_unanswered = draw(st.integers(0, 6))
+        state.heard_at = NOW - draw(st.floats(0, 2.5))
+        state.loading = frozenset(draw(digests)) - state.resident
         if draw(st.integers(0, 4)) == 0:
             state.failed(NOW - draw(st.floats(0, 2)))
         if draw(st.integers(0, 4)) == 0:
@@ -213,25 +304,25 @@ def test_properties(fleet: list[EngineState], digest: str | None, key: str, rand
     wish = Wish("base", digest, key)
     excluded = {state.life for state in fleet[::3]}
     candidates = [e for e in fleet if can_take(e, "base") and e.life not in excluded]
-    route = choose_engine(fleet, wish, excluded, NOW, POLICY)
-    assert (route is None) == (not candidates)
-    if route is None:
+    found = ROUTER.route(fleet, wish, excluded, NOW)
+    assert (found is None) == (not candidates)
+    if found is None:
         return
-    assert route.engine in candidates
+    assert found.engine in candidates
     shuffled = list(fleet)
     random.shuffle(shuffled)  # type: ignore[attr-defined]
-    assert choose_engine(shuffled, wish, excluded, NOW, POLICY) == route, "the order does not matter"
-    fresh = [e for e in candidates if e.failed_at <= NOW - 1.0] or candidates
-    assert route.engine in fresh
-    least = min(e.fullness for e in fresh)
-    margin = max(0.25, 4 / route.engine.max_running)
-    assert route.engine.fullness <= least + margin + 1e-9, "never on a clearly fuller one than there is"
+    assert ROUTER.route(shuffled, wish, excluded, NOW) == found, "the order does not matter"
+    fresh = [e for e in candidates if e.failed_at <= NOW - 1.0 and e.heard_at > NOW - 2.0] or candidates
+    assert found.engine in fresh
+    least = min(e.pressure for e in fresh)
+    margin = max(0.25, 4 / found.engine.max_running)
+    assert found.engine.pressure <= least + margin + 1e-9, "never on a clearly fuller one than there is"
     if digest is None:
-        assert route.decision is Decision.BASE
-        assert route.engine.fullness == least
+        assert found.decision is Decision.BASE
+        assert found.engine.pressure == least
     else:
-        holds = {Decision.RESIDENT: digest in route.engine.resident}
-        holds[Decision.LOADING] = route.engine.is_loading(digest, NOW - 10)
-        assert holds.get(route.decision, True)
-    others = [e for e in fleet if e is not route.engine and e not in candidates]
-    assert choose_engine([route.engine, *others], wish, excluded, NOW, POLICY).engine is route.engine  # type: ignore[union-attr]
+        holds = {Decision.RESIDENT: digest in found.engine.resident}
+        holds[Decision.LOADING] = found.engine.is_loading(digest, NOW - 10)
+        assert holds.get(found.decision, True)
+    others = [e for e in fleet if e is not found.engine and e not in candidates]
+    assert ROUTER.route([found.engine, *others], wish, excluded, NOW).engine is found.engine  # type: ignore[union-attr]

@@ -67,16 +67,18 @@ class WatchStateRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class WatchStateResponse(_message.Message):
-    __slots__ = ("profile", "load", "loaded_adapters", "evicted_digests")
+    __slots__ = ("profile", "load", "loaded_adapters", "evicted_digests", "loading_digests")
     PROFILE_FIELD_NUMBER: _ClassVar[int]
     LOAD_FIELD_NUMBER: _ClassVar[int]
     LOADED_ADAPTERS_FIELD_NUMBER: _ClassVar[int]
     EVICTED_DIGESTS_FIELD_NUMBER: _ClassVar[int]
+    LOADING_DIGESTS_FIELD_NUMBER: _ClassVar[int]
     profile: EngineProfile
     load: EngineLoad
     loaded_adapters: _containers.RepeatedCompositeFieldContainer[AdapterRef]
     evicted_digests: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, profile: _Optional[_Union[EngineProfile, _Mapping]] = ..., load: _Optional[_Union[EngineLoad, _Mapping]] = ..., loaded_adapters: _Optional[_Iterable[_Union[AdapterRef, _Mapping]]] = ..., evicted_digests: _Optional[_Iterable[str]] = ...) -> None: ...
+    loading_digests: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, profile: _Optional[_Union[EngineProfile, _Mapping]] = ..., load: _Optional[_Union[EngineLoad, _Mapping]] = ..., loaded_adapters: _Optional[_Iterable[_Union[AdapterRef, _Mapping]]] = ..., evicted_digests: _Optional[_Iterable[str]] = ..., loading_digests: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class EngineProfile(_message.Message):
     __slots__ = ("engine_id", "base_model", "max_model_len", "max_running", "num_pages")

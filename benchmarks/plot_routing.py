@@ -1,0 +1,52 @@
+"""Draws docs/images/routing.png from benchmarks/results/routing.json: loads and p99 TTFT against load, zipf 1.0.
+
+Run: python -m benchmarks.plot_routing
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from benchmarks.record import RESULTS, ROOT, say
+
+PICTURE = ROOT / "docs" / "images" / "routing.png"
+CASES = {"zipf 1.0": "rank 8, copied out of the store's memory", "zipf 1.0, rank 64 streamed": "rank 64, streamed"}
+COLORS = {
+    "adapter-aware": "#3b6db5",
+    "round-robin": "#b0b0b0",
+    "least-loaded": "#e8a33d",
+    "hashing": "#7a4b94",
+    "bounded hashing": "#4d9a6a",
+}
+
+
+def draw(results: Path, picture: Path) -> None:
+    """A column a case; a line a rule. Plain hashing's first tokens, up to minutes late, leave the scale."""
+    rows = json.loads(results.read_text())["rows"]
+    figure = Figure(figsize=(9, 5.2), dpi=130, layout="constrained")
+    axes = figure.subplots(2, len(CASES), sharex="col", squeeze=False)
+    for column, (case, title) in enumerate(CASES.items()):
+        tops: tuple[list[float], list[float]] = ([], [])
+        for row, metric in enumerate(("loads_per_1000", "ttft_p99_ms")):
+            for rule, color in COLORS.items():
+                found = [one for one in rows if (one["case"], one["rule"], one["metric"]) == (case, rule, metric)]
+                points = sorted((one["requests_per_s_and_engine"], one["value"]) for one in found)
+                if rule != "hashing":
+                    tops[row].append(max(value for _, value in points))
+                axes[row][column].plot(*zip(*points, strict=True), marker="o", markersize=4, color=color, label=rule)
+        axes[0][column].set_title(title, fontsize=10)
+        axes[1][column].set_xlabel("requests/s for each of 16 engines")
+        for row, values in enumerate(tops):
+            axes[row][column].set_ylim(0, 1.15 * max(values))
+    axes[0][0].set_ylabel("adapter loads for 1000 requests")
+    axes[1][0].set_ylabel("p99 TTFT, ms")
+    axes[0][1].legend(frameon=False, fontsize=8)
+    figure.savefig(picture)
+    say(f"wrote {picture}")
+
+
+if __name__ == "__main__":
+    draw(RESULTS / "routing.json", PICTURE)

@@ -1,0 +1,105 @@
+"""Which engine a request goes to: `adapter_aware`, and two rules that look at no adapters, to compare it with.
+
+**AdapterAware.** An adapter that an engine holds need not be loaded, so an engine that holds it is preferred; but a
+popular adapter must not queue behind itself while other engines idle, and a rare one should not wander through every
+pool and push out others there. By *pressure* (`EngineState.pressure`: how full an engine is, and the prompts that it is
+just computing for this gateway), of all engines that can take the request:
+
+1. the least pressed one that holds the adapter, unless it is pressed harder than the least pressed of all by more than
+   a margin (`spill_share` of its capacity or `spill_requests` requests, whichever is more);
+2. likewise one where the adapter is loading: it will hold it soonest;
+3. of the engines that are about as little pressed as the least pressed of all (`NEAR`), the one that the adapter's
+   digest ranks first by rendezvous hashing.
+
+What that comes to:
+
+- *Spread in proportion to demand.* Each time that all its holders are pressed, an adapter comes to one engine more;
+  its requests are then shared by all of them. One that is no longer asked for is evicted by the engines themselves.
+- *Hysteresis.* A holder is left only when it is a whole margin worse than another, for one that is hardly worse than
+  the best; and the next request finds the adapter at both. A load costs more than a short queue.
+- *No herding.* Reports are some tenths of a second old. What a gateway sent since counts at once, so a burst spreads;
+  its prompts without an answer count double until they are answered, so that it soon passes an engine to which all
+  gateways run. Gateways that see the same idle engines bring each adapter to the same one of them, since a digest ranks
+  engines alike everywhere, and different adapters to different ones.
+- *Engines that come and go* move the adapters that they are first for, and no others.
+
+`AdapterAware` and `LeastLoaded` are pure: states in, a choice out. `RoundRobin` has a place in the round.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from services.common.rendezvous import ranked
+from services.gateway.config import RoutingPolicy
+from services.gateway.engine_state import EngineState
+from services.gateway.router import Router, RoutingRule, Wish
+
+NEAR = 1 / 8
+"""Of the margin: engines that differ by less are alike to an adapter that is at none of them."""
+
+
+class AdapterAware:
+    """Where the adapter is, while that is not much busier than elsewhere; see the module."""
+
+    def __init__(self, policy: RoutingPolicy) -> None:
+        self._policy = policy
+
+    def choose(self, candidates: Sequence[EngineState], wish: Wish, now: float) -> EngineState:
+        """See `RoutingRule`; the order of `candidates` does not matter."""
+        pressed = [(engine.pressure, engine) for engine in candidates]
+        least = min(pressure for pressure, _ in pressed)
+        if wish.digest is None:
+            return first_by_hash([engine for pressure, engine in pressed if pressure == least], wish.key)
+        digest, since = wish.digest, now - self._policy.loading_seconds
+        eligible = [(pressure, e) for pressure, e in pressed if pressure <= least + self._margin(e)]
+        holders = [(pressure, e) for pressure, e in eligible if digest in e.resident] or [
+            (pressure, e) for pressure, e in eligible if e.is_loading(digest, since)
+        ]
+        if holders:
+            level = min(pressure for pressure, _ in holders)
+            return first_by_hash([engine for pressure, engine in holders if pressure == level], digest)
+        near = [e for pressure, e in eligible if pressure <= least + NEAR * self._margin(e)]
+        return first_by_hash(near, digest)
+
+    def _margin(self, engine: EngineState) -> float:
+        return max(self._policy.spill_share, self._policy.spill_requests / engine.max_running)
+
+
+class LeastLoaded:
+    """The engine under the least pressure; the request's key breaks ties."""
+
+    def choose(self, candidates: Sequence[EngineState], wish: Wish, now: float) -> EngineState:
+        """See `RoutingRule`."""
+        least = min(engine.pressure for engine in candidates)
+        return first_by_hash([engine for engine in candidates if engine.pressure == least], wish.key)
+
+
+class RoundRobin:
+    """One after the other."""
+
+    def __init__(self) -> None:
+        self._num_chosen = 0
+
+    def choose(self, candidates: Sequence[EngineState], wish: Wish, now: float) -> EngineState:
+        """See `RoutingRule`."""
+        self._num_chosen += 1
+        return candidates[self._num_chosen % len(candidates)]
+
+
+def first_by_hash(engines: Sequence[EngineState], key: str) -> EngineState:
+    """Rendezvous hashing: each key ranks all addresses in an order of its own."""
+    return engines[0] if len(engines) == 1 else ranked(engines, key, lambda engine: engine.address)[0]
+
+
+RULES: dict[str, Callable[[RoutingPolicy], RoutingRule]] = {
+    "adapter_aware": AdapterAware,
+    "least_loaded": lambda policy: LeastLoaded(),
+    "round_robin": lambda policy: RoundRobin(),
+}
+"""What each name of `config.RoutingName` stands for."""
+
+
+def make_router(policy: RoutingPolicy) -> Router:
+    """A router with the rule that `policy` names."""
+    return Router(RULES[policy.rule](policy), policy)
