@@ -78,8 +78,6 @@ class Residency:
         """The packed adapter with this digest, or a shard of it, pinned; from disk or S3 if it is not in memory.
 
         With `only_resident` nothing is read from there; a shard may be cut from what is in memory.
-
-        With `only_resident` nothing is read from S3; a shard may be cut from what is in memory.
         A caller that is cancelled leaves the load running for the others. Errors: ADAPTER_NOT_FOUND, ADAPTER_CHANGED,
         HOST_CACHE_FULL, CATALOGUE_UNAVAILABLE, BLOB_STORE_UNAVAILABLE; ADAPTER_NOT_RESIDENT; REQUEST_INVALID for a
         shard that cannot be cut.

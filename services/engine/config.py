@@ -44,6 +44,10 @@ class EngineSettings:
     )
     num_pages: int = setting(0, "pages of the pool; 0: as many as pool_bytes holds")
     tokens_per_page: int = setting(16, "tokens whose K and V one page holds")
+    prefix_cache: bool = setting(True, "keep KV of finished prompts and outputs, for those that begin alike")
+    prefix_cache_across_tenants: bool = setting(
+        False, "let tenants find each other's prefixes: their times and usage then tell who sent what before"
+    )
     max_adapters: int = setting(1024, "most adapters resident at once (rows of the device's adapter table)")
     max_running: int = setting(0, "most sequences that run at once; 0: 64 on a CPU, 256 on an accelerator")
     max_step_tokens: int = setting(0, "most tokens of a step, prefill and decode; 0: 512 on a CPU, 8192 otherwise")
@@ -182,6 +186,8 @@ class SchedulerConfig:
     tokens_per_page: int
     eos_token_ids: frozenset[int]
     admission_batch: int = 1
+    prefix_cache: bool = False
+    prefix_cache_across_tenants: bool = False
 
 
 @dataclass(frozen=True)

@@ -139,6 +139,8 @@ class EngineCore:
             tokens_per_page=pool.tokens_per_page,
             eos_token_ids=runner.eos_token_ids,
             admission_batch=settings.admission_batch,
+            prefix_cache=settings.prefix_cache,
+            prefix_cache_across_tenants=settings.prefix_cache_across_tenants,
         )
         self._policy = make_policy(settings.policies, min(config.max_running, config.max_step_tokens))
         self._scheduler = Scheduler(config, self._allocator, self._residency, self._policy)
@@ -207,6 +209,7 @@ class EngineCore:
             news.evicted,
             told,
             news.prefetched,
+            news.found,
             news.admitted,
             news.traced_loads,
         )
@@ -295,7 +298,8 @@ class EngineCore:
             num_free_pages=allocator.num_free,
             num_kv_pages=allocator.num_kv,
             num_adapter_pages=allocator.num_adapter,
-            num_evictable_pages=self._residency.num_idle_pages,
+            num_evictable_pages=self._residency.num_idle_pages + scheduler.kv.num_idle,
+            num_cached_pages=scheduler.kv.num_idle,
             num_preemptions_total=scheduler.num_preemptions,
             num_steps_total=self._num_steps,
             num_adapter_hits_total=scheduler.num_adapter_hits,
@@ -306,4 +310,6 @@ class EngineCore:
             num_dropped_total=dict(scheduler.num_dropped),
             num_passed_by_total=self._policy.num_passed_by,
             service_spread=self._policy.service_spread,
+            num_prefix_queried_tokens_total=scheduler.kv.num_queried_tokens,
+            num_prefix_found_tokens_total=scheduler.kv.num_found_tokens,
         )

@@ -410,7 +410,7 @@ async def test_shards_are_cut_from_what_was_verified_and_go_with_it(
     store = await open_store()
     ask = store.client.fetch
     answers = await asyncio.gather(*(ask(adapter.digest, tp_rank=n % 2, tp_size=2) for n in (0, 1, 1)))
-    assert store.metric("reads_total") == 1
+    assert store.metric("tier_lookups_total", tier="s3", result="hit") == 1
     assert [(manifest.tp_rank, manifest.tp_size) for manifest, _ in answers] == [(0, 2), (1, 2), (1, 2)]
     assert {manifest.digest for manifest, _ in answers} == {adapter.digest}
     assert answers[1] == answers[2]
