@@ -5,7 +5,8 @@ reads the same objects into memory and looks at nothing: in one GET an object, a
 store is compared with the faster of the two, with as many adapters at once. Two more tiers: the same adapters out of
 the store's disk cache after a restart, and out of the arena; and how long a hit of the arena takes while others come
 from S3. Store, S3 server and clients share the host's cores. The best of several rounds, in which the ways take turns;
-of latencies the median and the 99th percentile over all rounds.
+of latencies the median and the 99th percentile over all rounds. Each store is new and has brought as many adapters as
+it brings at once before it is timed: its client of S3 and its buffers are made at their first use.
 
 Run: python -m benchmarks.bench_cold_fetch [ROUNDS]
 """
@@ -53,7 +54,7 @@ _BASE = {
 
 @dataclass(frozen=True)
 class Load:
-    """`number` adapters of Llama-7B's shape on q k v o, `at_once` at a time; and one more, to warm up with."""
+    """`number` adapters of Llama-7B's shape on q k v o, `at_once` at a time; and `at_once` more, to warm up with."""
 
     rank: int
     number: int
@@ -61,12 +62,12 @@ class Load:
 
     @property
     def names(self) -> list[str]:
-        """Their names, and folders; the first is the one that warms up."""
-        return [f"r{self.rank}-{number}" for number in range(self.number + 1)]
+        """Their names, and folders; the first `at_once` are those that warm up."""
+        return [f"r{self.rank}-{number}" for number in range(self.at_once + self.number)]
 
 
 # 16.8 and 134 MB an adapter.
-LOADS = (Load(8, 16, 1), Load(8, 16, 4), Load(64, 4, 1), Load(64, 4, 4))
+LOADS = (Load(8, 24, 1), Load(8, 24, 4), Load(64, 8, 1), Load(64, 8, 4))
 
 
 def write_adapter(folder: Path, rank: int, seed: int) -> int:
@@ -120,7 +121,7 @@ class Boto3:
         """How long all adapters of a load take."""
         with ThreadPoolExecutor(load.at_once) as threads:
             began = time.perf_counter()
-            list(threads.map(read, load.names[1:]))
+            list(threads.map(read, load.names[load.at_once :]))
             return time.perf_counter() - began
 
 
@@ -191,11 +192,12 @@ async def measure(stores: Stores, baseline: Boto3, load: Load, num_bytes: int, r
         best[way] = min(best.get(way, math.inf), seconds)
 
     async with stores.store(load) as client:
-        hot, *cold = [await client.register(name) for name in load.names]
+        adapters = [await client.register(name) for name in load.names]
+    warm, cold = adapters[: load.at_once], adapters[load.at_once :]
     with tempfile.TemporaryDirectory() as scratch:
         disk = Path(scratch)
         async with stores.store(load, disk) as client:
-            for number, adapter in enumerate((hot, *cold), 1):
+            for number, adapter in enumerate(adapters, 1):
                 await client.bring(adapter)
                 await _written(disk, number)
         for number in range(rounds + 1):
@@ -203,15 +205,15 @@ async def measure(stores: Stores, baseline: Boto3, load: Load, num_bytes: int, r
             turns["boto3, one GET"] = await asyncio.to_thread(baseline.seconds, baseline.whole, load)
             turns["boto3, ranges"] = await asyncio.to_thread(baseline.seconds, baseline.ranges, load)
             async with stores.store(load) as client:
-                await client.bring(hot)  # a client of S3 is made at its first use
+                await client.bring_all(warm)  # a client of S3 is made at its first use, and buffers
                 turns["store from S3"] = await client.bring_all(cold)
             async with stores.store(load, disk) as client:
-                await client.bring(hot)
+                await client.bring_all(warm)
                 turns["store from disk"] = await client.bring_all(cold)
             async with stores.store(load) as client:
-                await client.bring(hot)
-                hits = [await client.bring(hot) for _ in range(100)]
-                loaded = await hits_while(client, hot, client.bring_all(cold))
+                await client.bring_all(warm)
+                hits = [await client.bring(warm[0]) for _ in range(100)]
+                loaded = await hits_while(client, warm[0], client.bring_all(cold))
             if number:  # the first round warms up
                 idle += hits
                 during += loaded
@@ -250,14 +252,17 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         bucket = directory / "s3" / BUCKET
-        sizes: dict[int, int] = {}
-        for load in {load.rank: load for load in LOADS}.values():
-            written = [write_adapter(bucket / name, load.rank, seed) for seed, name in enumerate(load.names)]
-            sizes[load.rank] = sum(written[1:])
+        sizes: dict[str, int] = {}
+        for load in LOADS:
+            for seed, adapter in enumerate(load.names):
+                if adapter not in sizes:
+                    sizes[adapter] = write_adapter(bucket / adapter, load.rank, seed)
+        arena_bytes = 2**26 + max(sum(sizes[adapter] for adapter in load.names) for load in LOADS)
         with running_redis(directory / "redis") as redis_server, running_s3(directory / "s3") as s3_server:
-            stores = Stores(directory, redis_server, s3_server, 2 * max(sizes.values()))
+            stores = Stores(directory, redis_server, s3_server, arena_bytes)
             for load in LOADS:
-                for row in asyncio.run(measure(stores, Boto3(s3_server), load, sizes[load.rank], rounds)):
+                num_bytes = sum(sizes[adapter] for adapter in load.names[load.at_once :])
+                for row in asyncio.run(measure(stores, Boto3(s3_server), load, num_bytes, rounds)):
                     say(json.dumps(row))
                     rows.append(row)
     command = " ".join(["python", "-m", THIS, *sys.argv[1:]])
