@@ -105,6 +105,10 @@ class _ArenaServicer(adapter_store_pb2_grpc.AdapterStoreServiceServicer):
         """As the real store."""
         await _answer(context, self._delivery.lend(requests, context))
 
+    async def ListReplicas(self, request: Any, context: Any) -> None:  # noqa: N802
+        """It has none, as a store of before there were any."""
+        await context.abort(grpc.StatusCode.UNIMPLEMENTED, "no replicas")
+
 
 async def _answer(context: Any, answer: Awaitable[None]) -> None:
     try:
@@ -141,7 +145,7 @@ def _arena_dir(num_bytes: int) -> str:
 
 
 async def _serve(cache: HostCache, port: int) -> None:
-    async def pin(digest: str) -> Pin:
+    async def pin(digest: str, only_resident: bool) -> Pin:
         found = cache.pin(digest)
         assert found is not None, digest
         return found

@@ -97,7 +97,7 @@ Way: TypeAlias = Callable[[], object]
 @contextlib.contextmanager
 def streams(address: str, digests: list[str], num_bytes: int, readers: int) -> Iterator[dict[str, Way]]:
     """The bare stream and FetchAdapter, a connection and a thread a reader."""
-    clients = [StoreClient(address) for _ in range(readers)]
+    clients = [StoreClient([address]) for _ in range(readers)]
     channels = [open_blocking_channel(address) for _ in range(readers)]
     bare: list[Any] = [channel.unary_stream(f"/{BARE_SERVICE}/{BARE_METHOD}") for channel in channels]
     num_chunks = str(-(-num_bytes // CHUNK_BYTES)).encode()
@@ -121,8 +121,8 @@ def loads(address: str, digests: list[str], num_bytes: int, readers: int) -> Ite
     num_pages = -(-num_bytes // 2 // NUM_LAYERS // (2 * 32 * 16 * 128))
     config = PoolConfig(NUM_LAYERS, num_pages * len(digests), 16, 32, 128)
     device = PagedAdapterDevice(Pool(config, torch.bfloat16, torch.device("cpu")), GROUPS, len(digests))
-    streamed = Loads(StoreClient(address), device, config.page_elems)
-    shared = Loads(StoreClient(address, ArenaReader(device)), device, config.page_elems)
+    streamed = Loads(StoreClient([address]), device, config.page_elems)
+    shared = Loads(StoreClient([address], ArenaReader(device)), device, config.page_elems)
     yield {"streamed": lambda: streamed.run(digests, readers), "shared": lambda: shared.run(digests, readers)}
     streamed.close()
     shared.close()

@@ -16,7 +16,6 @@ import contextlib
 import json
 import os
 import random
-import subprocess
 import sys
 import tempfile
 import time
@@ -29,6 +28,7 @@ from slora.adapter_store.v1 import adapter_store_pb2 as pb
 from slora.adapter_store.v1 import adapter_store_pb2_grpc
 
 from benchmarks.record import record, say
+from benchmarks.store_process import running_store_process
 from services.common.grpc_client import open_channel
 from services.local.embedded_redis import EmbeddedRedis, running_redis
 from services.local.embedded_s3 import EmbeddedS3, running_s3
@@ -84,40 +84,10 @@ class Servers:
     @contextlib.contextmanager
     def store(self) -> Iterator[tuple[str, float]]:
         """A store process: its address, and the seconds from its start until it listens."""
-        (self._directory / "config.json").write_text(json.dumps(_BASE))
-        options = {
-            "listen": "127.0.0.1:0", "base-model-config": self._directory / "config.json", "base-model": "tiny",
-            "redis-url": self.redis.url, "s3-bucket": BUCKET, "arena-bytes": 2**26,
-            "s3-timeout-seconds": 60.0, "arena-dir": self._directory,
-        }  # fmt: skip
-        command = [
-            sys.executable,
-            "-m",
-            "services.adapter_store",
-            *(f"--{key}={value}" for key, value in options.items()),
-        ]
         began = time.perf_counter()
-        log = self._directory / f"store-{time.time_ns()}.log"
-        with log.open("wb") as file:
-            process = subprocess.Popen(command, stderr=file, env=os.environ | self._s3.client_environment())
-        try:
-            while not (port := _listening_port(log)):
-                if process.poll() is not None:
-                    raise RuntimeError(log.read_text()[-2000:])
-                time.sleep(0.01)
-            yield f"127.0.0.1:{port}", time.perf_counter() - began
-        finally:
-            process.terminate()
-            process.wait()
-
-
-def _listening_port(log: Path) -> int:
-    for line in log.read_text().splitlines():
-        with contextlib.suppress(ValueError):
-            entry = json.loads(line)
-            if entry.get("message") == "listening":
-                return int(entry["port"])
-    return 0
+        settings = {"s3_bucket": BUCKET, "arena_bytes": 2**26, "s3_timeout_seconds": 60.0}
+        with running_store_process(self._directory, self.redis, self._s3, _BASE, **settings) as store:
+            yield store.address, time.perf_counter() - began
 
 
 class Client:

@@ -81,7 +81,7 @@ def run_core(fd: int, pace: float) -> None:
 def run_engine(checkpoint: str, pace: str) -> int:
     """The real frontend over `run_core`."""
     configure_logging("engine")
-    settings = EngineSettings(checkpoint=checkpoint, adapter_store="none:1", listen="127.0.0.1:0")
+    settings = EngineSettings(checkpoint=checkpoint, adapter_store=("none:1",), listen="127.0.0.1:0")
     core = [sys.executable, "-m", "benchmarks.bench_frontend_throughput", "core", pace]
     return asyncio.run(serve(settings, load_tokenizer(Path(checkpoint)), lambda fd: [*core, str(fd)]))
 

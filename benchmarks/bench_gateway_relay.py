@@ -1,154 +1,229 @@
-"""Claim: a gateway process passes about 20,000 token messages a second on and adds under a millisecond to the first.
+"""Claim: a gateway adds less than 2 ms to a token at 2,000 tokens a second, and one process passes 20,000 on.
 
-An engine that computes nothing streams one token a message, as fast as it can, to 32 requests of one client; the same
-client then speaks to that engine directly. Engine, gateway and client share the cores, so the gateway's CPU time a
-message says more than the rates.
+An engine that computes nothing sends tokens at a pace, whoever keeps up (`relay_engine`); a client of many streams
+(`relay_client`) asks it directly, then through the gateway over gRPC and over HTTP. What the gateway adds is the
+difference of the two quantiles in one run. Engine, gateway and client are processes of their own and share the host's
+cores, so the gateway's CPU time a message says more than rates where these are too few.
 
-Run: python -m benchmarks.bench_gateway_relay
+Run: python -m benchmarks.bench_gateway_relay [--short]
 """
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
+import dataclasses
 import json
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-import grpc
 import psutil
-from slora.engine.v1 import engine_pb2, engine_pb2_grpc, generation_pb2
-from slora.gateway.v1 import inference_pb2, inference_pb2_grpc
 
-from benchmarks.record import record, say
-from services.common.grpc_client import open_channel
-from services.common.grpc_server import SERVER_OPTIONS
+from benchmarks.record import Row, record, say
+from benchmarks.relay_client import Heard, Task
 
-NUM_STREAMS, NUM_TOKENS = 32, 2000
-NUM_SHORT = 500
 THIS = "benchmarks.bench_gateway_relay"
+STEP_SECONDS = 0.032
+"""A decode step: 31 tokens a second and stream, so 64 streams are 2,000 tokens a second."""
+
+NUM_FLOOD_STREAMS, NUM_FLOOD_TOKENS = 32, 2000
+NUM_OPEN_STREAMS = 2000
 
 
-class IdleEngine(engine_pb2_grpc.EngineServiceServicer):
-    """Streams max_tokens times the same token."""
+@dataclass(frozen=True)
+class Gateway:
+    """A gateway process."""
 
-    async def Generate(self, request: engine_pb2.GenerateRequest, context: Any) -> None:  # noqa: N802
-        """One token a message, the completion with the last."""
-        message = engine_pb2.GenerateResponse(text=" hello", token_ids=[12345])
-        for _ in range(request.stopping.max_tokens - 1):
-            await context.write(message)
-        message.completion.finish_reason = generation_pb2.FINISH_REASON_LENGTH
-        await context.write(message)
+    process: psutil.Process
+    port: int
+    http_port: int
 
-    async def WatchState(  # noqa: N802
-        self, request: engine_pb2.WatchStateRequest, context: Any
-    ) -> AsyncIterator[engine_pb2.WatchStateResponse]:
-        """The state, once a second."""
-        profile = engine_pb2.EngineProfile(engine_id="idle", base_model="base", max_running=64, num_pages=1)
-        yield engine_pb2.WatchStateResponse(profile=profile, load=engine_pb2.EngineLoad())
-        while True:
-            await asyncio.sleep(1)
-            yield engine_pb2.WatchStateResponse(load=engine_pb2.EngineLoad())
+    def cpu_seconds(self) -> float:
+        """CPU time it has taken."""
+        times = self.process.cpu_times()
+        return float(times.user + times.system)
 
-
-async def run_engine() -> None:
-    """Serves an `IdleEngine` and prints its port."""
-    server = grpc.aio.server(options=SERVER_OPTIONS)
-    engine_pb2_grpc.add_EngineServiceServicer_to_server(IdleEngine(), server)
-    port = server.add_insecure_port("127.0.0.1:0")
-    await server.start()
-    say(str(port))
-    await server.wait_for_termination()
-
-
-class Target:
-    """The gateway, or the engine behind it, asked the same."""
-
-    def __init__(self, channel: grpc.aio.Channel, is_gateway: bool) -> None:
-        self._gateway = inference_pb2_grpc.InferenceServiceStub(channel) if is_gateway else None
-        self._engine = engine_pb2_grpc.EngineServiceStub(channel)
-
-    async def first_token_seconds(self, num_tokens: int) -> float:
-        """Reads a whole answer; returns how long its first message took."""
-        prompt, stopping = generation_pb2.Prompt(text="hi"), generation_pb2.StoppingCriteria(max_tokens=num_tokens)
-        began, first = time.perf_counter(), 0.0
-        call: Any
-        if self._gateway is not None:
-            call = self._gateway.Generate(inference_pb2.GenerateRequest(model="base", prompt=prompt, stopping=stopping))
-        else:
-            call = self._engine.Generate(
-                engine_pb2.GenerateRequest(request_id="bench", prompt=prompt, stopping=stopping)
-            )
-        async for _ in call:
-            first = first or time.perf_counter() - began
-        return first
-
-
-async def measure(port: int, is_gateway: bool, cpu_seconds: Callable[[], float]) -> dict[str, object]:
-    """One target's rates, its first token when nothing else runs, and the gateway's CPU time meanwhile."""
-    async with open_channel(f"127.0.0.1:{port}") as channel:
-        target = Target(channel, is_gateway)
-        await asyncio.gather(*(target.first_token_seconds(3) for _ in range(NUM_STREAMS)))  # warms up
-        firsts = sorted([await target.first_token_seconds(1) for _ in range(NUM_SHORT)])
-        began, cpu = time.perf_counter(), cpu_seconds()
-        await asyncio.gather(*(target.first_token_seconds(NUM_TOKENS) for _ in range(NUM_STREAMS)))
-        seconds, cpu = time.perf_counter() - began, cpu_seconds() - cpu
-        short_cpu = cpu_seconds()
-        await asyncio.gather(*(target.first_token_seconds(1) for _ in range(NUM_SHORT)))
-        short_cpu = cpu_seconds() - short_cpu
-    row: dict[str, object] = {
-        "through": "gateway" if is_gateway else "nothing",
-        "streams": NUM_STREAMS,
-        "messages_per_s": round(NUM_STREAMS * NUM_TOKENS / seconds),
-        "first_token_ms_p50": round(firsts[NUM_SHORT // 2] * 1e3, 2),
-        "first_token_ms_p99": round(firsts[NUM_SHORT * 99 // 100] * 1e3, 2),
-    }
-    if is_gateway:
-        row["gateway_cpu_us_per_message"] = round(cpu / (NUM_STREAMS * NUM_TOKENS) * 1e6, 1)
-        row["gateway_cpu_us_per_request"] = round(short_cpu / NUM_SHORT * 1e6)
-    return row
+    def resident_bytes(self) -> int:
+        """Its memory."""
+        return int(self.process.memory_info().rss)
 
 
 @contextlib.contextmanager
-def process(*arguments: str) -> Iterator[subprocess.Popen[str]]:
+def started(*arguments: str) -> Iterator[subprocess.Popen[str]]:
     """A Python process for as long as it is wanted; both its outputs are one."""
-    started = subprocess.Popen(
+    process = subprocess.Popen(
         [sys.executable, "-m", *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     try:
-        yield started
+        yield process
     finally:
-        started.kill()
-        started.wait()
+        process.kill()
+        process.wait()
 
 
-def _lines(started: subprocess.Popen[str]) -> Iterator[str]:
-    assert started.stdout is not None
-    return iter(started.stdout)
+@contextlib.contextmanager
+def an_engine(step_seconds: float) -> Iterator[int]:
+    """An engine's port."""
+    with started("benchmarks.relay_engine", str(step_seconds)) as process:
+        yield int(next(_lines(process)))
 
 
-def main() -> None:
-    """Measures both ways and records the figures."""
-    with process(THIS, "engine") as engine:
-        engine_port = int(next(_lines(engine)))
-        options = ("--listen", "127.0.0.1:0", "--engines", f"127.0.0.1:{engine_port}", "--adapter-store", "127.0.0.1:1")
-        with process("services.gateway", *options) as gateway:
-            entries = (json.loads(line) for line in _lines(gateway) if line.startswith("{"))
-            port = next(entry["port"] for entry in entries if entry["message"] == "listening")
-            threading.Thread(target=lambda: list(_lines(gateway)), daemon=True).start()
-            times = psutil.Process(gateway.pid).cpu_times
-            rows = [asyncio.run(measure(to, to == port, lambda: sum(times()[:2]))) for to in (engine_port, port)]
-    for row in rows:
-        say(json.dumps(row))
-    say(f"recorded in {record('gateway_relay', f'python -m {THIS}', rows)}")
+@contextlib.contextmanager
+def a_gateway(engine_port: int) -> Iterator[Gateway]:
+    """A gateway before one engine, as `python -m services.gateway` runs it."""
+    options = ("--listen", "127.0.0.1:0", "--http", "127.0.0.1:0", "--adapter-store", "127.0.0.1:1")
+    with started("services.gateway", *options, "--engines", f"127.0.0.1:{engine_port}") as process:
+        entries = (json.loads(line) for line in _lines(process) if line.startswith("{"))
+        ports = next(entry for entry in entries if entry["message"] == "listening")
+        threading.Thread(target=lambda: list(_lines(process)), daemon=True).start()
+        yield Gateway(psutil.Process(process.pid), ports["port"], ports["http_port"])
+
+
+def _lines(process: subprocess.Popen[str]) -> Iterator[str]:
+    assert process.stdout is not None
+    return iter(process.stdout)
+
+
+def ask(task: Task) -> Heard:
+    """A client's run, in a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.relay_client", json.dumps(dataclasses.asdict(task))]
+    return Heard(**json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout))
+
+
+def quantile_ms(seconds: Sequence[float], share: float) -> float:
+    """A quantile in milliseconds."""
+    return sorted(seconds)[int(share * (len(seconds) - 1))] * 1e3
+
+
+def _tell(row: Row) -> Row:
+    say(json.dumps(row))
+    return row
+
+
+def measure_added_latency(seconds: float) -> Iterator[Row]:
+    """At 2,000 tokens a second: tokens and first tokens, directly and through the gateway."""
+    num_tokens = int(seconds / STEP_SECONDS)
+    with an_engine(STEP_SECONDS) as engine_port, a_gateway(engine_port) as gateway:
+        ports = {"engine": engine_port, "gateway": gateway.port, "http": gateway.http_port}
+        direct: dict[str, float] = {}
+        for api, port in ports.items():
+            cpu = gateway.cpu_seconds()
+            heard = ask(Task(api, (port,), 64, num_tokens, num_probes=int(20 * seconds), num_warm_up=31))
+            cpu = gateway.cpu_seconds() - cpu
+            delays = {
+                f"{what}_ms_{name}": round(quantile_ms(values, share), 2)
+                for what, values in (("token", heard.token_seconds), ("first_token", heard.first_seconds))
+                for name, share in (("p50", 0.5), ("p99", 0.99))
+            }
+            direct = direct or delays
+            row: Row = {
+                "measure": "latency at 2,000 tokens/s",
+                "through": api,
+                "streams": 64,
+                **_rates(heard),
+                **delays,
+            }
+            if api != "engine":
+                row |= {f"added_{key}": round(value - direct[key], 2) for key, value in delays.items()}
+                row["gateway_cpu_share"] = round(cpu / (seconds + STEP_SECONDS), 2)
+            yield _tell(row)
+
+
+def measure_sustained(seconds: float, rates: Sequence[int]) -> Iterator[Row]:
+    """Tokens a second that one gateway keeps up with: those that come late are merged into fewer messages."""
+    num_tokens = int(seconds / STEP_SECONDS)
+    for rate in rates:
+        num_streams = round(rate * STEP_SECONDS)
+        with an_engine(STEP_SECONDS) as engine_port, a_gateway(engine_port) as gateway:
+            cpu = gateway.cpu_seconds()
+            heard = ask(Task("gateway", (gateway.port,), num_streams, num_tokens, num_warm_up=31))
+            cpu = gateway.cpu_seconds() - cpu
+        yield _tell(
+            {
+                "measure": "sustained",
+                "offered_tokens_per_s": rate,
+                "streams": num_streams,
+                **_rates(heard),
+                "tokens_per_message": round(heard.num_tokens / heard.num_messages, 2),
+                "token_ms_p50": round(quantile_ms(heard.token_seconds, 0.5), 1),
+                "token_ms_p99": round(quantile_ms(heard.token_seconds, 0.99), 1),
+                "gateway_cpu_us_per_token": round(cpu / (num_streams * num_tokens) * 1e6, 1),
+            }
+        )
+
+
+def measure_flood(num_tokens: int) -> Iterator[Row]:
+    """One token a message, as fast as they are taken: directly, through one gateway, and through two."""
+    with an_engine(0.0) as engine_port, a_gateway(engine_port) as one, a_gateway(engine_port) as two:
+        targets = [("engine", [engine_port], []), ("gateway", [one.port], [one]), ("http", [one.http_port], [one])]
+        targets.append(("gateway", [one.port, two.port], [one, two]))
+        for api, ports, gateways in targets:
+            cpu = sum(gateway.cpu_seconds() for gateway in gateways)
+            heard = ask(Task(api, tuple(ports), NUM_FLOOD_STREAMS, num_tokens))
+            cpu = sum(gateway.cpu_seconds() for gateway in gateways) - cpu
+            row: Row = {
+                "measure": "one token a message, as fast as they go",
+                "through": api,
+                "gateways": len(gateways),
+                "streams": NUM_FLOOD_STREAMS,
+                "messages_per_s": round(heard.num_messages / heard.seconds),
+            }
+            if gateways:
+                row["gateway_cpu_us_per_message"] = round(cpu / heard.num_messages * 1e6, 1)
+            yield _tell(row)
+
+
+def measure_memory(num_streams: int) -> Iterator[Row]:
+    """What open streams take in a gateway, each with a token a second."""
+    with an_engine(1.0) as engine_port, a_gateway(engine_port) as gateway:
+        ask(Task("gateway", (gateway.port,), 64, 3))  # warms up
+        before, highest = gateway.resident_bytes(), 0
+        over = threading.Event()
+
+        def watch() -> None:
+            nonlocal highest
+            while not over.wait(0.1):
+                highest = max(highest, gateway.resident_bytes())
+
+        watching = threading.Thread(target=watch)
+        watching.start()
+        try:
+            heard = ask(Task("gateway", (gateway.port,), num_streams, 8))
+        finally:
+            over.set()
+            watching.join()
+    yield _tell(
+        {
+            "measure": "memory of open streams",
+            "streams": num_streams,
+            "resident_mib_before": round(before / 2**20, 1),
+            "resident_mib": round(highest / 2**20, 1),
+            "kib_per_stream": round((highest - before) / num_streams / 2**10, 1),
+            **_rates(heard),
+        }
+    )
+
+
+def _rates(heard: Heard) -> Row:
+    return {"tokens_per_s": round(heard.num_tokens / heard.seconds)}
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Measures and records; a short run is only shown."""
+    is_short = "--short" in arguments
+    seconds, rates = (4.0, (8_000,)) if is_short else (20.0, (8_000, 12_000, 16_000, 20_000, 24_000))
+    rows: list[Any] = [
+        *measure_added_latency(seconds),
+        *measure_flood(NUM_FLOOD_TOKENS // (4 if is_short else 1)),
+        *measure_memory(NUM_OPEN_STREAMS),
+        *measure_sustained(seconds, rates),
+    ]
+    if not is_short:
+        say(f"recorded in {record('gateway_relay', f'python -m {THIS}', rows)}")
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] == ["engine"]:
-        asyncio.run(run_engine())
-    else:
-        main()
+    main(sys.argv[1:])

@@ -15,7 +15,7 @@ from services.engine.adapters.residency import Residency
 from services.engine.adapters.source import AdapterFetch
 from services.engine.config import PolicyConfig, SchedulerConfig
 from services.engine.memory.page_allocator import PageAllocator
-from services.engine.messages import Adapter, Generate, SamplingParams, StopParams
+from services.engine.messages import Adapter, Generate, Origin, SamplingParams, StopParams
 from services.engine.scheduling.policies.combination import make_policy
 from services.engine.scheduling.scheduler import Scheduler
 from services.engine.step import BASE_SLOT, SampledToken, StepPlan
@@ -129,7 +129,7 @@ class _Loader:
         """Whether there is something to plan with at once."""
         return bool(self._events)
 
-    def start(self, adapter: Adapter) -> LoadJob:
+    def start(self, adapter: Adapter, origin: Origin) -> LoadJob:
         job = LoadJob(adapter, cast(AdapterFetch, _NoFetch()), 60.0)
         self._events.append(LoadSized(job, self._num_pages))
         return job

@@ -194,7 +194,7 @@ def measure_store_load(bench: Bench, setting: str) -> Iterator[Row]:
     with running_arena_store(stored) as store:
         for way in ("lent", "streamed"):
             arenas = ArenaReader(bench.runner.adapter_device) if way == "lent" else None
-            client = StoreClient(store.address, arenas)
+            client = StoreClient([store.address], arenas)
             label: dict[str, object] = {"adapters": 32, "packed_bytes": packed_bytes, "way": way}
             if arenas is not None:
                 label["direct"] = _await_pinned(bench, client, adapters)

@@ -16,13 +16,13 @@ from benchmarks.arena_store import StoredAdapters
 from services.common.packed_digest import packed_digest
 from services.engine.adapters.device import HostMemory
 from services.engine.adapters.layout import AdapterLayout, ModulePlacement, TargetModule
-from services.engine.adapters.source import AdapterManifest, WeightsLease
+from services.engine.adapters.source import AdapterManifest, Delivery, WeightsLease
 from services.engine.config import EngineSettings
 from services.engine.execution.gpu.adapter_device import model_tile_elems
 from services.engine.execution.gpu.gpu_runner import GpuRunner
 from services.engine.execution.model_runner import ModelRunner
 from services.engine.execution.open_runner import open_runner
-from services.engine.messages import Adapter
+from services.engine.messages import Adapter, Origin
 from services.engine.model.config import ModelConfig
 from services.engine.model.random_weights import NAME_PREFIX
 from services.engine.model.step_ops import module_groups
@@ -78,7 +78,7 @@ def settings_of(directory: Path, model: str, max_len: int, dtype: str, **more: o
     """Settings of an engine of the shape `model` that makes its weights up; `more` are fields of EngineSettings."""
     fields: dict[str, object] = {
         "checkpoint": str(write_config(directory, model, max_len, dtype)),
-        "adapter_store": "",
+        "adapter_store": (),
         "base_model": served_name(model),
         "random_weights": True,
         "device": "cuda",
@@ -113,7 +113,7 @@ class SyntheticAdapters:
             self.device or other.device,
         )
 
-    def open(self, digest: str) -> _Fetch:
+    def open(self, digest: str, origin: Origin) -> _Fetch:
         """Begins to fetch."""
         return _Fetch(self.manifests[digest], self.weights[digest])
 
@@ -127,6 +127,7 @@ class SyntheticAdapters:
 class _Fetch:
     def __init__(self, manifest: AdapterManifest, weights: memoryview) -> None:
         self._manifest, self._weights = manifest, weights
+        self.delivery = Delivery()
 
     def manifest(self, deadline: float) -> AdapterManifest:
         """At once."""

@@ -13,8 +13,6 @@ from services.adapter_store.manifest import AdapterRecord
 from services.adapter_store.pin_keeper import PinKeeper
 from services.common.errors import Reason, SloraError
 
-MAX_USES = 10_000
-
 
 class Administration:
     """Changes of marks. Each is in Redis and copied to S3 when it returns."""
@@ -62,9 +60,6 @@ class Administration:
 
     async def report_use(self, last_use_ms: Mapping[str, int]) -> int:
         """Notes when versions, by `name@version`, were last used; gives how many of them exist."""
-        if len(last_use_ms) > MAX_USES:
-            message = f"{len(last_use_ms)} uses at once; at most {MAX_USES} are taken"
-            raise SloraError(Reason.REQUEST_INVALID, message, field="uses", limit=MAX_USES)
         now = time.time_ns() // 1_000_000
         uses = {}
         for text, used in last_use_ms.items():

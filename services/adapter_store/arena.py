@@ -18,6 +18,7 @@ import logging
 import mmap
 import os
 import secrets
+import stat
 import time
 from pathlib import Path
 
@@ -137,8 +138,11 @@ def _remove_stale_segments(directory: Path) -> int:
     num_removed = 0
     for path in directory.glob(SEGMENT_PREFIX + "*"):
         with contextlib.suppress(OSError):  # another user's, or just removed
-            fd = os.open(path, os.O_RDWR)
+            # Anybody may put a name into such a directory. Behind a link lies a file that would lose its content.
+            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
             try:
+                if not _is_our_segment(os.fstat(fd)):
+                    continue
                 _lock_stale(fd)
                 path.unlink()
                 num_removed += 1
@@ -150,6 +154,11 @@ def _remove_stale_segments(directory: Path) -> int:
             finally:
                 os.close(fd)
     return num_removed
+
+
+def _is_our_segment(found: os.stat_result) -> bool:
+    """Whether it is what a store of this user makes: a regular file with one name."""
+    return stat.S_ISREG(found.st_mode) and found.st_uid == os.geteuid() and found.st_nlink == 1
 
 
 def _lock_stale(fd: int) -> None:

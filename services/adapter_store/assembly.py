@@ -26,9 +26,11 @@ from services.adapter_store.config import AdapterStoreSettings
 from services.adapter_store.host_cache import HostCache
 from services.adapter_store.isolation import Isolation
 from services.adapter_store.journal import Journal, JournalPlace
+from services.adapter_store.membership import Membership
 from services.adapter_store.metrics import StoreMetrics
 from services.adapter_store.pin_keeper import PinKeeper
 from services.adapter_store.registry import AdapterRegistry, UploadPlace
+from services.adapter_store.replica_view import Replica
 from services.adapter_store.residency import Residency
 from services.adapter_store.sync import PrefixSync
 from services.adapter_store.upkeep import follow_changes, sweep, sync_now_and_then
@@ -49,6 +51,7 @@ class Store:
     registry: AdapterRegistry
     administration: Administration
     sync: PrefixSync
+    membership: Membership
     door: Door
     isolation: Isolation
     threads: ThreadPoolExecutor
@@ -83,6 +86,14 @@ def _open_catalogue(settings: AdapterStoreSettings, blob_store: BlobStore) -> _C
         CatalogueMarks(redis, catalogue),
         CatalogueSync(redis, catalogue),
         Journal(CatalogueFill(redis), blob_store, place),
+    )
+
+
+def as_replica(settings: AdapterStoreSettings, port: int, arena: Arena) -> Replica:
+    """What a store that listens on `port` says of itself."""
+    address = settings.address_at(port)
+    return Replica(
+        settings.replica_id or address, address, arena.arena_id.hex(), str(arena.path), arena.extents.capacity
     )
 
 
@@ -138,24 +149,32 @@ async def _working_store(
     )
     sync = PrefixSync(base, parts.synced, blob_store, parts.journal, settings.max_adapter_bytes)
     administration = Administration(parts.catalogue, parts.marks, parts.journal, keeper)
+    membership = Membership(parts.redis, settings.replica_seconds, settings.num_homes)
+    metrics.observe_replicas(lambda: len(membership.replicas), lambda: membership.is_on_duty)
     work = [
+        membership.beat(),
         parts.journal.keep_whole(sync.fill),
-        parts.journal.catch_up(),
+        parts.journal.catch_up(lambda: membership.is_on_duty),
         follow_changes(parts.catalogue, parts.watches, residency, keeper),
         keeper.follow(),
-        sweep(registry, settings.sweep_seconds, settings.orphan_seconds),
+        sweep(registry, membership, settings.sweep_seconds, settings.orphan_seconds),
     ]
     if settings.sync_uri:
         timer = (settings.sync_uri, settings.sync_seconds)
-        work.append(sync_now_and_then(sync, *timer, count=lambda outcome: metrics.syncs.labels(outcome).inc()))
+        work.append(
+            sync_now_and_then(sync, membership, *timer, count=lambda outcome: metrics.syncs.labels(outcome).inc())
+        )
     background = [asyncio.create_task(task) for task in work]
     try:
         isolation = Isolation(parts.catalogue)
-        yield Store(settings, base, metrics, cache, registry, administration, sync, door, isolation, threads)
+        yield Store(
+            settings, base, metrics, cache, registry, administration, sync, membership, door, isolation, threads
+        )
     finally:
         for task in background:
             task.cancel()
         await asyncio.gather(*background, return_exceptions=True)
+        await membership.leave()
         keeper.close()
         await registry.close()
         await parts.journal.close()

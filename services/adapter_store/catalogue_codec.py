@@ -1,4 +1,4 @@
-"""Messages of syncs and of adapters that were looked over."""
+"""Messages of syncs, of adapters that were looked over, and of replicas."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ from slora.adapter_store.v1 import adapter_store_pb2 as pb
 
 from services.adapter_store.base_model import BaseModel
 from services.adapter_store.inspection import Inspection, ModuleFit
+from services.adapter_store.membership import Membership
 from services.adapter_store.sync import SyncReport
+from services.common.errors import Reason, SloraError
 
 MAX_LISTED = 1000
+MAX_USES = 10_000
 
 
 def sync_message(report: SyncReport) -> pb.SyncAdaptersResponse:
@@ -31,6 +34,21 @@ def sync_message(report: SyncReport) -> pb.SyncAdaptersResponse:
         refused=refused,
         kept=report.kept[:MAX_LISTED],
     )
+
+
+def use_times(request: pb.ReportAdapterUseRequest) -> dict[str, int]:
+    """Milliseconds since the epoch by `name@version`; REQUEST_INVALID for too many, or a time that is none."""
+    if len(request.uses) > MAX_USES:
+        message = f"{len(request.uses)} uses at once; at most {MAX_USES} are taken"
+        raise SloraError(Reason.REQUEST_INVALID, message, field="uses", limit=MAX_USES)
+    times = {}
+    for use in request.uses:
+        try:
+            times[use.adapter_id] = use.last_use_time.ToMilliseconds()
+        except ValueError as error:
+            message = f"the last_use_time of {use.adapter_id[:160]!r} is no time: {error}"
+            raise SloraError(Reason.REQUEST_INVALID, message, field="last_use_time") from error
+    return times
 
 
 def inspection_message(found: Inspection, base: BaseModel) -> pb.ValidateAdapterResponse:
@@ -65,3 +83,20 @@ def _module_message(module: ModuleFit) -> pb.ModuleWidths:
         base_in_features=module.base_in_features,
         base_out_features=module.base_out_features,
     )
+
+
+def replicas_message(membership: Membership) -> pb.ListReplicasResponse:
+    """The replicas, as one of them sees it."""
+    replicas = [
+        pb.Replica(
+            replica_id=replica.replica_id,
+            address=replica.address,
+            weight=replica.arena_bytes,
+            is_draining=replica.is_draining,
+            arena=pb.Arena(
+                arena_id=bytes.fromhex(replica.arena_id), path=replica.arena_path, num_bytes=replica.arena_bytes
+            ),
+        )
+        for replica in membership.replicas
+    ]
+    return pb.ListReplicasResponse(replicas=replicas, num_homes=membership.num_homes, is_current=membership.is_current)

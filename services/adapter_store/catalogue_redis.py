@@ -88,6 +88,10 @@ class CatalogueRedis:
         command = self._prepared(script)
         return await self._when_filled(lambda: self.call_again(lambda: command(args=[self.prefix, *arguments])))
 
+    async def run_apart(self, script: str, *arguments: str | int) -> Any:
+        """`run` for a script that needs no catalogue and must not wait for a connection behind others."""
+        return await self.call(self._prepared(script)(args=[self.prefix, *arguments], client=self.waiting_client))
+
     async def write(self, script: str, *arguments: str | int) -> Any:
         """`run` for a script that publishes a change."""
         return await self.run(script, self._max_events, secrets.token_hex(8), *arguments)

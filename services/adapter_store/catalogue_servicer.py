@@ -10,16 +10,19 @@ from slora.adapter_store.v1 import adapter_store_pb2 as pb
 
 from services.adapter_store.assembly import Store
 from services.adapter_store.callers import Caller
-from services.adapter_store.catalogue_codec import inspection_message, sync_message
+from services.adapter_store.catalogue_codec import inspection_message, replicas_message, sync_message, use_times
 from services.adapter_store.catalogue_marks import MarkChanges
-from services.adapter_store.codec import adapter_message
+from services.adapter_store.codec import adapter_message, few_labels
 from services.adapter_store.delivery_servicer import WeightDelivery
+from services.adapter_store.host_cache import Pin
 from services.adapter_store.identifiers import parse_adapter_id
 from services.adapter_store.inspection import Inspection
 from services.adapter_store.manifest import AdapterRecord
 from services.adapter_store.servicer import AdapterStoreServicer
 from services.adapter_store.sync import SyncReport
 from services.common.errors import Reason, SloraError
+from services.common.grpc_errors import abort
+from services.common.grpc_server import authorization_of
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -28,9 +31,10 @@ class CatalogueServicer(AdapterStoreServicer):
     """Answers every RPC of the store."""
 
     def __init__(self, store: Store) -> None:
+        self._store = store
         settings = store.settings
         stall_seconds = settings.stall_seconds
-        delivery = WeightDelivery(store.registry.pin, store.cache.arena, store.metrics, stall_seconds)
+        delivery = WeightDelivery(self._pin, store.cache.arena, store.metrics, stall_seconds)
         super().__init__(
             store.registry,
             delivery,
@@ -41,8 +45,20 @@ class CatalogueServicer(AdapterStoreServicer):
             store.door,
             store.isolation,
         )
-        self._store = store
         self._administration = store.administration
+
+    async def drain(self) -> None:
+        """Refuses new calls from now on, and says so to those who look for replicas."""
+        self._store.membership.begin_drain()
+        await super().drain()
+
+    async def ListReplicas(self, request: pb.ListReplicasRequest, context: Context) -> pb.ListReplicasResponse:  # noqa: N802
+        """Names the replicas; also while it drains."""
+        try:
+            await self._door.admit("ListReplicas", authorization_of(context))
+        except SloraError as error:
+            await abort(context, error)
+        return replicas_message(self._store.membership)
 
     async def SetAlias(self, request: pb.SetAliasRequest, context: Context) -> pb.SetAliasResponse:  # noqa: N802
         """Makes an alias mean a version."""
@@ -73,13 +89,17 @@ class CatalogueServicer(AdapterStoreServicer):
     async def UpdateAdapter(self, request: pb.UpdateAdapterRequest, context: Context) -> pb.UpdateAdapterResponse:  # noqa: N802
         """Changes labels and pin."""
         pinned = request.pinned if request.HasField("pinned") else None
-        changes = MarkChanges(dict(request.set_labels), tuple(request.remove_labels), pinned)
         update = self._administration.update
         record = await self._answer(
             "UpdateAdapter",
             context,
             lambda caller: self._change(
-                caller, parse_adapter_id(request.adapter_id).name, lambda: update(request.adapter_id, changes)
+                caller,
+                parse_adapter_id(request.adapter_id).name,
+                lambda: update(
+                    request.adapter_id,
+                    MarkChanges(few_labels(request.set_labels), tuple(request.remove_labels), pinned),
+                ),
             ),
         )
         return pb.UpdateAdapterResponse(adapter=adapter_message(record))
@@ -88,11 +108,9 @@ class CatalogueServicer(AdapterStoreServicer):
         self, request: pb.ReportAdapterUseRequest, context: Context
     ) -> pb.ReportAdapterUseResponse:
         """Notes when adapters were used."""
-        uses = {use.adapter_id: use.last_use_time.ToMilliseconds() for use in request.uses}
         report_use = self._administration.report_use
-        return pb.ReportAdapterUseResponse(
-            num_noted=await self._answer("ReportAdapterUse", context, lambda caller: report_use(uses))
-        )
+        num_noted = await self._answer("ReportAdapterUse", context, lambda caller: report_use(use_times(request)))
+        return pb.ReportAdapterUseResponse(num_noted=num_noted)
 
     async def SyncAdapters(self, request: pb.SyncAdaptersRequest, context: Context) -> pb.SyncAdaptersResponse:  # noqa: N802
         """Compares a prefix in S3 with the catalogue."""
@@ -110,6 +128,10 @@ class CatalogueServicer(AdapterStoreServicer):
         await self._isolation.check_change(caller, name)
         with self._isolation.veiled(caller):
             return await change()
+
+    async def _pin(self, digest: str, only_resident: bool) -> Pin:
+        self._store.metrics.count_delivery(self._store.membership.is_home(digest))
+        return await self._store.registry.pin(digest, only_resident)
 
     async def _sync(self, request: pb.SyncAdaptersRequest) -> SyncReport:
         source_uri = request.source_uri or self._store.settings.sync_uri

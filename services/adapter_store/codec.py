@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from google.protobuf.timestamp_pb2 import Timestamp
 from slora.adapter_store.v1 import adapter_pb2, adapter_store_pb2
 
 from services.adapter_store.catalogue_watch import CatalogueEvent, EventKind
+from services.adapter_store.identifiers import MAX_LABELS, too_many_labels
 from services.adapter_store.manifest import AdapterRecord
 
 
@@ -35,6 +38,13 @@ def adapter_message(record: AdapterRecord, deleted: bool = False) -> adapter_pb2
         pinned=marks.pinned,
         last_use_time=_timestamp(marks.last_use_ms) if marks.last_use_ms else None,
     )
+
+
+def few_labels(labels: Mapping[str, str]) -> dict[str, str]:
+    """Labels of a request. LABELS_INVALID for too many, before the thousands that fit in a message are copied."""
+    if len(labels) > MAX_LABELS:
+        raise too_many_labels(len(labels))
+    return dict(labels)
 
 
 def _timestamp(milliseconds: int) -> Timestamp:

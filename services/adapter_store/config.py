@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ipaddress
+import socket
 from dataclasses import dataclass
 
 from services.adapter_store.identifiers import parse_source_uri
 from services.common.errors import SloraError
-from services.common.settings import LogLevel, setting
+from services.common.settings import LogFormat, LogLevel, setting
 from services.common.tls import ServerTls
 
 
@@ -58,10 +60,19 @@ class AdapterStoreSettings:
     sweep_seconds: float = setting(30.0, "how often files that no version uses are looked for")
     sync_uri: str = setting("", "s3://bucket/prefix/ whose folders are adapters: followed by itself; empty for none")
     sync_seconds: float = setting(60.0, "how often that prefix is listed")
+    replica_id: str = setting("", "names this store among its replicas, also after a restart; empty: its address")
+    advertise: str = setting(
+        "", "host or host:port where engines and gateways reach this store; empty: listen's host, or this host's name"
+    )
+    replica_seconds: float = setting(3.0, "a replica that was silent for so long is no longer one")
+    num_homes: int = setting(2, "replicas that hold an adapter")
     pinned_share: float = setting(0.75, "most of the arena that pinned adapters may take, in (0, 1]")
     stall_seconds: float = setting(60.0, "a fetch or upload that stands still, or a lease that lasts, so long is ended")
     drain_seconds: float = setting(30.0, "on SIGTERM running calls have this long to end")
     log_level: LogLevel = setting("INFO", "DEBUG, INFO, WARNING or ERROR")
+    log_format: LogFormat = setting("json", "json (an object a line) or text (for people)")
+    otlp_endpoint: str = setting("", "http(s)://host:port of a collector of traces, OTLP over gRPC; empty: no traces")
+    trace_sample_ratio: float = setting(1.0, "share of traces kept that begin here; a caller's own are kept as it says")
 
     @property
     def server_tls(self) -> ServerTls:
@@ -71,7 +82,8 @@ class AdapterStoreSettings:
     def __post_init__(self) -> None:
         for name in ("redis_timeout_seconds", "s3_timeout_seconds", "stall_seconds", "sweep_seconds", "max_preparing",
                      "max_uploads", "s3_threads", "max_events", "max_adapter_bytes", "sync_seconds",
-                     "pinned_share", "tenancy_timeout_seconds", "tenancy_cache_seconds"):  # fmt: skip
+                     "pinned_share", "replica_seconds", "num_homes", "tenancy_timeout_seconds",
+                     "tenancy_cache_seconds"):  # fmt: skip
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0")
         if self.tenancy_redis and not self.service_tokens:
@@ -83,3 +95,14 @@ class AdapterStoreSettings:
                 parse_source_uri(self.sync_uri)
             except SloraError as error:
                 raise ValueError(f"sync_uri: {error.message}") from error
+
+    def address_at(self, port: int) -> str:
+        """`host:port` where others reach this store, which listens on `port`."""
+        host = self.listen.rpartition(":")[0]
+        if host in ("", "0.0.0.0", "[::]"):
+            host = socket.gethostname()
+        address = self.advertise or host
+        try:
+            return f"[{ipaddress.IPv6Address(address)}]:{port}"
+        except ValueError:
+            return address if ":" in address.rpartition("]")[2] else f"{address}:{port}"

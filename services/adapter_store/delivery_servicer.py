@@ -17,11 +17,15 @@ from services.adapter_store.host_cache import Pin
 from services.adapter_store.manifest_codec import manifest_message
 from services.adapter_store.metrics import StoreMetrics
 from services.common.errors import Reason, SloraError
+from services.common.tracing import current_span
 
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["AdapterStoreService"].full_name
 
 # Larger messages are no faster, smaller ones are slower.
 CHUNK_BYTES = 2**20
+
+MAX_REQUEST_BYTES = 2 * 2**20
+"""Chunks of uploads are about 1 MiB. What comes in at once is held several times, and for each upload."""
 
 _CHUNK_TAG = pb.FetchAdapterResponse.CHUNK_FIELD_NUMBER << 3 | 2
 
@@ -30,25 +34,24 @@ FetchPart: TypeAlias = "pb.FetchAdapterResponse | memoryview"
 
 
 class WeightDelivery:
-    """Sends what `pin` gives, or lends it; it stays where it is in `arena` meanwhile.
+    """Sends what `pin(digest, only_resident)` gives, or lends it; it stays where it is in `arena` meanwhile.
 
     A reader that stands still for `stall_seconds`, or keeps a lease for so long, pins memory no longer.
     """
 
     def __init__(
-        self, pin: Callable[[str], Awaitable[Pin]], arena: Arena, metrics: StoreMetrics, stall_seconds: float
+        self, pin: Callable[[str, bool], Awaitable[Pin]], arena: Arena, metrics: StoreMetrics, stall_seconds: float
     ) -> None:
         self._pin = pin
         self._arena = arena
         self._arena_message = pb.Arena(arena_id=arena.arena_id, path=str(arena.path), num_bytes=arena.extents.capacity)
         self._metrics = metrics
         self._stall_seconds = stall_seconds
+        self._turn = asyncio.Lock()
 
     async def send(self, request: pb.FetchAdapterRequest, context: Context) -> None:
         """Streams the manifest, then chunks as memoryviews, which `serialize_part` knows."""
-        began = time.perf_counter()
-        with await self._pin(request.digest) as pin:
-            self._metrics.fetch_seconds.observe(time.perf_counter() - began)
+        with await self._found(request.digest, only_resident=False) as pin:
             size = len(pin.content)
             if request.offset > size:
                 raise SloraError(
@@ -61,17 +64,20 @@ class WeightDelivery:
             await self._write(context, pb.FetchAdapterResponse(manifest=manifest, arena_id=self._arena.arena_id))
             for begin in range(request.offset, size, CHUNK_BYTES):
                 with pin.content[begin : begin + CHUNK_BYTES] as chunk:
-                    await self._write(context, chunk)
+                    # The first goes at once: an adapter of one chunk does not wait for others' hundreds.
+                    write = self._write if begin == request.offset else self._write_in_turn
+                    await write(context, chunk)
                     self._metrics.fetched_bytes.inc(len(chunk))
 
     async def lend(self, requests: AsyncIterator[pb.ShareAdapterRequest | DecodeError], context: Context) -> None:
         """Pins an adapter until its reader says that it has copied it. Returning, and only that, confirms the lease."""
-        began = time.perf_counter()
-        digest = (await self._next_part(requests, "digest", context)).digest
+        request = await self._next_part(requests, "digest", context)
         outcome = "refused"
         try:
-            with await self._pin(digest) as pin, self._metrics.open_leases.track_inprogress():
-                self._metrics.fetch_seconds.observe(time.perf_counter() - began)
+            with (
+                await self._found(request.digest, request.only_resident) as pin,
+                self._metrics.open_leases.track_inprogress(),
+            ):
                 outcome = "abandoned"
                 manifest = manifest_message(pin.manifest)
                 lent = pb.ShareAdapterResponse(manifest=manifest, arena=self._arena_message, offset=pin.offset)
@@ -84,6 +90,16 @@ class WeightDelivery:
             raise
         finally:
             self._metrics.leases.labels(outcome).inc()
+
+    async def _found(self, digest: str, only_resident: bool) -> Pin:
+        """The adapter, in memory."""
+        began = time.perf_counter()
+        span = current_span()
+        span.set({"slora.adapter.digest": digest})
+        pin = await self._pin(digest, only_resident)
+        self._metrics.fetch_seconds.observe(time.perf_counter() - began)
+        span.event("adapter in memory")
+        return pin
 
     async def _next_part(
         self, requests: AsyncIterator[pb.ShareAdapterRequest | DecodeError], expected: str, context: Context
@@ -105,6 +121,22 @@ class WeightDelivery:
         if part != expected:
             raise SloraError(Reason.REQUEST_INVALID, f"the message has {part or 'nothing'}; expected was {expected}")
         return request
+
+    async def _write_in_turn(self, context: Context, chunk: memoryview) -> None:
+        """Sends a chunk. Of all streams one begins a chunk at a time, and between two such begins everybody is heard.
+
+        To begin a chunk is to copy it. With 64 streams ready, 64 copies would lie before each of the several rounds of
+        the event loop that a lease or a look-up takes. The lock is given in the order of asking: streams that keep up
+        get the same share. One that stands still is waited for outside of it.
+        """
+        async with self._turn:
+            writing = asyncio.ensure_future(self._write(context, chunk))
+            try:
+                await asyncio.sleep(0)
+            except asyncio.CancelledError:
+                writing.cancel()
+                raise
+        await writing
 
     async def _write(self, context: Context, message: FetchPart | pb.ShareAdapterResponse) -> None:
         """Sends when the reader's flow control lets it; a reader that stands still must not pin memory for ever."""

@@ -39,6 +39,11 @@ class ExtentAllocator:
         """Bytes of the largest free extent."""
         return self._by_size[-1][0] if self._by_size else 0
 
+    @property
+    def num_free(self) -> int:
+        """How many free extents there are: pieces that the free bytes lie in."""
+        return len(self._by_size)
+
     def rounded(self, num_bytes: int) -> int:
         """Bytes that an extent of `num_bytes` really takes."""
         return max(-(-num_bytes // self.alignment), 1) * self.alignment

@@ -102,6 +102,7 @@ class CacheFigures:
     capacity_bytes: int
     free_bytes: int
     largest_free_bytes: int
+    num_free_extents: int
     num_adapters: int
     num_pinned: int
 
@@ -159,7 +160,12 @@ class HostCache:
         extents = self.arena.extents
         num_pinned = sum(1 for entry in list(self._by_offset.values()) if entry.num_pins)
         return CacheFigures(
-            extents.capacity, extents.free_bytes, extents.largest_free_bytes, len(self._entries), num_pinned
+            extents.capacity,
+            extents.free_bytes,
+            extents.largest_free_bytes,
+            extents.num_free,
+            len(self._entries),
+            num_pinned,
         )
 
     def check_integrity(self) -> None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from services.adapter_store.base_model import BaseModel
 from services.adapter_store.manifest import PackedLayout, TargetModule
-from services.adapter_store.peft_config import parse_lora_config
+from services.adapter_store.peft_config import parse_lora_config, stated_base_model
 from services.adapter_store.preparation import AdapterFiles
 from services.adapter_store.residency import Residency
 from services.adapter_store.safetensors_reader import TensorEntry, read_tensor_entries
@@ -60,6 +59,19 @@ class Inspection:
 
 async def inspect(files: AdapterFiles, base: BaseModel, residency: Residency) -> Inspection:
     """Every check that registering makes; keeps nothing."""
+    problems, fit = await residency.on_thread(lambda: _look_over(files, base))
+    layout = None
+    if not problems:
+        try:
+            with await residency.validate(files) as candidate:
+                layout = candidate.manifest.layout
+        except SloraError as error:
+            problems.append(error)
+    return Inspection(tuple(problems), fit, files.digest, layout)
+
+
+def _look_over(files: AdapterFiles, base: BaseModel) -> tuple[list[SloraError], Fit]:
+    """What is wrong with each file by itself. Takes as long as a stranger's header wants, within its limits."""
     problems = []
     entries: dict[str, TensorEntry] = {}
     try:
@@ -70,14 +82,7 @@ async def inspect(files: AdapterFiles, base: BaseModel, residency: Residency) ->
         entries = read_tensor_entries(files.weights)
     except SloraError as error:
         problems.append(error)
-    layout = None
-    if not problems:
-        try:
-            with await residency.validate(files) as candidate:
-                layout = candidate.manifest.layout
-        except SloraError as error:
-            problems.append(error)
-    return Inspection(tuple(problems), _find_fit(files, entries.values(), base), files.digest, layout)
+    return problems, _find_fit(files, entries.values(), base)
 
 
 def _find_fit(files: AdapterFiles, entries: Iterable[TensorEntry], base: BaseModel) -> Fit:
@@ -111,7 +116,7 @@ def _module_fit(module: TargetModule, shapes: dict[str, set[tuple[int, ...]]], b
 
 def _stated_base_model(files: AdapterFiles) -> str:
     try:
-        stated = json.loads(bytes(files.config)).get("base_model_name_or_path", "")
-    except (ValueError, AttributeError, RecursionError):
+        stated = stated_base_model(bytes(files.config))[:200]
+    except SloraError:
         return ""
-    return stated[:200] if isinstance(stated, str) and stated[:200].isprintable() else ""
+    return stated if stated.isprintable() else ""

@@ -27,6 +27,7 @@ MAX_COPY_BYTES = 64 * 2**20
 ROOTS_FOLDER = ".synced"
 _COPY_WAIT_SECONDS = 1.0
 _ROUND_SECONDS = 1.0
+_ROUNDS_LEFT_TO_DUTY = 10
 _MOST_AT_ONCE = 16
 _AWAY = (Reason.BLOB_STORE_UNAVAILABLE, Reason.SOURCE_NOT_FOUND)
 
@@ -94,19 +95,23 @@ class Journal:
                 raise
             self._fall_behind(error.message)
 
-    async def catch_up(self) -> None:
-        """Makes copies that are due, such as those that S3 missed. Runs until cancelled."""
-        seen: set[str] = set()
+    async def catch_up(self, is_on_duty: Callable[[], bool]) -> None:
+        """Makes copies that are due, such as those that S3 missed, when this replica is on duty; what is due for long
+        also when it is not, for S3 may be away from the other one only. Runs until cancelled."""
+        rounds: dict[str, int] = {}
         while True:
             await asyncio.sleep(_ROUND_SECONDS)
             if self._root is None:
                 continue
             try:
-                due = set(await self._fill.uncopied())
-                late = sorted(due & seen)  # younger ones are under way
-                seen, self.num_due = due, len(late)
+                due = await self._fill.uncopied()
+                rounds = {name: rounds.get(name, 0) + 1 for name in due}
+                late = sorted(name for name, number in rounds.items() if number > 1)  # younger ones are under way
+                self.num_due = len(late)
+                if not is_on_duty():
+                    late = [name for name in late if rounds[name] > _ROUNDS_LEFT_TO_DUTY]
                 await self._copy_all(self._root, late)
-                self.num_due = 0
+                self.num_due -= len(late)
                 if late or not due:  # S3 took them, or nothing says that it would not
                     self._is_behind = False
             except SloraError as error:

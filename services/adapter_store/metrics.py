@@ -20,6 +20,9 @@ class StoreMetrics:
         self._lookups = self._counter(
             "lookups", "Fetches by where the adapter was: hit (memory) or miss (S3)", "result"
         )
+        self._deliveries = self._counter(
+            "deliveries", "Fetches and leases by whether the adapter has a home here: home or away", "place"
+        )
         self.fetched_bytes = self._counter("fetched_bytes", "Packed bytes streamed to readers")
         self.shared_bytes = self._counter("shared_bytes", "Packed bytes that readers copied out of the arena")
         self.leases = self._counter(
@@ -51,6 +54,7 @@ class StoreMetrics:
             "arena_used_bytes": ("Bytes of the arena that hold adapters", lambda f: f.capacity_bytes - f.free_bytes),
             "arena_free_bytes": ("Bytes of the arena that nothing holds", lambda f: f.free_bytes),
             "arena_largest_free_bytes": ("Bytes of the arena's largest free extent", lambda f: f.largest_free_bytes),
+            "arena_free_extents": ("Pieces that the arena's free bytes lie in", lambda f: f.num_free_extents),
             "resident_adapters": ("Adapters in memory", lambda f: f.num_adapters),
             "pinned_adapters": ("Adapters in memory that are being sent or copied", lambda f: f.num_pinned),
         }
@@ -60,6 +64,19 @@ class StoreMetrics:
     def observe_copies(self, num_due: Callable[[], int]) -> None:
         """Shows from now on how many names have changes that S3 may not have."""
         self._gauge("copies_due", "Names whose copy in S3 is due for a second or longer").set_function(num_due)
+
+    def observe_replicas(self, num_replicas: Callable[[], int], is_on_duty: Callable[[], bool]) -> None:
+        """Shows from now on how this store stands among its replicas."""
+        self._gauge("replicas", "Stores of this catalogue that are heard of, this one included").set_function(
+            num_replicas
+        )
+        self._gauge("on_duty", "1 on the replica that syncs, sweeps and catches up for all").set_function(
+            lambda: float(is_on_duty())
+        )
+
+    def count_delivery(self, is_home: bool) -> None:
+        """An adapter was asked for, and has a home here or not."""
+        self._deliveries.labels("home" if is_home else "away").inc()
 
     def on_lookup(self, hit: bool) -> None:
         """An adapter was asked for, and was in memory or not."""

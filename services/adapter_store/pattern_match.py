@@ -1,8 +1,8 @@
 """Evaluates regular expressions that strangers wrote, without letting one of them hold up the store.
 
 Python's `re` backtracks, holds the GIL and cannot be interrupted, so `(a+)+$` could stop every stream of this process.
-Expressions without repetition, groups or alternatives are linear and run here; all others run in a short-lived child
-process whose CPU time is bounded.
+A few expressions without repetition, groups or alternatives, which are linear, run here; all others run in a
+short-lived child process whose CPU time is bounded.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from collections.abc import Sequence
 
 MAX_PATTERN_CHARS = 4096
 MAX_CPU_SECONDS = 2
+# Half a microsecond each, with the interpreter held.
+_MAX_MATCHES_HERE = 50_000
 _MAX_WALL_SECONDS = 60.0
 
 # Literals, dots and anchors; also an escaped dot or digit class.
@@ -60,7 +62,8 @@ def match_names(
     for pattern in patterns:
         if len(pattern) > MAX_PATTERN_CHARS:
             raise PatternError(pattern, f"longer than {MAX_PATTERN_CHARS} characters")
-    if all(_LINEAR.fullmatch(pattern) for pattern in patterns):
+    few = len(wrapped) * len(names) <= _MAX_MATCHES_HERE
+    if few and all(_LINEAR.fullmatch(pattern) for pattern in patterns):
         return [_match_here(pattern, names, whole) for pattern in wrapped]
     return _match_in_child(patterns, wrapped, names, whole)
 

@@ -7,16 +7,18 @@ fits this base model are the tensors' shapes.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
+from services.adapter_store.strict_json import parse_object
 from services.common.errors import Reason, SloraError
 
 MAX_CONFIG_BYTES = 2**20
 MAX_PATTERNS = 4096
+# Expressions may have brackets too.
+_MAX_CONTAINERS = 8 * MAX_PATTERNS
 ALL_LINEAR = "all-linear"
 
 # Options that never change what a saved adapter computes.
@@ -108,6 +110,12 @@ def parse_lora_config(text: bytes) -> LoraConfig:
     )
 
 
+def stated_base_model(text: bytes) -> str:
+    """The base model that adapter_config.json names; '' if none. ADAPTER_CONFIG_INVALID if malformed."""
+    stated = _load_json_object(text).get("base_model_name_or_path")
+    return stated if isinstance(stated, str) else ""
+
+
 def _load_json_object(text: bytes) -> dict[str, Any]:
     if len(text) > MAX_CONFIG_BYTES:
         raise SloraError(
@@ -117,27 +125,11 @@ def _load_json_object(text: bytes) -> dict[str, Any]:
             max_bytes=MAX_CONFIG_BYTES,
         )
     try:
-        config = json.loads(text.decode(), object_pairs_hook=_unique_keys, parse_constant=_no_constant)
-    except (ValueError, RecursionError) as error:
+        return parse_object(text, _MAX_CONTAINERS)
+    except ValueError as error:
         raise SloraError(
             Reason.ADAPTER_CONFIG_INVALID, f"adapter_config.json is not sound JSON in UTF-8: {str(error)[:200]}"
         ) from None
-    if not isinstance(config, dict):
-        raise SloraError(Reason.ADAPTER_CONFIG_INVALID, "adapter_config.json must hold one JSON object")
-    return config
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    for key in result:
-        key.encode()  # half a surrogate pair is a ValueError
-    if len(result) != len(pairs):
-        raise ValueError("a key appears twice in one object")
-    return result
-
-
-def _no_constant(text: str) -> NoReturn:
-    raise ValueError(f"{text} is no JSON value")
 
 
 def _refuse_unsupported(config: Mapping[str, Any]) -> None:

@@ -15,6 +15,8 @@ from services.adapter_store.manifest import AdapterRecord, Marks, SourceLocation
 # by name first: `a!1` before `a-b!1`.
 _SEPARATOR = "!"
 ROW_PARTS = 5
+# Of names and a tenant at their longest there are some 2000; a megabyte would take the event loop a while to parse.
+_MAX_TOKEN_CHARS = 4096
 LAST = "\x7f"  # sorts behind every character a member may have
 
 
@@ -171,6 +173,8 @@ def _encode(fields: list[Any]) -> str:
 
 
 def _decode(token: str, num_fields: int) -> list[Any]:
+    if len(token) > _MAX_TOKEN_CHARS:
+        raise ValueError("not a token")
     try:
         fields = json.loads(base64.b64decode(token.encode(), altchars=b"-_", validate=True))
         json.dumps(fields, ensure_ascii=False).encode()  # half a surrogate pair is a ValueError

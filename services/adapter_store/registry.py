@@ -158,9 +158,9 @@ class AdapterRegistry:
         await self._journal.copy(doomed.name)
         return len(deletions)
 
-    async def pin(self, digest: str) -> Pin:
-        """The packed adapter with this digest, pinned in memory."""
-        return await self._residency.pin(check_digest(digest))
+    async def pin(self, digest: str, only_resident: bool = False) -> Pin:
+        """The packed adapter with this digest, pinned in memory; see `Residency.pin`."""
+        return await self._residency.pin(check_digest(digest), only_resident)
 
     def watch(self, resume_token: str, stopped: Callable[[], bool]) -> AsyncIterator[CatalogueEvent]:
         """The catalogue and its changes."""

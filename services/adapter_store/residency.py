@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 
@@ -28,6 +28,8 @@ from services.adapter_store.threads import run_to_end
 from services.common.errors import Reason, SloraError
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 class ResidencyObserver(Protocol):
@@ -101,13 +103,16 @@ class Residency:
         self._loading = asyncio.Semaphore(max_loads)
         self._flights: dict[str, _Flight] = {}
 
-    async def pin(self, digest: str) -> Pin:
-        """The packed adapter with this digest, pinned; from S3 if it is not in memory.
+    async def pin(self, digest: str, only_resident: bool = False) -> Pin:
+        """The packed adapter with this digest, pinned; from S3 if it is not in memory, unless `only_resident`.
 
         A caller that is cancelled leaves the load running for the others. Errors: ADAPTER_NOT_FOUND, ADAPTER_CHANGED,
-        HOST_CACHE_FULL, CATALOGUE_UNAVAILABLE, BLOB_STORE_UNAVAILABLE.
+        HOST_CACHE_FULL, CATALOGUE_UNAVAILABLE, BLOB_STORE_UNAVAILABLE; ADAPTER_NOT_RESIDENT.
         """
         pin = self._cache.pin(digest)
+        if pin is None and only_resident:
+            message = f"this store does not hold {digest} in memory now; fetch it from one of its homes"
+            raise SloraError(Reason.ADAPTER_NOT_RESIDENT, message, digest=digest)
         self._observer.on_lookup(pin is not None)
         if pin is not None:
             return pin
@@ -133,7 +138,7 @@ class Residency:
         Nothing is evicted for an adapter that nobody has asked for. Errors: every reason why an adapter cannot be
         served; ADAPTER_TOO_LARGE if it could never be in the cache.
         """
-        prepared = await run_to_end(self._threads, lambda: prepare(files, self._base))
+        prepared = await self.on_thread(lambda: prepare(files, self._base))
         resident = self._cache.pin(prepared.digest)
         if resident is not None:
             with resident:
@@ -156,6 +161,10 @@ class Residency:
         except BaseException:
             reservation.cancel()
             raise
+
+    async def on_thread(self, call: Callable[[], T]) -> T:
+        """`call()` on a thread of those that validate and pack."""
+        return await run_to_end(self._threads, call)
 
     def discard(self, digest: str) -> None:
         """No version has this content any more: it is not found again; streams that send it go on."""
@@ -193,7 +202,7 @@ class Residency:
             if not records:
                 raise unknown_digest(digest)
             files = await self._read_verified(digest, records)
-            prepared = await run_to_end(self._threads, lambda: prepare(files, self._base))
+            prepared = await self.on_thread(lambda: prepare(files, self._base))
             prepared = replace(prepared, digest=digest)  # what a sync discovered is known by where it was found
             with self._cache.reserve(prepared.layout.packed_bytes, evict=True) as reservation:
                 manifest = await self._pack(prepared, reservation.view)
@@ -218,7 +227,7 @@ class Residency:
                 await self._synced.complete(record, read)
 
     async def _pack(self, prepared: PreparedAdapter, out: Bytes) -> PackedManifest:
-        return await run_to_end(self._threads, lambda: pack_into(prepared, out))
+        return await self.on_thread(lambda: pack_into(prepared, out))
 
     async def _read_verified(self, digest: str, records: Iterable[AdapterRecord]) -> AdapterFiles:
         """The files from the first place that still holds this content."""

@@ -7,12 +7,12 @@ overlapping tensors, gaps, bytes behind the last tensor.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
+from services.adapter_store.strict_json import parse_object
 from services.common.errors import Reason, SloraError
 
 # An adapter of a model of a hundred layers has 1400 tensors of some 200 bytes each; JSON of 16 MiB would take the
@@ -20,6 +20,9 @@ from services.common.errors import Reason, SloraError
 MAX_HEADER_BYTES = 2 * 2**20
 MAX_TENSORS = 20_000
 MAX_DIMENSIONS = 8
+MAX_DIMENSION = 2**31 - 1
+# An object and two lists a tensor, and some.
+_MAX_CONTAINERS = 4 * MAX_TENSORS
 _LENGTH_BYTES = 8
 
 # Bytes of an element of every type the format defines with whole bytes.
@@ -75,25 +78,9 @@ def _parse_header(text: bytes) -> dict[str, Any]:
     if not text.startswith(b"{"):
         _refuse("its header does not begin with '{'")
     try:
-        header = json.loads(text.decode(), object_pairs_hook=_unique_names, parse_constant=_no_constant)
-    except (ValueError, RecursionError) as error:
+        return parse_object(text, _MAX_CONTAINERS)
+    except ValueError as error:
         _refuse(f"its header is not sound JSON in UTF-8: {str(error)[:200]}")
-    if not isinstance(header, dict):
-        _refuse("its header holds no JSON object")
-    return header
-
-
-def _unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    for name in result:
-        name.encode()  # half a surrogate pair is a ValueError
-    if len(result) != len(pairs):
-        raise ValueError("a name appears twice in one object")
-    return result
-
-
-def _no_constant(text: str) -> NoReturn:
-    raise ValueError(f"{text} is no JSON value")
 
 
 def _parse_entry(name: str, entry: Any, start: int, file_bytes: int) -> TensorEntry:
@@ -103,10 +90,11 @@ def _parse_entry(name: str, entry: Any, start: int, file_bytes: int) -> TensorEn
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in _DTYPE_BYTES:
         _refuse(f"tensor {shown} has the unknown dtype {str(dtype)[:40]!r}")
-    if not _are_sizes(shape) or len(shape) > MAX_DIMENSIONS:
-        _refuse(f"tensor {shown} has no sound shape: at most {MAX_DIMENSIONS} integers from 0 on")
-    if not _are_sizes(offsets) or len(offsets) != 2:
-        _refuse(f"tensor {shown} has no sound data_offsets: two integers from 0 on")
+    if not _are_sizes(shape, MAX_DIMENSION) or len(shape) > MAX_DIMENSIONS:
+        what = f"at most {MAX_DIMENSIONS} integers from 0 to {MAX_DIMENSION}"
+        _refuse(f"tensor {shown} has no sound shape: {what}")
+    if not _are_sizes(offsets, file_bytes) or len(offsets) != 2:
+        _refuse(f"tensor {shown} has no sound data_offsets: two integers from 0 to the file's {file_bytes} bytes")
     begin, end = offsets
     if not begin <= end <= file_bytes - start:
         _refuse(f"tensor {shown} lies at bytes {begin} to {end} of {file_bytes - start}: out of range")
@@ -115,9 +103,9 @@ def _parse_entry(name: str, entry: Any, start: int, file_bytes: int) -> TensorEn
     return TensorEntry(name, dtype, tuple(shape), start + begin, end - begin)
 
 
-def _are_sizes(values: Any) -> bool:
+def _are_sizes(values: Any, largest: int) -> bool:
     # type, not isinstance: true and false are integers to Python. The bound keeps products cheap.
-    return isinstance(values, list) and all(type(value) is int and 0 <= value < 2**48 for value in values)
+    return isinstance(values, list) and all(type(value) is int and 0 <= value <= largest for value in values)
 
 
 def _check_coverage(entries: Mapping[str, TensorEntry], start: int, file_bytes: int) -> None:

@@ -15,7 +15,7 @@ from slora.adapter_store.v1 import adapter_store_pb2_grpc
 from services.adapter_store.access import Door
 from services.adapter_store.callers import Caller
 from services.adapter_store.catalogue import Registration
-from services.adapter_store.codec import adapter_message, event_message
+from services.adapter_store.codec import adapter_message, event_message, few_labels
 from services.adapter_store.delivery_servicer import WeightDelivery
 from services.adapter_store.identifiers import parse_adapter_id
 from services.adapter_store.isolation import Isolation
@@ -67,7 +67,7 @@ class AdapterStoreServicer(adapter_store_pb2_grpc.AdapterStoreServiceServicer):
             "RegisterAdapter",
             context,
             lambda caller: self._count_registration(
-                registered(request.name, request.source_uri, request.tenant, dict(request.labels))
+                registered(request.name, request.source_uri, request.tenant, few_labels(request.labels))
             ),
         )
         return pb.RegisterAdapterResponse(adapter=adapter_message(done.record), created=done.created)
@@ -139,7 +139,7 @@ class AdapterStoreServicer(adapter_store_pb2_grpc.AdapterStoreServiceServicer):
                     raise SloraError(Reason.UPLOAD_INVALID, "the first message must be the header, and only it")
                 if part == "header":
                     header = request.header
-                    self._registry.check_upload(header.name, header.tenant, dict(header.labels))
+                    self._registry.check_upload(header.name, header.tenant, few_labels(header.labels))
                     owner = await self._isolation.check_upload(caller, header.name, header.tenant)
                 elif part == "config_chunk":
                     spool.add_config(request.config_chunk)
@@ -151,8 +151,8 @@ class AdapterStoreServicer(adapter_store_pb2_grpc.AdapterStoreServiceServicer):
                 raise asyncio.CancelledError  # to the iterator above, a cancelled upload just ends
             if header is None:
                 raise SloraError(Reason.UPLOAD_INVALID, "the upload ended before its header")
-            is_tenants = caller.tenant is not None
-            return await self._registry.upload(header.name, owner, spool, dict(header.labels), exclusive=is_tenants)
+            is_tenants, labels = caller.tenant is not None, few_labels(header.labels)
+            return await self._registry.upload(header.name, owner, spool, labels, exclusive=is_tenants)
 
     @contextlib.contextmanager
     def _admit_upload(self) -> Iterator[None]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from services.adapter_store.base_model import BaseModel
@@ -60,10 +60,17 @@ class PrefixSync:
         self._max_adapter_bytes = max_adapter_bytes
         self._one_at_a_time = asyncio.Lock()
 
-    async def sync(self, source_uri: str, tenant: str = "", allow_empty: bool = False) -> SyncReport:
+    async def sync(
+        self,
+        source_uri: str,
+        tenant: str = "",
+        allow_empty: bool = False,
+        is_wanted: Callable[[], bool] = lambda: True,
+    ) -> SyncReport:
         """Adds, renews and removes. Nothing is changed unless the prefix was listed to its end.
 
-        `tenant` owns what is new; empty: whoever an earlier sync of the prefix named.
+        `tenant` owns what is new; empty: whoever an earlier sync of the prefix named. `is_wanted` is asked behind the
+        listing: one that took so long that another replica has listed since is not applied.
 
         Errors: SOURCE_URI_INVALID, SOURCE_NOT_FOUND, SYNC_EMPTY, BLOB_STORE_UNAVAILABLE, CATALOGUE_UNAVAILABLE.
         """
@@ -73,6 +80,8 @@ class PrefixSync:
             report = SyncReport(root.uri)
             seen = await self._catalogue.seen(root.uri)
             found = await self._list(root, report)
+            if not is_wanted():
+                return SyncReport(root.uri)
             if not found and not report.refused and seen and not allow_empty:
                 raise SloraError(
                     Reason.SYNC_EMPTY,

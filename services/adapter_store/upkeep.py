@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from services.adapter_store.catalogue import Catalogue
 from services.adapter_store.catalogue_watch import CatalogueWatches, EventKind
+from services.adapter_store.membership import Membership
 from services.adapter_store.pin_keeper import PinKeeper
 from services.adapter_store.registry import AdapterRegistry
 from services.adapter_store.residency import Residency
@@ -16,6 +17,7 @@ from services.common.errors import Reason, SloraError
 
 RETRY_SECONDS = 1.0
 _RETRY_SYNC_SECONDS = 5.0
+_LOOK_SECONDS = 60.0
 
 logger = logging.getLogger(__name__)
 
@@ -50,9 +52,11 @@ async def _discard_if_gone(catalogue: Catalogue, residency: Residency, digest: s
         residency.discard(digest)
 
 
-async def sweep(registry: AdapterRegistry, every_seconds: float, orphan_seconds: float) -> None:
-    """Removes unreferenced files, now and then. Runs until cancelled."""
+async def sweep(registry: AdapterRegistry, membership: Membership, every_seconds: float, orphan_seconds: float) -> None:
+    """Removes unreferenced files, now and then, when this replica is on duty. Runs until cancelled."""
     while True:
+        if not await membership.await_duty(_LOOK_SECONDS):
+            continue
         try:
             count = await registry.clear_unreferenced(orphan_seconds)
             if count:
@@ -64,13 +68,16 @@ async def sweep(registry: AdapterRegistry, every_seconds: float, orphan_seconds:
 
 
 async def sync_now_and_then(
-    sync: PrefixSync, source_uri: str, every_seconds: float, count: Callable[[str], None]
+    sync: PrefixSync, membership: Membership, source_uri: str, every_seconds: float, count: Callable[[str], None]
 ) -> None:
-    """Syncs one prefix, at once and then on a timer; `count` hears how each ended. Runs until cancelled."""
+    """Syncs one prefix, at once and then on a timer, when this replica is on duty. `count` hears how each ended. Runs
+    until cancelled."""
     complaint = ""
     while True:
+        if not await membership.await_duty(_LOOK_SECONDS):
+            continue
         try:
-            report = await sync.sync(source_uri)
+            report = await sync.sync(source_uri, is_wanted=lambda: membership.is_on_duty)
             problem = ", ".join(f"{name}: {error.message}" for name, error in list(report.refused.items())[:5])
             problem = f"{len(report.refused)} folders are no adapters: {problem}" if problem else ""
             count("REFUSED" if problem else "OK")

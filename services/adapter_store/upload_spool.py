@@ -42,9 +42,9 @@ class UploadSpool:
         """The next bytes of adapter_config.json; UPLOAD_INVALID behind weights, ADAPTER_TOO_LARGE over the limit."""
         if self._num_bytes:
             raise SloraError(Reason.UPLOAD_INVALID, "a config_chunk came behind a weights_chunk; send the config first")
-        self._config += chunk
-        if len(self._config) > MAX_CONFIG_BYTES:
+        if len(self._config) + len(chunk) > MAX_CONFIG_BYTES:
             raise _too_large("adapter_config.json", MAX_CONFIG_BYTES)
+        self._config += chunk
 
     async def add_weights(self, chunk: bytes) -> None:
         """The next bytes of adapter_model.safetensors; ADAPTER_TOO_LARGE over the limit."""

@@ -61,6 +61,7 @@ class Reason(enum.Enum):
     UPLOAD_INVALID = ("UPLOAD_INVALID", Status.INVALID_ARGUMENT)
     RESUME_TOKEN_INVALID = ("RESUME_TOKEN_INVALID", Status.INVALID_ARGUMENT)
     ADAPTER_NOT_FOUND = ("ADAPTER_NOT_FOUND", Status.NOT_FOUND)
+    ADAPTER_NOT_RESIDENT = ("ADAPTER_NOT_RESIDENT", Status.NOT_FOUND)
     SOURCE_NOT_FOUND = ("SOURCE_NOT_FOUND", Status.NOT_FOUND)
     ADAPTER_FILE_INVALID = ("ADAPTER_FILE_INVALID", Status.FAILED_PRECONDITION)
     ADAPTER_CONFIG_INVALID = ("ADAPTER_CONFIG_INVALID", Status.FAILED_PRECONDITION)
@@ -118,18 +119,23 @@ def _seconds(text: object) -> float | None:
     return seconds if 0 <= seconds < 1e9 else None
 
 
+def _writable(text: str) -> str:
+    """Half a surrogate pair, which JSON can spell and no message can carry, as its escape."""
+    return text.encode(errors="backslashreplace").decode()
+
+
 class SloraError(Exception):
     """An error meant for the caller.
 
     `metadata` names what is wrong (a field, a tensor, a limit and the value) in strings a program can read; it
     travels as `ErrorInfo.metadata`. `retry_after_seconds` says when to come back, where that is known; it travels as
-    `google.rpc.RetryInfo`.
+    `google.rpc.RetryInfo`. What a stranger's file put into either can always be written as UTF-8.
     """
 
     def __init__(self, reason: Reason, message: str, **metadata: object) -> None:
-        super().__init__(message)
         self.reason = reason
-        self.message = message
-        self.metadata = {key: str(value) for key, value in metadata.items()}
+        self.message = _writable(message)
+        super().__init__(self.message)
+        self.metadata = {key: _writable(str(value)) for key, value in metadata.items()}
         known = _seconds(self.metadata.get(RETRY_AFTER))
         self.retry_after_seconds = _RETRY_SECONDS.get(reason) if known is None else known

@@ -17,6 +17,7 @@ from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
 from services.common.errors import Reason, SloraError, Status
+from services.common.tracing import SERVER_FAULTS, current_span
 
 DOMAIN = "slora"
 
@@ -61,6 +62,7 @@ async def abort(context: grpc.aio.ServicerContext[Any, Any], error: BaseExceptio
     if not isinstance(error, SloraError):
         logger.error("an RPC failed unexpectedly", exc_info=error)
         error = SloraError(Reason.INTERNAL, f"internal error: {type(error).__name__}; the server's log has more")
+    current_span().fail(error.reason.name, error.reason.status.name in SERVER_FAULTS)
     status = to_grpc_status(error)
     await context.abort(status.code, status.details, status.trailing_metadata)
 

@@ -14,12 +14,14 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health_aio
 from grpc_reflection.v1alpha import reflection
 
+from services.common.call_scope import CallScope
 from services.common.exposure import warn_of_plain_text
 from services.common.grpc_credentials import server_credentials
 from services.common.malformed_requests import MalformedRequests
 from services.common.running_calls import RunningCalls
 from services.common.settings import AddressError
 from services.common.tls import ServerTls
+from services.common.tracing import NO_TRACING, Tracing
 
 logger = logging.getLogger(__name__)
 
@@ -32,12 +34,20 @@ LIVENESS = "liveness"
 """A name for health that is SERVING as long as the process answers at all. The server's own health cannot be what a
 supervisor restarts by: it is NOT_SERVING while an engine loads its model and while any service drains."""
 
+MAX_PENDING_CALLS = 65_536
+"""Calls that have come and have not been looked at yet. grpc's own bound is 1000: of 2000 that came at once some 150
+were cancelled, without a reason. What is too much is for the service to say."""
+
 SERVER_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.so_reuseport", 0),
+    ("grpc.server.max_pending_requests", MAX_PENDING_CALLS),
+    ("grpc.server.max_pending_requests_hard_limit", MAX_PENDING_CALLS),
     ("grpc.http2.max_frame_size", 16777215),
-    ("grpc.http2.lookahead_bytes", 64 * 2**20),
+    # What a caller may send ahead of what is read, for each of its streams. A server sends much and receives little;
+    # with windows as large as a reader's, 64 uploads at once took 11 GB.
+    ("grpc.http2.lookahead_bytes", 2**20),
     ("grpc.http2.write_buffer_size", 64 * 2**20),
     ("grpc.http2.bdp_probe", 0),
     # Clients may ping idle connections every few seconds, to notice a dead host.
@@ -62,15 +72,20 @@ class GrpcServer:
         tls: ServerTls = PLAIN,
         health_address: str = "",
         reflects: bool = True,
+        max_request_bytes: int = MAX_MESSAGE_BYTES,
+        tracing: Tracing = NO_TRACING,
     ) -> None:
         """Health and reflection (if it `reflects`) are served as the services are: with `tls`, and to nobody without a
         certificate that it asks for. At `health_address` health alone is served in plain text, for probes that know no
-        TLS, such as those of Kubernetes.
+        TLS, such as those of Kubernetes. Larger requests are refused by gRPC itself.
 
         Raises AddressError if an address cannot be listened on, TlsError for files that cannot work.
         """
         self._calls = RunningCalls()
-        self.grpc = grpc.aio.server(options=SERVER_OPTIONS, interceptors=[self._calls, MalformedRequests()])
+        options = dict(SERVER_OPTIONS) | {"grpc.max_receive_message_length": max_request_bytes}
+        # The outermost first: the span sees what a call is told at the end of a drain.
+        interceptors = [CallScope(tracing), self._calls, MalformedRequests()]
+        self.grpc = grpc.aio.server(options=tuple(options.items()), interceptors=interceptors)
         credentials = server_credentials(tls)
         if credentials is None:
             warn_of_plain_text("--listen", address)

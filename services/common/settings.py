@@ -20,6 +20,7 @@ _TRUE, _FALSE = {"1", "true", "yes", "on"}, {"0", "false", "no", "off"}
 
 
 LogLevel = typing.Literal["DEBUG", "INFO", "WARNING", "ERROR"]
+LogFormat = typing.Literal["json", "text"]
 
 
 class UnusableSettingsError(Exception):

@@ -1,4 +1,4 @@
-"""Logs as one JSON object a line, and metrics over HTTP, with bounded label sets."""
+"""Logs, a line an event, with the id of the request they are about; metrics over HTTP, with bounded label sets."""
 
 from __future__ import annotations
 
@@ -11,15 +11,30 @@ from wsgiref.simple_server import WSGIServer
 
 from prometheus_client import REGISTRY, CollectorRegistry, start_http_server
 
-from services.common.settings import AddressError
+from services.common.request_id import current_request_id
+from services.common.settings import AddressError, LogFormat
+from services.common.tracing import current_span
 
 OTHER = "other"
 
 
-class JsonFormatter(logging.Formatter):
-    """One JSON object a line: time, level, service, logger, message, error, and what `extra=` adds."""
+_KNOWN = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 
-    _KNOWN = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
+
+def _fields(record: logging.LogRecord) -> dict[str, object]:
+    """What `extra=` adds, and what the line is about: the request and the trace that are current, where there are."""
+    current = {"request_id": current_request_id(), "trace_id": current_span().trace_id}
+    told = {key: value for key, value in vars(record).items() if key not in _KNOWN}
+    return {key: value for key, value in current.items() if value} | told
+
+
+def _time_of(record: logging.LogRecord) -> str:
+    seconds = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
+    return f"{seconds}.{int(record.msecs):03d}Z"
+
+
+class JsonFormatter(logging.Formatter):
+    """One JSON object a line: time, level, service, logger, message, error, and the fields."""
 
     def __init__(self, service: str) -> None:
         super().__init__()
@@ -27,24 +42,43 @@ class JsonFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """The record as one line."""
-        seconds = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
-        line = {
-            "time": f"{seconds}.{int(record.msecs):03d}Z",
+        line: dict[str, object] = {
+            "time": _time_of(record),
             "level": record.levelname,
             "service": self._service,
             "logger": record.name,
             "message": record.getMessage(),
         }
-        line |= {key: value for key, value in vars(record).items() if key not in self._KNOWN}
+        line |= _fields(record)
         if record.exc_info:
             line["error"] = self.formatException(record.exc_info)
         return json.dumps(line, default=str, ensure_ascii=False)
 
 
-def configure_logging(service: str, level: str = "INFO") -> None:
-    """Sends all logs of this process to standard error as JSON lines."""
+class TextFormatter(logging.Formatter):
+    """For people: time, level, service, message, then the fields as key=value; a traceback behind it."""
+
+    def __init__(self, service: str) -> None:
+        super().__init__()
+        self._service = service
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The record as a line."""
+        fields = "".join(f" {key}={_shown(value)}" for key, value in _fields(record).items())
+        error = "\n" + self.formatException(record.exc_info) if record.exc_info else ""
+        message = record.getMessage().replace("\n", "\\n")
+        return f"{_time_of(record)} {record.levelname:<7} {self._service} {message}{fields}{error}"
+
+
+def _shown(value: object) -> str:
+    text = str(value)
+    return text if text and text.isprintable() and " " not in text else json.dumps(text, ensure_ascii=False)
+
+
+def configure_logging(service: str, level: str = "INFO", log_format: LogFormat = "json") -> None:
+    """Sends all logs of this process to standard error."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(JsonFormatter(service))
+    handler.setFormatter(JsonFormatter(service) if log_format == "json" else TextFormatter(service))
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
 
 

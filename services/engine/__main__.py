@@ -16,6 +16,7 @@ from slora.engine.v1 import engine_pb2_grpc
 from services.common.grpc_server import GrpcServer
 from services.common.settings import UnusableSettingsError, parse_settings
 from services.common.telemetry import configure_logging, serve_metrics
+from services.common.tracing import NO_TRACING, Tracing, open_tracing
 from services.engine.config import EngineSettings
 from services.engine.core.launch import USAGE_EXIT_CODE, core_command
 from services.engine.frontend.metrics import EngineMetrics
@@ -32,7 +33,7 @@ logger = logging.getLogger("services.engine")
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs an engine until SIGTERM; 0 after a drain, 1 if its core cannot be kept, 2 if it cannot start at all."""
     settings = parse_settings(EngineSettings, "engine", argv)
-    configure_logging("engine", settings.log_level)
+    configure_logging("engine", settings.log_level, settings.log_format)
     try:
         # The core makes it again; what is wrong with it need not wait for a core.
         make_policy(settings.policies, settings.for_device().max_running)
@@ -41,18 +42,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         return USAGE_EXIT_CODE
     try:
         settings.store_security.read()
+        tracing = open_tracing("engine", settings.otlp_endpoint, settings.trace_sample_ratio)
         tokenizer = load_tokenizer(Path(settings.checkpoint))
-        return asyncio.run(serve(settings, tokenizer, lambda fd: core_command(settings, fd)))
+        return asyncio.run(serve(settings, tokenizer, lambda fd: core_command(settings, fd), tracing))
     except (TokenizerFileError, UnusableSettingsError) as error:
         logger.critical("the engine cannot start: %s", error)
         return USAGE_EXIT_CODE
 
 
-async def serve(settings: EngineSettings, tokenizer: TextTokenizer, command: Callable[[int], Sequence[str]]) -> int:
+async def serve(
+    settings: EngineSettings,
+    tokenizer: TextTokenizer,
+    command: Callable[[int], Sequence[str]],
+    tracing: Tracing = NO_TRACING,
+) -> int:
     """Serves with cores started by `command(fd)`; returns the process's exit code."""
     metrics = EngineMetrics()
-    server = GrpcServer(settings.listen, [SERVICE_NAME], settings.server_tls, settings.health)
-    frontend = Frontend(tokenizer, metrics, settings.served_name, _engine_ids(settings, server.port).__next__)
+    server = GrpcServer(settings.listen, [SERVICE_NAME], settings.server_tls, settings.health, tracing=tracing)
+    engine_ids = _engine_ids(settings, server.port)
+    frontend = Frontend(tokenizer, metrics, settings.served_name, engine_ids.__next__, tracing)
     vllm_names = VllmCollector(
         settings.served_name,
         settings.for_device().max_adapters,
@@ -85,6 +93,7 @@ async def serve(settings: EngineSettings, tokenizer: TextTokenizer, command: Cal
         await supervisor.stop()
         await asyncio.wait([supervising, serving])
         await server.stop(0)
+        await tracing.close()
         if metrics_server:
             metrics_server[0].shutdown()
             metrics_server[0].server_close()

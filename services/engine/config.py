@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from services.common.settings import LogLevel, setting
+from services.common.settings import LogFormat, LogLevel, setting
 from services.common.tls import ChannelSecurity, ServerTls
 
 OrderName = Literal["fcfs", "priority", "fair"]
@@ -20,7 +20,9 @@ class EngineSettings:
     """A slora engine: one base model and the adapters that its pool holds just now."""
 
     checkpoint: str = setting(help="directory of a Hugging Face checkpoint")
-    adapter_store: str = setting(help="host:port of the adapter store")
+    adapter_store: tuple[str, ...] = setting(
+        help="host:port of the adapter store, or of some of its replicas, separated by commas; they name the others"
+    )
     listen: str = setting("127.0.0.1:50061", "host:port to serve gRPC on; port 0 takes a free one")
     metrics: str = setting("", "host:port to serve Prometheus metrics on; empty for none")
     base_model: str = setting("", "the base model's served name; empty: the checkpoint directory's name")
@@ -62,9 +64,15 @@ class EngineSettings:
     store_server_name: str = setting("", "name in the store's certificate, where that is not the host of its address")
     store_token_file: str = setting("", "file with this service's token, for a store that asks who calls")
     share_arena: bool = setting(True, "copy adapters out of the memory of a store on this host, if it may be read")
+    load_through_local: bool = setting(
+        False, "load everything through a store on this host, if it can lend, wherever adapters have their homes"
+    )
     load_timeout_seconds: float = setting(30.0, "an adapter load that takes longer fails")
     drain_seconds: float = setting(30.0, "on SIGTERM running requests have this long to end")
     log_level: LogLevel = setting("INFO", "DEBUG, INFO, WARNING or ERROR")
+    log_format: LogFormat = setting("json", "json (an object a line) or text (for people)")
+    otlp_endpoint: str = setting("", "http(s)://host:port of a collector of traces, OTLP over gRPC; empty: no traces")
+    trace_sample_ratio: float = setting(1.0, "share of traces kept that begin here; a caller's own are kept as it says")
 
     @property
     def server_tls(self) -> ServerTls:

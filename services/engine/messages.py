@@ -7,6 +7,7 @@ other process is gone.
 
 from __future__ import annotations
 
+import secrets
 import struct
 from typing import TypeAlias
 
@@ -20,6 +21,25 @@ class Adapter(msgspec.Struct, frozen=True):
 
     adapter_id: str
     digest: str
+
+
+class Origin(msgspec.Struct, frozen=True):
+    """For whom something is done: what the core says of it in its log, to the store, and to whoever sees its traces."""
+
+    # The request's id outside.
+    request_id: str = ""
+    # W3C traceparent of the work that this is a part of; empty where nobody will see it.
+    traceparent: str = ""
+
+    def part(self) -> Origin:
+        """A part of that work, as the origin of what is done for it: the same trace, an id of its own."""
+        if not self.traceparent:
+            return self
+        version, trace_id, _, flags = self.traceparent.split("-")
+        return Origin(self.request_id, "-".join((version, trace_id, secrets.token_hex(8), flags)))
+
+
+NOBODY = Origin()
 
 
 class SamplingParams(msgspec.Struct, frozen=True):
@@ -57,6 +77,7 @@ class Generate(msgspec.Struct, frozen=True, tag=True):
     # In [MIN_PRIORITY, MAX_PRIORITY], higher is sooner; and who asks, empty if unsaid. For policies that heed them.
     priority: int = 0
     tenant: str = ""
+    origin: Origin = NOBODY
 
 
 class Abort(msgspec.Struct, frozen=True, tag=True):
@@ -70,6 +91,7 @@ class Prefetch(msgspec.Struct, frozen=True, tag=True):
 
     request_id: int
     adapter: Adapter
+    origin: Origin = NOBODY
 
 
 ToCore: TypeAlias = Generate | Abort | Prefetch
@@ -106,12 +128,30 @@ class RequestFailed(msgspec.Struct, frozen=True):
 
 
 class AdapterLoaded(msgspec.Struct, frozen=True):
-    """An adapter became resident. `lent`: its bytes were copied out of the store's memory, not streamed."""
+    """An adapter became resident. `lent`: its bytes were copied out of the store's memory, not streamed. `replica`: of
+    the store, which gave it; others that were asked before failed `num_failovers` times."""
 
     adapter: Adapter
     load_seconds: float
     packed_bytes: int
     lent: bool = False
+    replica: str = ""
+    num_failovers: int = 0
+
+
+class TracedLoad(msgspec.Struct, frozen=True):
+    """A load that somebody sees in a trace, when it is over. Times are seconds since the epoch."""
+
+    adapter: Adapter
+    # Of the request that it was begun for, and the load's own, which the store was told.
+    parent: Origin
+    own: Origin
+    began: float
+    ended: float
+    packed_bytes: int = 0
+    lent: bool = False
+    # Why it failed; empty if it did not, or was given up.
+    reason: str = ""
 
 
 class CoreLoad(msgspec.Struct, frozen=True):
@@ -151,6 +191,10 @@ class StepReport(msgspec.Struct, frozen=True, tag=True):
     loading: tuple[str, ...] | None = None
     # Ids of `Prefetch` requests whose adapter is resident now, with how long its load took (0: it was already).
     prefetched: list[tuple[int, float]] = []
+    # Only of requests that somebody sees in a trace: those that began to run (again, after a preemption), by id and
+    # when, in seconds since the epoch; and loads that were begun for them.
+    admitted: list[tuple[int, float]] = []
+    traced_loads: list[TracedLoad] = []
 
 
 ToFrontend: TypeAlias = CoreReady | StepReport

@@ -9,6 +9,8 @@ from slora.engine.v1 import engine_pb2, engine_pb2_grpc
 
 from services.common.errors import SloraError
 from services.common.grpc_errors import abort
+from services.common.request_id import bind_request_id
+from services.common.tracing import current_span
 from services.engine import codec
 from services.engine.frontend.request import GenerationRequest
 from services.engine.frontend.serving import Frontend
@@ -26,6 +28,9 @@ class EngineServicer(engine_pb2_grpc.EngineServiceServicer):
 
     async def Generate(self, request: engine_pb2.GenerateRequest, context: Context) -> None:  # noqa: N802
         """Streams a generation; leaving it in any way (cancel, deadline, lost client) aborts it in the core."""
+        request_id = request.request_id[: codec.MAX_REQUEST_ID_CHARACTERS]
+        bind_request_id(request_id)
+        current_span().set({"slora.request.id": request_id})
         try:
             asked = self._decode(request)
             with_logprobs = asked.sampling.num_logprobs is not None

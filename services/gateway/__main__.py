@@ -11,6 +11,7 @@ from prometheus_client import REGISTRY
 
 from services.common.settings import UnusableSettingsError, parse_settings
 from services.common.telemetry import configure_logging, serve_metrics
+from services.common.tracing import Tracing, open_tracing
 from services.gateway.config import GatewaySettings
 from services.gateway.gateway import Gateway
 from services.gateway.tenancy.admin_key_source import read_admin_key
@@ -18,9 +19,9 @@ from services.gateway.tenancy.admin_key_source import read_admin_key
 logger = logging.getLogger("services.gateway")
 
 
-async def run(settings: GatewaySettings, admin_secret: str) -> None:
+async def run(settings: GatewaySettings, admin_secret: str, tracing: Tracing) -> None:
     """Serves until SIGTERM or SIGINT."""
-    gateway = Gateway(settings, REGISTRY, admin_secret)
+    gateway = Gateway(settings, REGISTRY, admin_secret, tracing)
     await gateway.start()
     scraped = serve_metrics(settings.metrics)
     metrics_port = scraped[0].server_port if scraped else None
@@ -29,6 +30,7 @@ async def run(settings: GatewaySettings, admin_secret: str) -> None:
     logger.info("listening", extra=ports)
     await gateway.server.serve(gateway.drain, settings.drain_seconds)
     await gateway.close()
+    await tracing.close()
     logger.info("stopped")
 
 
@@ -41,9 +43,10 @@ def main() -> None:
         admin_secret = read_admin_key(settings, os.environ)
     except ValueError as error:
         raise SystemExit(f"gateway: {error}") from None
-    configure_logging("gateway", settings.log_level)
+    configure_logging("gateway", settings.log_level, settings.log_format)
     try:
-        asyncio.run(run(settings, admin_secret))
+        tracing = open_tracing("gateway", settings.otlp_endpoint, settings.trace_sample_ratio)
+        asyncio.run(run(settings, admin_secret, tracing))
     except UnusableSettingsError as error:
         sys.stderr.write(f"gateway: {error}\n")
         raise SystemExit(2) from None

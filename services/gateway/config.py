@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from services.common.settings import LogLevel, setting
+from services.common.settings import LogFormat, LogLevel, setting
 from services.common.tls import ChannelSecurity, ServerTls
 
 RoutingName = Literal["adapter_aware", "least_loaded", "round_robin"]
@@ -16,7 +16,9 @@ class GatewaySettings:
     """A slora gateway: takes requests for any adapter and routes each to an engine."""
 
     engines: tuple[str, ...] = setting(help="host:port of each engine, separated by commas")
-    adapter_store: str = setting(help="host:port of the adapter store")
+    adapter_store: tuple[str, ...] = setting(
+        help="host:port of the adapter store, or of some of its replicas, separated by commas; they name the others"
+    )
     listen: str = setting("127.0.0.1:50051", "host:port to serve gRPC on; port 0 takes a free one")
     metrics: str = setting("", "host:port to serve Prometheus metrics on; empty for none")
     http: str = setting("", "host:port to serve the OpenAI-compatible HTTP API on; empty for none")
@@ -66,6 +68,9 @@ class GatewaySettings:
     max_model_labels: int = setting(100, "most models with metrics of their own; the rest count as `other`")
     drain_seconds: float = setting(30.0, "on SIGTERM running requests have this long to end")
     log_level: LogLevel = setting("INFO", "DEBUG, INFO, WARNING or ERROR")
+    log_format: LogFormat = setting("json", "json (an object a line) or text (for people)")
+    otlp_endpoint: str = setting("", "http(s)://host:port of a collector of traces, OTLP over gRPC; empty: no traces")
+    trace_sample_ratio: float = setting(1.0, "share of traces kept that begin here; a caller's own are kept as it says")
 
     @property
     def server_tls(self) -> ServerTls:

@@ -12,7 +12,10 @@ from services.common.errors import Reason, SloraError
 from services.common.grpc_client import TOKEN_STREAM_OPTIONS, open_channel
 from services.common.grpc_errors import from_rpc_error
 from services.common.tls import PLAIN_TEXT, ChannelSecurity
+from services.common.tracing import Kind, Span, current_span
 from services.gateway.engine_state import EngineLoad, EngineProfile, StateUpdate
+
+_GENERATE = "slora.engine.v1.EngineService/Generate"
 
 
 class EngineCall:
@@ -21,8 +24,12 @@ class EngineCall:
     Errors are raised as `SloraError`.
     """
 
-    def __init__(self, call: grpc.aio.UnaryStreamCall[engine_pb2.GenerateRequest, engine_pb2.GenerateResponse]) -> None:
+    def __init__(
+        self, call: grpc.aio.UnaryStreamCall[engine_pb2.GenerateRequest, engine_pb2.GenerateResponse], span: Span
+    ) -> None:
+        """`span` ends with the call."""
         self._call = call
+        self._span = span
         self._messages = call.__aiter__()
         self._abandoned: SloraError | None = None
 
@@ -32,8 +39,10 @@ class EngineCall:
     async def __anext__(self) -> engine_pb2.GenerateResponse:
         try:
             return await self._messages.__anext__()
-        except grpc.aio.AioRpcError as error:
-            raise from_rpc_error(error, unavailable=Reason.ENGINE_UNAVAILABLE) from None
+        except grpc.aio.AioRpcError as rpc_error:
+            error = from_rpc_error(rpc_error, unavailable=Reason.ENGINE_UNAVAILABLE)
+            self._span.fail(error.reason.name)
+            raise error from None
         except asyncio.CancelledError:
             # Cancelling the call looks, to its reader, like its own cancellation.
             task = asyncio.current_task()
@@ -44,23 +53,28 @@ class EngineCall:
     def abandon(self, error: SloraError) -> None:
         """Cancels the call; whoever reads it gets `error`."""
         self._abandoned = error
+        self._span.fail(error.reason.name)
         self._call.cancel()
 
     def close(self) -> None:
         """Cancels the call unless it is over; the engine frees what it holds within a step."""
         self._call.cancel()
+        self._span.end()
 
 
 class EngineClient:
     """A connection to the engine at `host:port`."""
 
     def __init__(self, address: str, security: ChannelSecurity = PLAIN_TEXT) -> None:
+        self._address = address
         self._channel = open_channel(address, TOKEN_STREAM_OPTIONS, security)
         self._stub = engine_pb2_grpc.EngineServiceStub(self._channel)
 
     def generate(self, request: engine_pb2.GenerateRequest, timeout: float | None) -> EngineCall:
         """Starts a generation that may take `timeout` seconds; fails at once where the engine is out of reach."""
-        return EngineCall(self._stub.Generate(request, timeout=timeout))
+        span = current_span().child(_GENERATE, Kind.CLIENT)
+        span.set({"rpc.system.name": "grpc", "rpc.method": _GENERATE, "server.address": self._address})
+        return EngineCall(self._stub.Generate(request, timeout=timeout, metadata=span.headers or None), span)
 
     async def watch_state(self) -> AsyncGenerator[StateUpdate, None]:
         """The engine's state, as it changes; waits for the engine where it is away.

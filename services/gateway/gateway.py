@@ -9,6 +9,7 @@ import functools
 from prometheus_client import CollectorRegistry
 
 from services.common.grpc_server import GrpcServer
+from services.common.tracing import NO_TRACING, Tracing
 from services.gateway.adapter_source import CatalogueFeed
 from services.gateway.admin_servicer import ADMIN_SERVICE_NAME, AdminServicer
 from services.gateway.admission import Admission
@@ -38,24 +39,31 @@ class Gateway:
     is SERVING while at least one engine takes requests: that one is for readiness.
     """
 
-    def __init__(self, settings: GatewaySettings, registry: CollectorRegistry, admin_secret: str = "") -> None:
+    def __init__(
+        self,
+        settings: GatewaySettings,
+        registry: CollectorRegistry,
+        admin_secret: str = "",
+        tracing: Tracing = NO_TRACING,
+    ) -> None:
         """`admin_secret`, the admin key, lets AdminService be used; without one it is not served.
 
         Raises AddressError where an address cannot be served on, or may not without keys; TlsError.
         """
         check_exposure(settings)
         self._settings = settings
+        self._tracing = tracing
         self.pool = EnginePool(
             settings.engines,
             functools.partial(EngineClient, security=settings.engine_security),
             make_router(routing_policy(settings)),
             settings.engine_silence_seconds,
         )
-        self._store = StoreClient(settings.adapter_store, settings.store_security)
+        metrics = GatewayMetrics(registry, settings.max_model_labels)
+        self._store = StoreClient(settings.adapter_store, metrics.store_failovers.inc, settings.store_security)
         self.catalogue = Catalogue()
         self._feed = CatalogueFeed(self.catalogue, self._store)
         self._admission = Admission(settings.max_concurrent)
-        metrics = GatewayMetrics(registry, settings.max_model_labels)
         registry.register(EngineCollector(self.pool.states, lambda: len(self.catalogue)))
         self.tenancy = Tenancy(tenancy_policy(settings), admin_secret, metrics.count_refusal)
         feed = self._feed
@@ -72,7 +80,7 @@ class Gateway:
         directory, admin_key = self.tenancy.directory, self.tenancy.admin_key
         admin = None if directory is None or admin_key is None else AdminServicer(directory, admin_key)
         names = [SERVICE_NAME, *([ADMIN_SERVICE_NAME] if admin is not None else [])]
-        self.server = GrpcServer(settings.listen, names, settings.server_tls, settings.health)
+        self.server = GrpcServer(settings.listen, names, settings.server_tls, settings.health, tracing=tracing)
         if admin is not None:
             admin.add_to(self.server)
         generations = Generations(models, dispatcher, self._admission, self.tenancy.limiter, metrics)
@@ -89,7 +97,8 @@ class Gateway:
         """
         self.pool.start()
         self.tenancy.start()
-        self._tasks += [asyncio.create_task(self._feed.run()), asyncio.create_task(self._uses.run())]
+        follow = (self._store.follow_replicas(), self._feed.run(), self._uses.run())
+        self._tasks += [asyncio.create_task(task) for task in follow]
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self.pool.wait_until_heard(), self._settings.engine_wait_seconds)
         await self.server.start()
@@ -120,7 +129,8 @@ class Gateway:
     def _http_server(self, models: Models, generations: Generations, metrics: GatewayMetrics) -> HttpServer:
         policy = http_policy(self._settings)
         gate = Gate(self.tenancy.authenticator, self.tenancy.admin_key, asks_for_keys=self.tenancy.is_on)
-        app = build_app(models, generations, self._store, gate, self._is_ready, metrics.count_http_response, policy)
+        count, tracing = metrics.count_http_response, self._tracing
+        app = build_app(models, generations, self._store, gate, self._is_ready, count, policy, tracing)
         return HttpServer(self._settings.http, app, self._settings.server_tls)
 
     def _is_ready(self) -> bool:

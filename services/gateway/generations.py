@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from services.common.errors import Reason, SloraError
+from services.common.request_id import bind_request_id
+from services.common.tracing import current_span, using
 from services.gateway.admission import Admission
 from services.gateway.dispatcher import Dispatcher, OpenStream, Work
 from services.gateway.metrics import GatewayMetrics
@@ -97,11 +99,11 @@ class Generations:
         Raises `SloraError`: what the model, the engines, the tenant's limits, or the bound on requests in flight have
         against it.
         """
-        record = RequestRecord(self._metrics)
+        record = RequestRecord(self._metrics, span=current_span().child("generation"))
         record.tenant = ask.tenant.name
         outcome = Reason.INTERNAL.name.lower()
         try:
-            with self._admission.enter():
+            with using(record.span), self._admission.enter():
                 async with self._admitted(ask, record) as quota:
                     with contextlib.ExitStack() as held:
                         answer = await self._begin(ask, record, quota, held)
@@ -132,9 +134,10 @@ class Generations:
 
     async def _begin(self, ask: Ask, record: RequestRecord, quota: Quota | None, held: contextlib.ExitStack) -> Answer:
         record.request_id = request_id = _checked_request_id(ask.request_id)
+        bind_request_id(request_id)
         model = await self._models.resolve(ask.model, ask.time_remaining, ask.tenant)
-        record.on_resolved(model.name, model.public_id)
         digest = None if model.adapter is None else model.adapter.digest
+        record.on_resolved(model.name, model.public_id, digest)
         work = Work(
             request=ask.to_engine_request(request_id, model),
             wish=Wish(model.base_model, digest, request_id),

@@ -78,6 +78,11 @@ class GatewayMetrics:
             ["reason"],
             registry=registry,
         )
+        self.store_failovers = Counter(
+            f"{prefix}_store_failovers",
+            "Times that a replica of the adapter store failed, and another was asked.",
+            registry=registry,
+        )
         self.in_flight = Gauge(f"{prefix}_in_flight_requests", "Requests being served.", registry=registry)
 
     def count_http_response(self, route: str, status: int) -> None:

@@ -1,4 +1,4 @@
-"""What is noted of one request while it is served; it becomes metrics and one line of the log."""
+"""What is noted of one request while it is served; it becomes metrics, one line of the log, and what its span says."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import logging
 import time
 from collections.abc import Callable
 
-from services.common.errors import SloraError
+from services.common.errors import Reason, SloraError
+from services.common.tracing import NO_SPAN, SERVER_FAULTS, Span, Value
 from services.gateway.metrics import UNRESOLVED, GatewayMetrics, ModelMetrics
 from services.gateway.router import Decision
 
@@ -18,8 +19,12 @@ OK, CANCELLED = "ok", "cancelled"
 class RequestRecord:
     """One request's times and counts. `finish` is called exactly once."""
 
-    def __init__(self, metrics: GatewayMetrics, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, metrics: GatewayMetrics, clock: Callable[[], float] = time.monotonic, span: Span = NO_SPAN
+    ) -> None:
+        """`span` ends with the request."""
         self._metrics = metrics
+        self.span = span
         self._clock = clock
         self._model: ModelMetrics | None = None
         self._started_at = clock()
@@ -33,10 +38,13 @@ class RequestRecord:
         self.request_id = ""
         self.tenant = ""
         self.resolved_model = ""
+        self._digest: str | None = None
         metrics.in_flight.inc()
 
-    def on_resolved(self, name: str, resolved_model: str) -> None:
-        """The request's model is known: `name` for metrics, `resolved_model` (with its version) for the log."""
+    def on_resolved(self, name: str, resolved_model: str, digest: str | None = None) -> None:
+        """The request's model is known: `name` for metrics, `resolved_model` (with its version) for the log, and its
+        adapter's digest."""
+        self._digest = digest
         self._model = self._metrics.of_model(name)
         self.resolved_model = resolved_model
 
@@ -57,6 +65,7 @@ class RequestRecord:
         if model is not None:
             if not self._first_at:
                 self._first_at = now
+                self.span.event("first message")
                 model.observe_first_token(now - self._started_at)
             elif num_tokens:
                 model.observe_inter_token(now - self._last_at, num_tokens)
@@ -82,6 +91,25 @@ class RequestRecord:
             self._model.count_completion_tokens(self._num_tokens)
         if logger.isEnabledFor(logging.INFO):
             logger.info("request ended", extra=self._fields(outcome))
+        if self.span.is_recording:
+            self.span.set(self._attributes())
+            if outcome != OK:
+                reason = Reason.__members__.get(outcome.upper())
+                self.span.fail(outcome, reason is not None and reason.status.name in SERVER_FAULTS)
+        self.span.end()
+
+    def _attributes(self) -> dict[str, Value]:
+        attributes: dict[str, Value] = {} if self._digest is None else {"slora.adapter.digest": self._digest}
+        return attributes | {
+            "slora.request.id": self.request_id,
+            "slora.tenant": self.tenant,
+            "gen_ai.response.model": self.resolved_model,
+            "gen_ai.usage.input_tokens": self._num_prompt_tokens,
+            "gen_ai.usage.output_tokens": self._num_tokens,
+            "slora.attempts": self._num_attempts,
+            "slora.engine.address": self._engine,
+            "slora.routing.decision": self._decision,
+        }
 
     def _fields(self, outcome: str) -> dict[str, object]:
         return {

@@ -28,9 +28,9 @@ What that comes to:
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 
+from services.common.rendezvous import ranked
 from services.gateway.config import RoutingPolicy
 from services.gateway.engine_state import EngineState
 from services.gateway.router import Router, RoutingRule, Wish
@@ -88,17 +88,8 @@ class RoundRobin:
 
 
 def first_by_hash(engines: Sequence[EngineState], key: str) -> EngineState:
-    """Rendezvous hashing: each key ranks all addresses in an order of its own."""
-    if len(engines) == 1:
-        return engines[0]
-    prefix = hashlib.blake2b(key.encode(), digest_size=8)
-
-    def rank(engine: EngineState) -> tuple[bytes, str]:
-        digest = prefix.copy()
-        digest.update(engine.address.encode())
-        return digest.digest(), engine.address
-
-    return max(engines, key=rank)
+    """The engine whose address `key` ranks first, by rendezvous hashing."""
+    return engines[0] if len(engines) == 1 else ranked(engines, key, lambda engine: engine.address)[0]
 
 
 RULES: dict[str, Callable[[RoutingPolicy], RoutingRule]] = {

@@ -327,6 +327,21 @@ def test_scaling_is_by_requests_and_tokens() -> None:
         assert rendered(example).workload("gateway").manifest["spec"]["replicas"] == 1
 
 
+def test_services_are_told_where_traces_go_and_get_there() -> None:
+    values = example_values("network-store")
+    traced = Rendered(values | {"tracing": {"endpoint": "http://collector:4317", "sampleRatio": 0.25}})
+    for service in ("gateway", "engine", "adapter-store"):
+        _, container = next(traced.containers(service))
+        told = {name.partition("_OTLP_")[2] or name: value for name, value in environment(container).items()}
+        assert told["ENDPOINT"] == "http://collector:4317"
+        assert f"SLORA_{service.replace('-', '_').upper()}_TRACE_SAMPLE_RATIO" in told
+        assert "0.25" in told.values()
+    for policy in traced.of_kind("NetworkPolicy"):
+        if policy["metadata"]["name"] in ("slora-gateway", "slora-engine"):
+            assert {"ports": [{"port": 4317, "protocol": "TCP"}]} in policy["spec"]["egress"]
+    assert not [p for p in rendered("network-store").of_kind("NetworkPolicy") if "4317" in str(p)]
+
+
 def test_gpus_are_asked_for_where_there_are_some() -> None:
     for example, gpus, device in (("one-gpu", 1, "cuda"), ("eight-engines", 1, "cuda"), ("kind-cpu", None, "cpu")):
         _, engine = next(rendered(example).containers("engine"))

@@ -84,6 +84,8 @@ def test_settings_in_the_schema_are_the_services_own(service: str) -> None:
         {"adapterStore": {"arenaBytes": "16Gi"}},
         {"gateway": {"autoscaling": {"mode": "vpa"}}},
         {"secrets": {"redisPassword": "a b"}},
+        {"tracing": {"endpoint": "collector"}},
+        {"tracing": {"sampleRatio": 2}},
     ],
     ids=str,
 )

@@ -67,8 +67,8 @@ def test_services_know_each_other() -> None:
     gateway = settings("gateway")
     engines = ["engine-0", "engine-1"]
     assert list(gateway.engines) == [f"{e}:{settings(e).listen.rpartition(':')[2]}" for e in engines]
-    assert gateway.adapter_store == store
-    assert all(settings(engine).adapter_store == store for engine in engines)
+    assert gateway.adapter_store == (store,)
+    assert all(settings(engine).adapter_store == (store,) for engine in engines)
     assert store in SERVICES["demo-adapters"]["command"]
     assert {settings(name).base_model for name in (*engines, "adapter-store")} == {"tiny-llama"}
 

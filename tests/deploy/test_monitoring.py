@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
-from prometheus_client import CollectorRegistry
+from prometheus_client import CollectorRegistry, Counter
 from prometheus_client.registry import Collector
 
 from services.adapter_store.host_cache import CacheFigures
@@ -40,18 +40,70 @@ def exposed(registry: CollectorRegistry) -> Iterator[str]:
         yield from (family.name + ending for ending in endings[family.type])
 
 
-def all_metrics() -> set[str]:
+# Every label there is, and what bounds the number of its values. Request ids, tenants, prompts and paths that callers
+# make up belong into logs and traces.
+BOUNDED_LABELS = {
+    "adapter": "BoundedLabels, by names that were seen at work",
+    "model": "BoundedLabels, by names that were resolved",
+    "engine": "the configuration",
+    "outcome": "reasons of errors, and a few words",
+    "reason": "reasons of errors, or of the policy",
+    "decision": "an enumeration",
+    "route": "the API's routes, or `other`",
+    "status": "HTTP's statuses",
+    "method": "the RPCs of the store",
+    "kind": "prompt, completion",
+    "path": "lent, streamed",
+    "place": "home, away",
+    "replica": "the stores, by names that last",
+    "result": "hit, miss",
+    "state": "kinds of pages",
+    "model_name": "one base model",
+    "running_lora_adapters": "one sample, whose value changes",
+    "waiting_lora_adapters": "the same",
+    "max_lora": "the configuration",
+}
+
+
+def labels_of(registry: CollectorRegistry) -> Iterator[tuple[str, str]]:
+    """Name and label of each metric, also of those that have no value yet."""
+    for collector in list(registry._collector_to_names):
+        for label in getattr(collector, "_labelnames", ()):
+            yield type(collector).__name__ + " " + collector._name, label  # type: ignore[attr-defined]
+        for family in collector.collect():
+            for label in {*getattr(family, "_labelnames", ()), *(key for s in family.samples for key in s.labels)}:
+                if label not in ("le", "quantile"):
+                    yield family.name, label
+
+
+def all_registries() -> list[CollectorRegistry]:
     gateway = CollectorRegistry()
     GatewayMetrics(gateway, 10)
     gateway.register(EngineCollector([], lambda: 0))
     store_metrics = StoreMetrics(store := CollectorRegistry())
-    store_metrics.observe_cache(lambda: CacheFigures(1, 1, 1, 0, 0))
+    store_metrics.observe_cache(lambda: CacheFigures(1, 1, 1, 1, 0, 0))
     store_metrics.observe_copies(lambda: 0)
+    store_metrics.observe_replicas(lambda: 1, lambda: True)
     engine_metrics = EngineMetrics()
     engine_metrics.watch_core(CoreLoad, lambda: 0, lambda: True)
     vllm: Collector = VllmCollector("base", 1, CoreLoad, AdapterPresence)
     engine_metrics.registry.register(vllm)
-    return {name for registry in (gateway, store, engine_metrics.registry) for name in exposed(registry)}
+    return [gateway, store, engine_metrics.registry]
+
+
+def all_metrics() -> set[str]:
+    return {name for registry in all_registries() for name in exposed(registry)}
+
+
+def test_every_label_has_a_bounded_set_of_values() -> None:
+    found = [pair for registry in all_registries() for pair in labels_of(registry)]
+    assert {label for _, label in found} == BOUNDED_LABELS.keys(), found
+
+
+def test_a_label_that_is_not_listed_is_noticed() -> None:
+    registry = CollectorRegistry()
+    Counter("slora_gateway_by_request", "Not to be.", ["request_id"], registry=registry)
+    assert ("Counter slora_gateway_by_request", "request_id") in list(labels_of(registry))
 
 
 def dashboard_queries() -> list[str]:

@@ -20,9 +20,9 @@ from services.common.errors import Reason, SloraError
 from services.common.packed_digest import packed_digest
 from services.engine.adapters.layout import AdapterLayout
 from services.engine.adapters.load_job import Grant, LoadEnded, LoadEvent, LoadInstalled, LoadJob, LoadSized
-from services.engine.adapters.source import AdapterManifest, FetchCancelled
+from services.engine.adapters.source import AdapterManifest, Delivery, FetchCancelled
 from services.engine.config import PoolConfig
-from services.engine.messages import Adapter, Generate, SamplingParams, StopParams
+from services.engine.messages import NOBODY, Adapter, Generate, Origin, SamplingParams, StopParams
 from services.engine.step import BASE_SLOT, PENDING_TOKEN, SampledToken, ScheduledChunk, StepPlan
 from tests.fixtures.installing import install
 
@@ -304,8 +304,8 @@ class ScriptedLoader:
         self.fails_early = False
         self.num_started = 0
 
-    def start(self, adapter: Adapter) -> LoadJob:
-        job = LoadJob(adapter, None, 1.0)  # type: ignore[arg-type]
+    def start(self, adapter: Adapter, origin: Origin = NOBODY) -> LoadJob:
+        job = LoadJob(adapter, None, 1.0, origin, origin.part())  # type: ignore[arg-type]
         self._jobs[job] = [self._ticks(), False, None, False]
         self.num_started += 1
         return job
@@ -415,6 +415,7 @@ class FakeSource:
         self.num_paused = 0
         self.closed = False
         self.fetches: list[FakeFetch] = []
+        self.origins: list[Origin] = []
 
     def add(self, name: str, **what: object) -> FakeAdapter:
         self.adapters[digest_of(name)] = made = FakeAdapter(**what)  # type: ignore[arg-type]
@@ -424,8 +425,9 @@ class FakeSource:
         size = NUM_LAYERS * self.adapters[digest].num_pages * self.page_elems * 4
         return random.Random(digest).randbytes(size)
 
-    def open(self, digest: str) -> FakeFetch:
+    def open(self, digest: str, origin: Origin = NOBODY) -> FakeFetch:
         self.num_opened += 1
+        self.origins.append(origin)
         fetch = FakeFetch(self, digest)
         self.fetches.append(fetch)
         return fetch
@@ -443,6 +445,7 @@ class FakeFetch:
         self._source = source
         self._digest = digest
         self.cancelled = threading.Event()
+        self.delivery = Delivery("fake", 0)
 
     def manifest(self, deadline: float) -> AdapterManifest:
         found = self._source.adapters.get(self._digest)

@@ -30,6 +30,7 @@ class FakeAdapterStore(adapter_store_pb2_grpc.AdapterStoreServiceServicer):
         self.adapters: dict[str, adapter_pb2.Adapter] = {}
         self.port = 0
         self.num_gets = 0
+        self.replicas: list[str] = []
         self.watch_tokens: list[str] = []
         self.uploads: list[tuple[adapter_store_pb2.UploadAdapterHeader, bytes, bytes]] = []
         self.uses: dict[str, int] = {}
@@ -114,6 +115,14 @@ class FakeAdapterStore(adapter_store_pb2_grpc.AdapterStoreServiceServicer):
             return self.adapters.get(adapter_id)
         versions = [adapter for adapter in self.adapters.values() if adapter.name == adapter_id]
         return max(versions, key=lambda adapter: adapter.version, default=None)
+
+    async def ListReplicas(
+        self, request: adapter_store_pb2.ListReplicasRequest, context: Context
+    ) -> adapter_store_pb2.ListReplicasResponse:
+        await asyncio.sleep(self.answer_seconds)
+        addresses = self.replicas or [self.address]
+        replicas = [adapter_store_pb2.Replica(replica_id=address, address=address) for address in addresses]
+        return adapter_store_pb2.ListReplicasResponse(replicas=replicas, num_homes=2, is_current=True)
 
     async def GetAdapter(
         self, request: adapter_store_pb2.GetAdapterRequest, context: Context

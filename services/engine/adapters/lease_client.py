@@ -10,6 +10,7 @@ from slora.adapter_store.v1 import adapter_store_pb2, adapter_store_pb2_grpc
 
 from services.common.errors import Reason, SloraError
 from services.common.grpc_errors import from_store_error
+from services.common.tracing import Headers
 from services.engine.adapters.mapped_arena import ArenaPlace
 
 _COPIED = adapter_store_pb2.ShareAdapterRequest(copied=adapter_store_pb2.CopiedExtent())
@@ -19,12 +20,18 @@ class LeaseCall:
     """The call, from any thread's `cancel` to its own end; otherwise used by one thread."""
 
     def __init__(
-        self, stub: adapter_store_pb2_grpc.AdapterStoreServiceStub, digest: str, timeout_seconds: float
+        self,
+        stub: adapter_store_pb2_grpc.AdapterStoreServiceStub,
+        digest: str,
+        only_resident: bool,
+        timeout_seconds: float,
+        metadata: Headers = (),
     ) -> None:
         """Opens the call; ValueError if the channel is closed."""
+        first = adapter_store_pb2.ShareAdapterRequest(digest=digest, only_resident=only_resident)
         self._requests: queue.SimpleQueue[adapter_store_pb2.ShareAdapterRequest | None] = queue.SimpleQueue()
-        self._requests.put(adapter_store_pb2.ShareAdapterRequest(digest=digest))
-        self._responses = stub.ShareAdapter(iter(self._requests.get, None), timeout=timeout_seconds)
+        self._requests.put(first)
+        self._responses = stub.ShareAdapter(iter(self._requests.get, None), timeout=timeout_seconds, metadata=metadata)
 
     def lent(self) -> adapter_store_pb2.ShareAdapterResponse | None:
         """Waits for what is lent; None if the store shares nothing. Errors are the store's, as SloraError."""

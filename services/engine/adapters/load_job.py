@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from services.common.errors import SloraError
-from services.engine.adapters.source import AdapterFetch
-from services.engine.messages import Adapter
+from services.engine.adapters.source import AdapterFetch, Delivery
+from services.engine.messages import NOBODY, Adapter, Origin, TracedLoad
 
 
 class _Stage(enum.Enum):
@@ -35,7 +35,18 @@ class LoadJob:
     The core's calls (`give`, `cancel`) never block; the others belong to the loader's threads.
     """
 
-    def __init__(self, adapter: Adapter, fetch: AdapterFetch, timeout_seconds: float) -> None:
+    def __init__(
+        self,
+        adapter: Adapter,
+        fetch: AdapterFetch,
+        timeout_seconds: float,
+        parent: Origin = NOBODY,
+        own: Origin = NOBODY,
+    ) -> None:
+        """It is begun for `parent`; what is done for the load is done for `own`, which is a part of it."""
+        self.parent = parent
+        self.own = own
+        self._began = time.time()
         self.adapter = adapter
         self.fetch = fetch
         self.sized = False
@@ -75,6 +86,12 @@ class LoadJob:
     def cancelled(self) -> bool:
         """Whether the load was given up."""
         return self._cancelled
+
+    def as_traced(self, packed_bytes: int = 0, lent: bool = False, reason: str = "") -> TracedLoad | None:
+        """The load, which is over now, for its trace; None where nobody sees it."""
+        if not self.own.traceparent:
+            return None
+        return TracedLoad(self.adapter, self.parent, self.own, self._began, time.time(), packed_bytes, lent, reason)
 
     def begin(self) -> bool:
         """A thread takes the job; False if it was cancelled while it queued."""
@@ -130,13 +147,14 @@ class LoadSized:
 class LoadInstalled:
     """The adapter is in its pages and at its slot. `load_seconds` leaves out the wait for pages.
 
-    `lent`: its bytes were copied out of the store's memory, not streamed.
+    `lent`: its bytes were copied out of the store's memory, not streamed. `delivery`: by which replica.
     """
 
     job: LoadJob
     load_seconds: float
     packed_bytes: int
     lent: bool = False
+    delivery: Delivery = Delivery()
 
 
 @dataclass(frozen=True, slots=True)

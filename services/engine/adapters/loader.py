@@ -25,10 +25,11 @@ import numpy as np
 
 from services.common.errors import Reason, SloraError
 from services.common.packed_digest import packed_digest
+from services.common.request_id import bind_request_id
 from services.engine.adapters.device import AdapterDevice
 from services.engine.adapters.load_job import Grant, LoadEnded, LoadEvent, LoadInstalled, LoadJob, LoadSized
 from services.engine.adapters.source import AdapterManifest, AdapterSource, FetchCancelled, WeightsLease
-from services.engine.messages import Adapter
+from services.engine.messages import NOBODY, Adapter, Origin
 
 logger = logging.getLogger(__name__)
 
@@ -80,9 +81,11 @@ class AdapterLoader:
         for thread in self._threads:
             thread.start()
 
-    def start(self, adapter: Adapter) -> LoadJob:
-        """Begins a load; `poll` tells its size."""
-        job = LoadJob(adapter, self._source.open(adapter.digest), self._load_timeout_seconds)
+    def start(self, adapter: Adapter, origin: Origin = NOBODY) -> LoadJob:
+        """Begins a load on behalf of `origin`; `poll` tells its size."""
+        own = origin.part()
+        fetch = self._source.open(adapter.digest, own)
+        job = LoadJob(adapter, fetch, self._load_timeout_seconds, origin, own)
         self._jobs.put(job)
         return job
 
@@ -119,6 +122,7 @@ class AdapterLoader:
         while (job := self._jobs.get()) is not None:
             if not job.begin():
                 continue
+            bind_request_id(job.own.request_id)
             event = self._carry(job, buffer)
             if event is not None:
                 self._post(event)
@@ -176,7 +180,7 @@ class AdapterLoader:
             self._copy_streamed(job, manifest, grant, buffer)
         with self._device_lock:
             self._device.enter(grant.slot, manifest.layout, grant.pages)
-        return LoadInstalled(job, job.load_seconds, manifest.packed_bytes, lent)
+        return LoadInstalled(job, job.load_seconds, manifest.packed_bytes, lent, job.fetch.delivery)
 
     def _copy_lent(
         self, job: LoadJob, manifest: AdapterManifest, grant: Grant, buffer: _HostBuffer, lease: WeightsLease

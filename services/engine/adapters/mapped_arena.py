@@ -19,6 +19,9 @@ from services.engine.adapters.device import HostMemory
 
 TRAILER_BYTES = 4096
 ID_BYTES = 16
+EXTENT_ALIGNMENT = 4096
+"""Where an adapter may begin in an arena. Devices copy from aligned addresses. See ShareAdapterResponse."""
+
 NO_ARENA = b""
 """What is heard of a store that shares none."""
 
@@ -76,7 +79,7 @@ class MappedArena:
 class ArenaReader:
     """Maps arenas when they are met, has the device register them, and lets them go when their stores are gone.
 
-    The loader's threads call `map` and `note`; a thread of its own does what takes time.
+    Any thread calls `map` and `may_be_readable`; a thread of its own does what takes time.
     """
 
     def __init__(self, host_memory: HostMemory) -> None:
@@ -85,23 +88,16 @@ class ArenaReader:
         self._arenas: dict[bytes, MappedArena] = {}
         self._registered: set[bytes] = set()
         self._unreadable = {NO_ARENA}
-        self._last_heard: bytes | None = None
         self._changed = threading.Event()
         self._closed = False
         self._keeper = threading.Thread(target=self._keep, name="arena-keeper", daemon=True)
 
-    @property
-    def is_worth_trying(self) -> bool:
-        """Whether the store that was heard of last may have an arena for us."""
-        return self._last_heard not in self._unreadable
-
-    def note(self, arena_id: bytes) -> None:
-        """The store has this arena; NO_ARENA if it shares none."""
-        self._last_heard = arena_id
+    def may_be_readable(self, arena_id: bytes | None) -> bool:
+        """Whether a store with this arena may lend to us; None: it is not known which one it has."""
+        return arena_id not in self._unreadable
 
     def map(self, place: ArenaPlace) -> memoryview | None:
         """The arena's memory; None, and one line in the log, if this process cannot read it."""
-        self._last_heard = place.arena_id
         with self._lock:
             if self._closed or place.arena_id in self._unreadable:
                 return None

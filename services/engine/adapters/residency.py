@@ -20,7 +20,7 @@ from services.common.errors import Reason, SloraError
 from services.engine.adapters.device import AdapterDevice
 from services.engine.adapters.load_job import Grant, LoadEnded, LoadEvent, LoadInstalled, LoadJob, LoadSized
 from services.engine.memory.page_allocator import PageAllocator, PageIntegrityError, PageOwner
-from services.engine.messages import Adapter, AdapterLoaded
+from services.engine.messages import NOBODY, Adapter, AdapterLoaded, Origin, TracedLoad
 
 MAX_KNOWN_SIZES = 65536
 
@@ -40,8 +40,8 @@ class AdapterState(enum.Enum):
 class Loader(Protocol):
     """What residency asks of `services.engine.adapters.loader`; no call blocks."""
 
-    def start(self, adapter: Adapter) -> LoadJob:
-        """Begins a load."""
+    def start(self, adapter: Adapter, origin: Origin) -> LoadJob:
+        """Begins a load on behalf of `origin`."""
 
     def grant(self, job: LoadJob, grant: Grant) -> None:
         """Gives a load its pages and slot."""
@@ -57,6 +57,8 @@ class Loader(Protocol):
 class _Entry:
     adapter: Adapter
     state: AdapterState
+    # Of the request that first wanted it.
+    origin: Origin = NOBODY
     job: LoadJob | None = None
     num_pages: int = 0
     pages: Sequence[int] = ()
@@ -71,6 +73,7 @@ class LoadNews:
     sized: list[Adapter] = field(default_factory=list)
     loaded: list[AdapterLoaded] = field(default_factory=list)
     failed: list[tuple[Adapter, SloraError]] = field(default_factory=list)
+    traced: list[TracedLoad] = field(default_factory=list)
 
 
 class Residency:
@@ -145,14 +148,15 @@ class Residency:
 
     # What can be done.
 
-    def request(self, adapter: Adapter) -> AdapterState:
-        """Begins to load an absent adapter as far as that takes no pages; the state after that."""
+    def request(self, adapter: Adapter, origin: Origin = NOBODY) -> AdapterState:
+        """Begins to load an absent adapter, on behalf of `origin`, as far as that takes no pages; the state after
+        that."""
         entry = self._entries.get(adapter.digest)
         if entry is None:
-            entry = _Entry(adapter, AdapterState.SIZING)
+            entry = _Entry(adapter, AdapterState.SIZING, origin)
             known = self._known_sizes.get(adapter.digest)
             if known is None:
-                entry.job = self._loader.start(adapter)
+                entry.job = self._loader.start(adapter, origin)
             else:
                 self._known_sizes.move_to_end(adapter.digest)
                 entry.state, entry.num_pages = AdapterState.SIZED, known
@@ -171,7 +175,7 @@ class Residency:
             return False
         entry.pages, entry.slot, entry.state = pages, self._free_slots.pop(), AdapterState.LOADING
         if entry.job is None:
-            entry.job = self._loader.start(entry.adapter)
+            entry.job = self._loader.start(entry.adapter, entry.origin)
         self._loader.grant(entry.job, Grant(entry.slot, pages))
         return True
 
@@ -218,6 +222,8 @@ class Residency:
         """Takes in what the loader has to say."""
         news = LoadNews()
         for event in self._loader.poll():
+            if (traced := _as_traced(event)) is not None:
+                news.traced.append(traced)
             entry = self._entries.get(event.job.adapter.digest)
             if entry is None or entry.job is not event.job:
                 continue  # of a load that was cancelled before it held anything
@@ -227,7 +233,7 @@ class Residency:
                 entry.state, entry.job = AdapterState.RESIDENT, None
                 del self._loads[entry.adapter.digest]
                 self._become_idle(entry)
-                news.loaded.append(AdapterLoaded(entry.adapter, event.load_seconds, event.packed_bytes, event.lent))
+                news.loaded.append(_loaded(entry.adapter, event))
             else:
                 self._note_end(entry, event, news)
         return news
@@ -274,3 +280,18 @@ class Residency:
             self._free_slots.append(entry.slot)
         del self._entries[entry.adapter.digest]
         self._loads.pop(entry.adapter.digest, None)
+
+
+def _loaded(adapter: Adapter, event: LoadInstalled) -> AdapterLoaded:
+    delivery = event.delivery
+    return AdapterLoaded(
+        adapter, event.load_seconds, event.packed_bytes, event.lent, delivery.replica, delivery.num_failovers
+    )
+
+
+def _as_traced(event: LoadEvent) -> TracedLoad | None:
+    if isinstance(event, LoadInstalled):
+        return event.job.as_traced(event.packed_bytes, event.lent)
+    if isinstance(event, LoadEnded):
+        return event.job.as_traced(reason=event.error.reason.name if event.error is not None else "")
+    return None

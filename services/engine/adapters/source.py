@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from services.engine.adapters.layout import AdapterLayout
+from services.engine.messages import Origin
 
 
 class FetchCancelled(Exception):  # noqa: N818 - nobody's fault
@@ -22,6 +23,14 @@ class AdapterManifest:
     packed_bytes: int
     # Of the packed bytes; see services.common.packed_digest.
     packed_digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class Delivery:
+    """Who gave an adapter, and how often another one had to be asked for it."""
+
+    replica: str = ""
+    num_failovers: int = 0
 
 
 class WeightsLease(AbstractContextManager["WeightsLease"], Protocol):
@@ -45,6 +54,10 @@ class AdapterFetch(Protocol):
     what remains is raised as a `SloraError`, or as `FetchCancelled`.
     """
 
+    @property
+    def delivery(self) -> Delivery:
+        """How the adapter came, as far as it has."""
+
     def manifest(self, deadline: float) -> AdapterManifest:
         """The manifest; blocks until it is here. Later calls return the same."""
 
@@ -64,8 +77,8 @@ class AdapterFetch(Protocol):
 class AdapterSource(Protocol):
     """Finds adapters by the digest of their content."""
 
-    def open(self, digest: str) -> AdapterFetch:
-        """Begins to fetch; returns at once."""
+    def open(self, digest: str, origin: Origin) -> AdapterFetch:
+        """Begins to fetch, on behalf of `origin`; returns at once."""
 
     def close(self) -> None:
         """Ends every fetch and lets go of all connections."""

@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         settings = settings_from_json(arguments.settings).for_device()
     except msgspec.MsgspecError as error:
         parser.error(f"--settings: {error}")
-    configure_logging("engine-core", settings.log_level)
+    configure_logging("engine-core", settings.log_level, settings.log_format)
     sys.setswitchinterval(SWITCH_SECONDS)
     tie_to_frontend()
     sock = socket.socket(fileno=arguments.fd)
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return FAULT_EXIT_CODE
     arenas = ArenaReader(runner.adapter_device) if settings.share_arena else None
     try:
-        store = StoreClient(settings.adapter_store, arenas, settings.store_security)
+        store = StoreClient(settings.adapter_store, arenas, settings.load_through_local, settings.store_security)
     except TlsError as error:
         logger.critical("the adapter store cannot be called: %s", error)
         return USAGE_EXIT_CODE

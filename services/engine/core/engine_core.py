@@ -183,7 +183,9 @@ class EngineCore:
             return None
         self._reported, self._reported_loading = load, loading
         told = None if is_as_before else loading
-        return StepReport(load, tokens, failures, news.loaded, news.evicted, told, news.prefetched)
+        return StepReport(
+            load, tokens, failures, news.loaded, news.evicted, told, news.prefetched, news.admitted, news.traced_loads
+        )
 
     def close(self) -> bool:
         """Drops everything, waits for what is in flight, ends the loader's threads; whether every page came back."""
@@ -230,7 +232,8 @@ class EngineCore:
     def _fail(self, step: _SubmittedStep, error: Exception) -> None:
         """A step could not be submitted or computed: its sequences fail, and no other."""
         self._num_steps += 1
-        logger.error("a step of %d sequences failed", len(step.plan.chunks), exc_info=error)
+        extra = {"request_ids": self._scheduler.request_ids(step.plan)}
+        logger.error("a step of %d sequences failed", len(step.plan.chunks), exc_info=error, extra=extra)
         if not step.excused:
             self._num_failed_in_a_row += 1
             for other in self._submitted:

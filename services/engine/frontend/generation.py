@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from services.common.errors import SloraError
 from services.engine.frontend.detokenizer import Detokenizer
 from services.engine.frontend.request import GenerationRequest
+from services.engine.frontend.request_trace import RequestTrace
 from services.engine.frontend.stop_strings import StopStringScanner
 from services.engine.messages import TokenEvent
 
@@ -59,7 +60,9 @@ class Generation:
         detokenizer: Detokenizer,
         started_at: float,
         adapter_label: str,
+        trace: RequestTrace | None = None,
     ) -> None:
+        self.trace = trace
         self.request = request
         self.core_id = core_id
         self.num_prompt_tokens = num_prompt_tokens

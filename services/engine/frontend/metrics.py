@@ -16,6 +16,7 @@ BASE = "base"
 """The label of requests without an adapter; an adapter's own name has an `@`."""
 
 MAX_ADAPTER_LABELS = 100
+MAX_REPLICA_LABELS = 50
 
 TTFT_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 INTER_TOKEN_BUCKETS = (0.0025, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.25, 0.5, 1, 5)
@@ -161,6 +162,18 @@ class EngineMetrics:
             ("path",),
             registry=self.registry,
         )
+        self._replica_label = BoundedLabels(MAX_REPLICA_LABELS)
+        self._loads = Counter(
+            "slora_engine_adapter_loads",
+            "Adapters that became resident, by the replica of the adapter store that gave them.",
+            ("replica",),
+            registry=self.registry,
+        )
+        self._failovers = Counter(
+            "slora_engine_store_failovers",
+            "Times that a replica failed while an adapter was loaded, and another was asked.",
+            registry=self.registry,
+        )
 
     def _histogram(self, name: str, documentation: str, buckets: tuple[float, ...]) -> AdapterHistogram:
         return AdapterHistogram(f"slora_engine_{name}", documentation, buckets, self.registry)
@@ -187,6 +200,8 @@ class EngineMetrics:
         """An adapter became resident."""
         self._adapter_load.observe(self.claim_label(event.adapter), event.load_seconds)
         self._loaded_bytes.labels("lent" if event.lent else "streamed").inc(event.packed_bytes)
+        self._loads.labels(self._replica_label(event.replica)).inc()
+        self._failovers.inc(event.num_failovers)
 
     def tokens_came(self, intervals: Mapping[tuple[str, float], int], firsts: Iterable[str], now: float) -> None:
         """A step's tokens: counts by label and the moment of the token before, and the labels of first tokens."""

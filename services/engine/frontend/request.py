@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from services.common.errors import Reason, SloraError
-from services.engine.messages import Adapter, Generate, SamplingParams, StopParams
+from services.engine.messages import Adapter, Generate, Origin, SamplingParams, StopParams
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +60,11 @@ class ModelLimits:
     max_model_len: int
 
 
-def core_request(request: GenerationRequest, core_id: int, prompt_ids: Sequence[int], limits: ModelLimits) -> Generate:
-    """The message that starts `request` in the core, after the checks that need ids and limits.
+def core_request(
+    request: GenerationRequest, core_id: int, prompt_ids: Sequence[int], limits: ModelLimits, traceparent: str = ""
+) -> Generate:
+    """The message that starts `request` in the core, after the checks that need ids and limits; `traceparent` is of its
+    span, if somebody will see it.
 
     Raises PROMPT_EMPTY, PROMPT_TOO_LONG, TOKEN_OUT_OF_VOCABULARY.
     """
@@ -86,8 +89,9 @@ def core_request(request: GenerationRequest, core_id: int, prompt_ids: Sequence[
         stop_token_ids=request.stop_token_ids,
         ignore_eos=request.ignore_eos,
     )
+    origin = Origin(request.request_id, traceparent)
     return Generate(
-        core_id, list(prompt_ids), request.sampling, stop, request.adapter, request.priority, request.tenant
+        core_id, list(prompt_ids), request.sampling, stop, request.adapter, request.priority, request.tenant, origin
     )
 
 

@@ -10,14 +10,17 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 
 from services.common.errors import Reason, SloraError
+from services.common.request_id import current_request_id
+from services.common.tracing import NO_TRACING, Tracing, current_span, traceparent_of
 from services.engine.frontend.core_client import CoreClient, CoreListener
 from services.engine.frontend.engine_state import EngineProfile, EngineState
 from services.engine.frontend.generation import Generation
 from services.engine.frontend.metrics import EngineMetrics
 from services.engine.frontend.request import Chat, GenerationRequest, ModelLimits, core_request
+from services.engine.frontend.request_trace import RequestTrace, record_load
 from services.engine.frontend.tokenizer import TextTokenizer
 from services.engine.frontend.vllm_metrics import AdapterPresence
-from services.engine.messages import Abort, Adapter, CoreReady, Prefetch, RequestFailed, StepReport
+from services.engine.messages import Abort, Adapter, CoreReady, Origin, Prefetch, RequestFailed, StepReport
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +29,12 @@ class Frontend(CoreListener):
     """All requests of one engine, on one event loop."""
 
     def __init__(
-        self, tokenizer: TextTokenizer, metrics: EngineMetrics, base_model: str, next_engine_id: Callable[[], str]
+        self,
+        tokenizer: TextTokenizer,
+        metrics: EngineMetrics,
+        base_model: str,
+        next_engine_id: Callable[[], str],
+        tracing: Tracing = NO_TRACING,
     ) -> None:
         """`next_engine_id` is called for each core: an engine whose memory was lost is a new one."""
         self.state = EngineState()
@@ -34,6 +42,7 @@ class Frontend(CoreListener):
         self._metrics = metrics
         self._base_model = base_model
         self._next_engine_id = next_engine_id
+        self._tracing = tracing
         self._core: CoreClient | None = None
         self._limits = ModelLimits(0, 0)
         self._core_ids = itertools.count(1)
@@ -73,17 +82,21 @@ class Frontend(CoreListener):
 
     async def _start(self, request: GenerationRequest, started_at: float) -> Generation:
         self._check_open()
+        span = current_span()
+        trace = RequestTrace(span, request) if span.is_recording else None
         prompt_ids = await self._prompt_ids(request.prompt)
         core = self._check_open()  # a long prompt's tokenizing may outlive the core
         core_id = next(self._core_ids)
-        message = core_request(request, core_id, prompt_ids, self._limits)
+        message = core_request(request, core_id, prompt_ids, self._limits, traceparent_of(span))
         core.check_room()
         detokenizer = self._tokenizer.detokenizer()
         label = self._metrics.label(request.adapter)
-        generation = Generation(request, core_id, len(prompt_ids), detokenizer, started_at, label)
+        generation = Generation(request, core_id, len(prompt_ids), detokenizer, started_at, label, trace)
         self._generations[core_id] = generation
         self._idle.clear()
         core.send(message)
+        if trace is not None:
+            trace.sent()
         return generation
 
     async def _prompt_ids(self, prompt: str | Chat | Sequence[int]) -> Sequence[int]:
@@ -97,6 +110,10 @@ class Frontend(CoreListener):
         if generation.completion is None:
             self._abort(generation.core_id)
         request, seconds = generation.request, time.monotonic() - generation.started_at
+        if generation.trace is not None:
+            last_token_ago = time.monotonic() - generation.last_token_at
+            num_tokens = generation.num_completion_tokens
+            generation.trace.end(outcome, generation.num_prompt_tokens, num_tokens, last_token_ago)
         self._metrics.request_ended(generation.adapter_label, outcome, generation.num_prompt_tokens, seconds)
         logger.info(
             "request ended",
@@ -125,7 +142,7 @@ class Frontend(CoreListener):
         answer: asyncio.Future[float] = asyncio.get_running_loop().create_future()
         self._prefetches[core_id] = answer
         self._idle.clear()
-        core.send(Prefetch(core_id, adapter))
+        core.send(Prefetch(core_id, adapter, Origin(current_request_id(), traceparent_of(current_span()))))
         try:
             return await answer
         finally:
@@ -181,6 +198,8 @@ class Frontend(CoreListener):
     def core_report(self, report: StepReport) -> None:
         """Hands a step's tokens and failures to their requests, and its changes to the watchers."""
         try:
+            if report.admitted or report.traced_loads:
+                self._trace(report)
             if report.tokens:
                 self._hand_out(report)
             for failure in report.failures:
@@ -221,7 +240,20 @@ class Frontend(CoreListener):
     def _first_token(self, generation: Generation, now: float) -> str:
         label = generation.adapter_label = self._metrics.claim_label(generation.request.adapter)
         self._metrics.time_to_first_token.observe(label, now - generation.started_at)
+        if generation.trace is not None:
+            generation.trace.first_token()
         return label
+
+    def _trace(self, report: StepReport) -> None:
+        """Ahead of the report's tokens: who has one is taken to wait for nothing."""
+        traced = [(g.request.adapter, g.trace) for g in self._generations.values() if g.trace and not g.last_token_at]
+        for load in report.traced_loads:
+            waiting = [trace for adapter, trace in traced if adapter and adapter.digest == load.adapter.digest]
+            record_load(self._tracing, load, waiting)
+        for core_id, at in report.admitted:
+            generation = self._generations.get(core_id)
+            if generation is not None and generation.trace is not None:
+                generation.trace.admitted(at)
 
     def _fail(self, failure: RequestFailed) -> None:
         reason = Reason.__members__.get(failure.reason, Reason.INTERNAL)

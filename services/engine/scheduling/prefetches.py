@@ -51,7 +51,8 @@ class Prefetches:
         failed = []
         for request in list(islice(self._open.values(), MAX_UNDER_WAY)):
             digest = request.adapter.digest
-            if self._residency.request(request.adapter) is not AdapterState.SIZED or self._order.is_needed(digest):
+            state = self._residency.request(request.adapter, request.origin)
+            if state is not AdapterState.SIZED or self._order.is_needed(digest):
                 continue
             num_pages = self._residency.num_pages(digest) or 0
             wanted = num_pages if claimed is None else num_pages + claimed

@@ -39,6 +39,7 @@ fits. Preemption cannot go round in circles: only earlier sequences cause it, an
 
 from __future__ import annotations
 
+import time
 from bisect import bisect_left, insort
 from collections import Counter
 from collections.abc import Iterable
@@ -237,6 +238,10 @@ class Scheduler:
         self._flight.settle(step)
         self.fail([s.request_id for s in step.sequences if s.state is SequenceState.RUNNING], error)
 
+    def request_ids(self, plan: StepPlan) -> list[str]:
+        """What the requests of a step in flight are called outside."""
+        return [sequence.request.origin.request_id for sequence in self._flight.any(plan).sequences]
+
     def check_integrity(self) -> None:
         """Raises PageIntegrityError unless every page, slot and pin belongs to exactly who should have it."""
         self._allocator.check_integrity()
@@ -364,7 +369,7 @@ class Scheduler:
     def _begin_loads(self) -> None:
         for sequence in self._queue.window(LOOK_AHEAD):
             if sequence.request.adapter is not None:
-                self._residency.request(sequence.request.adapter)
+                self._residency.request(sequence.request.adapter, sequence.request.origin)
 
     def _adapter_state(self, sequence: Sequence) -> AdapterState:
         return AdapterState.RESIDENT if sequence.digest is None else self._residency.state(sequence.digest)
@@ -388,6 +393,8 @@ class Scheduler:
         sequence.run(block_table, slot)
         self.num_admitted += not again
         self._policy.admitted(sequence, again)
+        if sequence.request.origin.traceparent:
+            self._news.admitted.append((sequence.request_id, time.time()))
         insort(self._running, sequence, key=_TURN)
         return True
 
@@ -424,6 +431,7 @@ class Scheduler:
                 self._prefetches.pop(request_id)
                 self._news.prefetched.append((request_id, loaded.load_seconds))
         self._news.loaded += news.loaded
+        self._news.traced_loads += news.traced
         for adapter, error in news.failed:
             self.num_load_failures += 1
             self._fail_users(adapter.digest, error)

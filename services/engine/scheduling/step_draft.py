@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from services.engine.messages import AdapterLoaded, RequestFailed
+from services.engine.messages import AdapterLoaded, RequestFailed, TracedLoad
 from services.engine.scheduling.sequence import Sequence
 from services.engine.scheduling.steps_in_flight import StepInFlight
 from services.engine.step import ScheduledChunk, StepPlan
@@ -43,6 +43,10 @@ class SchedulerNews:
     loaded: list[AdapterLoaded] = field(default_factory=list)
     evicted: list[str] = field(default_factory=list)
     prefetched: list[tuple[int, float]] = field(default_factory=list)
+    # Of requests that somebody sees in a trace; see StepReport.
+    admitted: list[tuple[int, float]] = field(default_factory=list)
+    traced_loads: list[TracedLoad] = field(default_factory=list)
 
     def __bool__(self) -> bool:
-        return bool(self.failures or self.loaded or self.evicted or self.prefetched)
+        about_requests = self.failures or self.prefetched or self.admitted
+        return bool(about_requests or self.loaded or self.evicted or self.traced_loads)

@@ -13,6 +13,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from services.common.errors import SloraError
+from services.common.tracing import Tracing
 from services.gateway.config import HttpPolicy
 from services.gateway.generations import Generations
 from services.gateway.http.adapter_updates import AdapterRegistry, AdapterUpdates
@@ -42,6 +43,7 @@ def build_app(
     is_ready: Callable[[], bool],
     count: Callable[[str, int], None],
     policy: HttpPolicy,
+    tracing: Tracing,
 ) -> ASGIApp:
     """The ASGI application.
 
@@ -69,7 +71,7 @@ def build_app(
     known = {route.path for route in routes}
     ours = dict.fromkeys((ApiError, SloraError, Exception), _answer_error)
     app = Starlette(routes=routes, exception_handlers={**ours, HTTPException: _answer_http})
-    return RequestScope(gate.around(app), lambda path, status: count(_route_of(path, known), status))
+    return RequestScope(gate.around(app), lambda path: _route_of(path, known), count, tracing)
 
 
 def _route_of(path: str, known: set[str]) -> str:

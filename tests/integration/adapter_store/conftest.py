@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +10,16 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from services.adapter_store.arena import Arena
-from services.adapter_store.assembly import Store, running_store
+from services.adapter_store.assembly import Store, as_replica, running_store
 from services.adapter_store.base_model import load_base_model
 from services.adapter_store.catalogue_servicer import CatalogueServicer
 from services.adapter_store.config import AdapterStoreSettings
-from services.adapter_store.delivery_servicer import add_to_server
+from services.adapter_store.delivery_servicer import MAX_REQUEST_BYTES, add_to_server
 from services.common.grpc_server import GrpcServer
 from tests.fixtures.adapter_files import make_tensors, write_adapter, write_checkpoint_config
 from tests.fixtures.embedded_servers import RedisServer, S3Server
 from tests.fixtures.store_client import StoreClient
+from tests.fixtures.store_process import StoreProcess
 
 
 class Harness:
@@ -80,9 +81,10 @@ async def open_store(
             registry = CollectorRegistry()
             store = await stack.enter_async_context(running_store(settings, base, arena, registry))
             servicer = CatalogueServicer(store)
-            server = GrpcServer("127.0.0.1:0", [])
+            server = GrpcServer("127.0.0.1:0", [], MAX_REQUEST_BYTES)
             add_to_server(servicer, server.grpc)
             await server.start()
+            store.membership.announce(as_replica(settings, server.port, arena))
             stack.push_async_callback(server.grpc.stop, 0)
             client = await stack.enter_async_context(StoreClient(server.port))
             stack.callback(store.cache.check_integrity)
@@ -111,3 +113,42 @@ def make_adapter(tmp_path: Path) -> MakeAdapter:
         return write_adapter(tmp_path / f"adapter-{seed}-{rank}", fields | config, make_tensors(rank, seed))
 
     return make
+
+
+StartStore = Callable[..., StoreProcess]
+
+
+@pytest.fixture
+def start_store(
+    tmp_path: Path, checkpoint: Path, redis_server: RedisServer, s3_server: S3Server
+) -> Iterator[StartStore]:
+    started: list[StoreProcess] = []
+
+    def start(**changes: Any) -> StoreProcess:
+        settings = {
+            "base_model_config": checkpoint,
+            "redis_url": redis_server.url,
+            "redis_timeout_seconds": 2.0,
+            "s3_endpoint": s3_server.endpoint,
+            "s3_bucket": s3_server.bucket,
+            "s3_prefix": "managed",
+            "s3_timeout_seconds": 2.0,
+            "arena_bytes": 4 * 2**20,
+            "arena_dir": tmp_path,
+            "upload_dir": tmp_path,
+            "sweep_seconds": 0.3,
+            "drain_seconds": 5.0,
+        }
+        started.append(StoreProcess(tmp_path, **(settings | changes)))
+        return started[-1]
+
+    yield start
+    for store in started:
+        store.kill()
+        assert store.errors() == []
+
+
+@contextlib.asynccontextmanager
+async def connected(store: StoreProcess) -> AsyncIterator[StoreClient]:
+    async with StoreClient(store.await_listening()) as client:
+        yield client

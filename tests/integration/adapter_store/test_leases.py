@@ -42,7 +42,7 @@ from services.engine.adapters.mapped_arena import ArenaReader
 from services.engine.adapters.store_client import StoreClient
 from tests.fakes.engine_fakes import FakeDevice
 
-client = StoreClient(sys.argv[1], ArenaReader(FakeDevice(1)))
+client = StoreClient([sys.argv[1]], ArenaReader(FakeDevice(1)))
 lease = client.open(sys.argv[2]).lease(time.monotonic() + 20)
 print("nothing" if lease is None else "lent", flush=True)
 input()
@@ -63,7 +63,7 @@ class Engine:
         self.pool = Pool(self.config, torch.float32, torch.device("cpu"))
         self.device = PagedAdapterDevice(self.pool, GROUPS, 8)
         self.arenas = ArenaReader(self.device) if shares else None
-        self.client = StoreClient(address, self.arenas)
+        self.client = StoreClient([address], self.arenas)
         self.loader = AdapterLoader(self.client, self.device, self.config.page_elems, 10.0, lambda: None)
         self.num_loads = 0
 
@@ -195,7 +195,7 @@ def test_bytes_that_went_bad_in_the_arena_are_refused(
 def test_a_lease_keeps_its_bytes_from_eviction_and_deletion(make_store: Callable[..., LeaseStore]) -> None:
     store = make_store(num_adapters=1)
     weights = store.add(A, 1)
-    client = StoreClient(store.address, ArenaReader(FakeDevice(1)))
+    client = StoreClient([store.address], ArenaReader(FakeDevice(1)))
     lease = client.open(A).lease(soon())
     assert lease is not None
     with pytest.raises(SloraError) as full:
@@ -347,7 +347,7 @@ def test_a_reader_without_permission_is_streamed_to(make_store: Callable[..., Le
         "from services.engine.adapters.store_client import StoreClient\n"
         "from tests.fakes.engine_fakes import FakeDevice\n"
         "if not os.getuid(): os.setgid(65534); os.setuid(65534)\n"
-        "fetch = StoreClient(sys.argv[1], ArenaReader(FakeDevice(1))).open(sys.argv[2])\n"
+        "fetch = StoreClient([sys.argv[1]], ArenaReader(FakeDevice(1))).open(sys.argv[2])\n"
         "until = time.monotonic() + 10\n"
         "assert fetch.lease(until) is None\n"
         "sys.stdout.buffer.write(b''.join(fetch.chunks(until)))\n"
@@ -374,7 +374,7 @@ def test_another_arena_is_looked_at_again(
         event = engine.load(A)
         assert isinstance(event, LoadInstalled)
         assert not event.lent
-    assert not engine.arenas.is_worth_trying
+    assert not engine.arenas.may_be_readable(store.arena.arena_id)
     engine.arenas._unreadable.remove(store.arena.arena_id)
     engine.arenas._unreadable.add(b"of a store before")
     event = engine.load(A)
@@ -398,7 +398,7 @@ def test_a_store_without_leases_is_asked_once(
 def test_a_paused_fetch_lets_go_of_its_lease_and_takes_another(make_store: Callable[..., LeaseStore]) -> None:
     store = make_store()
     weights = store.add(A, 1)
-    client = StoreClient(store.address, ArenaReader(FakeDevice(1)))
+    client = StoreClient([store.address], ArenaReader(FakeDevice(1)))
     fetch = client.open(A)
     fetch.manifest(soon())
     assert store.metric("open_leases") == 1
@@ -415,7 +415,7 @@ def test_a_paused_fetch_lets_go_of_its_lease_and_takes_another(make_store: Calla
 def test_a_cancelled_fetch_ends_its_lease(make_store: Callable[..., LeaseStore]) -> None:
     store = make_store()
     store.add(A, 1)
-    client = StoreClient(store.address, ArenaReader(FakeDevice(1)))
+    client = StoreClient([store.address], ArenaReader(FakeDevice(1)))
     fetch = client.open(A)
     lease = fetch.lease(soon())
     assert lease is not None

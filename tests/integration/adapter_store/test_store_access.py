@@ -196,6 +196,7 @@ ONE_OF_EACH = {
     "DeleteAlias": [pb.DeleteAliasRequest(name="x", alias="prod")],
     "UpdateAdapter": [pb.UpdateAdapterRequest(adapter_id="x", pinned=True)],
     "ReportAdapterUse": [pb.ReportAdapterUseRequest()],
+    "ListReplicas": [pb.ListReplicasRequest()],
     "SyncAdapters": [pb.SyncAdaptersRequest(source_uri="s3://adapters/synced/")],
     "ValidateAdapter": [pb.ValidateAdapterRequest(config_chunk=b"{}")],
 }
@@ -286,6 +287,7 @@ def of_id(request: Callable[..., Message], field: str = "adapter_id", **more: An
 
 
 ON_ANOTHERS: dict[str, tuple[Reason | None, list[Attempt]]] = {
+    "ListReplicas": (Reason.NOT_PERMITTED, [lambda name, digest: [pb.ListReplicasRequest()]]),
     "RegisterAdapter": (Reason.NOT_PERMITTED, [of_id(pb.RegisterAdapterRequest, "name", source_uri="s3://adapters/")]),
     "UploadAdapter": (
         Reason.NOT_PERMITTED,

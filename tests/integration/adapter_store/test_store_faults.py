@@ -7,7 +7,7 @@ import contextlib
 import json
 import time
 import urllib.request
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,49 +21,11 @@ from services.adapter_store.arena import SEGMENT_PREFIX
 from services.common.errors import Reason
 from tests.fixtures.embedded_servers import RedisServer, S3Server
 from tests.fixtures.store_client import StoreClient, eventually, reason_of, refused
-from tests.fixtures.store_process import StoreProcess
-from tests.integration.adapter_store.conftest import MakeAdapter, OpenStore
+from tests.integration.adapter_store.conftest import MakeAdapter, OpenStore, StartStore, connected
 
 SERVICE = "slora.adapter_store.v1.AdapterStoreService"
 
-StartStore = Callable[..., StoreProcess]
 AWAY = (Reason.CATALOGUE_UNAVAILABLE, Reason.BLOB_STORE_UNAVAILABLE)
-
-
-@pytest.fixture
-def start_store(
-    tmp_path: Path, checkpoint: Path, redis_server: RedisServer, s3_server: S3Server
-) -> Iterator[StartStore]:
-    started: list[StoreProcess] = []
-
-    def start(**changes: Any) -> StoreProcess:
-        settings = {
-            "base_model_config": checkpoint,
-            "redis_url": redis_server.url,
-            "redis_timeout_seconds": 2.0,
-            "s3_endpoint": s3_server.endpoint,
-            "s3_bucket": s3_server.bucket,
-            "s3_prefix": "managed",
-            "s3_timeout_seconds": 2.0,
-            "arena_bytes": 4 * 2**20,
-            "arena_dir": tmp_path,
-            "upload_dir": tmp_path,
-            "sweep_seconds": 0.3,
-            "drain_seconds": 5.0,
-        }
-        started.append(StoreProcess(tmp_path, **(settings | changes)))
-        return started[-1]
-
-    yield start
-    for store in started:
-        store.kill()
-        assert store.errors() == []
-
-
-@contextlib.asynccontextmanager
-async def connected(store: StoreProcess) -> AsyncIterator[StoreClient]:
-    async with StoreClient(store.await_listening()) as client:
-        yield client
 
 
 async def retried(call: Callable[[], Awaitable[Any]], seconds: float = 20.0) -> Any:

@@ -15,6 +15,7 @@ from slora.gateway.v1 import inference_pb2, inference_pb2_grpc
 
 from services.common.errors import Reason, SloraError
 from services.common.grpc_errors import from_rpc_error
+from services.common.tracing import NO_TRACING
 from services.gateway.config import GatewaySettings
 from services.gateway.gateway import Gateway
 from tests.fakes.fake_adapter_store import FakeAdapterStore
@@ -47,8 +48,9 @@ class Fleet:
         addresses = tuple(engine.address for engine in self.engines)
         everything = {"listen": "127.0.0.1:0", "http": "127.0.0.1:0", **quick, **settings}
         admin_secret = everything.pop("admin_secret", "")
-        settings_given = GatewaySettings(addresses, self.store.address, **everything)
-        self.gateway = Gateway(settings_given, self.registry, admin_secret)
+        tracing = everything.pop("tracing", NO_TRACING)
+        settings_given = GatewaySettings(addresses, (self.store.address,), **everything)
+        self.gateway = Gateway(settings_given, self.registry, admin_secret, tracing)
         await self.gateway.start()
         self.channel = grpc.aio.insecure_channel(f"127.0.0.1:{self.gateway.server.port}")
         self.stub = inference_pb2_grpc.InferenceServiceStub(self.channel)

@@ -14,6 +14,7 @@ from slora.engine.v1 import engine_pb2
 
 from services.common.errors import Reason
 from services.common.settings import AddressError
+from services.common.tls import ServerTls
 from services.gateway.http.server import HttpServer
 from services.local.ports import free_port
 from tests.fakes.fake_engine import FakeEngine, Received, answer_messages, fail_after, hang
@@ -306,11 +307,11 @@ async def test_without_an_address_there_is_no_http(fleet_of: FleetFactory) -> No
 
 
 def test_an_address_that_cannot_be_served_on_is_named() -> None:
-    async def app(*_: Any) -> None: ...
+    async def app(scope: Any, receive: Any, send: Any) -> None: ...
 
     port = free_port()
-    first = HttpServer(f"127.0.0.1:{port}", app)
+    first = HttpServer(f"127.0.0.1:{port}", app, ServerTls())
     for address in (f"127.0.0.1:{port}", "127.0.0.1:x", "127.0.0.1:99999", "nowhere.invalid:80"):
         with pytest.raises(AddressError, match=f"--http {address}"):
-            HttpServer(address, app)
+            HttpServer(address, app, ServerTls())
     asyncio.run(first.stop())

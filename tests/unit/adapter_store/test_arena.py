@@ -54,6 +54,31 @@ def test_a_killed_owners_segment_is_removed_and_a_living_ones_kept(tmp_path: Pat
     fresh.close()
 
 
+@pytest.mark.parametrize("how", ["a link", "another name", "a pipe", "a folder", "another user's"])
+def test_what_only_has_a_stale_arenas_name_keeps_its_content(
+    tmp_path: Path, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory, precious = tmp_path / "shm", tmp_path / "precious"
+    directory.mkdir()
+    precious.write_bytes(b"x" * 8192)
+    planted = directory / f"{SEGMENT_PREFIX}1-0"
+    if how == "a link":
+        planted.symlink_to(precious)
+    elif how == "another name":
+        planted.hardlink_to(precious)
+    elif how == "a pipe":
+        os.mkfifo(planted)
+    elif how == "a folder":
+        planted.mkdir()
+    else:
+        precious = planted
+        planted.write_bytes(b"x" * 8192)
+        monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
+    Arena(4096, str(directory)).close()
+    assert planted.is_symlink() or planted.exists()
+    assert precious.read_bytes() == b"x" * 8192
+
+
 def test_an_arena_that_cannot_be_had_says_which_setting_is_wrong(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="arena_bytes is 100"):
         Arena(100, str(tmp_path))

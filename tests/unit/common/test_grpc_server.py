@@ -36,6 +36,20 @@ async def test_a_server_that_does_not_serve_is_alive(serving: bool) -> None:
         await server.grpc.stop(0)
 
 
+async def test_calls_that_come_all_at_once_are_all_answered() -> None:
+    # grpc's own bound is 1000 that wait to be looked at: it cancels the rest, without a reason.
+    server = GrpcServer("127.0.0.1:0", ["a.Service"])
+    await server.start()
+    try:
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
+            check = channel.unary_unary("/grpc.health.v1.Health/Check")
+            calls = [check(health_pb2.HealthCheckRequest().SerializeToString(), timeout=60) for _ in range(2500)]
+            answers = await asyncio.gather(*calls, return_exceptions=True)
+        assert not [answer for answer in answers if isinstance(answer, BaseException)]
+    finally:
+        await server.grpc.stop(0)
+
+
 async def stream_for_ever(_: bytes, context: grpc.aio.ServicerContext[bytes, bytes]) -> AsyncIterator[bytes]:
     yield b"begun"
     await asyncio.Event().wait()

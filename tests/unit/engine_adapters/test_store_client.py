@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import socket
 import threading
 import time
@@ -11,109 +10,16 @@ from concurrent import futures
 
 import grpc
 import pytest
-from slora.adapter_store.v1 import adapter_pb2, adapter_store_pb2, adapter_store_pb2_grpc
+from slora.adapter_store.v1 import adapter_pb2, adapter_store_pb2_grpc
 
 from services.common.errors import Reason, SloraError
-from services.common.grpc_errors import to_grpc_status
 from services.common.grpc_server import SERVER_OPTIONS
-from services.common.packed_digest import packed_digest
+from services.engine.adapters.fetch_client import StoreFetch
 from services.engine.adapters.layout import AdapterLayout, ModulePlacement, TargetModule
 from services.engine.adapters.source import FetchCancelled
-from services.engine.adapters.store_client import StoreClient, StoreFetch
+from services.engine.adapters.store_client import StoreClient
 from tests.fakes.engine_fakes import digest_of
-
-DIGEST = digest_of("a")
-CHUNK = 1000
-SEED = random.SystemRandom().randrange(1 << 32)
-
-
-def weights_and_manifest() -> tuple[bytes, adapter_pb2.PackedManifest]:
-    layer_elems = 3 * 8 * 16 + 3 * 8 * 32 + 5 * 32 * 2
-    weights = random.Random(SEED).randbytes(2 * layer_elems * 4)
-    modules = [
-        adapter_pb2.PackedModule(
-            target_module=adapter_pb2.TARGET_MODULE_Q,
-            rank=24,
-            in_features=15,
-            out_features=32,
-            lora_a_offset=0,
-            lora_b_offset=24 * 16,
-        ),
-        adapter_pb2.PackedModule(
-            target_module=adapter_pb2.TARGET_MODULE_DOWN,
-            rank=5,
-            in_features=32,
-            out_features=32,
-            lora_a_offset=24 * 48,
-            lora_b_offset=24 * 48 + 5 * 32,
-        ),
-    ]
-    manifest = adapter_pb2.PackedManifest(
-        digest=DIGEST,
-        packed_digest=packed_digest(weights),
-        element_type=adapter_pb2.ELEMENT_TYPE_FLOAT32,
-        tile_elems=16,
-        num_layers=2,
-        layer_elems=layer_elems,
-        packed_bytes=len(weights),
-        layers=[adapter_pb2.PackedLayer(modules=modules), adapter_pb2.PackedLayer()],
-    )
-    return weights, manifest
-
-
-Answer = Callable[[adapter_store_pb2.FetchAdapterRequest, grpc.ServicerContext], Iterator[object]]
-
-
-class FakeStore(adapter_store_pb2_grpc.AdapterStoreServiceServicer):
-    """Answers call number n with `script[n]`, and rightly when the script is over."""
-
-    def __init__(self) -> None:
-        self.weights, self.manifest = weights_and_manifest()
-        self.script: list[Answer] = []
-        self.requests: list[adapter_store_pb2.FetchAdapterRequest] = []
-        self.ended = threading.Semaphore(0)
-
-    def FetchAdapter(self, request, context):  # type: ignore[no-untyped-def]
-        self.requests.append(request)
-        context.add_callback(self.ended.release)
-        number = len(self.requests) - 1
-        answer = self.script[number] if number < len(self.script) else self.right
-        for part in answer(request, context):
-            if isinstance(part, SloraError):
-                context.abort_with_status(to_grpc_status(part))
-            elif isinstance(part, adapter_pb2.PackedManifest):
-                yield adapter_store_pb2.FetchAdapterResponse(manifest=part)
-            else:
-                yield adapter_store_pb2.FetchAdapterResponse(chunk=part)
-
-    def right(self, request, context):  # type: ignore[no-untyped-def]
-        yield self.manifest
-        for start in range(request.offset, len(self.weights), CHUNK):
-            yield self.weights[start : start + CHUNK]
-
-    def cut_after(self, num_bytes: int, how: SloraError | None) -> Answer:
-        def answer(request, context):  # type: ignore[no-untyped-def]
-            yield self.manifest
-            sent = 0
-            for start in range(request.offset, len(self.weights), CHUNK):
-                if sent >= num_bytes:
-                    break
-                yield self.weights[start : start + CHUNK]
-                sent += CHUNK
-            if how is not None:
-                yield how
-
-        return answer
-
-
-UNAVAILABLE = SloraError(Reason.BLOB_STORE_UNAVAILABLE, "S3 is away", bucket="b")
-
-
-def hang(request: object, context: grpc.ServicerContext) -> Iterator[object]:
-    ended = threading.Event()
-    context.add_callback(ended.set)
-    ended.wait(20)
-    return iter(())
+from tests.fakes.fake_weight_store import CHUNK, DIGEST, SEED, UNAVAILABLE, FakeStore, iter_then_hang, served
 
 
 @pytest.fixture
@@ -123,17 +29,13 @@ def store() -> FakeStore:
 
 @pytest.fixture
 def address(store: FakeStore) -> Iterator[str]:
-    server = grpc.server(futures.ThreadPoolExecutor(8), options=SERVER_OPTIONS)
-    adapter_store_pb2_grpc.add_AdapterStoreServiceServicer_to_server(store, server)
-    port = server.add_insecure_port("127.0.0.1:0")
-    server.start()
-    yield f"127.0.0.1:{port}"
-    server.stop(0).wait()
+    with served(store) as address:
+        yield address
 
 
 @pytest.fixture
 def client(address: str) -> Iterator[StoreClient]:
-    client = StoreClient(address)
+    client = StoreClient([address])
     yield client
     client.close()
 
@@ -187,7 +89,7 @@ def test_a_store_that_comes_up_later_is_found(store: FakeStore) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    client = StoreClient(f"127.0.0.1:{port}")
+    client = StoreClient([f"127.0.0.1:{port}"])
     servers = []
 
     def come_up() -> None:
@@ -210,7 +112,7 @@ def test_a_store_that_stays_away_is_reported_in_time() -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{probe.getsockname()[1]}"
-    client = StoreClient(address)
+    client = StoreClient([address])
     began = time.monotonic()
     error = failure(lambda: client.open(DIGEST).manifest(soon(0.5)))
     assert error.reason is Reason.ADAPTER_STORE_UNAVAILABLE
@@ -245,13 +147,6 @@ def test_a_store_that_hangs_ends_in_an_error_in_time(store: FakeStore, client: S
     assert error.reason is Reason.ADAPTER_STORE_UNAVAILABLE
     assert "in time" in error.message
     assert time.monotonic() - began < 3
-
-
-def iter_then_hang(
-    parts: list[object], request: adapter_store_pb2.FetchAdapterRequest, context: grpc.ServicerContext
-) -> Iterator[object]:
-    yield from parts
-    hang(request, context)
 
 
 @pytest.mark.parametrize("how", ["cancel", "close"])

@@ -36,7 +36,7 @@ def directory(tmp_path: Path) -> Path:
 def settings(directory: Path, base_model: str, random_weights: bool = True) -> EngineSettings:
     return EngineSettings(
         checkpoint=str(directory),
-        adapter_store="",
+        adapter_store=(),
         base_model=base_model,
         dtype="float32",
         num_pages=8,

@@ -20,6 +20,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from services.common.errors import SloraError
 from services.common.grpc_client import open_channel
 from services.common.grpc_server import GrpcServer
+from services.common.tracing import NO_TRACING, Tracing
 from services.engine.frontend.metrics import EngineMetrics
 from services.engine.frontend.serving import Frontend
 from services.engine.frontend.tokenizer import TextTokenizer, load_tokenizer
@@ -208,12 +209,17 @@ def tokenizer(checkpoints: dict[str, Path]) -> TextTokenizer:
 
 
 @pytest.fixture
-async def engine(tokenizer: TextTokenizer) -> AsyncIterator[Engine]:
+def tracing() -> Tracing:
+    return NO_TRACING
+
+
+@pytest.fixture
+async def engine(tokenizer: TextTokenizer, tracing: Tracing) -> AsyncIterator[Engine]:
     metrics = EngineMetrics()
     ids = (f"engine-{n}" for n in itertools.count(1))
-    frontend = Frontend(tokenizer, metrics, "tiny", ids.__next__)
+    frontend = Frontend(tokenizer, metrics, "tiny", ids.__next__, tracing)
     core = FakeCore(frontend)
-    server = GrpcServer("127.0.0.1:0", [SERVICE_NAME])
+    server = GrpcServer("127.0.0.1:0", [SERVICE_NAME], tracing=tracing)
     engine_pb2_grpc.add_EngineServiceServicer_to_server(EngineServicer(frontend), server.grpc)
     await server.start()
     core.become_ready()

@@ -99,7 +99,7 @@ async def test_what_the_core_counts(engine: Any, sample: Callable[[str], float])
         num_passed_by_total=16,
         service_spread=17.5,
     )
-    engine.core.report(load=load, loaded=[AdapterLoaded(Adapter("poet@1", DIGEST), 0.25, 1000)])
+    engine.core.report(load=load, loaded=[AdapterLoaded(Adapter("poet@1", DIGEST), 0.25, 1000, False, "store-1", 2)])
     expected = {
         "running_sequences": 1,
         "waiting_sequences": 2,
@@ -122,6 +122,8 @@ async def test_what_the_core_counts(engine: Any, sample: Callable[[str], float])
         "core_up": 1,
         'adapter_load_seconds_count{adapter="poet@1"}': 1,
         'adapter_load_seconds_sum{adapter="poet@1"}': 0.25,
+        'adapter_loads_total{replica="store-1"}': 1,
+        "store_failovers_total": 2,
     }
     for name, value in expected.items():
         assert sample(f"slora_engine_{name}") == value, name

@@ -35,7 +35,7 @@ def test_what_is_loopback(address: str, expected: bool) -> None:
 
 
 def settings_of(**fields: str) -> GatewaySettings:
-    return GatewaySettings(("engine:1",), "store:1", **{"tenancy_redis": "redis://x", **fields})  # type: ignore[arg-type]
+    return GatewaySettings(("engine:1",), ("store:1",), **{"tenancy_redis": "redis://x", **fields})  # type: ignore[arg-type]
 
 
 def test_the_admin_key_comes_from_a_file_or_the_environment(tmp_path: Path) -> None:

@@ -34,6 +34,16 @@ imagePullPolicy: {{ $.Values.image.pullPolicy }}
 {{- end }}
 {{- end }}
 
+{{/* What all services are told of logs and traces: (list $ "ENGINE"). */}}
+{{- define "slora.telemetry" -}}
+{{- $values := (index . 0).Values -}}
+{{- $own := dict
+    "log_format" $values.logFormat
+    "otlp_endpoint" $values.tracing.endpoint
+    "trace_sample_ratio" $values.tracing.sampleRatio -}}
+{{ include "slora.settings" (list (index . 1) $own) }}
+{{- end }}
+
 {{/* Alive: the process answers. A loading engine and a draining service are, and must not be restarted for it. */}}
 {{- define "slora.probes" -}}
 {{- $port := index . 0 -}}
@@ -191,11 +201,16 @@ env:
 {{- include "slora.secretVariable" (list . "AWS_ACCESS_KEY_ID" "s3-access-key" .Values.s3.bundled) | nindent 2 }}
 {{- include "slora.secretVariable" (list . "AWS_SECRET_ACCESS_KEY" "s3-secret-key" .Values.s3.bundled) | nindent 2 }}
   - {name: AWS_DEFAULT_REGION, value: {{ .Values.s3.region | quote }}}
+  # By its name it keeps its adapters over a restart; by its address the others, engines and gateways reach it.
+  - {name: REPLICA_ID, valueFrom: {fieldRef: {fieldPath: {{ eq .Values.adapterStore.placement "node" | ternary "spec.nodeName" "metadata.name" }}}}}
+  - {name: POD_IP, valueFrom: {fieldRef: {fieldPath: status.podIP}}}
 {{- $redis := printf "redis://:$(REDIS_PASSWORD)@%s-redis:6379/0" .Release.Name }}
 {{- $s3 := printf "http://%s-s3:9000" .Release.Name }}
 {{- $own := dict
     "listen" "0.0.0.0:50052"
     "metrics" "0.0.0.0:9052"
+    "replica_id" "$(REPLICA_ID)"
+    "advertise" "$(POD_IP)"
     "base_model" .Values.model.name
     "base_model_config" (include "slora.modelPath" .)
     "redis_url" (.Values.redis.bundled | ternary $redis .Values.redis.url)
@@ -209,6 +224,7 @@ env:
     "allow_anonymous" (not (or .Values.auth.tokens .Values.tls.services)) }}
 {{- $own = merge $own (include "slora.serverTls" (list .Values.tls.services "/certificates" true 50058) | fromYaml) }}
 {{- include "slora.settings" (list "ADAPTER_STORE" $own) | trim | nindent 2 }}
+{{- include "slora.telemetry" (list . "ADAPTER_STORE") | trim | nindent 2 }}
 {{- include "slora.settings" (list "ADAPTER_STORE" .Values.adapterStore.settings) | trim | nindent 2 }}
 {{ include "slora.probes" (list (empty .Values.tls.services | ternary 50052 50058) "") }}
 {{ include "slora.lifecycle" . }}

@@ -149,12 +149,14 @@ class FetchAdapterResponse(_message.Message):
     def __init__(self, manifest: _Optional[_Union[_adapter_pb2.PackedManifest, _Mapping]] = ..., chunk: _Optional[bytes] = ..., arena_id: _Optional[bytes] = ...) -> None: ...
 
 class ShareAdapterRequest(_message.Message):
-    __slots__ = ("digest", "copied")
+    __slots__ = ("digest", "copied", "only_resident")
     DIGEST_FIELD_NUMBER: _ClassVar[int]
     COPIED_FIELD_NUMBER: _ClassVar[int]
+    ONLY_RESIDENT_FIELD_NUMBER: _ClassVar[int]
     digest: str
     copied: CopiedExtent
-    def __init__(self, digest: _Optional[str] = ..., copied: _Optional[_Union[CopiedExtent, _Mapping]] = ...) -> None: ...
+    only_resident: bool
+    def __init__(self, digest: _Optional[str] = ..., copied: _Optional[_Union[CopiedExtent, _Mapping]] = ..., only_resident: _Optional[bool] = ...) -> None: ...
 
 class CopiedExtent(_message.Message):
     __slots__ = ()
@@ -378,3 +380,31 @@ class ModuleWidths(_message.Message):
     base_in_features: int
     base_out_features: int
     def __init__(self, target_module: _Optional[_Union[_adapter_pb2.TargetModule, str]] = ..., ranks: _Optional[_Iterable[int]] = ..., in_features: _Optional[int] = ..., out_features: _Optional[int] = ..., base_in_features: _Optional[int] = ..., base_out_features: _Optional[int] = ...) -> None: ...
+
+class ListReplicasRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ListReplicasResponse(_message.Message):
+    __slots__ = ("replicas", "num_homes", "is_current")
+    REPLICAS_FIELD_NUMBER: _ClassVar[int]
+    NUM_HOMES_FIELD_NUMBER: _ClassVar[int]
+    IS_CURRENT_FIELD_NUMBER: _ClassVar[int]
+    replicas: _containers.RepeatedCompositeFieldContainer[Replica]
+    num_homes: int
+    is_current: bool
+    def __init__(self, replicas: _Optional[_Iterable[_Union[Replica, _Mapping]]] = ..., num_homes: _Optional[int] = ..., is_current: _Optional[bool] = ...) -> None: ...
+
+class Replica(_message.Message):
+    __slots__ = ("replica_id", "address", "weight", "is_draining", "arena")
+    REPLICA_ID_FIELD_NUMBER: _ClassVar[int]
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_FIELD_NUMBER: _ClassVar[int]
+    IS_DRAINING_FIELD_NUMBER: _ClassVar[int]
+    ARENA_FIELD_NUMBER: _ClassVar[int]
+    replica_id: str
+    address: str
+    weight: int
+    is_draining: bool
+    arena: Arena
+    def __init__(self, replica_id: _Optional[str] = ..., address: _Optional[str] = ..., weight: _Optional[int] = ..., is_draining: _Optional[bool] = ..., arena: _Optional[_Union[Arena, _Mapping]] = ...) -> None: ...

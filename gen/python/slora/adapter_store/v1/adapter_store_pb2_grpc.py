@@ -112,6 +112,11 @@ class AdapterStoreServiceStub:
                 request_serializer=slora_dot_adapter__store_dot_v1_dot_adapter__store__pb2.ValidateAdapterRequest.SerializeToString,
                 response_deserializer=slora_dot_adapter__store_dot_v1_dot_adapter__store__pb2.ValidateAdapterResponse.FromString,
                 _registered_method=True)
+        self.ListReplicas = channel.unary_unary(
+                '/slora.adapter_store.v1.AdapterStoreService/ListReplicas',
+                request_serializer=slora_dot_adapter__store_dot_v1_dot_adapter__store__pb2.ListReplicasRequest.SerializeToString,
+                response_deserializer=slora_dot_adapter__store_dot_v1_dot_adapter__store__pb2.ListReplicasResponse.FromString,
+                _registered_method=True)
 
 
 class AdapterStoreServiceServicer:
@@ -193,7 +198,7 @@ class AdapterStoreServiceServicer:
         used. A call that ends otherwise (either side is gone, the reader took too long) proves nothing about the bytes. A
         reader that needs nothing more cancels the call. Idempotent. Read through from S3 like FetchAdapter.
         Errors: as FetchAdapter; INVALID_ARGUMENT (a message out of order, or missing); DEADLINE_EXCEEDED (the reader kept
-        the lease for too long: it has ended).
+        the lease for too long: it has ended); NOT_FOUND (ADAPTER_NOT_RESIDENT: see only_resident).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -261,6 +266,14 @@ class AdapterStoreServiceServicer:
         """Says whether an adapter could be served, and what is wrong with it, by the checks that registering makes. Chunks
         of adapter_config.json, then of adapter_model.safetensors. Stores nothing. What is wrong with the adapter is in the
         answer; errors are INVALID_ARGUMENT (order of messages), RESOURCE_EXHAUSTED (over the store's limit).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListReplicas(self, request, context):
+        """Names the replicas: the stores of this catalogue that were heard of in the last seconds, and this one. Asked of any
+        of them, about once a second; answered from memory, also with Redis away. Idempotent. Errors: none of its own.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -338,6 +351,11 @@ def add_AdapterStoreServiceServicer_to_server(servicer, server):
                     servicer.ValidateAdapter,
                     request_deserializer=slora_dot_adapter__store_dot_v1_dot_adapter__store__pb2.ValidateAdapterRequest.FromString,
                     response_serializer=slora_dot_adapter__store_dot_v1_dot_adapter__store__pb2.ValidateAdapterResponse.SerializeToString,
+            ),
+            'ListReplicas': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListReplicas,
+                    request_deserializer=slora_dot_adapter__store_dot_v1_dot_adapter__store__pb2.ListReplicasRequest.FromString,
+                    response_serializer=slora_dot_adapter__store_dot_v1_dot_adapter__store__pb2.ListReplicasResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -726,6 +744,33 @@ class AdapterStoreService:
             '/slora.adapter_store.v1.AdapterStoreService/ValidateAdapter',
             slora_dot_adapter__store_dot_v1_dot_adapter__store__pb2.ValidateAdapterRequest.SerializeToString,
             slora_dot_adapter__store_dot_v1_dot_adapter__store__pb2.ValidateAdapterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListReplicas(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/slora.adapter_store.v1.AdapterStoreService/ListReplicas',
+            slora_dot_adapter__store_dot_v1_dot_adapter__store__pb2.ListReplicasRequest.SerializeToString,
+            slora_dot_adapter__store_dot_v1_dot_adapter__store__pb2.ListReplicasResponse.FromString,
             options,
             channel_credentials,
             insecure,
