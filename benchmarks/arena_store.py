@@ -145,8 +145,8 @@ def _arena_dir(num_bytes: int) -> str:
 
 
 async def _serve(cache: HostCache, port: int) -> None:
-    async def pin(digest: str, only_resident: bool) -> Pin:
-        found = cache.pin(digest)
+    async def pin(digest: str, only_resident: bool, tp_rank: int, tp_size: int) -> Pin:
+        found = cache.pin(digest, tp_rank, tp_size)
         assert found is not None, digest
         return found
 

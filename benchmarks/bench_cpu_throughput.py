@@ -163,7 +163,8 @@ def main() -> None:
             for i in range(NUM_ADAPTERS)
         }
         requests = draw_requests(config)
-        options = {"max_running": NUM_REQUESTS, "max_step_tokens": 512, "pool_bytes": 2 * 2**30}
+        # Rounds repeat their prompts: they are to be computed each time, as PEFT does.
+        options = {"max_running": NUM_REQUESTS, "max_step_tokens": 512, "pool_bytes": 2 * 2**30, "prefix_cache": False}
         say("starting slora and loading PEFT ...")
         with LocalStack(root / "state", root / "model", engine_options=options) as stack:
             with AdapterClient(stack.store_address) as store:

@@ -19,7 +19,7 @@ def lora_expand(y: torch.Tensor, u: torch.Tensor, tiles: torch.Tensor, plan: Lor
     """Adds what the adapters say to `y`."""
     place = 0
     if plan.rows is not None:
-        place = plan.rows.owner.numel()
+        place = plan.rows.places.numel() or plan.rows.owner.numel()
         _expand_rows(y[: plan.rows.num_tokens], u[:place], tiles, plan.rows)
     for part in plan.segments:
         size = (part.end - part.begin) * part.rank

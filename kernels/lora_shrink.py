@@ -4,8 +4,9 @@ Semantics: for token i with adapter a and each module m of the group, `u[i, m] =
 adapter's own rank.
 
 Shapes: x `[num_tokens, in_features]`; tiles `[num_tiles, tile_elems]`, the layer's pool; u is flat: the rows' ranks
-end to end, token after token and in a token module after module, then each segment's `[tokens, rank]`. It is float32
-or wider than x's type, never narrower. Source: S-LoRA section 6; see lora_plan.
+end to end, token after token and in a token module after module, then each segment's `[tokens, rank]`; of a rank space
+that is split over processes, this process's part of each. It is float32 or wider than x's type, never narrower.
+Source: S-LoRA section 6; see lora_plan.
 """
 
 from __future__ import annotations
@@ -52,5 +53,5 @@ def _fold(parts: torch.Tensor) -> torch.Tensor:
 
 
 def _shrink_segment(x: torch.Tensor, tiles: torch.Tensor, plan: SegmentPlan) -> torch.Tensor:
-    lora_a = tiles.index_select(0, plan.a_tiles).view(plan.rank, -1)[:, : x.shape[1]]
+    lora_a = tiles.index_select(0, plan.a_tiles).view(plan.num_rows, -1)[:, : x.shape[1]]
     return product(x, lora_a).flatten().float()

@@ -115,7 +115,7 @@ def make_stack(model: BenchModel, load: ServicesLoad, scratch: Path) -> LocalSta
             "arena_dir": load.arena_dir,
             "s3_prefix": "uploads",
         },
-        engine_options={"device": model.device, "random_weights": True, "max_adapters": 2048},
+        engine_options={"device": model.device, "random_weights": True, "max_adapters": 2048, "prefix_cache": False},
         start_timeout_seconds=START_SECONDS,
         report=say,
     )

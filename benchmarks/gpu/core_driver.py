@@ -13,7 +13,7 @@ from services.engine.config import EngineSettings
 from services.engine.core.engine_core import EngineCore
 from services.engine.execution.gpu.gpu_runner import GpuRunner
 from services.engine.execution.model_runner import ModelRunner
-from services.engine.messages import Adapter, Generate, SamplingParams, StepReport, StopParams
+from services.engine.messages import Adapter, CoreLoad, Generate, SamplingParams, StepReport, StopParams
 
 GREEDY = SamplingParams(temperature=0.0)
 _ids = itertools.count(1)
@@ -36,6 +36,8 @@ class CoreRun:
     finished: dict[int, float] = field(default_factory=dict)
     # Tokens and time of every report that had any.
     reports: list[tuple[float, int]] = field(default_factory=list)
+    # As the last report had it.
+    load: CoreLoad = field(default_factory=CoreLoad)
 
     @property
     def seconds(self) -> float:
@@ -88,5 +90,6 @@ def _note(run: CoreRun, report: StepReport, now: float) -> None:
         if token.finish is not None:
             run.finished[token.request_id] = now
     run.num_tokens += len(report.tokens)
+    run.load = report.load
     if report.tokens:
         run.reports.append((now, len(report.tokens)))

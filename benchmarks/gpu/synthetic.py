@@ -44,6 +44,14 @@ SHAPES: dict[str, dict[str, object]] = {
         "num_attention_heads": 32,
         "num_key_value_heads": 8,
     },
+    "llama-100m": {
+        "vocab_size": 16384,
+        "hidden_size": 768,
+        "intermediate_size": 2048,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 4,
+    },
     "small": {
         "vocab_size": 512,
         "hidden_size": 128,
@@ -83,6 +91,8 @@ def settings_of(directory: Path, model: str, max_len: int, dtype: str, **more: o
         "random_weights": True,
         "device": "cuda",
         "max_adapters": 2048,
+        # Rounds repeat their prompts: they are to be computed each time.
+        "prefix_cache": False,
     }
     return EngineSettings(**(fields | more)).for_device()  # type: ignore[arg-type]
 

@@ -122,7 +122,11 @@ class ChunkReader:
             finish_reason=_FINISH_REASONS.get(completion.finish_reason),
             stop_string=completion.stop_string if completion.HasField("stop_string") else None,
             stop_token_id=completion.stop_token_id if completion.HasField("stop_token_id") else None,
-            usage=Usage(completion.usage.num_prompt_tokens, completion.usage.num_completion_tokens),
+            usage=Usage(
+                completion.usage.num_prompt_tokens,
+                completion.usage.num_completion_tokens,
+                completion.usage.num_cached_tokens,
+            ),
         )
 
     def check_complete(self) -> None:

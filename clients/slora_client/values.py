@@ -47,6 +47,8 @@ class Usage:
 
     num_prompt_tokens: int
     num_completion_tokens: int
+    num_cached_tokens: int = 0
+    """Of the prompt's tokens, those that the engine had computed before, for another request that began alike."""
 
 
 @dataclass(frozen=True, slots=True)

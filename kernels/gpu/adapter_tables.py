@@ -4,7 +4,8 @@ An adapter's layer is an array of elements cut into pages by its page table. For
 base model is packed in tiles of the same `tile_elems`, and every row is whole tiles, so rows, offsets and pages are
 all counted in tiles. Modules that share their input form a *group* (q k v; gate up; o and down alone), packed one
 right after the other: the rows of A of a group are one run of rows of `in_features` elements, the rows of B transposed
-of each module one run of rows of its `out_features`. In rank space the ranks of a group's modules lie end to end.
+of each module one run of rows of its `out_features`. In rank space the ranks of a group's modules lie end to end. Where
+the rank space of a group is split over processes (kernels.lora_plan), the run holds a part of the rows of A.
 
 What does not change in a model (strides, sizes, blocks) is compiled into kernels, and looked up once for all layers: a
 step launches two kernels for every group of every layer, and the host's time for each counts.
@@ -86,6 +87,8 @@ class LoraGroup:
     in_features: int
     # One for each of the group's 1 to 3 modules.
     out_features: tuple[int, ...]
+    # Over how many processes the group's rank space is split.
+    rank_parts: int = 1
 
     @property
     def num_modules(self) -> int:
@@ -108,8 +111,8 @@ class LoraGroup:
 
 
 @triton.jit
-def group_rows(rank_ptr, tile_ptr, entry, NUM_MODULES: tl.constexpr):
-    """The group's total rank and the first tile of its run of rows, for the table entry of its first module."""
+def group_rows(rank_ptr, tile_ptr, entry, NUM_MODULES: tl.constexpr, RANK_PARTS: tl.constexpr):
+    """How many rows of A of the group are held, and the first tile of their run, for the entry of its first module."""
     total = tl.load(rank_ptr + entry)
     first = tl.load(tile_ptr + entry)
     for module in tl.static_range(1, NUM_MODULES):
@@ -118,6 +121,8 @@ def group_rows(rank_ptr, tile_ptr, entry, NUM_MODULES: tl.constexpr):
         # The run begins where the first module that the adapter has begins.
         first = tl.where(total > 0, first, tile)
         total += rank
+    if RANK_PARTS > 1:
+        total = tl.cdiv(total, RANK_PARTS)
     return total, first
 
 

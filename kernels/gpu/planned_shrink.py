@@ -53,6 +53,7 @@ def _launch(
     programs = max(1, blocks.programs * _num_sms(layout.device) // num_splits)
     gdc = has_early_launch(layout.device)
     constants = layout.constants(group, page_elems) | {
+        "RANK_PARTS": group.rank_parts,
         "IN_TILES": in_tiles,
         "OWN_TILES": tiles_per_split,
         "U_STRIDE": u_stride,
@@ -77,7 +78,8 @@ def _num_sms(device: torch.device) -> int:
 def _planned_shrink_kernel(
     x_ptr, slots_ptr, starts_ptr, pages_ptr, page_table_ptr, rank_ptr, a_tile_ptr, u_ptr,
     plan_offset, batch, x_stride, table_offset,
-    NUM_MODULES: tl.constexpr, TILE: tl.constexpr, PAGE_TILES: tl.constexpr, TABLE_STRIDE: tl.constexpr,
+    NUM_MODULES: tl.constexpr, RANK_PARTS: tl.constexpr,
+    TILE: tl.constexpr, PAGE_TILES: tl.constexpr, TABLE_STRIDE: tl.constexpr,
     PAGE_TABLE_STRIDE: tl.constexpr, IN_TILES: tl.constexpr, OWN_TILES: tl.constexpr, U_STRIDE: tl.constexpr,
     BATCH: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, GDC: tl.constexpr,
 ):  # fmt: skip
@@ -104,7 +106,7 @@ def _planned_shrink_kernel(
     # One token after the other, as far as the program's items go.
     while item < end:
         token, slot, number = find_item(keys, item)
-        total, first = group_rows(rank_ptr, a_tile_ptr, slot * TABLE_STRIDE, NUM_MODULES)
+        total, first = group_rows(rank_ptr, a_tile_ptr, slot * TABLE_STRIDE, NUM_MODULES, RANK_PARTS)
         pages_of = page_table_ptr + slot * PAGE_TABLE_STRIDE
         row = number * BLOCK_R
         row_end = tl.minimum(total, row + (end - item) * BLOCK_R)

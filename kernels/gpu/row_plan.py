@@ -96,7 +96,7 @@ class RowPlanner:
         device = tables.rank.device
         self._starts = torch.empty(num_layers * len(groups) * (max_batch + 1), dtype=torch.int32, device=device)
         self._order = torch.empty(num_layers * len(groups) * max_batch, dtype=torch.int32, device=device)
-        fields = [(group.first_module, group.num_modules) for group in groups]
+        fields = [(group.first_module, group.num_modules, group.rank_parts) for group in groups]
         self._fields = torch.tensor(fields, dtype=torch.int32, device=device)
 
     def needs_plan(self, batch: int) -> bool:
@@ -160,13 +160,14 @@ def _plan_rows_kernel(
     group = tl.program_id(1)
     tokens = tl.arange(0, BATCH)
     slot = tl.load(slots_ptr + tokens, mask=tokens < batch, other=-1)
-    first_module = tl.load(groups_ptr + 2 * group)
-    group_modules = tl.load(groups_ptr + 2 * group + 1)
+    first_module = tl.load(groups_ptr + 3 * group)
+    group_modules = tl.load(groups_ptr + 3 * group + 1)
+    rank_parts = tl.load(groups_ptr + 3 * group + 2)
     entry = slot * table_stride + layer * num_modules + first_module
     total = tokens * 0
     for module in tl.static_range(GROUP_MODULES):
         total += tl.load(rank_ptr + entry + module, mask=(slot >= 0) & (module < group_modules), other=0)
-    counts = (total + ROWS - 1) // ROWS
+    counts = tl.cdiv(tl.cdiv(total, rank_parts), ROWS)
     starts = tl.cumsum(counts, 0) - counts
     place = layer * tl.num_programs(1) + group
     starts_ptr += place * (batch + 1)

@@ -98,6 +98,7 @@ def _launch(
     tiles_per_split = -(-in_tiles // num_splits)
     gdc = has_early_launch(layout.device)
     constants = layout.constants(group, page_elems) | {
+        "RANK_PARTS": group.rank_parts,
         "IN_TILES": in_tiles,
         "OWN_TILES": tiles_per_split,
         "U_STRIDE": u_stride,
@@ -113,7 +114,8 @@ def _launch(
 @triton.jit(do_not_specialize=["table_offset"])
 def _row_shrink_kernel(
     x_ptr, slots_ptr, pages_ptr, page_table_ptr, rank_ptr, a_tile_ptr, u_ptr, x_stride, table_offset,
-    NUM_MODULES: tl.constexpr, TILE: tl.constexpr, PAGE_TILES: tl.constexpr, TABLE_STRIDE: tl.constexpr,
+    NUM_MODULES: tl.constexpr, RANK_PARTS: tl.constexpr,
+    TILE: tl.constexpr, PAGE_TILES: tl.constexpr, TABLE_STRIDE: tl.constexpr,
     PAGE_TABLE_STRIDE: tl.constexpr, IN_TILES: tl.constexpr, OWN_TILES: tl.constexpr, U_STRIDE: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, GDC: tl.constexpr,
 ):  # fmt: skip
@@ -127,7 +129,7 @@ def _row_shrink_kernel(
         if GDC:
             tl.extra.cuda.gdc_wait()
         return
-    total, first = group_rows(rank_ptr, a_tile_ptr, slot * TABLE_STRIDE + table_offset, NUM_MODULES)
+    total, first = group_rows(rank_ptr, a_tile_ptr, slot * TABLE_STRIDE + table_offset, NUM_MODULES, RANK_PARTS)
     page_table_ptr += slot * PAGE_TABLE_STRIDE
 
     rows = tl.arange(0, BLOCK_R)

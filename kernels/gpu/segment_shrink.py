@@ -111,6 +111,7 @@ def _launch(
     in_tiles = group.in_features // layout.tile_elems
     block_ranks = min(blocks.max_ranks, max(16, triton.next_power_of_2(max_total_rank)))
     constants = layout.constants(group, page_elems) | {
+        "RANK_PARTS": group.rank_parts,
         "IN_TILES": in_tiles,
         "TWO_PAGES": in_tiles * layout.tile_elems <= page_elems,
         "BLOCK_M": block_m,
@@ -124,7 +125,8 @@ def _launch(
 @triton.jit(do_not_specialize=["table_offset", "u_stride"])
 def _segment_shrink_kernel(
     x_ptr, plan_ptr, pages_ptr, page_table_ptr, rank_ptr, a_tile_ptr, u_ptr, x_stride, table_offset, u_stride,
-    NUM_MODULES: tl.constexpr, TILE: tl.constexpr, PAGE_TILES: tl.constexpr, TABLE_STRIDE: tl.constexpr,
+    NUM_MODULES: tl.constexpr, RANK_PARTS: tl.constexpr,
+    TILE: tl.constexpr, PAGE_TILES: tl.constexpr, TABLE_STRIDE: tl.constexpr,
     PAGE_TABLE_STRIDE: tl.constexpr, IN_TILES: tl.constexpr, TWO_PAGES: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
@@ -133,7 +135,7 @@ def _segment_shrink_kernel(
     token = tl.load(plan_ptr + block)
     count = tl.load(plan_ptr + num_blocks + block)
     slot = tl.load(plan_ptr + 2 * num_blocks + block)
-    total, first = group_rows(rank_ptr, a_tile_ptr, slot * TABLE_STRIDE + table_offset, NUM_MODULES)
+    total, first = group_rows(rank_ptr, a_tile_ptr, slot * TABLE_STRIDE + table_offset, NUM_MODULES, RANK_PARTS)
     ranks = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     if tl.program_id(0) * BLOCK_R >= total:
         return

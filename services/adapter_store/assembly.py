@@ -7,6 +7,7 @@ import contextlib
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 
 from prometheus_client import CollectorRegistry
 
@@ -14,7 +15,7 @@ from services.adapter_store.access import Door
 from services.adapter_store.administration import Administration
 from services.adapter_store.arena import Arena
 from services.adapter_store.base_model import BaseModel
-from services.adapter_store.blob_store import BlobStore
+from services.adapter_store.blob_store import BlobStore, S3Limits
 from services.adapter_store.callers import Anyone, Callers, KnownCallers, ServiceTokens
 from services.adapter_store.catalogue import Catalogue
 from services.adapter_store.catalogue_fill import CatalogueFill
@@ -22,7 +23,9 @@ from services.adapter_store.catalogue_marks import CatalogueMarks
 from services.adapter_store.catalogue_redis import CatalogueRedis
 from services.adapter_store.catalogue_sync import CatalogueSync
 from services.adapter_store.catalogue_watch import CatalogueWatches
+from services.adapter_store.cold_fetch import ColdFetch, ColdPlaces
 from services.adapter_store.config import AdapterStoreSettings
+from services.adapter_store.disk_cache import DiskCache, DiskPlace
 from services.adapter_store.host_cache import HostCache
 from services.adapter_store.isolation import Isolation
 from services.adapter_store.journal import Journal, JournalPlace
@@ -32,7 +35,9 @@ from services.adapter_store.pin_keeper import PinKeeper
 from services.adapter_store.registry import AdapterRegistry, UploadPlace
 from services.adapter_store.replica_view import Replica
 from services.adapter_store.residency import Residency
+from services.adapter_store.source_reader import SourceReader
 from services.adapter_store.sync import PrefixSync
+from services.adapter_store.tier_metrics import Tier, TierMetrics
 from services.adapter_store.upkeep import follow_changes, sweep, sync_now_and_then
 from services.adapter_store.upload_spool import UploadSpool
 from services.tenancy.authentication import KeyHolders
@@ -89,6 +94,27 @@ def _open_catalogue(settings: AdapterStoreSettings, blob_store: BlobStore) -> _C
     )
 
 
+def _open_blob_store(settings: AdapterStoreSettings, metrics: TierMetrics) -> BlobStore:
+    limits = S3Limits(
+        settings.s3_timeout_seconds,
+        settings.s3_read_seconds,
+        settings.s3_threads,
+        settings.s3_part_bytes,
+        settings.s3_attempts,
+        settings.max_preparing,
+    )
+    return BlobStore(settings.s3_endpoint, limits, metrics.on_s3_retry)
+
+
+def _open_disk_cache(
+    settings: AdapterStoreSettings, base: BaseModel, threads: ThreadPoolExecutor, metrics: TierMetrics
+) -> DiskCache | None:
+    if not settings.disk_cache_dir:
+        return None
+    place = DiskPlace(Path(settings.disk_cache_dir), settings.disk_cache_bytes, base.packing)
+    return DiskCache(place, threads, metrics)
+
+
 def as_replica(settings: AdapterStoreSettings, port: int, arena: Arena) -> Replica:
     """What a store that listens on `port` says of itself."""
     address = settings.address_at(port)
@@ -121,7 +147,7 @@ async def running_store(
 ) -> AsyncIterator[Store]:
     """A store and its background work for the length of a block. Neither Redis nor S3 need be there. Owns no arena.
 
-    Raises UnusableSettingsError for tokens that cannot be.
+    Raises UnusableSettingsError for tokens, or a disk cache, that cannot be.
     """
     async with _open_door(settings) as door, _working_store(settings, base, arena, metrics_registry, door) as store:
         yield store
@@ -132,20 +158,31 @@ async def _working_store(
     settings: AdapterStoreSettings, base: BaseModel, arena: Arena, metrics_registry: CollectorRegistry, door: Door
 ) -> AsyncIterator[Store]:
     metrics = StoreMetrics(metrics_registry)
-    # Uploads append to their spools on these threads too, and must not wait behind packing.
-    threads = ThreadPoolExecutor(2 * settings.max_preparing + 2, thread_name_prefix="prepare")
-    blob_store = BlobStore(settings.s3_endpoint, settings.s3_timeout_seconds, settings.s3_threads)
+    # Uploads append to their spools on these threads too, and must not wait behind packing or the disk.
+    threads = ThreadPoolExecutor(3 * settings.max_preparing + 2, thread_name_prefix="prepare")
+    disk = _open_disk_cache(settings, base, threads, metrics.tiers)
+    blob_store = _open_blob_store(settings, metrics.tiers)
     parts = _open_catalogue(settings, blob_store)
-    cache = HostCache(arena, metrics.evictions.inc)
+    cache = HostCache(arena, lambda: metrics.tiers.on_evicted(Tier.ARENA))
     metrics.observe_cache(cache.figures)
     metrics.observe_copies(lambda: parts.journal.num_due)
-    limits = {"max_adapter_bytes": settings.max_adapter_bytes, "max_loads": settings.max_preparing}
-    residency = Residency(base, cache, parts.catalogue, parts.synced, blob_store, threads, metrics, **limits)
+    source = SourceReader(blob_store, threads, metrics.tiers, settings.max_adapter_bytes)
+    places = ColdPlaces(parts.catalogue, parts.synced, disk, source)
+    cold = ColdFetch(base, cache, places, threads, metrics.tiers, settings.max_preparing)
+    residency = Residency(base, cache, cold, threads, metrics.tiers)
     pinnable = int(settings.pinned_share * arena.extents.capacity)
     keeper = PinKeeper(parts.catalogue, parts.marks, residency, pinnable)
     uploads = UploadPlace(settings.s3_bucket, settings.s3_prefix)
     registry = AdapterRegistry(
-        base, parts.catalogue, parts.watches, parts.journal, blob_store, residency, uploads, settings.max_preparing
+        base,
+        parts.catalogue,
+        parts.watches,
+        parts.journal,
+        blob_store,
+        residency,
+        source,
+        uploads,
+        settings.max_preparing,
     )
     sync = PrefixSync(base, parts.synced, blob_store, parts.journal, settings.max_adapter_bytes)
     administration = Administration(parts.catalogue, parts.marks, parts.journal, keeper)
@@ -177,6 +214,8 @@ async def _working_store(
         await membership.leave()
         keeper.close()
         await registry.close()
+        if disk is not None:
+            await disk.close()
         await parts.journal.close()
         await parts.redis.close()
         await asyncio.to_thread(blob_store.close)

@@ -1,45 +1,66 @@
-"""S3, for an asyncio program: whole objects in and out, on a pool of threads, every call bounded in time.
+"""S3, for an asyncio program: whole objects in and out, on pools of threads, every call bounded in time.
 
 Raises SOURCE_NOT_FOUND for what does not exist and BLOB_STORE_UNAVAILABLE for a service that cannot be reached, refuses
-the store's credentials or fails; nothing here retries for longer than a few seconds.
+the store's credentials or fails, after a bounded number of tries; `s3_retries` says how they are made.
 """
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import os
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import IO, TYPE_CHECKING, NoReturn, TypeVar
+from typing import IO, TYPE_CHECKING, TypeVar
 
 import boto3
 import botocore.exceptions
-import urllib3.exceptions
 from botocore.config import Config
 
 from services.adapter_store.identifiers import ObjectPrefix
+from services.adapter_store.object_read import ObjectRead, Part
+from services.adapter_store.read_buffers import ReadBuffers
+from services.adapter_store.s3_errors import (
+    TRANSPORT_ERRORS,
+    ObjectChangedError,
+    TruncatedError,
+    explain,
+    unavailable,
+)
+from services.adapter_store.s3_retries import RetryPolicy
 from services.adapter_store.threads import run_to_end
 from services.common.errors import Reason, SloraError
 
 if TYPE_CHECKING:
-    from botocore.response import StreamingBody
     from mypy_boto3_s3 import S3Client
 
 T = TypeVar("T")
 
-READ_BYTES = 2**20
-_MISSING = {"404", "NoSuchKey", "NoSuchBucket", "NotFound"}
-_DENIED = {"403", "AccessDenied", "AllAccessDisabled"}
+_READS_OF_ONE_VERSION = 2
+
+
+@dataclass(frozen=True, slots=True)
+class S3Limits:
+    """Bounds of what is asked of S3.
+
+    `timeout_seconds`: longest silence. `read_seconds`: longest read of one object, tries included. `num_threads`: most
+    reads at once, and most calls of other kinds. `part_bytes`: larger objects are read in ranges of this size.
+    `max_attempts`: tries of a request. `kept_buffers`: most buffers kept for objects to come.
+    """
+
+    timeout_seconds: float
+    read_seconds: float
+    num_threads: int
+    part_bytes: int
+    max_attempts: int
+    kept_buffers: int
 
 
 @dataclass(frozen=True, slots=True)
 class Blob:
-    """A whole object: its bytes, their SHA-256 in hexadecimal, and the ETag the service gave."""
+    """A whole object: its bytes, and the ETag the service gave."""
 
     content: memoryview
-    sha256: str
     etag: str
 
 
@@ -56,19 +77,38 @@ class ListedObject:
 class BlobStore:
     """Reads and writes objects of any bucket that the process's AWS credentials reach."""
 
-    def __init__(self, endpoint: str, timeout_seconds: float, num_threads: int) -> None:
+    def __init__(self, endpoint: str, limits: S3Limits, on_retry: Callable[[str], None]) -> None:
         # The client is made on first use, on a thread: it reads shared files and may ask an instance's metadata.
         self._endpoint = endpoint
-        self._timeout_seconds = timeout_seconds
-        self._num_threads = num_threads
-        self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="s3")
+        self._limits = limits
+        self._on_retry = on_retry
+        self._retries = RetryPolicy(limits.max_attempts, 2 * limits.timeout_seconds, on_retry)
+        self._buffers = ReadBuffers(limits.kept_buffers)
+        # Reads take long and are many. The rest is short, and an acknowledgement may wait for it.
+        self._readers = ThreadPoolExecutor(limits.num_threads, thread_name_prefix="s3-read")
+        self._threads = ThreadPoolExecutor(limits.num_threads, thread_name_prefix="s3")
         self._connecting = asyncio.Lock()
         self._client: S3Client | None = None
 
     async def read(self, place: ObjectPrefix, name: str, max_bytes: int) -> Blob:
-        """The object `name` under `place`; ADAPTER_TOO_LARGE if it is larger than `max_bytes`."""
+        """The object `name` under `place`; ADAPTER_TOO_LARGE if it is larger than `max_bytes`.
+
+        One that is replaced meanwhile is read again, once; ADAPTER_CHANGED if that happens again.
+        """
         client = await self._connected()
-        return await self._run(lambda: _read(client, place, name, max_bytes), place, name)
+        shown = f"{place.uri}{name}"
+        try:
+            async with asyncio.timeout(self._limits.read_seconds):
+                for _ in range(_READS_OF_ONE_VERSION):
+                    try:
+                        part_bytes, buffers = self._limits.part_bytes, self._buffers
+                        return await self._read(ObjectRead(client, place, name, max_bytes, part_bytes, buffers))
+                    except ObjectChangedError:
+                        self._on_retry("changed")
+        except TimeoutError:
+            unavailable(f"{shown} could not be read within {self._limits.read_seconds:g} s")
+        message = f"{shown} changes while it is read; write new files under a prefix of their own"
+        raise SloraError(Reason.ADAPTER_CHANGED, message, object=shown)
 
     async def write(self, place: ObjectPrefix, name: str, content: IO[bytes]) -> str:
         """Stores a seekable file, from its start, as the object `name` under `place`; gives its ETag."""
@@ -76,7 +116,10 @@ class BlobStore:
 
         def put() -> str:
             content.seek(0)
-            return _etag(client.put_object(Bucket=place.bucket, Key=place.prefix + name, Body=content)["ETag"])
+            answer = client.put_object(Bucket=place.bucket, Key=place.prefix + name, Body=content)
+            if "ETag" not in answer:
+                raise TruncatedError("the answer's headers have no ETag")
+            return _etag(answer["ETag"])
 
         # To its end even when cancelled: `content` is lent, and nothing may appear in S3 after the caller's clean-up.
         return await self._run(put, place, name)
@@ -95,10 +138,40 @@ class BlobStore:
         await self._run(lambda: client.delete_object(Bucket=place.bucket, Key=place.prefix + name), place, name)
 
     def close(self) -> None:
-        """Ends the threads (a read in progress ends by its timeout) and closes the connections."""
-        self._threads.shutdown(wait=True, cancel_futures=True)
+        """Ends the threads (a call in progress ends by its timeout) and closes the connections."""
+        for threads in (self._readers, self._threads):
+            threads.shutdown(wait=True, cancel_futures=True)
         if self._client is not None:
             self._client.close()
+
+    async def _read(self, read: ObjectRead) -> Blob:
+        """All of an object: the first part, then the others side by side."""
+        await self._fill(read, read.first)
+        # A large object leaves threads to others that are read at the same time.
+        places = asyncio.Semaphore(max(self._limits.num_threads // 2, 1))
+
+        async def fill(part: Part) -> None:
+            async with places:
+                await self._fill(read, part)
+
+        # No TaskGroup: in Python 3.11 one that fails leaves its task marked as cancelled; gRPC then answers nothing.
+        filling = [asyncio.create_task(fill(part)) for part in read.parts]
+        try:
+            await asyncio.gather(*filling)
+        finally:
+            for task in filling:
+                task.cancel()
+            await asyncio.gather(*filling, return_exceptions=True)
+        return Blob(read.content.toreadonly(), _etag(read.etag))
+
+    async def _fill(self, read: ObjectRead, part: Part) -> None:
+        def fill() -> Awaitable[None]:
+            return run_to_end(self._readers, lambda: read.fill(part), read.stop)
+
+        try:
+            await self._retries.run(fill, progress=lambda: part.position)
+        except TRANSPORT_ERRORS as error:
+            explain(error, read.shown)
 
     async def _connected(self) -> S3Client:
         async with self._connecting:
@@ -107,15 +180,15 @@ class BlobStore:
                 try:
                     self._client = await loop.run_in_executor(self._threads, self._connect)
                 except (botocore.exceptions.BotoCoreError, ValueError) as error:
-                    _unavailable(str(error))
+                    unavailable(str(error))
             return self._client
 
     def _connect(self) -> S3Client:
         config = Config(
-            connect_timeout=min(self._timeout_seconds, 2.0),
-            read_timeout=self._timeout_seconds,
-            retries={"total_max_attempts": 2, "mode": "standard"},
-            max_pool_connections=self._num_threads,
+            connect_timeout=min(self._limits.timeout_seconds, 2.0),
+            read_timeout=self._limits.timeout_seconds,
+            retries={"total_max_attempts": 1, "mode": "standard"},  # one place tries again: `s3_retries`
+            max_pool_connections=2 * self._limits.num_threads,
             # Services that speak S3 differ in the newer checksums; the adapter's own digest is what counts here.
             request_checksum_calculation="when_required",
             response_checksum_validation="when_required",
@@ -127,29 +200,9 @@ class BlobStore:
 
     async def _run(self, call: Callable[[], T], place: ObjectPrefix, name: str) -> T:
         try:
-            return await run_to_end(self._threads, call)
-        except botocore.exceptions.ClientError as error:
-            _explain(error, f"{place.uri}{name}")
-        except (botocore.exceptions.BotoCoreError, urllib3.exceptions.HTTPError, OSError) as error:
-            _unavailable(f"{place.uri}{name}: {error}")
-
-
-def _read(client: S3Client, place: ObjectPrefix, name: str, max_bytes: int) -> Blob:
-    answer = client.get_object(Bucket=place.bucket, Key=place.prefix + name)
-    num_bytes, body = answer["ContentLength"], answer["Body"]
-    try:
-        if num_bytes > max_bytes:
-            raise SloraError(
-                Reason.ADAPTER_TOO_LARGE,
-                f"{place.uri}{name} has {num_bytes} bytes; at most {max_bytes} are taken",
-                num_bytes=num_bytes,
-                max_bytes=max_bytes,
-            )
-        content = memoryview(bytearray(num_bytes))
-        sha256 = _read_into(body, content, f"{place.uri}{name}")
-    finally:
-        body.close()
-    return Blob(content.toreadonly(), sha256, _etag(answer["ETag"]))
+            return await self._retries.run(lambda: run_to_end(self._threads, call))
+        except TRANSPORT_ERRORS as error:
+            explain(error, f"{place.uri}{name}")
 
 
 def _etag(text: str) -> str:
@@ -167,32 +220,3 @@ def _list(client: S3Client, place: ObjectPrefix, token: str) -> tuple[list[Liste
         modified_ms = int(entry["LastModified"].timestamp() * 1000)
         found.append(ListedObject(entry["Key"][cut:], entry["Size"], _etag(entry["ETag"]), modified_ms))
     return found, answer.get("NextContinuationToken") if answer["IsTruncated"] else None
-
-
-def _read_into(body: StreamingBody, content: memoryview, shown: str) -> str:
-    """Fills `content` from `body` and gives its SHA-256."""
-    sha256 = hashlib.sha256()
-    position = 0
-    while position < len(content):
-        part = content[position : position + READ_BYTES]
-        count = body.readinto(part)  # type: ignore[arg-type]  # the stubs ask for a file, the code for a buffer
-        if not count:
-            _unavailable(f"{shown} ended after {position} of {len(content)} bytes")
-        sha256.update(part[:count])
-        position += count
-    return sha256.hexdigest()
-
-
-def _explain(error: botocore.exceptions.ClientError, shown: str) -> NoReturn:
-    code = str(error.response.get("Error", {}).get("Code", ""))
-    if code in _MISSING:
-        raise SloraError(Reason.SOURCE_NOT_FOUND, f"{shown} does not exist", object=shown, code=code) from error
-    if code in _DENIED:
-        raise SloraError(
-            Reason.SOURCE_NOT_FOUND, f"{shown} does not exist or may not be read by the store", object=shown, code=code
-        ) from error
-    _unavailable(f"{shown}: {error}", code=code)
-
-
-def _unavailable(problem: str, **metadata: object) -> NoReturn:
-    raise SloraError(Reason.BLOB_STORE_UNAVAILABLE, f"S3 is out of reach: {problem[:300]}", **metadata)

@@ -129,9 +129,9 @@ class CatalogueServicer(AdapterStoreServicer):
         with self._isolation.veiled(caller):
             return await change()
 
-    async def _pin(self, digest: str, only_resident: bool) -> Pin:
+    async def _pin(self, digest: str, only_resident: bool, tp_rank: int, tp_size: int) -> Pin:
         self._store.metrics.count_delivery(self._store.membership.is_home(digest))
-        return await self._store.registry.pin(digest, only_resident)
+        return await self._store.registry.pin(digest, only_resident, tp_rank, tp_size)
 
     async def _sync(self, request: pb.SyncAdaptersRequest) -> SyncReport:
         source_uri = request.source_uri or self._store.settings.sync_uri

@@ -48,12 +48,17 @@ class AdapterStoreSettings:
     s3_bucket: str = setting("", "bucket for uploads; empty: uploads are refused")
     s3_prefix: str = setting("adapters", "prefix of uploads in that bucket")
     s3_timeout_seconds: float = setting(5.0, "silence of S3 for longer than this counts as S3 being away")
-    s3_threads: int = setting(8, "most S3 objects read or written at once")
+    s3_read_seconds: float = setting(300.0, "an S3 object that takes longer to read, tries included, is given up")
+    s3_attempts: int = setting(4, "tries of an S3 request that is throttled, breaks or fails; pauses are random")
+    s3_threads: int = setting(8, "most S3 reads at once, and most S3 requests of other kinds")
+    s3_part_bytes: int = setting(8 * 2**20, "larger S3 objects are read in ranges of so many bytes, side by side")
     arena_bytes: int = setting(2**30, "bytes of shared memory that hold packed adapters")
     arena_dir: str = setting("/dev/shm", "directory (a tmpfs) of the shared memory segment")
     arena_group_readable: bool = setting(False, "engines of its group may map the segment too, not only its user's")
+    disk_cache_dir: str = setting("", "directory, of this store alone, that keeps packed adapters; empty for none")
+    disk_cache_bytes: int = setting(64 * 2**30, "most bytes of packed adapters in disk_cache_dir")
     max_adapter_bytes: int = setting(2 * 2**30, "largest adapter_model.safetensors that is taken")
-    max_preparing: int = setting(4, "most adapters read, validated and packed at once")
+    max_preparing: int = setting(4, "most adapters read, validated and packed at once, and most read from the disk")
     max_uploads: int = setting(64, "most uploads received at once")
     upload_dir: str = setting("", "directory for files being uploaded; empty: the system's temporary directory")
     orphan_seconds: float = setting(3600.0, "files of an upload that never ended are removed after this long")
@@ -82,10 +87,12 @@ class AdapterStoreSettings:
     def __post_init__(self) -> None:
         for name in ("redis_timeout_seconds", "s3_timeout_seconds", "stall_seconds", "sweep_seconds", "max_preparing",
                      "max_uploads", "s3_threads", "max_events", "max_adapter_bytes", "sync_seconds",
-                     "pinned_share", "replica_seconds", "num_homes", "tenancy_timeout_seconds",
-                     "tenancy_cache_seconds"):  # fmt: skip
+                     "s3_read_seconds", "s3_attempts", "s3_part_bytes", "pinned_share", "replica_seconds", "num_homes",
+                     "tenancy_timeout_seconds", "tenancy_cache_seconds"):  # fmt: skip
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0")
+        if self.disk_cache_dir and not self.disk_cache_bytes > 0:
+            raise ValueError(f"disk_cache_bytes is {self.disk_cache_bytes}; with a disk_cache_dir it must be above 0")
         if self.tenancy_redis and not self.service_tokens:
             raise ValueError("tenancy_redis without service_tokens: tenants alone could call, and no engine could load")
         if self.pinned_share > 1:

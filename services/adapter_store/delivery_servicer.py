@@ -16,6 +16,7 @@ from services.adapter_store.arena import Arena
 from services.adapter_store.host_cache import Pin
 from services.adapter_store.manifest_codec import manifest_message
 from services.adapter_store.metrics import StoreMetrics
+from services.adapter_store.tier_metrics import Tier
 from services.common.errors import Reason, SloraError
 from services.common.tracing import current_span
 
@@ -34,13 +35,19 @@ FetchPart: TypeAlias = "pb.FetchAdapterResponse | memoryview"
 
 
 class WeightDelivery:
-    """Sends what `pin(digest, only_resident)` gives, or lends it; it stays where it is in `arena` meanwhile.
+    """Sends what `pin(digest, only_resident, tp_rank, tp_size)` gives, or lends it.
+
+    It stays where it is in `arena` meanwhile.
 
     A reader that stands still for `stall_seconds`, or keeps a lease for so long, pins memory no longer.
     """
 
     def __init__(
-        self, pin: Callable[[str, bool], Awaitable[Pin]], arena: Arena, metrics: StoreMetrics, stall_seconds: float
+        self,
+        pin: Callable[[str, bool, int, int], Awaitable[Pin]],
+        arena: Arena,
+        metrics: StoreMetrics,
+        stall_seconds: float,
     ) -> None:
         self._pin = pin
         self._arena = arena
@@ -51,7 +58,8 @@ class WeightDelivery:
 
     async def send(self, request: pb.FetchAdapterRequest, context: Context) -> None:
         """Streams the manifest, then chunks as memoryviews, which `serialize_part` knows."""
-        with await self._found(request.digest, only_resident=False) as pin:
+        in_flight = self._metrics.tiers.in_flight(Tier.ARENA)
+        with await self._found(request, only_resident=False) as pin, in_flight:
             size = len(pin.content)
             if request.offset > size:
                 raise SloraError(
@@ -68,6 +76,7 @@ class WeightDelivery:
                     write = self._write if begin == request.offset else self._write_in_turn
                     await write(context, chunk)
                     self._metrics.fetched_bytes.inc(len(chunk))
+                    self._metrics.tiers.on_read(Tier.ARENA, len(chunk))
 
     async def lend(self, requests: AsyncIterator[pb.ShareAdapterRequest | DecodeError], context: Context) -> None:
         """Pins an adapter until its reader says that it has copied it. Returning, and only that, confirms the lease."""
@@ -75,8 +84,9 @@ class WeightDelivery:
         outcome = "refused"
         try:
             with (
-                await self._found(request.digest, request.only_resident) as pin,
+                await self._found(request, request.only_resident) as pin,
                 self._metrics.open_leases.track_inprogress(),
+                self._metrics.tiers.in_flight(Tier.ARENA),
             ):
                 outcome = "abandoned"
                 manifest = manifest_message(pin.manifest)
@@ -85,18 +95,19 @@ class WeightDelivery:
                 await self._next_part(requests, "copied", context)
                 outcome = "confirmed"
                 self._metrics.shared_bytes.inc(len(pin.content))
+                self._metrics.tiers.on_read(Tier.ARENA, len(pin.content))
         except SloraError as error:
             outcome = "expired" if error.reason is Reason.DEADLINE_EXCEEDED else outcome
             raise
         finally:
             self._metrics.leases.labels(outcome).inc()
 
-    async def _found(self, digest: str, only_resident: bool) -> Pin:
-        """The adapter, in memory."""
+    async def _found(self, request: pb.FetchAdapterRequest | pb.ShareAdapterRequest, only_resident: bool) -> Pin:
+        """The adapter, or the shard, in memory."""
         began = time.perf_counter()
         span = current_span()
-        span.set({"slora.adapter.digest": digest})
-        pin = await self._pin(digest, only_resident)
+        span.set({"slora.adapter.digest": request.digest})
+        pin = await self._pin(request.digest, only_resident, *_shard(request))
         self._metrics.fetch_seconds.observe(time.perf_counter() - began)
         span.event("adapter in memory")
         return pin
@@ -148,6 +159,11 @@ class WeightDelivery:
                 Reason.DEADLINE_EXCEEDED,
                 f"the reader took nothing for {self._stall_seconds:g} s; fetch again from the offset reached",
             ) from None
+
+
+def _shard(request: pb.FetchAdapterRequest | pb.ShareAdapterRequest) -> tuple[int, int]:
+    """tp_rank and tp_size, of which 0 means that there is one process."""
+    return request.tp_rank, request.tp_size or 1
 
 
 def add_to_server(servicer: adapter_store_pb2_grpc.AdapterStoreServiceServicer, server: grpc.aio.Server) -> None:

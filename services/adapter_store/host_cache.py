@@ -1,10 +1,11 @@
-"""Packed adapters in the arena, by digest: found, pinned while in use, evicted least recently used.
+"""Packed adapters, and shards of them, in the arena, by name: found, pinned while in use, evicted least recently used.
 
 Everything here runs on the event loop's thread and never waits; filling the bytes of a reservation does not.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
@@ -13,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from services.adapter_store.arena import Arena
-from services.adapter_store.manifest import PackedManifest
+from services.adapter_store.manifest import PackedManifest, PackedName
 from services.common.errors import Reason, SloraError
 
 
@@ -76,7 +77,7 @@ class Reservation:
         self._open = True
 
     def commit(self, manifest: PackedManifest) -> Pin:
-        """Makes the filled bytes findable under manifest.digest (unless it is there already); pinned once."""
+        """Makes the filled bytes findable under manifest.name (unless it is there already); pinned once."""
         self._open = False
         return self._cache._add(manifest, self._offset)
 
@@ -113,7 +114,9 @@ class HostCache:
     def __init__(self, arena: Arena, on_evict: Callable[[], None]) -> None:
         self.arena = arena
         self._on_evict = on_evict
-        self._entries: dict[str, _Entry] = {}
+        self._entries: dict[PackedName, _Entry] = {}
+        # By digest: the names of its shards that are here.
+        self._shards: defaultdict[str, set[PackedName]] = defaultdict(set)
         self._by_offset: dict[int, _Entry] = {}
         self._reserved: set[int] = set()
         self._clock = 0
@@ -121,11 +124,15 @@ class HostCache:
     @property
     def digests(self) -> list[str]:
         """Digests of the adapters that can be found here."""
-        return list(self._entries)
+        return list({name.digest for name in self._entries})
 
-    def pin(self, digest: str) -> Pin | None:
-        """Pins the adapter with this digest, now the most recently used; None if it is not here."""
-        entry = self._entries.get(digest)
+    def __contains__(self, digest: str) -> bool:
+        """Whether the whole adapter with this digest is here."""
+        return PackedName(digest) in self._entries
+
+    def pin(self, digest: str, tp_rank: int = 0, tp_size: int = 1) -> Pin | None:
+        """Pins the adapter with this digest, or a shard of it, now the most recently used; None if it is not here."""
+        entry = self._entries.get(PackedName(digest, tp_rank, tp_size))
         return None if entry is None else self._pin(entry)
 
     def reserve(self, num_bytes: int, evict: bool) -> Reservation:
@@ -137,7 +144,7 @@ class HostCache:
         offset = extents.allocate(num_bytes)
         if offset is None and evict:
             for victim in self._victims(extents.rounded(num_bytes)):
-                del self._entries[victim.manifest.digest]
+                self._forget(victim.manifest.name)
                 self._remove(victim)
                 self._on_evict()
             offset = extents.allocate(num_bytes)
@@ -147,13 +154,15 @@ class HostCache:
         return Reservation(self, offset, self.arena.view(offset, num_bytes))
 
     def discard(self, digest: str) -> None:
-        """Forgets the adapter with this digest at once; its bytes stay until its last pin is closed."""
-        entry = self._entries.pop(digest, None)
-        if entry is None:
-            return
-        entry.doomed = True
-        if not entry.num_pins:
-            self._remove(entry)
+        """Forgets the adapter with this digest and its shards at once; bytes stay until their last pin is closed."""
+        for name in [PackedName(digest), *self._shards.get(digest, ())]:
+            entry = self._entries.get(name)
+            if entry is None:
+                continue
+            self._forget(name)
+            entry.doomed = True
+            if not entry.num_pins:
+                self._remove(entry)
 
     def figures(self) -> CacheFigures:
         """What it holds now."""
@@ -178,7 +187,7 @@ class HostCache:
         for offset, entry in self._by_offset.items():
             assert entry.offset == offset
             assert entry.num_pins >= 0
-            assert entry.doomed != (self._entries.get(entry.manifest.digest) is entry), "a doomed adapter can be found"
+            assert entry.doomed != (self._entries.get(entry.manifest.name) is entry), "a doomed adapter can be found"
             assert entry.num_pins or not entry.doomed, "a doomed adapter outlived its pins"
 
     def _victims(self, num_bytes: int) -> list[_Entry]:
@@ -230,14 +239,24 @@ class HostCache:
             self._remove(entry)
 
     def _add(self, manifest: PackedManifest, offset: int) -> Pin:
-        present = self._entries.get(manifest.digest)
+        present = self._entries.get(manifest.name)
         if present is not None:
             self._give_back(offset)
             return self._pin(present)
         self._reserved.remove(offset)
         entry = _Entry(manifest, offset, self._clock)
-        self._entries[manifest.digest] = self._by_offset[offset] = entry
+        self._entries[manifest.name] = self._by_offset[offset] = entry
+        if manifest.tp_size > 1:
+            self._shards[manifest.digest].add(manifest.name)
         return self._pin(entry)
+
+    def _forget(self, name: PackedName) -> None:
+        del self._entries[name]
+        shards = self._shards.get(name.digest)
+        if shards is not None:
+            shards.discard(name)
+            if not shards:
+                del self._shards[name.digest]
 
     def _give_back(self, offset: int) -> None:
         self._reserved.remove(offset)

@@ -13,9 +13,9 @@ from collections.abc import Iterator, Sequence
 
 from services.adapter_store.callers import Caller
 from services.adapter_store.catalogue import MAX_PAGE_SIZE, Catalogue, cut_page, member_of, name_taken, page_start
+from services.adapter_store.cold_fetch import unknown_digest
 from services.adapter_store.identifiers import AdapterId, check_digest, check_name, parse_adapter_id
 from services.adapter_store.manifest import AdapterRecord
-from services.adapter_store.residency import unknown_digest
 from services.common.errors import Reason, SloraError
 
 _TELL_OF_PLACES = {Reason.ADAPTER_CHANGED, Reason.BLOB_STORE_UNAVAILABLE, Reason.INTERNAL}

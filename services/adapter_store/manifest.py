@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
+from typing import NamedTuple
 
 
 class TargetModule(enum.IntEnum):
@@ -75,6 +76,14 @@ class PackedLayout:
         return tuple(sorted({placement.module for layer in self.layers for placement in layer}))
 
 
+class PackedName(NamedTuple):
+    """What packed weights are found by: the adapter's digest, and which of how many shards (0 of 1: the whole)."""
+
+    digest: str
+    tp_rank: int = 0
+    tp_size: int = 1
+
+
 @dataclass(frozen=True, slots=True)
 class PackedManifest:
     """What an engine must know to use packed weights."""
@@ -82,6 +91,14 @@ class PackedManifest:
     digest: str
     packed_digest: str
     layout: PackedLayout
+    # Which of how many shards; 0 of 1: the whole.
+    tp_rank: int = 0
+    tp_size: int = 1
+
+    @property
+    def name(self) -> PackedName:
+        """What it is found by."""
+        return PackedName(self.digest, self.tp_rank, self.tp_size)
 
 
 @dataclass(frozen=True, slots=True)

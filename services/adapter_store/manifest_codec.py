@@ -21,6 +21,8 @@ def manifest_message(manifest: PackedManifest) -> adapter_pb2.PackedManifest:
         layer_elems=layout.layer_elems,
         packed_bytes=layout.packed_bytes,
         layers=[_layer_message(layer) for layer in layout.layers],
+        tp_rank=manifest.tp_rank,
+        tp_size=manifest.tp_size,
     )
 
 

@@ -7,19 +7,18 @@ from collections.abc import Callable
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from services.adapter_store.host_cache import CacheFigures
+from services.adapter_store.tier_metrics import Tier, TierMetrics
 
 _PREFIX = "slora_adapter_store_"
 _SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 
 
 class StoreMetrics:
-    """The store's counters, gauges and histograms. Hears of look-ups and reads as the residency's observer."""
+    """The store's counters, gauges and histograms; those of the tiers are `tiers`."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self._registry = registry
-        self._lookups = self._counter(
-            "lookups", "Fetches by where the adapter was: hit (memory) or miss (S3)", "result"
-        )
+        self.tiers = TierMetrics(registry)
         self._deliveries = self._counter(
             "deliveries", "Fetches and leases by whether the adapter has a home here: home or away", "place"
         )
@@ -29,8 +28,6 @@ class StoreMetrics:
             "leases", "Leases that ended: confirmed, expired (taken too long), abandoned; or refused", "outcome"
         )
         self.open_leases = self._gauge("open_leases", "Leases by which readers copy out of the arena now")
-        self.evictions = self._counter("evictions", "Adapters evicted from the arena to make room")
-        self._reads = self._counter("reads", "Adapters whose files were read from S3, to fetch or to register")
         self.registrations = self._counter(
             "registrations", "Registrations and uploads: created, exists or the error's reason", "outcome"
         )
@@ -38,7 +35,6 @@ class StoreMetrics:
             "syncs", "Syncs on the timer: OK, REFUSED (some folders) or the error's reason", "outcome"
         )
         self.calls = self._counter("calls", "Calls: OK, CANCELLED or the error's reason", "method", "outcome")
-        self._reads_in_flight = self._gauge("reads_in_flight", "Adapters whose files are being read from S3")
         self.watchers = self._gauge("watchers", "Open watches of the catalogue")
         self.fetch_seconds = Histogram(
             _PREFIX + "fetch_seconds",
@@ -60,6 +56,8 @@ class StoreMetrics:
         }
         for name, (description, read) in shown.items():
             self._gauge(name, description).set_function(lambda read=read: read(figures()))  # type: ignore[misc]
+        used = shown["arena_used_bytes"][1]
+        self.tiers.observe_size(Tier.ARENA, lambda: figures().capacity_bytes, lambda: used(figures()))
 
     def observe_copies(self, num_due: Callable[[], int]) -> None:
         """Shows from now on how many names have changes that S3 may not have."""
@@ -77,19 +75,6 @@ class StoreMetrics:
     def count_delivery(self, is_home: bool) -> None:
         """An adapter was asked for, and has a home here or not."""
         self._deliveries.labels("home" if is_home else "away").inc()
-
-    def on_lookup(self, hit: bool) -> None:
-        """An adapter was asked for, and was in memory or not."""
-        self._lookups.labels("hit" if hit else "miss").inc()
-
-    def on_read_begin(self) -> None:
-        """A read of an adapter's files from S3 begins."""
-        self._reads.inc()
-        self._reads_in_flight.inc()
-
-    def on_read_end(self) -> None:
-        """It ended, well or not."""
-        self._reads_in_flight.dec()
 
     def _counter(self, name: str, description: str, *labels: str) -> Counter:
         return Counter(_PREFIX + name, description, labels, registry=self._registry)

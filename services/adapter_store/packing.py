@@ -74,13 +74,19 @@ def pack(pairs: Sequence[LoraPair], layout: PackedLayout, file: memoryview, out:
         _fill(pairs, layout, file, out)
 
 
+def as_elements(packed: Bytes | memoryview, layout: PackedLayout) -> Array:
+    """Packed bytes as the array `[num_layers, layer_elems]` that they are."""
+    flat = np.frombuffer(packed, _PACKED_DTYPES[layout.element_type])
+    return flat.reshape(layout.num_layers, layout.layer_elems)
+
+
 def digest_of(packed: Bytes) -> str:
     """The digest of packed bytes."""
     return packed_digest(packed.data)
 
 
 def _fill(pairs: Sequence[LoraPair], layout: PackedLayout, file: memoryview, out: Bytes) -> None:
-    array = out.view(_PACKED_DTYPES[layout.element_type]).reshape(layout.num_layers, layout.layer_elems)
+    array = as_elements(out, layout)
     by_layer = {layer: list(group) for layer, group in groupby(pairs, key=lambda pair: pair.target.layer)}
     for layer, placements in enumerate(layout.layers):
         row = array[layer]

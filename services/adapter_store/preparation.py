@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+import hashlib
+from collections.abc import Awaitable
 from dataclasses import dataclass
 
 from services.adapter_store.base_model import BaseModel
-from services.adapter_store.blob_store import BlobStore
+from services.adapter_store.blob_store import Blob, BlobStore
 from services.adapter_store.identifiers import CONFIG_FILE, WEIGHTS_FILE, ObjectPrefix, content_digest
 from services.adapter_store.manifest import PackedLayout, PackedManifest
 from services.adapter_store.packing import Bytes, digest_of, pack, plan_layout
@@ -34,6 +37,25 @@ class AdapterFiles:
 
 
 @dataclass(frozen=True, slots=True)
+class StoredFiles:
+    """The two files as they came from S3; nothing was computed over their bytes."""
+
+    config: Blob
+    weights: Blob
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of both."""
+        return len(self.config.content) + len(self.weights.content)
+
+    def hashed(self) -> AdapterFiles:
+        """With their SHA-256. Takes a second a gigabyte: for a thread."""
+        config, weights = (hashlib.sha256(blob.content).hexdigest() for blob in (self.config, self.weights))
+        etags = (self.config.etag, self.weights.etag)
+        return AdapterFiles(self.config.content, self.weights.content, config, weights, *etags)
+
+
+@dataclass(frozen=True, slots=True)
 class PreparedAdapter:
     """A validated adapter: what remains is to pack it."""
 
@@ -43,11 +65,23 @@ class PreparedAdapter:
     weights: memoryview
 
 
-async def read_files(blob_store: BlobStore, place: ObjectPrefix, max_adapter_bytes: int) -> AdapterFiles:
-    """Both files from S3. Errors: SOURCE_NOT_FOUND, ADAPTER_TOO_LARGE, BLOB_STORE_UNAVAILABLE."""
-    config = await blob_store.read(place, CONFIG_FILE, MAX_CONFIG_BYTES)
+async def read_files(blob_store: BlobStore, place: ObjectPrefix, max_adapter_bytes: int) -> StoredFiles:
+    """Both files from S3, side by side.
+
+    Errors: SOURCE_NOT_FOUND, ADAPTER_TOO_LARGE, ADAPTER_CHANGED, BLOB_STORE_UNAVAILABLE.
+    """
+    weights = asyncio.create_task(blob_store.read(place, WEIGHTS_FILE, max_adapter_bytes))
     try:
-        weights = await blob_store.read(place, WEIGHTS_FILE, max_adapter_bytes)
+        config = await blob_store.read(place, CONFIG_FILE, MAX_CONFIG_BYTES)
+        return StoredFiles(config, await _weights(weights))
+    finally:
+        weights.cancel()
+        await asyncio.gather(weights, return_exceptions=True)
+
+
+async def _weights(reading: Awaitable[Blob]) -> Blob:
+    try:
+        return await reading
     except SloraError as error:
         if error.reason is not Reason.SOURCE_NOT_FOUND:
             raise
@@ -55,7 +89,6 @@ async def read_files(blob_store: BlobStore, place: ObjectPrefix, max_adapter_byt
             f"{error.message}; a file adapter_model.bin is a pickle and never read: save the adapter as safetensors"
         )
         raise SloraError(error.reason, message, **error.metadata) from error
-    return AdapterFiles(config.content, weights.content, config.sha256, weights.sha256, config.etag, weights.etag)
 
 
 def prepare(files: AdapterFiles, base: BaseModel) -> PreparedAdapter:
@@ -63,11 +96,16 @@ def prepare(files: AdapterFiles, base: BaseModel) -> PreparedAdapter:
 
     Errors: every reason that begins with ADAPTER_ and means that it cannot be served.
     """
-    config = parse_lora_config(bytes(files.config))
-    entries = read_tensor_entries(files.weights)
-    targets = resolve_targets(config, base)
+    return prepare_as(files.digest, files.config, files.weights, base)
+
+
+def prepare_as(digest: str, config: memoryview, weights: memoryview, base: BaseModel) -> PreparedAdapter:
+    """The same for the two files' bytes, of an adapter that is known by `digest`; whether it is theirs is not asked."""
+    parsed = parse_lora_config(bytes(config))
+    entries = read_tensor_entries(weights)
+    targets = resolve_targets(parsed, base)
     pairs = match_tensors(targets, entries, base)
-    return PreparedAdapter(files.digest, plan_layout(targets, base), pairs, files.weights)
+    return PreparedAdapter(digest, plan_layout(targets, base), pairs, weights)
 
 
 def pack_into(adapter: PreparedAdapter, out: Bytes) -> PackedManifest:

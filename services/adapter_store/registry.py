@@ -35,6 +35,7 @@ from services.adapter_store.journal import Journal
 from services.adapter_store.manifest import AdapterRecord, Marks, PackedManifest, SourceLocation
 from services.adapter_store.preparation import AdapterFiles
 from services.adapter_store.residency import Residency
+from services.adapter_store.source_reader import SourceReader
 from services.adapter_store.upload_spool import UploadSpool
 from services.common.errors import Reason, SloraError
 
@@ -69,6 +70,7 @@ class AdapterRegistry:
         journal: Journal,
         blob_store: BlobStore,
         residency: Residency,
+        source: SourceReader,
         uploads: UploadPlace,
         max_preparing: int,
     ) -> None:
@@ -78,6 +80,7 @@ class AdapterRegistry:
         self._journal = journal
         self._blob_store = blob_store
         self._residency = residency
+        self._source = source
         self._uploads = uploads
         self._preparing = asyncio.Semaphore(max_preparing)
         self._clearing: set[asyncio.Task[None]] = set()
@@ -90,7 +93,7 @@ class AdapterRegistry:
         place = parse_source_uri(source_uri)
         await self._catalogue.check()  # rather than read gigabytes in vain
         async with self._preparing:
-            files = await self._residency.read(place.uri)
+            files = await self._source.read_hashed(place.uri)
             with await self._residency.validate(files) as candidate:
                 record = self._record(name, tenant, files, candidate.manifest, SourceLocation(place.uri))
                 record = replace(record, marks=Marks(labels=tuple((labels or {}).items())))
@@ -158,9 +161,9 @@ class AdapterRegistry:
         await self._journal.copy(doomed.name)
         return len(deletions)
 
-    async def pin(self, digest: str, only_resident: bool = False) -> Pin:
-        """The packed adapter with this digest, pinned in memory; see `Residency.pin`."""
-        return await self._residency.pin(check_digest(digest), only_resident)
+    async def pin(self, digest: str, only_resident: bool = False, tp_rank: int = 0, tp_size: int = 1) -> Pin:
+        """The packed adapter with this digest, or a shard of it, pinned in memory; see `Residency.pin`."""
+        return await self._residency.pin(check_digest(digest), only_resident, tp_rank, tp_size)
 
     def watch(self, resume_token: str, stopped: Callable[[], bool]) -> AsyncIterator[CatalogueEvent]:
         """The catalogue and its changes."""

@@ -10,8 +10,8 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-async def run_to_end(threads: Executor, call: Callable[[], T]) -> T:
-    """`call()` on one of `threads`. A cancellation is heard, but only obeyed when the thread is done."""
+async def run_to_end(threads: Executor, call: Callable[[], T], on_cancel: Callable[[], None] = lambda: None) -> T:
+    """`call()` on one of `threads`. A cancellation is heard, and told to `on_cancel`; the thread is waited for."""
     future = asyncio.get_running_loop().run_in_executor(threads, call)
     cancelled = False
     while not future.done():
@@ -19,6 +19,7 @@ async def run_to_end(threads: Executor, call: Callable[[], T]) -> T:
             await asyncio.wait([future])
         except asyncio.CancelledError:
             cancelled = True
+            on_cancel()
     if cancelled:
         if not future.cancelled():
             future.exception()  # heard, so that asyncio does not report it as lost

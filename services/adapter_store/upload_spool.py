@@ -79,13 +79,14 @@ class UploadSpool:
     def weights_file(self) -> IO[bytes]:
         """The spooled adapter_model.safetensors."""
         if self._file is None:
-            self._file = tempfile.TemporaryFile(dir=self._directory)  # noqa: SIM115 (closed in __exit__)
+            # Unbuffered: a full disk is the chunk's error, and not once more that of closing the file.
+            self._file = tempfile.TemporaryFile(dir=self._directory, buffering=0)  # noqa: SIM115 (closed in __exit__)
         return self._file
 
     def _append(self, chunk: bytes) -> None:
-        file = self.weights_file
-        file.write(chunk)
-        file.flush()  # a full disk is this chunk's error
+        rest = memoryview(chunk)
+        while rest:
+            rest = rest[self.weights_file.write(rest) :]
         self._sha256.update(chunk)
 
 

@@ -32,7 +32,13 @@ logger = logging.getLogger("services.engine")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs an engine until SIGTERM; 0 after a drain, 1 if its core cannot be kept, 2 if it cannot start at all."""
-    settings = parse_settings(EngineSettings, "engine", argv)
+    try:
+        settings = parse_settings(EngineSettings, "engine", argv)
+        settings.for_process(0)
+    except ValueError as error:
+        configure_logging("engine")
+        logger.critical("the engine cannot start: %s", error)
+        return USAGE_EXIT_CODE
     configure_logging("engine", settings.log_level, settings.log_format)
     try:
         # The core makes it again; what is wrong with it need not wait for a core.

@@ -226,7 +226,9 @@ def _encode_completion(completion: Completion) -> generation_pb2.Completion:
         stop_string=completion.stop_string,
         stop_token_id=completion.stop_token_id,
         usage=generation_pb2.Usage(
-            num_prompt_tokens=completion.num_prompt_tokens, num_completion_tokens=completion.num_completion_tokens
+            num_prompt_tokens=completion.num_prompt_tokens,
+            num_completion_tokens=completion.num_completion_tokens,
+            num_cached_tokens=completion.num_cached_tokens,
         ),
     )
 
@@ -259,6 +261,7 @@ def encode_state(change: StateChange) -> engine_pb2.WatchStateResponse:
             num_adapter_pages=load.num_adapter_pages,
             num_evictable_pages=load.num_evictable_pages,
             draining=load.draining,
+            num_cached_pages=load.num_cached_pages,
         ),
         loaded_adapters=[
             engine_pb2.AdapterRef(adapter_id=adapter.adapter_id, digest=adapter.digest) for adapter in change.loaded

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +14,9 @@ from services.common.tls import ChannelSecurity, ServerTls
 
 OrderName = Literal["fcfs", "priority", "fair"]
 ClientKind = Literal["tenant", "adapter"]
+
+
+MAX_TP_SIZE = 64
 
 
 @dataclass(frozen=True)
@@ -30,10 +34,20 @@ class EngineSettings:
     device: str = setting("cpu", "torch device: cpu or cuda")
     dtype: str = setting("auto", "auto (the checkpoint's), float32, bfloat16 or float16")
     random_weights: bool = setting(False, "make up the weights of config.json's model and read none: to size a machine")
-    num_threads: int = setting(0, "CPU threads of the core; 0: torch's own choice")
-    pool_bytes: int = setting(0, "bytes of the pool; 0: 512 MiB on a CPU, what the weights leave on an accelerator")
+    num_threads: int = setting(0, "CPU threads of the core; 0: torch's own choice, with tp_size its share of the CPUs")
+    tp_size: int = setting(1, "processes (on accelerators: devices) of this host that share the model")
+    step_timeout_seconds: float = setting(
+        120.0, "with tp_size: a step that takes longer ends the core: a process hangs"
+    )
+    pool_bytes: int = setting(
+        0, "bytes of each process's pool; 0: 512 MiB on a CPU, what the weights leave on an accelerator"
+    )
     num_pages: int = setting(0, "pages of the pool; 0: as many as pool_bytes holds")
     tokens_per_page: int = setting(16, "tokens whose K and V one page holds")
+    prefix_cache: bool = setting(True, "keep KV of finished prompts and outputs, for those that begin alike")
+    prefix_cache_across_tenants: bool = setting(
+        False, "let tenants find each other's prefixes: their times and usage then tell who sent what before"
+    )
     max_adapters: int = setting(1024, "most adapters resident at once (rows of the device's adapter table)")
     max_running: int = setting(0, "most sequences that run at once; 0: 64 on a CPU, 256 on an accelerator")
     max_step_tokens: int = setting(0, "most tokens of a step, prefill and decode; 0: 512 on a CPU, 8192 otherwise")
@@ -74,6 +88,12 @@ class EngineSettings:
     otlp_endpoint: str = setting("", "http(s)://host:port of a collector of traces, OTLP over gRPC; empty: no traces")
     trace_sample_ratio: float = setting(1.0, "share of traces kept that begin here; a caller's own are kept as it says")
 
+    def __post_init__(self) -> None:
+        if not 1 <= self.tp_size <= MAX_TP_SIZE:
+            raise ValueError(f"tp_size is {self.tp_size}; it must be in 1 to {MAX_TP_SIZE}")
+        if not self.step_timeout_seconds > 0:
+            raise ValueError(f"step_timeout_seconds is {self.step_timeout_seconds}; it must be above 0")
+
     @property
     def server_tls(self) -> ServerTls:
         """What callers are shown and asked for."""
@@ -106,6 +126,20 @@ class EngineSettings:
             max_adapters_a_batch=self.max_adapters_a_batch,
             clustering_patience_seconds=self.clustering_patience_seconds,
         )
+
+    def for_process(self, tp_rank: int) -> EngineSettings:
+        """These settings, as one of the processes that share the model has them: its device, its share of CPUs.
+
+        Raises ValueError for a device that is named by its number.
+        """
+        if self.tp_size == 1:
+            return self
+        if self.device not in ("cpu", "cuda"):
+            raise ValueError(f"with tp_size {self.tp_size} device is cpu or cuda, not {self.device}")
+        if self.device == "cuda":
+            return dataclasses.replace(self, device=f"cuda:{tp_rank}")
+        share = max(1, (os.cpu_count() or 1) // self.tp_size)
+        return dataclasses.replace(self, num_threads=self.num_threads or share)
 
     def for_device(self) -> EngineSettings:
         """These settings, with what was left to the engine chosen for its device."""
@@ -152,6 +186,8 @@ class SchedulerConfig:
     tokens_per_page: int
     eos_token_ids: frozenset[int]
     admission_batch: int = 1
+    prefix_cache: bool = False
+    prefix_cache_across_tenants: bool = False
 
 
 @dataclass(frozen=True)

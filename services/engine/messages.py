@@ -162,7 +162,9 @@ class CoreLoad(msgspec.Struct, frozen=True):
     num_free_pages: int = 0
     num_kv_pages: int = 0
     num_adapter_pages: int = 0
+    # Evictable: of idle adapters, and of the prefix cache where no sequence uses them. Cached: the latter alone.
     num_evictable_pages: int = 0
+    num_cached_pages: int = 0
     num_preemptions_total: int = 0
     num_steps_total: int = 0
     num_adapter_hits_total: int = 0
@@ -177,6 +179,9 @@ class CoreLoad(msgspec.Struct, frozen=True):
     num_dropped_total: dict[str, int] = {}
     num_passed_by_total: int = 0
     service_spread: float = 0.0
+    # Tokens of prompts that began to run, and those among them whose KV was in the prefix cache.
+    num_prefix_queried_tokens_total: int = 0
+    num_prefix_found_tokens_total: int = 0
 
 
 class StepReport(msgspec.Struct, frozen=True, tag=True):
@@ -191,6 +196,8 @@ class StepReport(msgspec.Struct, frozen=True, tag=True):
     loading: tuple[str, ...] | None = None
     # Ids of `Prefetch` requests whose adapter is resident now, with how long its load took (0: it was already).
     prefetched: list[tuple[int, float]] = []
+    # Requests that began with tokens found in the prefix cache, and how many; before or with their first token.
+    found: list[tuple[int, int]] = []
     # Only of requests that somebody sees in a trace: those that began to run (again, after a preemption), by id and
     # when, in seconds since the epoch; and loads that were begun for them.
     admitted: list[tuple[int, float]] = []

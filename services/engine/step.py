@@ -24,6 +24,10 @@ PENDING_TOKEN = -1
 when the step was planned; the runner takes it from the device."""
 
 
+class RunnerLost(RuntimeError):  # noqa: N818 - a state of the runner, not an error for a caller
+    """What carries steps out can carry out no more, whatever is in them."""
+
+
 @dataclass(slots=True)
 class SampleRequest:
     """How to draw the token that follows a chunk. The runner only reads the sequences it is handed."""

@@ -247,6 +247,18 @@ def test_writable_places_are_volumes(example: str) -> None:
             assert "emptyDir" not in volume or "sizeLimit" in volume["emptyDir"], "an emptyDir may fill the node's disk"
 
 
+def test_a_disk_cache_has_its_volume_and_is_off_by_default() -> None:
+    _, without = next(rendered("one-gpu").containers("adapter-store"))
+    assert environment(without)["SLORA_ADAPTER_STORE_DISK_CACHE_DIR"] == ""
+    workload, container = next(rendered("network-store").containers("adapter-store"))
+    variables = environment(container)
+    (volume,) = (volume for volume in workload.pod["volumes"] if volume["name"] == "disk-cache")
+    assert int(volume["emptyDir"]["sizeLimit"]) > int(variables["SLORA_ADAPTER_STORE_DISK_CACHE_BYTES"]) > 0
+    assert {"name": "disk-cache", "mountPath": variables["SLORA_ADAPTER_STORE_DISK_CACHE_DIR"]} in container[
+        "volumeMounts"
+    ]
+
+
 @each_example
 def test_drains_of_nodes_leave_all_but_one(example: str) -> None:
     release = rendered(example)

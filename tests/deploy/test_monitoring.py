@@ -55,6 +55,8 @@ BOUNDED_LABELS = {
     "kind": "prompt, completion",
     "path": "lent, streamed",
     "place": "home, away",
+    "tier": "s3, disk, arena",
+    "cause": "an enumeration",
     "replica": "the stores, by names that last",
     "result": "hit, miss",
     "state": "kinds of pages",

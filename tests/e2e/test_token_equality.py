@@ -17,40 +17,10 @@ from transformers import AutoConfig
 
 from services.local.stack import LocalStack
 from tests.e2e.conftest import assert_no_page_lost, metric, upload
+from tests.fixtures.adapter_kinds import KINDS
 from tests.fixtures.peft_reference import PeftReference, assert_same_tokens
 from tests.fixtures.tiny_models import make_adapter, make_checkpoint
 from tests.fixtures.tiny_tokenizer import write_tokenizer
-
-ATTENTION, MLP = ["q_proj", "k_proj", "v_proj", "o_proj"], ["gate_proj", "up_proj", "down_proj"]
-
-# 20 adapters: every kind of target subset, the ranks 1, 3, 8, 16, 64, 200, rsLoRA, patterns, layer subsets.
-KINDS: dict[str, dict[str, object]] = {
-    "q-1": {"r": 1, "target_modules": ["q_proj"]},
-    "k-3": {"r": 3, "target_modules": ["k_proj"]},
-    "v-8": {"r": 8, "target_modules": ["v_proj"]},
-    "o-16": {"r": 16, "target_modules": ["o_proj"]},
-    "gate-3": {"r": 3, "target_modules": ["gate_proj"]},
-    "up-8": {"r": 8, "target_modules": ["up_proj"]},
-    "down-64": {"r": 64, "target_modules": ["down_proj"]},
-    "qv-8": {"r": 8, "target_modules": ["q_proj", "v_proj"]},
-    "attention-1": {"r": 1, "target_modules": ATTENTION},
-    "attention-16": {"r": 16, "target_modules": ATTENTION, "lora_alpha": 7},
-    "attention-64": {"r": 64, "target_modules": ATTENTION},
-    "mlp-3": {"r": 3, "target_modules": MLP},
-    "mlp-16": {"r": 16, "target_modules": MLP},
-    "all-1": {"r": 1, "target_modules": ATTENTION + MLP},
-    "all-8": {"r": 8, "target_modules": "all-linear"},
-    "all-200": {"r": 200, "target_modules": ATTENTION + MLP, "lora_alpha": 50},
-    "rslora-16": {"r": 16, "target_modules": ATTENTION + MLP, "use_rslora": True},
-    "rslora-200": {"r": 200, "target_modules": ["q_proj", "down_proj"], "use_rslora": True},
-    "patterns": {
-        "r": 8,
-        "target_modules": ATTENTION + MLP,
-        "rank_pattern": {"q_proj": 3, r"layers\.1\.mlp\.down_proj": 16},
-        "alpha_pattern": {"v_proj": 1, "up_proj": 40},
-    },
-    "one-layer": {"r": 16, "target_modules": ["q_proj", "up_proj"], "layers_to_transform": [1]},
-}
 
 LARGEST = "all-200"
 

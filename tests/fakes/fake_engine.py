@@ -74,7 +74,7 @@ def answer_messages(request: engine_pb2.GenerateRequest) -> list[engine_pb2.Gene
                 is_last = rank == request.num_logprobs - 1
                 logprob = float("-inf") if is_last else -0.5 - rank
                 entry.top.add(token_id=rank, logprob=logprob, text="" if is_last else f" {rank}")
-    usage = generation_pb2.Usage(num_prompt_tokens=3, num_completion_tokens=num_tokens)
+    usage = generation_pb2.Usage(num_prompt_tokens=3, num_completion_tokens=num_tokens, num_cached_tokens=2)
     messages[-1].completion.CopyFrom(
         generation_pb2.Completion(finish_reason=generation_pb2.FINISH_REASON_LENGTH, usage=usage)
     )

@@ -6,6 +6,7 @@ With `max_in_flight` 2 a step is planned and submitted while the one before it i
 from __future__ import annotations
 
 import random
+from collections import defaultdict
 from dataclasses import dataclass, field
 
 from services.common.errors import Reason, SloraError
@@ -13,7 +14,7 @@ from services.engine.adapters.residency import AdapterState, Residency
 from services.engine.config import SchedulerConfig
 from services.engine.memory.page_allocator import PageAllocator, PageOwner
 from services.engine.messages import Generate, Prefetch, RequestFailed, TokenEvent
-from services.engine.scheduling import scheduler as scheduler_module
+from services.engine.scheduling import admission as admission_module
 from services.engine.scheduling.policies.policy import Policy
 from services.engine.scheduling.scheduler import Scheduler
 from services.engine.scheduling.sequence import Sequence, SequenceState
@@ -27,6 +28,7 @@ from tests.fakes.engine_fakes import (
     digest_of,
     expected_output,
 )
+from tests.fakes.page_oracle import PageOracle
 
 
 @dataclass
@@ -41,16 +43,20 @@ class Harness:
     max_waiting: int = 1000
     max_adapters: int = 8
     admission_batch: int = 1
+    prefix_cache: bool = False
+    across_tenants: bool = False
     max_in_flight: int = 1
     seed: int = 0
     check: bool = True
     policy: Policy | None = None
     # Whether turns stay while sequences wait; else who passed whom cannot be told after a step.
     turns_stay: bool = True
+    now: float = 0.0
     tokens: dict[int, list[int]] = field(default_factory=dict)
     finishes: dict[int, TokenEvent] = field(default_factory=dict)
     failures: dict[int, RequestFailed] = field(default_factory=dict)
     prefetched: dict[int, float] = field(default_factory=dict)
+    found: dict[int, int] = field(default_factory=dict)
     evicted: list[str] = field(default_factory=list)
     loaded: list[str] = field(default_factory=list)
     requests: dict[int, Generate] = field(default_factory=dict)
@@ -70,7 +76,7 @@ class Harness:
         self.device = self.runner.adapter_device
         self.loader = ScriptedLoader(self.device, self.runner.pool_config.page_elems, self.rng)
         self.allocator = PageAllocator(self.num_pages)
-        self.residency = Residency(self.allocator, self.device, self.loader, self.max_adapters)
+        self.residency = Residency(self.allocator, self.device, self.loader, self.max_adapters, self.clock)
         config = SchedulerConfig(
             self.max_running,
             self.max_step_tokens,
@@ -79,8 +85,17 @@ class Harness:
             self.tokens_per_page,
             frozenset({EOS}),
             self.admission_batch,
+            self.prefix_cache,
+            self.across_tenants,
         )
-        self.scheduler = Scheduler(config, self.allocator, self.residency, self.policy)
+        self.scheduler = Scheduler(config, self.allocator, self.residency, self.policy, self.clock)
+
+        self.oracle = PageOracle(self.tokens_per_page, self.across_tenants)
+
+    def clock(self) -> float:
+        """Time goes on with whoever asks; what is idle longer, and what computing takes, is the test's seed's."""
+        self.now += self.rng.random()
+        return self.now
 
     def adapters(self, **sizes: int) -> None:
         """Names adapters and the pages they take."""
@@ -112,7 +127,8 @@ class Harness:
         loading = set(self.residency.loading())
         plan = self.scheduler.plan()
         if self.turns_stay:
-            self.check_order(plan)
+            self.check_order(held)
+        self.oracle.check_begun(s for s in self.running() if s.request_id not in held)
         self.check_nobody_was_robbed(held, resident, loading)
         self.check_whole()
         return plan
@@ -134,10 +150,13 @@ class Harness:
         """A step in flight comes to nothing."""
         plan, submitted = self.in_flight.pop(-1 if newest else 0)
         self.runner.drop(submitted)
+        self.oracle.failed(plan)
         self.scheduler.abandon(plan, SloraError(Reason.INTERNAL, "the step failed"))
         self.hear()
 
     def commit(self, plan: StepPlan, tokens: list[SampledToken]) -> None:
+        if self.check:
+            self.oracle.carried_out(plan, self.scheduler._sequences)
         for event in self.scheduler.commit(plan, tokens):
             assert event.request_id not in self.finishes
             self.tokens.setdefault(event.request_id, []).append(event.token_id)
@@ -164,6 +183,7 @@ class Harness:
         news = self.scheduler.take_news()
         self.failures |= {failure.request_id: failure for failure in news.failures}
         self.prefetched |= dict(news.prefetched)
+        self.found |= dict(news.found)
         self.evicted += news.evicted
         self.loaded += [loaded.adapter.digest for loaded in news.loaded]
 
@@ -203,18 +223,19 @@ class Harness:
     def prefetches_only(self) -> bool:
         return not self.scheduler.num_running and not self.scheduler.num_waiting
 
-    def check_order(self, plan: StepPlan | None) -> None:
+    def check_order(self, held: dict[int, int]) -> None:
         """Nobody who lacks pages was passed: those behind a sequence run only if it waits for bytes.
 
         Beyond the look-ahead, those without their adapter are not looked at.
         """
-        let_in = {chunk.sequence_id for chunk in plan.chunks if chunk.start == 0} if plan else set()
-        started = [s for s in self.running() if s.request_id in let_in]
+        started = [s for s in self.running() if s.request_id not in held]
         queue = sorted([*started, *self.waiting()], key=lambda s: s.turn)
         for position, sequence in enumerate(queue):
             if sequence in started:
                 continue
-            if position >= scheduler_module.LOOK_AHEAD and sequence not in self.scheduler._queue._ready:
+            if position >= admission_module.LOOK_AHEAD and sequence not in self.scheduler._queue._ready:
+                continue
+            if self.scheduler.kv.awaits(sequence):
                 continue
             state = AdapterState.RESIDENT if sequence.digest is None else self.residency.state(sequence.digest)
             if state in (AdapterState.RESIDENT, AdapterState.SIZED, AdapterState.LEAVING):
@@ -246,13 +267,17 @@ class Harness:
         assert self.scheduler._queue._ready == ready
 
     def check_flight(self) -> None:
-        """What a step in flight names is as it was: nothing was freed, nobody else has it."""
-        holders = {page: s.request_id for s in self.running() for page in s.block_table}
+        """What a step in flight names is as it was: nothing was freed, and what it writes to nobody else has."""
+        holders: dict[int, set[int]] = defaultdict(set)
+        for sequence in self.running():
+            for page in sequence.block_table:
+                holders[page].add(sequence.request_id)
         for _, step in self.in_flight:
             for chunk in step.chunks:
-                for page in chunk.block_table:
+                for place, page in enumerate(chunk.block_table):
                     assert self.allocator.owner(page) is PageOwner.KV, f"page {page} was freed in flight"
-                    assert holders.get(page, chunk.sequence_id) == chunk.sequence_id, f"page {page} was given on"
+                    written = (place + 1) * self.tokens_per_page > chunk.start
+                    assert not written or holders[page] <= {chunk.sequence_id}, f"page {page} was given on"
                 digest = self.device.digest_at(chunk.adapter_slot)
                 request = self.requests[chunk.sequence_id].adapter
                 assert digest == (request and request.digest), "the slot's adapter was changed in flight"
@@ -272,6 +297,8 @@ class Harness:
     def check_empty(self) -> None:
         """After everything has ended only idle adapters hold pages; without them every page is free."""
         self.settle()
+        assert self.allocator.num_kv == self.scheduler.kv.num_idle
+        self.scheduler._cache.evict(self.num_pages)
         assert self.allocator.num_kv == 0
         for digest in [digest for digest, _ in self.residency.idle()]:
             self.residency.evict(digest)

@@ -21,7 +21,14 @@ class HostMemory(Protocol):
         """Whether `write` reads `weights` fast where they lie; if not, they are better copied to a host_buffer."""
 
 
-class AdapterDevice(HostMemory, Protocol):
+class AdapterSlots(Protocol):
+    """The device's adapter table, or those of several devices with the same contents."""
+
+    def remove(self, slot: int) -> None:
+        """Forgets the adapter at `slot`. Called on the core's thread, with no step running that uses it."""
+
+
+class AdapterDevice(HostMemory, AdapterSlots, Protocol):
     """Puts adapters into the pool's pages and into the device's adapter table."""
 
     def check(self, layout: AdapterLayout) -> None:
@@ -39,6 +46,3 @@ class AdapterDevice(HostMemory, Protocol):
 
     def enter(self, slot: int, layout: AdapterLayout, pages: Sequence[int]) -> None:
         """Enters the adapter in `pages` at `slot`, which the caller owns; ValueError if another one is there."""
-
-    def remove(self, slot: int) -> None:
-        """Forgets the adapter at `slot`. Called on the core's thread, with no step running that uses it."""

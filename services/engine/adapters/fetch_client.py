@@ -20,6 +20,7 @@ from slora.adapter_store.v1 import adapter_store_pb2
 from services.common.errors import Reason, SloraError, Status
 from services.common.grpc_errors import from_store_error
 from services.common.tracing import Headers
+from services.engine.adapters.layout import PackedShard
 from services.engine.adapters.lease_client import LeaseCall, StoreLease, to_place
 from services.engine.adapters.manifest_codec import to_manifest
 from services.engine.adapters.mapped_arena import EXTENT_ALIGNMENT, NO_ARENA, ArenaReader
@@ -54,7 +55,7 @@ class StoreFetch:
     def __init__(
         self,
         directory: ReplicaDirectory,
-        digest: str,
+        wanted: PackedShard,
         arenas: ArenaReader | None,
         through_local: bool,
         metadata: Headers = (),
@@ -62,7 +63,8 @@ class StoreFetch:
         """Calls carry `metadata`."""
         self._metadata = metadata
         self._directory = directory
-        self._digest = digest
+        self._wanted = wanted
+        self._digest = wanted.digest
         self._arenas = arenas
         self._through_local = through_local
         self._manifest: AdapterManifest | None = None
@@ -176,7 +178,7 @@ class StoreFetch:
             return False
         self.pause()
         timeout = max(deadline - time.monotonic(), 0.001)
-        call = self._lease_call = replica.borrow(self._digest, attempt.only_resident, timeout, self._metadata)
+        call = self._lease_call = replica.borrow(self._wanted, attempt.only_resident, timeout, self._metadata)
         if self._cancelled.is_set():
             call.cancel()
         try:
@@ -189,7 +191,7 @@ class StoreFetch:
         if lent is None:
             replica.arena_id = NO_ARENA
         else:
-            self._keep(to_manifest(lent.manifest, self._digest), replica)
+            self._keep(to_manifest(lent.manifest, self._wanted), replica)
             self._lease = self._open_lease(replica, call, lent)
         if self._lease is None:
             self.pause()
@@ -215,7 +217,7 @@ class StoreFetch:
         self.pause()
         replica = attempt.replica
         timeout = max(deadline - time.monotonic(), 0.001)
-        self._call = replica.fetch(self._digest, offset, timeout, self._metadata)
+        self._call = replica.fetch(self._wanted, offset, timeout, self._metadata)
         self._call_offset = offset
         if self._cancelled.is_set():
             self._call.cancel()
@@ -223,7 +225,7 @@ class StoreFetch:
         if response is None or isinstance(response, memoryview) or not response.HasField("manifest"):
             raise SloraError(Reason.INTERNAL, f"adapter store {replica.address} began a fetch without a manifest")
         replica.arena_id = response.arena_id
-        self._keep(to_manifest(response.manifest, self._digest), replica)
+        self._keep(to_manifest(response.manifest, self._wanted), replica)
 
     def _keep(self, manifest: AdapterManifest, replica: ReplicaClient) -> None:
         if self._manifest is not None and manifest != self._manifest:

@@ -4,6 +4,11 @@ The packed array is `[num_layers, layer_elems]`. In each layer a module has `ran
 `rank` rows of B transposed (d_out each, scaling folded in); a row is padded to a multiple of `tile_elems`. Cut at
 multiples of the pool's page_elems, column block p of the array becomes page p of the adapter in every layer at once.
 S-LoRA section 5 (Unified Paging).
+
+A process of several has a *shard*, laid out the same way, and alike in all processes: of a group of modules that share
+their input (q k v; gate up) it holds `ceil(R / tp_size)` of the group's R rows of A, one run at the offset that the
+modules have in common; of o and down all rows of A, with its own inputs; of all modules all rows of B, with its own
+outputs. Features are then those of the shard, ranks the adapter's. S-LoRA section 6.
 """
 
 from __future__ import annotations
@@ -11,6 +16,15 @@ from __future__ import annotations
 import enum
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
+
+
+class PackedShard(NamedTuple):
+    """What packed weights are asked for by: the adapter's digest, and which of how many shards (0 of 1: the whole)."""
+
+    digest: str
+    tp_rank: int = 0
+    tp_size: int = 1
 
 
 class TargetModule(enum.IntEnum):
@@ -23,6 +37,13 @@ class TargetModule(enum.IntEnum):
     GATE = 4
     UP = 5
     DOWN = 6
+
+
+INPUT_GROUPS: tuple[tuple[TargetModule, ...], ...] = (
+    (TargetModule.Q, TargetModule.K, TargetModule.V),
+    (TargetModule.GATE, TargetModule.UP),
+)
+"""Modules that share their input and are split by output: in a shard, their rows of A are one run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +68,8 @@ class AdapterLayout:
     num_layers: int
     layer_elems: int
     layers: tuple[tuple[ModulePlacement, ...], ...]
+    tp_rank: int = 0
+    tp_size: int = 1
 
     def num_pages(self, page_elems: int) -> int:
         """Pages that the adapter takes; at most the last one is partly filled."""

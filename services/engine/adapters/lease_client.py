@@ -11,6 +11,7 @@ from slora.adapter_store.v1 import adapter_store_pb2, adapter_store_pb2_grpc
 from services.common.errors import Reason, SloraError
 from services.common.grpc_errors import from_store_error
 from services.common.tracing import Headers
+from services.engine.adapters.layout import PackedShard
 from services.engine.adapters.mapped_arena import ArenaPlace
 
 _COPIED = adapter_store_pb2.ShareAdapterRequest(copied=adapter_store_pb2.CopiedExtent())
@@ -22,13 +23,13 @@ class LeaseCall:
     def __init__(
         self,
         stub: adapter_store_pb2_grpc.AdapterStoreServiceStub,
-        digest: str,
+        wanted: PackedShard,
         only_resident: bool,
         timeout_seconds: float,
         metadata: Headers = (),
     ) -> None:
         """Opens the call; ValueError if the channel is closed."""
-        first = adapter_store_pb2.ShareAdapterRequest(digest=digest, only_resident=only_resident)
+        first = adapter_store_pb2.ShareAdapterRequest(only_resident=only_resident, **wanted._asdict())
         self._requests: queue.SimpleQueue[adapter_store_pb2.ShareAdapterRequest | None] = queue.SimpleQueue()
         self._requests.put(first)
         self._responses = stub.ShareAdapter(iter(self._requests.get, None), timeout=timeout_seconds, metadata=metadata)

@@ -15,6 +15,7 @@ from services.common.grpc_client import open_blocking_channel
 from services.common.grpc_errors import from_store_error
 from services.common.tls import PLAIN_TEXT, ChannelSecurity
 from services.common.tracing import Headers
+from services.engine.adapters.layout import PackedShard
 from services.engine.adapters.lease_client import LeaseCall, to_place
 from services.engine.adapters.mapped_arena import ArenaPlace
 
@@ -116,19 +117,21 @@ class ReplicaClient:
         """It failed: others are asked first for a while."""
         self._avoided_until = time.monotonic() + AVOID_SECONDS
 
-    def fetch(self, digest: str, offset: int, timeout_seconds: float, metadata: Headers = ()) -> FetchCall:
+    def fetch(self, wanted: PackedShard, offset: int, timeout_seconds: float, metadata: Headers = ()) -> FetchCall:
         """Opens a FetchAdapter call."""
-        request = adapter_store_pb2.FetchAdapterRequest(digest=digest, offset=offset)
+        request = adapter_store_pb2.FetchAdapterRequest(offset=offset, **wanted._asdict())
         try:
             call: FetchCall = self._stub.FetchAdapter(request, timeout=timeout_seconds, metadata=metadata)
         except ValueError as closed:  # grpc's way to say that the channel was closed
             raise self._gone() from closed
         return call
 
-    def borrow(self, digest: str, only_resident: bool, timeout_seconds: float, metadata: Headers = ()) -> LeaseCall:
+    def borrow(
+        self, wanted: PackedShard, only_resident: bool, timeout_seconds: float, metadata: Headers = ()
+    ) -> LeaseCall:
         """Opens a ShareAdapter call."""
         try:
-            return LeaseCall(self._stub, digest, only_resident, timeout_seconds, metadata)
+            return LeaseCall(self._stub, wanted, only_resident, timeout_seconds, metadata)
         except ValueError as closed:
             raise self._gone() from closed
 

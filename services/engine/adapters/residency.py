@@ -11,13 +11,14 @@ Lives on the core's thread. Decides nothing: who gets pages, and whose are taken
 from __future__ import annotations
 
 import enum
+import time
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from services.common.errors import Reason, SloraError
-from services.engine.adapters.device import AdapterDevice
+from services.engine.adapters.device import AdapterSlots
 from services.engine.adapters.load_job import Grant, LoadEnded, LoadEvent, LoadInstalled, LoadJob, LoadSized
 from services.engine.memory.page_allocator import PageAllocator, PageIntegrityError, PageOwner
 from services.engine.messages import NOBODY, Adapter, AdapterLoaded, Origin, TracedLoad
@@ -64,6 +65,7 @@ class _Entry:
     pages: Sequence[int] = ()
     slot: int = -1
     num_pins: int = 0
+    idle_since: float = 0.0
 
 
 @dataclass(slots=True)
@@ -79,13 +81,22 @@ class LoadNews:
 class Residency:
     """Which adapters are in the pool, with at most `max_adapters` slots on the device."""
 
-    def __init__(self, allocator: PageAllocator, device: AdapterDevice, loader: Loader, max_adapters: int) -> None:
+    def __init__(
+        self,
+        allocator: PageAllocator,
+        slots: AdapterSlots,
+        loader: Loader,
+        max_adapters: int,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`clock` counts seconds."""
         if max_adapters < 1:
             raise ValueError(f"max_adapters is at least 1, not {max_adapters}")
         self._allocator = allocator
-        self._device = device
+        self._slots = slots
         self._loader = loader
         self._max_adapters = max_adapters
+        self._clock = clock
         self._free_slots = list(range(max_adapters - 1, -1, -1))
         self._entries: dict[str, _Entry] = {}
         # Those of them that are not resident yet.
@@ -121,6 +132,10 @@ class Residency:
     def under_way(self) -> Iterator[str]:
         """Digests of adapters that will be resident unless their load fails or is given up."""
         return (digest for digest, entry in self._loads.items() if entry.state is not AdapterState.LEAVING)
+
+    def idle_since(self, digest: str) -> float:
+        """When an evictable adapter ceased to be used."""
+        return self._idle[digest].idle_since
 
     def loading(self) -> Iterator[str]:
         """Digests of adapters whose pages are granted and whose bytes are on their way."""
@@ -215,7 +230,7 @@ class Residency:
         """Takes an idle adapter out of the pool."""
         entry = self._idle.pop(digest)
         self._num_idle_pages -= len(entry.pages)
-        self._device.remove(entry.slot)
+        self._slots.remove(entry.slot)
         self._forget(entry)
 
     def poll(self) -> LoadNews:
@@ -254,6 +269,7 @@ class Residency:
                 raise PageIntegrityError(f"adapter {digest} is {entry.state.name} with {entry.num_pins} pins")
 
     def _become_idle(self, entry: _Entry) -> None:
+        entry.idle_since = self._clock()
         self._idle[entry.adapter.digest] = entry
         self._num_idle_pages += len(entry.pages)
 

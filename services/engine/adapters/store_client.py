@@ -9,6 +9,7 @@ from services.common.request_id import REQUEST_ID
 from services.common.tls import PLAIN_TEXT, ChannelSecurity
 from services.common.tracing import TRACEPARENT, Headers
 from services.engine.adapters.fetch_client import StoreFetch
+from services.engine.adapters.layout import PackedShard
 from services.engine.adapters.mapped_arena import ArenaReader
 from services.engine.adapters.replica_directory import ReplicaDirectory
 from services.engine.messages import NOBODY, Origin
@@ -18,7 +19,7 @@ class StoreClient:
     """An `AdapterSource`: the adapter store with the replicas behind `addresses` (`host:port`). None need be up yet.
 
     With `arenas`, weights of a store on this host are read where they lie; `through_local`: what is loaded is always
-    asked of that one first.
+    asked of that one first. A process of several takes its own shard.
     """
 
     def __init__(
@@ -27,8 +28,11 @@ class StoreClient:
         arenas: ArenaReader | None = None,
         through_local: bool = False,
         security: ChannelSecurity = PLAIN_TEXT,
+        tp_rank: int = 0,
+        tp_size: int = 1,
     ) -> None:
         """Raises TlsError."""
+        self._shard = (tp_rank, tp_size)
         self._arenas = arenas
         self._through_local = through_local
         self._directory = ReplicaDirectory(addresses, arenas, security)
@@ -36,7 +40,8 @@ class StoreClient:
 
     def open(self, digest: str, origin: Origin = NOBODY) -> StoreFetch:
         """Begins to fetch, on behalf of `origin`; returns at once."""
-        fetch = StoreFetch(self._directory, digest, self._arenas, self._through_local, _metadata(origin))
+        wanted = PackedShard(digest, *self._shard)
+        fetch = StoreFetch(self._directory, wanted, self._arenas, self._through_local, _metadata(origin))
         self._fetches.add(fetch)
         return fetch
 

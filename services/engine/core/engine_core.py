@@ -14,11 +14,13 @@ from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 from services.common.errors import Reason, SloraError
-from services.engine.adapters.device import AdapterDevice
+from services.engine.adapters.device import AdapterDevice, AdapterSlots
 from services.engine.adapters.loader import AdapterLoader
 from services.engine.adapters.residency import Residency
 from services.engine.adapters.source import AdapterSource
 from services.engine.config import EngineSettings, PoolConfig, SchedulerConfig
+from services.engine.core.followers import Followers
+from services.engine.core.parallel_loader import ClosingLoader, ParallelLoader, ParallelSlots
 from services.engine.memory.page_allocator import PageAllocator, PageIntegrityError
 from services.engine.messages import (
     Abort,
@@ -33,7 +35,7 @@ from services.engine.messages import (
 from services.engine.scheduling.policies.combination import make_policy
 from services.engine.scheduling.scheduler import Scheduler
 from services.engine.scheduling.steps_in_flight import MAX_IN_FLIGHT
-from services.engine.step import SampledToken, StepPlan
+from services.engine.step import RunnerLost, SampledToken, StepPlan
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +89,8 @@ class Runner(Protocol[HandleT]):
         """Waits for a step; a token for each chunk with a `sample`, in the plan's order.
 
         It is called once for each handle, in the order of `submit`.
-        If this raises, the step is over all the same: the device touches nothing that it named.
+        If this raises, the step is over all the same: the device touches nothing that it named. Both may raise
+        RunnerLost: the core has to end.
         """
 
 
@@ -103,18 +106,31 @@ class EngineCore:
     """`handle` messages, then `step`, for ever; `needs_event` says when there is nothing to do but wait."""
 
     def __init__(
-        self, settings: EngineSettings, runner: Runner[Any], source: AdapterSource, wake: Callable[[], None]
+        self,
+        settings: EngineSettings,
+        runner: Runner[Any],
+        source: AdapterSource,
+        wake: Callable[[], None],
+        followers: Followers | None = None,
     ) -> None:
-        """`wake` is called, on another thread, when a load has news: `step` again."""
+        """`wake` is called, on another thread, when a load has news: `step` again.
+
+        `followers`: the other processes, where several share the model; `runner` has to be theirs too.
+        """
         if not 1 <= runner.max_in_flight <= MAX_IN_FLIGHT:
             raise ValueError(f"a runner has 1 to {MAX_IN_FLIGHT} steps in flight, not {runner.max_in_flight}")
         pool = runner.pool_config
         self._runner = runner
         self._allocator = PageAllocator(pool.num_pages)
-        self._loader = AdapterLoader(
+        slots: AdapterSlots = runner.adapter_device
+        self._loader: ClosingLoader = AdapterLoader(
             source, runner.adapter_device, pool.page_elems, settings.load_timeout_seconds, wake
         )
-        self._residency = Residency(self._allocator, runner.adapter_device, self._loader, settings.max_adapters)
+        if followers is not None:
+            slots = everywhere = ParallelSlots(slots, followers)
+            self._loader = ParallelLoader(self._loader, everywhere, followers)
+            followers.on_outcome(wake)
+        self._residency = Residency(self._allocator, slots, self._loader, settings.max_adapters)
         config = SchedulerConfig(
             max_running=settings.max_running,
             max_step_tokens=settings.max_step_tokens,
@@ -123,6 +139,8 @@ class EngineCore:
             tokens_per_page=pool.tokens_per_page,
             eos_token_ids=runner.eos_token_ids,
             admission_batch=settings.admission_batch,
+            prefix_cache=settings.prefix_cache,
+            prefix_cache_across_tenants=settings.prefix_cache_across_tenants,
         )
         self._policy = make_policy(settings.policies, min(config.max_running, config.max_step_tokens))
         self._scheduler = Scheduler(config, self._allocator, self._residency, self._policy)
@@ -184,7 +202,16 @@ class EngineCore:
         self._reported, self._reported_loading = load, loading
         told = None if is_as_before else loading
         return StepReport(
-            load, tokens, failures, news.loaded, news.evicted, told, news.prefetched, news.admitted, news.traced_loads
+            load,
+            tokens,
+            failures,
+            news.loaded,
+            news.evicted,
+            told,
+            news.prefetched,
+            news.found,
+            news.admitted,
+            news.traced_loads,
         )
 
     def close(self) -> bool:
@@ -231,6 +258,8 @@ class EngineCore:
 
     def _fail(self, step: _SubmittedStep, error: Exception) -> None:
         """A step could not be submitted or computed: its sequences fail, and no other."""
+        if isinstance(error, RunnerLost):
+            raise CoreFault(str(error)) from error
         self._num_steps += 1
         extra = {"request_ids": self._scheduler.request_ids(step.plan)}
         logger.error("a step of %d sequences failed", len(step.plan.chunks), exc_info=error, extra=extra)
@@ -269,7 +298,8 @@ class EngineCore:
             num_free_pages=allocator.num_free,
             num_kv_pages=allocator.num_kv,
             num_adapter_pages=allocator.num_adapter,
-            num_evictable_pages=self._residency.num_idle_pages,
+            num_evictable_pages=self._residency.num_idle_pages + scheduler.kv.num_idle,
+            num_cached_pages=scheduler.kv.num_idle,
             num_preemptions_total=scheduler.num_preemptions,
             num_steps_total=self._num_steps,
             num_adapter_hits_total=scheduler.num_adapter_hits,
@@ -280,4 +310,6 @@ class EngineCore:
             num_dropped_total=dict(scheduler.num_dropped),
             num_passed_by_total=self._policy.num_passed_by,
             service_spread=self._policy.service_spread,
+            num_prefix_queried_tokens_total=scheduler.kv.num_queried_tokens,
+            num_prefix_found_tokens_total=scheduler.kv.num_found_tokens,
         )

@@ -6,6 +6,8 @@ import dataclasses
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
+from pathlib import Path
 
 import msgspec
 
@@ -32,6 +34,14 @@ def core_command(settings: EngineSettings, fd: int) -> list[str]:
     return [sys.executable, "-m", "services.engine.core", "--fd", str(fd), "--settings", as_json]
 
 
+def follower_command(settings: EngineSettings, fd: int, tp_rank: int, rendezvous: Path) -> list[str]:
+    """The command line of another process of a tensor-parallel core: one that follows process 0 over `fd`.
+
+    All of them meet at the file `rendezvous`. As for a core, it matters which thread starts it.
+    """
+    return [*core_command(settings, fd), "--tp-rank", str(tp_rank), "--rendezvous", str(rendezvous)]
+
+
 def settings_from_json(text: str) -> EngineSettings:
     """The settings in a `core_command`; msgspec.ValidationError if they are not such."""
     return msgspec.json.decode(text, type=EngineSettings)
@@ -39,8 +49,19 @@ def settings_from_json(text: str) -> EngineSettings:
 
 def spawn_core(settings: EngineSettings) -> tuple[subprocess.Popen[bytes], socket.socket]:
     """Starts a core; its process and this side of the socket. Closing the socket ends the core."""
+    return _spawn(lambda fd: core_command(settings, fd))
+
+
+def spawn_follower(
+    settings: EngineSettings, tp_rank: int, rendezvous: Path
+) -> tuple[subprocess.Popen[bytes], socket.socket]:
+    """Starts process `tp_rank` of a tensor-parallel core; as `spawn_core`."""
+    return _spawn(lambda fd: follower_command(settings, fd, tp_rank, rendezvous))
+
+
+def _spawn(command: Callable[[int], list[str]]) -> tuple[subprocess.Popen[bytes], socket.socket]:
     ours, theirs = socket.socketpair()
     with theirs:
         fd = theirs.fileno()
-        process = subprocess.Popen(core_command(settings, fd), pass_fds=(fd,), stdin=subprocess.DEVNULL)
+        process = subprocess.Popen(command(fd), pass_fds=(fd,), stdin=subprocess.DEVNULL)
     return process, ours

@@ -10,13 +10,20 @@ from services.engine.adapters.source import AdapterSource
 from services.engine.config import EngineSettings
 from services.engine.core.connection import FrontendConnection
 from services.engine.core.engine_core import CoreFault, EngineCore, Runner
+from services.engine.core.followers import Followers
 from services.engine.core.launch import FAULT_EXIT_CODE, USAGE_EXIT_CODE
 from services.engine.memory.page_allocator import PageIntegrityError
 
 logger = logging.getLogger(__name__)
 
 
-def run_core(settings: EngineSettings, runner: Runner[Any], source: AdapterSource, sock: socket.socket) -> int:
+def run_core(
+    settings: EngineSettings,
+    runner: Runner[Any],
+    source: AdapterSource,
+    sock: socket.socket,
+    followers: Followers | None = None,
+) -> int:
     """Serves the frontend at the other end of `sock` until it ends; the process's exit code.
 
     The code is 0 when the frontend ended, FAULT_EXIT_CODE when the core had to: what it would say next could be wrong;
@@ -24,7 +31,7 @@ def run_core(settings: EngineSettings, runner: Runner[Any], source: AdapterSourc
     """
     connection = FrontendConnection(sock)
     try:
-        core = EngineCore(settings, runner, source, connection.wake)
+        core = EngineCore(settings, runner, source, connection.wake, followers)
     except ValueError as error:
         logger.critical("these settings cannot work: %s", error)
         return USAGE_EXIT_CODE

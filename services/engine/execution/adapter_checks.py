@@ -8,8 +8,9 @@ import torch
 
 from kernels.lora_plan import ModuleGroup
 from services.common.errors import Reason, SloraError
-from services.engine.adapters.layout import AdapterLayout, ModulePlacement, TargetModule
+from services.engine.adapters.layout import AdapterLayout, LayerRun, ModulePlacement, TargetModule
 from services.engine.config import PoolConfig
+from services.engine.model.partition import WHOLE, Partition
 
 MAX_RANK = 256
 
@@ -17,14 +18,20 @@ MAX_RANK = 256
 class AdapterChecks:
     """Raises ADAPTER_INCOMPATIBLE for a layout whose layers, dtype, tiles, shapes or bounds are not the model's."""
 
-    def __init__(self, pool: PoolConfig, dtype: torch.dtype, groups: Sequence[ModuleGroup]) -> None:
+    def __init__(
+        self, pool: PoolConfig, dtype: torch.dtype, groups: Sequence[ModuleGroup], partition: Partition = WHOLE
+    ) -> None:
+        """`groups` are those of the partition's part of the model."""
         self._pool = pool
+        self._partition = partition
+        self._groups = groups
         self._dtype = str(dtype).removeprefix("torch.")
         self._shapes = {
             TargetModule(module): (group.in_features, size)
             for group in groups
             for module, size in zip(group.modules, group.out_features, strict=True)
         }
+        self._is_split = {TargetModule(m): group.rank_parts > 1 for group in groups for m in group.modules}
         # Elements of a layer with every module at the largest rank; padding to tiles may not double it.
         elems = 2 * MAX_RANK * sum(i + o for i, o in self._shapes.values())
         self.max_pages = -(-elems // pool.page_elems)
@@ -32,6 +39,10 @@ class AdapterChecks:
     def check(self, layout: AdapterLayout) -> None:
         """Raises SloraError(ADAPTER_INCOMPATIBLE) unless `layout` fits."""
         pool = self._pool
+        mine = self._partition
+        if (layout.tp_rank, layout.tp_size) != (mine.tp_rank, mine.tp_size):
+            got, wanted = f"{layout.tp_rank} of {layout.tp_size}", f"{mine.tp_rank} of {mine.tp_size}"
+            raise incompatible(layout, f"came as shard {got}, this process holds shard {wanted}", "tp_size")
         if layout.dtype != self._dtype:
             raise incompatible(layout, f"is packed in {layout.dtype}, this engine computes in {self._dtype}", "dtype")
         if layout.num_layers != pool.num_layers or len(layout.layers) != layout.num_layers:
@@ -49,6 +60,20 @@ class AdapterChecks:
                 raise incompatible(layout, f"names a module twice in layer {run.begin}", "layers")
             for place in run.placements:
                 self._check_module(layout, run.begin, place)
+            for group in self._groups:
+                self._check_group(layout, run, group)
+
+    def _check_group(self, layout: AdapterLayout, run: LayerRun, group: ModuleGroup) -> None:
+        """Where a group's rank space is split, its rows of A are one run."""
+        places = [place for place in run.placements if place.module in group.modules]
+        if group.rank_parts == 1 or not places:
+            return
+        begin, tile = places[0].lora_a_offset, layout.tile_elems
+        num_rows = -(-sum(place.rank for place in places) // group.rank_parts)
+        end = begin + num_rows * -(-group.in_features // tile) * tile
+        if any(place.lora_a_offset != begin for place in places) or end > layout.layer_elems:
+            what = f"has no run of {num_rows} rows of A for {len(places)} modules in layer {run.begin}"
+            raise incompatible(layout, what, "offset")
 
     def _check_module(self, layout: AdapterLayout, layer: int, place: ModulePlacement) -> None:
         where = f"layer {layer}, {place.module.name.lower()}"
@@ -58,9 +83,14 @@ class AdapterChecks:
         if not 1 <= place.rank <= MAX_RANK:
             raise incompatible(layout, f"has rank {place.rank} in {where}, outside 1 to {MAX_RANK}", "rank")
         tile = layout.tile_elems
-        parts = ((place.lora_a_offset, place.in_features), (place.lora_b_offset, place.out_features))
-        for offset, features in parts:
-            end = offset + place.rank * -(-features // tile) * tile
+        # The rows of A of a group that is split are counted together, in _check_group.
+        a_rows = 0 if self._is_split[place.module] else place.rank
+        parts = (
+            (place.lora_a_offset, a_rows, place.in_features),
+            (place.lora_b_offset, place.rank, place.out_features),
+        )
+        for offset, num_rows, features in parts:
+            end = offset + num_rows * -(-features // tile) * tile
             if offset < 0 or offset % tile or end > layout.layer_elems:
                 what = f"places rows at {offset} to {end} in {where}: not whole tiles within {layout.layer_elems}"
                 raise incompatible(layout, what, "offset")

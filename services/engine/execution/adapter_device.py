@@ -14,6 +14,7 @@ from kernels.lora_plan import AdapterTables, ModuleGroup
 from services.engine.adapters.layout import AdapterLayout, ModulePlacement, TargetModule
 from services.engine.execution.adapter_checks import AdapterChecks
 from services.engine.memory.pool import Pool
+from services.engine.model.partition import WHOLE, Partition
 
 _WIDEST_TILE = 512
 """Elements that a row is read in at a time, at most; a power of two."""
@@ -26,9 +27,12 @@ class PagedAdapterDevice:
     computes; the caller hands slot and pages to the core through a queue, which orders the writes before its reads.
     """
 
-    def __init__(self, pool: Pool, groups: Sequence[ModuleGroup], max_adapters: int) -> None:
+    def __init__(
+        self, pool: Pool, groups: Sequence[ModuleGroup], max_adapters: int, partition: Partition = WHOLE
+    ) -> None:
+        """`groups` are those of the partition's part of the model."""
         self._pool = pool
-        self._checks = AdapterChecks(pool.config, pool.dtype, groups)
+        self._checks = AdapterChecks(pool.config, pool.dtype, groups, partition)
         num_layers, num_modules = pool.config.num_layers, len(TargetModule)
         features = [size for group in groups for size in (group.in_features, *group.out_features)]
         self._widest_tile = math.gcd(_WIDEST_TILE, pool.config.page_elems, *features)

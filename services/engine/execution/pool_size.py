@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from services.engine.config import EngineSettings, PoolConfig
+from services.engine.execution.communicator import Communicator
 from services.engine.model.config import ModelConfig
 
 DEFAULT_CPU_BYTES = 512 * 2**20
@@ -16,8 +17,13 @@ RESERVED_BYTES = 2**30
 """Staging of adapters, scratch of kernels and libraries."""
 
 
-def pool_config(config: ModelConfig, settings: EngineSettings, device: torch.device) -> PoolConfig:
-    """The pool's shape. Call it when the weights are on the device. Raises ValueError if no page fits."""
+def pool_config(
+    config: ModelConfig, settings: EngineSettings, device: torch.device, communicator: Communicator | None = None
+) -> PoolConfig:
+    """The pool's shape for `config`, one process's part of the model. Call it when the weights are on the device.
+
+    Raises ValueError if no page fits.
+    """
     if settings.tokens_per_page < 1:
         raise ValueError(f"tokens_per_page must be positive, not {settings.tokens_per_page}")
     if settings.num_pages < 0 or settings.pool_bytes < 0:
@@ -26,6 +32,9 @@ def pool_config(config: ModelConfig, settings: EngineSettings, device: torch.dev
     page_bytes = config.num_layers * one_page.page_elems * config.dtype.itemsize
     pool_bytes = settings.pool_bytes or _default_bytes(config, settings, device)
     num_pages = settings.num_pages or pool_bytes // page_bytes
+    if communicator is not None:
+        # One number for all processes: what the one with the least memory can hold.
+        num_pages = communicator.minimum(num_pages)
     if num_pages < 1:
         raise ValueError(f"pool_bytes {pool_bytes} hold no page: one takes {page_bytes} bytes in all layers")
     return PoolConfig(config.num_layers, num_pages, settings.tokens_per_page, config.num_kv_heads, config.head_dim)

@@ -23,7 +23,7 @@ from services.engine.model.step_ops import Group, QkNorm
 class TorchStep:
     """One step. `rope` is the table of services.engine.model.rope, in the model's type."""
 
-    def __init__(self, config: ModelConfig, batch: ForwardBatch, pool: Pool, rope: torch.Tensor) -> None:
+    def __init__(self, config: ModelConfig, pool: Pool, rope: torch.Tensor, batch: ForwardBatch) -> None:
         self._config = config
         self._batch = batch
         self._pool = pool
@@ -76,3 +76,7 @@ class TorchStep:
     def sampled(self, rows: torch.Tensor) -> torch.Tensor:
         """The rows whose logits are wanted."""
         return rows.index_select(0, self._batch.logit_rows)
+
+    def whole_logits(self, logits: torch.Tensor) -> torch.Tensor:
+        """They are."""
+        return logits

@@ -39,6 +39,7 @@ class EngineLoad:
     num_adapter_pages: int = 0
     num_evictable_pages: int = 0
     draining: bool = False
+    num_cached_pages: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +95,7 @@ class EngineState:
             core.num_adapter_pages,
             core.num_evictable_pages,
             self.load.draining,
+            core.num_cached_pages,
         )
         loading = self.loading if report.loading is None else report.loading
         if (load, loading) == (self.load, self.loading) and not report.loaded and not report.evicted:

@@ -34,6 +34,8 @@ class Completion:
     num_completion_tokens: int
     stop_string: str | None = None
     stop_token_id: int | None = None
+    # Of the prompt's, those whose KV was in the prefix cache.
+    num_cached_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +69,7 @@ class Generation:
         self.core_id = core_id
         self.num_prompt_tokens = num_prompt_tokens
         self.num_completion_tokens = 0
+        self.num_cached_tokens = 0
         self.started_at = started_at
         self.last_token_at = 0.0
         self.adapter_label = adapter_label
@@ -115,7 +118,12 @@ class Generation:
 
     def _complete(self, reason: FinishReason, stop_string: str | None = None, stop_token_id: int | None = None) -> None:
         self.completion = Completion(
-            reason, self.num_prompt_tokens, self.num_completion_tokens, stop_string, stop_token_id
+            reason,
+            self.num_prompt_tokens,
+            self.num_completion_tokens,
+            stop_string,
+            stop_token_id,
+            self.num_cached_tokens,
         )
 
     def fail(self, error: SloraError, even_if_complete: bool = False) -> None:

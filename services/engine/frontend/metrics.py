@@ -75,11 +75,13 @@ class CoreCollector(Collector):
         load = self._load()
         pages = GaugeMetricFamily(
             "slora_engine_pool_pages",
-            "Pages of the pool: of kv, of adapters, free; evictable ones are among those of adapters.",
+            "Pages of the pool: of kv in use, of kv that only the prefix cache keeps (cached), of adapters, free; "
+            "evictable ones are the cached ones and those of idle adapters.",
             labels=["state"],
         )
         by_state = {
-            "kv": load.num_kv_pages,
+            "kv": load.num_kv_pages - load.num_cached_pages,
+            "cached": load.num_cached_pages,
             "adapter": load.num_adapter_pages,
             "free": load.num_free_pages,
             "evictable": load.num_evictable_pages,
@@ -115,6 +117,16 @@ class CoreCollector(Collector):
                 ("preemptions", "Sequences whose pages were taken away.", load.num_preemptions_total),
                 ("admitted_sequences", "Sequences that began to run.", load.num_admitted_total),
                 ("passed_by", "Times that a sequence was kept from running for its adapter.", load.num_passed_by_total),
+                (
+                    "prefix_cache_queries_tokens",
+                    "Tokens of prompts that began to run.",
+                    load.num_prefix_queried_tokens_total,
+                ),
+                (
+                    "prefix_cache_hits_tokens",
+                    "Of those, tokens whose KV was in the prefix cache.",
+                    load.num_prefix_found_tokens_total,
+                ),
                 ("adapter_hits", "Sequences whose adapter was resident.", load.num_adapter_hits_total),
                 ("adapter_misses", "Sequences whose adapter had to be loaded.", load.num_adapter_misses_total),
                 ("adapter_load_failures", "Loads of adapters that failed.", load.num_adapter_load_failures_total),

@@ -122,6 +122,7 @@ class Frontend(CoreListener):
                 "adapter_id": request.adapter.adapter_id if request.adapter else "",
                 "outcome": outcome,
                 "num_prompt_tokens": generation.num_prompt_tokens,
+                "num_cached_tokens": generation.num_cached_tokens,
                 "num_completion_tokens": generation.num_completion_tokens,
                 "seconds": round(seconds, 6),
             },
@@ -198,6 +199,10 @@ class Frontend(CoreListener):
     def core_report(self, report: StepReport) -> None:
         """Hands a step's tokens and failures to their requests, and its changes to the watchers."""
         try:
+            for core_id, num_tokens in report.found:
+                generation = self._generations.get(core_id)
+                if generation is not None:
+                    generation.num_cached_tokens = num_tokens
             if report.admitted or report.traced_loads:
                 self._trace(report)
             if report.tokens:

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from services.engine.messages import Adapter, CoreLoad
@@ -39,7 +39,7 @@ class VllmCollector(Collector):
         self._load = load
         self._presence = presence
 
-    def collect(self) -> Iterator[GaugeMetricFamily]:
+    def collect(self) -> Iterator[GaugeMetricFamily | CounterMetricFamily]:
         """Called by the registry, on the thread that serves metrics."""
         load = self._load()
         use = kv_use(load)
@@ -52,6 +52,13 @@ class VllmCollector(Collector):
             family = GaugeMetricFamily(f"vllm:{name}", documentation, labels=["model_name"])
             family.add_metric([self._base_model], value)
             yield family
+        for name, documentation, value in (
+            ("queries", "Tokens of prompts that began to run.", load.num_prefix_queried_tokens_total),
+            ("hits", "Of those, tokens whose KV was in the prefix cache.", load.num_prefix_found_tokens_total),
+        ):
+            counter = CounterMetricFamily(f"vllm:prefix_cache_{name}", documentation, labels=["model_name"])
+            counter.add_metric([self._base_model], value)
+            yield counter
         yield self._adapters(self._presence())
 
     def _adapters(self, presence: AdapterPresence) -> GaugeMetricFamily:
@@ -66,12 +73,14 @@ class VllmCollector(Collector):
 
 
 def kv_use(load: CoreLoad) -> float:
-    """KV's pages as a share of those that it could have: its own, free ones, and those of adapters that can be evicted.
+    """KV's pages in use as a share of those that it could have: these, free ones, and those that can be evicted.
 
-    Pages of adapters in use are not KV's to have, however few sequences there are.
+    Pages of adapters in use are not KV's to have, however few sequences there are. What only the prefix cache keeps is
+    not in use, as with vLLM.
     """
-    could_have = load.num_kv_pages + load.num_free_pages + load.num_evictable_pages
-    return load.num_kv_pages / could_have if could_have else 0.0
+    num_used = load.num_kv_pages - load.num_cached_pages
+    could_have = num_used + load.num_free_pages + load.num_evictable_pages
+    return num_used / could_have if could_have else 0.0
 
 
 def _names(adapters: Iterable[Adapter]) -> str:

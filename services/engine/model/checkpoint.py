@@ -21,6 +21,10 @@ _SINGLE = "model.safetensors"
 _HARMLESS_SUFFIX = ".rotary_emb.inv_freq"
 
 
+Cut = tuple[slice, ...]
+"""The part of a tensor that is wanted: a slice a dimension, all of the dimensions that it does not name."""
+
+
 class Weights(Protocol):
     """Where a decoder's weights come from: `Checkpoint`, or `RandomWeights`."""
 
@@ -29,8 +33,10 @@ class Weights(Protocol):
     def read(self, name: str, shape: Sequence[int]) -> torch.Tensor:
         """The tensor `name`."""
 
-    def read_stacked(self, names: Sequence[str], shapes: Sequence[Sequence[int]]) -> torch.Tensor:
-        """Several tensors, one below the other along their first dimension."""
+    def read_stacked(
+        self, names: Sequence[str], shapes: Sequence[Sequence[int]], cuts: Sequence[Cut] | None = None
+    ) -> torch.Tensor:
+        """Several tensors, or the `cuts` of them, one below the other along their first dimension."""
 
     def finish(self) -> None:
         """Everything was read."""
@@ -60,19 +66,24 @@ class Checkpoint:
     def __contains__(self, name: str) -> bool:
         return name in self._file_of
 
-    def read(self, name: str, shape: Sequence[int], out: torch.Tensor | None = None) -> torch.Tensor:
-        """The tensor `name`, which must have `shape`; copied into `out` if given. Raises CheckpointError."""
+    def read(self, name: str, shape: Sequence[int], out: torch.Tensor | None = None, cut: Cut = ()) -> torch.Tensor:
+        """The tensor `name`, which must have `shape`, or a `cut` of it; copied into `out` if given.
+
+        Raises CheckpointError.
+        """
         file_name = self._file_of.get(name)
         if file_name is None:
             raise CheckpointError(f"{self._directory} lacks the tensor {name} (shape {list(shape)})")
         file = self._files[file_name]
         try:
-            found = file.get_slice(name).get_shape()
+            stored = file.get_slice(name)
+            found = stored.get_shape()
             if list(found) != list(shape):
                 raise CheckpointError(
                     f"{self._directory / file_name}: {name} has shape {list(found)}, config.json asks for {list(shape)}"
                 )
-            tensor: torch.Tensor = file.get_tensor(name)
+            whole = cut_shape(shape, cut) == tuple(shape)
+            tensor: torch.Tensor = file.get_tensor(name) if whole else stored[cut]
         except SafetensorError as error:
             raise CheckpointError(f"{self._directory / file_name}: {name}: {error}") from error
         if not tensor.is_floating_point() or tensor.element_size() < 2:
@@ -84,14 +95,17 @@ class Checkpoint:
             return tensor.to(self._dtype)
         return out.copy_(tensor)
 
-    def read_stacked(self, names: Sequence[str], shapes: Sequence[Sequence[int]]) -> torch.Tensor:
+    def read_stacked(
+        self, names: Sequence[str], shapes: Sequence[Sequence[int]], cuts: Sequence[Cut] | None = None
+    ) -> torch.Tensor:
         """Several tensors, one below the other along their first dimension, without a second copy of any."""
-        rows = sum(shape[0] for shape in shapes)
-        stacked = torch.empty((rows, *shapes[0][1:]), dtype=self._dtype)
+        cuts = cuts or [()] * len(names)
+        parts = [cut_shape(shape, cut) for shape, cut in zip(shapes, cuts, strict=True)]
+        stacked = torch.empty((sum(part[0] for part in parts), *parts[0][1:]), dtype=self._dtype)
         begin = 0
-        for name, shape in zip(names, shapes, strict=True):
-            self.read(name, shape, out=stacked[begin : begin + shape[0]])
-            begin += shape[0]
+        for name, shape, cut, part in zip(names, shapes, cuts, parts, strict=True):
+            self.read(name, shape, stacked[begin : begin + part[0]], cut)
+            begin += part[0]
         return stacked
 
     def finish(self) -> None:
@@ -103,6 +117,12 @@ class Checkpoint:
                 f"{self._directory} has tensors that this model does not: {', '.join(extra[:5])}{more}"
             )
         self._files.clear()
+
+
+def cut_shape(shape: Sequence[int], cut: Cut) -> tuple[int, ...]:
+    """The shape of a `cut` of a tensor of `shape`."""
+    lengths = [len(range(*part.indices(size))) for size, part in zip(shape, cut, strict=False)]
+    return (*lengths, *shape[len(cut) :])
 
 
 def _file_names(directory: Path) -> list[str]:

@@ -1,17 +1,31 @@
 """A linear layer of the base model, possibly several of the checkpoint's side by side (q k v; gate up).
 
-Tensor parallelism slices what is read here: output rows by head or column for qkv and gate_up, input columns for
-o and down, whose outputs are then summed over ranks together with LoRA's.
+A process of a tensor-parallel engine reads a cut of it: output rows by head or column for qkv and gate_up, input
+columns for o and down, whose outputs are then summed over the processes together with LoRA's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
 from kernels.linear import linear, pack_weight
 from services.engine.model.checkpoint import Weights
+
+ALL = slice(None)
+
+
+class LinearPart(NamedTuple):
+    """What a process holds: of each layer side by side some outputs, of all of them some inputs.
+
+    `adds_bias`: where outputs are summed over the processes, the bias is one process's to add.
+    """
+
+    rows: tuple[slice, ...]
+    columns: slice = ALL
+    adds_bias: bool = True
 
 
 class Linear:
@@ -31,14 +45,17 @@ class Linear:
         out_features: Sequence[int],
         has_bias: bool,
         device: torch.device,
+        part: LinearPart | None = None,
     ) -> Linear:
-        """Reads the layers `names`, of `out_features` outputs each, into one."""
-        weights = [f"{name}.weight" for name in names]
-        weight = checkpoint.read_stacked(weights, [(size, in_features) for size in out_features])
+        """Reads the layers `names`, of `out_features` outputs each, or a part of them, into one."""
+        part = part or LinearPart((ALL,) * len(names))
+        weights, biases = [f"{name}.weight" for name in names], [f"{name}.bias" for name in names]
+        shapes, cuts = [(size, in_features) for size in out_features], [(rows, part.columns) for rows in part.rows]
+        weight = checkpoint.read_stacked(weights, shapes, cuts)
         bias = None
         if has_bias:
-            bias = checkpoint.read_stacked([f"{name}.bias" for name in names], [(size,) for size in out_features])
-        return cls(weight, bias, device)
+            bias = checkpoint.read_stacked(biases, [(size,) for size in out_features], [(rows,) for rows in part.rows])
+        return cls(weight, bias if part.adds_bias else None, device)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """`[num_tokens, in_features]` to `[num_tokens, sum of out_features]`."""

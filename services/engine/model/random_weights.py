@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
+from services.engine.model.checkpoint import Cut
+
 NAME_PREFIX = "random-weights"
 """A base model with such weights is served only under a name that begins so: nobody takes its answers for a model's."""
 
@@ -29,9 +31,16 @@ class RandomWeights:
         weight = torch.empty(tuple(shape), dtype=self._dtype, device=self._device)
         return weight.normal_(0.0, shape[-1] ** -0.5, generator=self._generator)
 
-    def read_stacked(self, names: Sequence[str], shapes: Sequence[Sequence[int]]) -> torch.Tensor:
-        """As one tensor of so many rows."""
-        return self.read(names[0], (sum(shape[0] for shape in shapes), *shapes[0][1:]))
+    def read_stacked(
+        self, names: Sequence[str], shapes: Sequence[Sequence[int]], cuts: Sequence[Cut] | None = None
+    ) -> torch.Tensor:
+        """As one tensor of so many rows, of which cuts are taken: every process draws the same model."""
+        whole = self.read(names[0], (sum(shape[0] for shape in shapes), *shapes[0][1:]))
+        if cuts is None:
+            return whole
+        parts = zip(whole.split([shape[0] for shape in shapes]), cuts, strict=True)
+        kept = [part[cut] for part, cut in parts]
+        return whole if sum(map(torch.numel, kept)) == whole.numel() else torch.cat(kept)
 
     def finish(self) -> None:
         """Nothing is left over."""

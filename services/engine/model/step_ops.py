@@ -16,6 +16,7 @@ from kernels.lora_plan import ModuleGroup
 from services.engine.adapters.layout import TargetModule
 from services.engine.model.config import ModelConfig
 from services.engine.model.linear import Linear
+from services.engine.model.partition import WHOLE, Partition
 
 
 class Group(enum.IntEnum):
@@ -54,15 +55,21 @@ class StepOps(Protocol):
     def sampled(self, rows: torch.Tensor) -> torch.Tensor:
         """Those of the tokens' `rows` whose logits are wanted."""
 
+    def whole_logits(self, logits: torch.Tensor) -> torch.Tensor:
+        """`[num_sampled, vocab_size]` from this process's part of the vocabulary, which may be all of it."""
 
-def module_groups(config: ModelConfig) -> tuple[ModuleGroup, ModuleGroup, ModuleGroup, ModuleGroup]:
-    """The modules of each `Group`, in its order."""
+
+def module_groups(
+    config: ModelConfig, partition: Partition = WHOLE
+) -> tuple[ModuleGroup, ModuleGroup, ModuleGroup, ModuleGroup]:
+    """The modules of each `Group`, in its order, as adapters see this process's part of the model."""
+    config, parts = partition.part_of(config), partition.tp_size
     hidden, intermediate = config.hidden_size, config.intermediate_size
     q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     t = TargetModule
     return (
-        ModuleGroup((t.Q, t.K, t.V), hidden, (q_size, kv_size, kv_size)),
-        ModuleGroup((t.O,), q_size, (hidden,)),
-        ModuleGroup((t.GATE, t.UP), hidden, (intermediate, intermediate)),
-        ModuleGroup((t.DOWN,), intermediate, (hidden,)),
+        ModuleGroup((t.Q, t.K, t.V), hidden, (q_size, kv_size, kv_size), parts),
+        ModuleGroup((t.O,), q_size, (hidden // parts,)),
+        ModuleGroup((t.GATE, t.UP), hidden, (intermediate, intermediate), parts),
+        ModuleGroup((t.DOWN,), intermediate, (hidden // parts,)),
     )

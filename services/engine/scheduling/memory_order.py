@@ -3,12 +3,21 @@
 Every page that an idle or loading adapter holds counts as held by the earliest waiting sequence that needs the adapter,
 and by nobody if none does. A sequence may take pages from nobody and from those whose turn is after its own, never from
 those before it. So what became resident for the head of the queue cannot be lost to a sequence behind it, nor to loads.
+
+Pages of the prefix cache that no running sequence uses are held by nobody, also where a waiting sequence would find
+them: losing them costs it time, never its turn. Of what nobody holds, KV and adapters alike, that goes first which is
+worth the least (`reload_costs.py`).
 """
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
+
 from services.engine.adapters.residency import Residency
 from services.engine.memory.page_allocator import PageAllocator, PageOwner
+from services.engine.memory.prefix_cache import PrefixCache
+from services.engine.scheduling.reload_costs import ReloadCosts
 from services.engine.scheduling.waiting_queue import WaitingQueue
 
 NOBODY = 2**63
@@ -21,15 +30,27 @@ BEHIND_ALL = NOBODY - 1
 class MemoryOrder:
     """Asks what can be had, and evicts what must be. Preempting running sequences is the scheduler's."""
 
-    def __init__(self, allocator: PageAllocator, residency: Residency, queue: WaitingQueue) -> None:
+    def __init__(
+        self,
+        allocator: PageAllocator,
+        residency: Residency,
+        cache: PrefixCache,
+        costs: ReloadCosts,
+        queue: WaitingQueue,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`clock` counts seconds, as those of `residency` and `cache` do."""
         self._allocator = allocator
         self._residency = residency
+        self._cache = cache
+        self._costs = costs
         self._queue = queue
+        self._clock = clock
         self._evicted: list[str] = []
 
     def obtainable(self, num_pages: int, turn: int) -> bool:
-        """Whether `num_pages` are free or held by adapters that one of `turn` may evict."""
-        short = num_pages - self._allocator.num_free
+        """Whether `num_pages` are free or held by what one of `turn` may evict."""
+        short = num_pages - self._allocator.num_free - self._cache.num_idle
         if short <= 0:
             return True
         if short > self._residency.num_idle_pages:
@@ -53,17 +74,24 @@ class MemoryOrder:
         if not self.obtainable(wanted, turn) or not self._slot_obtainable(turn):
             return False
         self._make_room(self._residency.num_pages(digest) or 0, turn)
-        while not self._residency.num_free_slots and self._evict_for(turn):
+        while not self._residency.num_free_slots and self._evict_adapter_for(turn):
             pass
         return self._residency.grant(digest)
 
-    def evict_unneeded(self) -> bool:
-        """Evicts the least recently used adapter that no waiting sequence needs; False if there is none."""
-        for digest, _ in self._residency.idle():
-            if not self.is_needed(digest):
-                self.evict(digest)
-                return True
-        return False
+    def evict_unneeded(self, num_pages: int = 1) -> bool:
+        """Evicts what is worth the least of what nobody needs: an adapter, or up to `num_pages` of the prefix cache.
+
+        False if there is nothing.
+        """
+        adapter = self._least_recent_unneeded()
+        kv_idle_since = self._cache.idle_since
+        if kv_idle_since is not None and (adapter is None or self._kv_goes_first(kv_idle_since, adapter)):
+            self._cache.evict(num_pages)
+        elif adapter is not None:
+            self.evict(adapter)
+        else:
+            return False
+        return True
 
     def evict(self, digest: str) -> None:
         """Evicts an idle adapter."""
@@ -72,7 +100,8 @@ class MemoryOrder:
         self._evicted.append(digest)
 
     def evict_all(self) -> None:
-        """Evicts every idle adapter."""
+        """Evicts every idle adapter and all of the prefix cache that is not in use."""
+        self._cache.evict(self._cache.num_idle)
         for digest, _ in list(self._residency.idle()):
             self.evict(digest)
 
@@ -103,18 +132,25 @@ class MemoryOrder:
         return any(self._needed_at(digest) > turn for digest, _ in self._residency.idle())
 
     def _make_room(self, num_pages: int, turn: int) -> None:
-        while self._allocator.num_free < num_pages and self._evict_for(turn):
-            pass
+        while (short := num_pages - self._allocator.num_free) > 0:
+            if not self.evict_unneeded(short) and not self._evict_adapter_for(turn):
+                return
 
-    def _evict_for(self, turn: int) -> bool:
+    def _evict_adapter_for(self, turn: int) -> bool:
         """Evicts one adapter for one of `turn`, if it can be one that nobody needs."""
-        if self.evict_unneeded():
-            return True
-        needed_at, digest = self.latest_idle()
+        unneeded = self._least_recent_unneeded()
+        needed_at, digest = (NOBODY, unneeded) if unneeded is not None else self.latest_idle()
         if needed_at <= turn:
             return False
         self.evict(digest)
         return True
+
+    def _least_recent_unneeded(self) -> str | None:
+        return next((digest for digest, _ in self._residency.idle() if not self.is_needed(digest)), None)
+
+    def _kv_goes_first(self, kv_idle_since: float, digest: str) -> bool:
+        now = self._clock()
+        return self._costs.kv_goes_first(now - kv_idle_since, now - self._residency.idle_since(digest))
 
     def _needed_at(self, digest: str) -> int:
         earliest = self._queue.earliest_user(digest)

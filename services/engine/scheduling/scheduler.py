@@ -18,54 +18,55 @@ and never holds one up. Once all places were taken, new sequences wait until `ad
 **Memory is granted by turn; I/O may be overtaken.** Going through the queue by turn, the first sequence that lacks
 pages, for its adapter or its KV, ends the round: nobody behind it gets any. One that only waits for bytes (its
 manifest, or weights whose pages are granted) is passed by, and pages for its KV stay spoken for once the size of its
-adapter is known; so is one that the policy holds back, for which nothing is kept. Waiting sequences themselves hold
-nothing but the pages of their adapters.
+adapter is known; so is one that the policy holds back, or that waits for KV which a running sequence is about to
+compute (`kv_pages.py`), for which nothing is kept. Waiting sequences themselves hold nothing but the pages of their
+adapters.
 
-**Memory is taken back in reverse.** A running sequence that grows takes a free page, else an adapter's that nobody
-needs, else one from whoever of those behind it is last: an idle adapter is evicted, a load cancelled, a running
-sequence preempted (it keeps its tokens and computes their KV again). If nobody behind it holds anything, it is itself
-preempted. One that a step in flight names is not preempted: the growing sequence sits this step out, and
+**Memory is taken back in reverse.** A running sequence that grows takes a free page, else one that nobody needs, of the
+prefix cache or an adapter (`memory_order.py`), else one from whoever of those behind it is last: an idle adapter is
+evicted, a load cancelled, a running sequence preempted (it keeps its tokens, and computes again what KV it does not
+find). Preempting one that shares all its pages frees none, and the next is taken. If nobody behind it holds anything,
+it is itself preempted. One that a step in flight names is not preempted: the growing sequence sits this step out, and
 `wants_settled` asks that all steps in flight be settled before the next plan.
 
 **Progress.** Consider the earliest sequence that has not ended, H. Nobody may take from H. If H runs, each page that it
 needs is free, or held by someone later, from whom it is taken (at once, or when a cancelled load has let go, which
 takes no longer than one copy, or when the steps in flight are settled, at most two: with none in flight nobody is
 leaving and whoever runs may be preempted): so it gets on and ends. If H waits for a place, those that run get on, to
-their ends. If H waits for bytes, they come, or its load fails within its time limit and H with it. If H lacks pages,
-nobody else gets any more: running sequences end or are preempted (among them, too, the earliest gets on), those that
-are leaving go, loads end, and all that is idle may be evicted for H. What could never fit was refused; so in the end H
-fits. Preemption cannot go round in circles: only earlier sequences cause it, and those are finitely many.
+their ends. If H waits for KV, the one that computes it gets on, or leaves. If H waits for bytes, they come, or its load
+fails within its time limit and H with it. If H lacks pages, nobody else gets any more: running sequences end or are
+preempted (among them, too, the earliest gets on), those that are leaving go, loads end, and all that is idle may be
+evicted for H. What could never fit was refused; so in the end H fits. Preemption cannot go round in circles: only
+earlier sequences cause it, and those are finitely many.
 """
 
 from __future__ import annotations
 
 import time
-from bisect import bisect_left, insort
+from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
 from operator import attrgetter
 
 from services.common.errors import SloraError
-from services.engine.adapters.residency import AdapterState, Residency
+from services.engine.adapters.residency import Residency
 from services.engine.config import SchedulerConfig
-from services.engine.memory.page_allocator import PageAllocator, PageIntegrityError, PageOwner
+from services.engine.memory.page_allocator import PageAllocator, PageIntegrityError
+from services.engine.memory.prefix_cache import PrefixCache
 from services.engine.messages import Adapter, Generate, Prefetch, RequestFailed, TokenEvent
+from services.engine.scheduling.admission import Admission
+from services.engine.scheduling.kv_pages import KvPages
 from services.engine.scheduling.memory_order import MemoryOrder
 from services.engine.scheduling.policies.policy import Policy
 from services.engine.scheduling.prefetches import Prefetches
 from services.engine.scheduling.refusals import overloaded, queue_full, too_large
+from services.engine.scheduling.reload_costs import ReloadCosts
 from services.engine.scheduling.sequence import Sequence, SequenceState, check_request
 from services.engine.scheduling.step_draft import SchedulerNews, StepDraft
-from services.engine.scheduling.steps_in_flight import MAX_IN_FLIGHT, StepsInFlight
+from services.engine.scheduling.steps_in_flight import MAX_IN_FLIGHT, StepInFlight, StepsInFlight
 from services.engine.scheduling.waiting_queue import WaitingQueue
-from services.engine.step import BASE_SLOT, SampledToken, StepPlan
-
-LOOK_AHEAD = 32
-"""Adapters are loaded for so many of the first waiting sequences: a few times what the loader does at once."""
-
-MAX_HELD_BACK = 64
-"""Admission ends for a step when the policy has held back so many, lest a long queue be gone through in each."""
+from services.engine.step import SampledToken, StepPlan
 
 _TURN = attrgetter("turn")
 
@@ -74,19 +75,25 @@ class Scheduler:
     """Owns the sequences and their KV pages. On the core's thread; no call blocks."""
 
     def __init__(
-        self, config: SchedulerConfig, allocator: PageAllocator, residency: Residency, policy: Policy | None = None
+        self,
+        config: SchedulerConfig,
+        allocator: PageAllocator,
+        residency: Residency,
+        policy: Policy | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Without a `policy` it is first come, first served."""
+        """Without a `policy` it is first come, first served. `clock` counts seconds, as that of `residency` does."""
         self._config = config
-        self._max_running = min(config.max_running, config.max_step_tokens)
-        if self._max_running < 1:
-            raise ValueError("max_running and max_step_tokens are at least 1")
-        self._admission_batch = min(max(config.admission_batch, 1), self._max_running)
         self._allocator = allocator
         self._residency = residency
         self._policy = policy or Policy()
+        self._clock = clock
         self._queue = WaitingQueue()
-        self._order = MemoryOrder(allocator, residency, self._queue)
+        self._costs = ReloadCosts(config.tokens_per_page)
+        self._cache = PrefixCache(allocator, clock)
+        self._order = MemoryOrder(allocator, residency, self._cache, self._costs, self._queue, clock)
+        self.kv = KvPages(config, allocator, self._cache, self._order)
+        self._admission = Admission(config, residency, self._queue, self._order, self.kv, self._policy)
         self._prefetches = Prefetches(residency, self._order)
         self._sequences: dict[int, Sequence] = {}
         self._running: list[Sequence] = []  # by turn
@@ -95,7 +102,6 @@ class Scheduler:
         self._next_arrival = 0
         self._news = SchedulerNews()
         self.num_preemptions = 0
-        self.num_admitted = 0
         self.num_dropped: Counter[str] = Counter()
         self.num_adapter_hits = 0
         self.num_adapter_misses = 0
@@ -105,6 +111,11 @@ class Scheduler:
     def num_running(self) -> int:
         """Sequences that run; those that have ended and are leaving do not."""
         return len(self._running)
+
+    @property
+    def num_admitted(self) -> int:
+        """Sequences that ever began to run."""
+        return self._admission.num_admitted
 
     @property
     def num_waiting(self) -> int:
@@ -184,6 +195,7 @@ class Scheduler:
         """What has happened since the last call."""
         news, self._news = self._news, SchedulerNews()
         news.evicted = self._order.take_evicted()
+        self._admission.tell(news)
         return news
 
     # A step.
@@ -201,11 +213,11 @@ class Scheduler:
             self._queue.move(sequence, turn)
         draft = StepDraft(self._config.max_step_tokens)
         self._continue(draft)
-        claimed = self._admit(draft)
+        claimed = self._admission.admit(draft, self._running)
         for request_id, error in self._prefetches.serve(claimed):
             self.fail([request_id], error)
         self._drop(step_is_full=not draft.budget)
-        step = draft.step()
+        step = draft.step(self._clock())
         if step is None:
             return None
         self._flight.add(step)
@@ -220,17 +232,20 @@ class Scheduler:
         came, asked = [token.sequence_id for token in sampled], [sequence.request_id for sequence in step.drawing]
         if came != asked:
             raise ValueError(f"tokens came for {came}, asked for were {asked}")
+        self._costs.step_done(plan, step.planned_at, self._clock())
         self._flight.settle(step)
-        events = []
+        drawn = {}
         for sequence, token in zip(step.drawing, sampled, strict=True):
             if sequence.state is not SequenceState.RUNNING:
                 continue
             sequence.num_pending -= 1
             if token.error is not None:
+                self.kv.distrust(sequence)
                 self.fail([sequence.request_id], token.error)
             else:
-                events.append(self._advance(sequence, token))
-        return events
+                drawn[sequence] = token
+        self._share(step)
+        return [self._advance(sequence, token) for sequence, token in drawn.items()]
 
     def abandon(self, plan: StepPlan, error: SloraError) -> None:
         """A step in flight came to nothing: those of its sequences that have not ended fail."""
@@ -246,11 +261,7 @@ class Scheduler:
         """Raises PageIntegrityError unless every page, slot and pin belongs to exactly who should have it."""
         self._allocator.check_integrity()
         self._residency.check_integrity()
-        pages = [page for sequence in (*self._running, *self._flight.leaving) for page in sequence.block_table]
-        if len(set(pages)) != len(pages) or len(pages) != self._allocator.num_kv:
-            raise PageIntegrityError(f"sequences hold {len(pages)} pages, {self._allocator.num_kv} hold KV")
-        if any(self._allocator.owner(page) is not PageOwner.KV for page in pages):
-            raise PageIntegrityError("a sequence holds a page that is not for KV")
+        self.kv.check_integrity((*self._running, *self._flight.leaving))
         self._flight.check_integrity(self._running)
         if len(self._running) + len(self._queue) != len(self._sequences):
             raise PageIntegrityError(
@@ -266,6 +277,14 @@ class Scheduler:
         return TokenEvent(
             sequence.request_id, token.token_id, token.logprob, token.top, finish.reason, finish.stop_token_id
         )
+
+    def _share(self, step: StepInFlight) -> None:
+        """Pages that the step completed may be used by others from now on."""
+        size = self._config.tokens_per_page
+        for chunk, sequence in zip(step.plan.chunks, step.sequences, strict=True):
+            end = chunk.start + len(chunk.token_ids)
+            if end // size > chunk.start // size and sequence.state is SequenceState.RUNNING:
+                self.kv.computed(sequence, chunk.start, end)
 
     # Memory.
 
@@ -286,16 +305,13 @@ class Scheduler:
     def _grow(self, sequence: Sequence) -> bool:
         """Sees to a page for the sequence's next token; False if it does not run in this step."""
         while sequence.state is SequenceState.RUNNING:
-            if sequence.num_computed < len(sequence.block_table) * self._config.tokens_per_page:
+            if self.kv.extend(sequence):
                 return True
-            pages = self._allocator.allocate(1, PageOwner.KV)
-            if pages is not None:
-                sequence.block_table += pages
-            elif self._order.evict_unneeded():
+            if self._order.evict_unneeded():
                 continue
-            elif self._residency.num_pages_leaving or self._flight.leaving:
+            if self._residency.num_pages_leaving or self._flight.leaving:
                 return False  # pages come back soon: nobody has to lose more
-            elif not self._take_from_latest():
+            if not self._take_from_latest():
                 self._lacks_settled = True
                 return False
         return False  # preempted, for itself or for one before it
@@ -328,83 +344,13 @@ class Scheduler:
             self.num_dropped[drop.reason] += 1
             self.fail([drop.sequence.request_id], overloaded(drop.retry_after_seconds))
 
-    def _admit(self, draft: StepDraft) -> int | None:
-        """Grants pages along the queue and lets run what can.
-
-        How many pages are spoken for in the end; None if a sequence lacks pages, so that none are left to give.
-        """
-        self._begin_loads()
-        # A page to grow for each running sequence, lest new ones are let in only to be preempted at once. In simulated
-        # runs with too small a pool this cut preemptions to a sixth and time by 3 to 6 %; half or twice as many pages
-        # did worse.
-        claimed = len(self._running)
-        # Nearly full, places are filled several at a time: a step with prompts in it costs more than one without.
-        open_to_new = len(self._running) <= self._max_running - self._admission_batch
-        num_held_back = 0
-        for position, sequence in enumerate(self._queue.candidates(LOOK_AHEAD)):
-            may_run = open_to_new and len(self._running) < self._max_running and draft.budget > 0
-            if not may_run and position >= LOOK_AHEAD:
-                break
-            wanted = claimed + sequence.num_pages(self._config.tokens_per_page)
-            match self._adapter_state(sequence):
-                case AdapterState.ABSENT | AdapterState.SIZING:
-                    continue
-                case AdapterState.LEAVING:
-                    return None
-                case AdapterState.SIZED if not self._grant_adapter(sequence, wanted):
-                    return None
-                case AdapterState.RESIDENT if may_run and not self._policy.may_run(sequence):
-                    num_held_back += 1
-                    if num_held_back >= MAX_HELD_BACK:
-                        break
-                    continue
-                case AdapterState.RESIDENT if may_run:
-                    if not self._run(sequence, wanted):
-                        return None
-                    draft.add(sequence)
-                    continue
-            claimed = wanted
-        return claimed
-
-    def _begin_loads(self) -> None:
-        for sequence in self._queue.window(LOOK_AHEAD):
-            if sequence.request.adapter is not None:
-                self._residency.request(sequence.request.adapter, sequence.request.origin)
-
-    def _adapter_state(self, sequence: Sequence) -> AdapterState:
-        return AdapterState.RESIDENT if sequence.digest is None else self._residency.state(sequence.digest)
-
-    def _grant_adapter(self, sequence: Sequence, wanted: int) -> bool:
-        """Gives the sequence's adapter its pages, if besides them `wanted` ones can be had."""
-        if sequence.digest is None:
-            return False
-        num_pages = self._residency.num_pages(sequence.digest) or 0
-        return self._order.grant_adapter(sequence.digest, wanted + num_pages, sequence.turn)
-
-    def _run(self, sequence: Sequence, wanted: int) -> bool:
-        """Lets a waiting sequence run, if `wanted` pages, its own among them, can be had."""
-        num_pages = sequence.num_pages(self._config.tokens_per_page)
-        block_table = self._order.allocate_kv(num_pages, wanted, sequence.turn)
-        if block_table is None:
-            return False
-        slot = BASE_SLOT if sequence.digest is None else self._residency.pin(sequence.digest)
-        self._queue.remove(sequence)
-        again = sequence.has_run
-        sequence.run(block_table, slot)
-        self.num_admitted += not again
-        self._policy.admitted(sequence, again)
-        if sequence.request.origin.traceparent:
-            self._news.admitted.append((sequence.request_id, time.time()))
-        insort(self._running, sequence, key=_TURN)
-        return True
-
     def _leave_running(self, sequence: Sequence, state: SequenceState) -> None:
         del self._running[bisect_left(self._running, sequence.turn, key=_TURN)]
         sequence.state = state
         self._flight.let_go(sequence)
 
     def _release(self, sequence: Sequence) -> None:
-        self._allocator.free(sequence.leave())
+        self.kv.release(sequence)
         if sequence.digest is not None:
             self._residency.unpin(sequence.digest)
 
@@ -426,8 +372,10 @@ class Scheduler:
         for adapter in news.sized:
             self._refuse_too_large(adapter)
         for loaded in news.loaded:
-            self._queue.adapter_came(loaded.adapter.digest)
-            for request_id in self._prefetches.asking_for(loaded.adapter.digest):
+            digest = loaded.adapter.digest
+            self._queue.adapter_came(digest)
+            self._costs.loaded(self._residency.num_pages(digest) or 0, loaded.load_seconds)
+            for request_id in self._prefetches.asking_for(digest):
                 self._prefetches.pop(request_id)
                 self._news.prefetched.append((request_id, loaded.load_seconds))
         self._news.loaded += news.loaded

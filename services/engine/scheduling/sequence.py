@@ -68,6 +68,10 @@ class Sequence:
     # Whether it was ever admitted: one that waits nevertheless was preempted.
     has_run: bool = False
     block_table: list[int] = field(default_factory=list)
+    # So many of the first pages of the block table are the prefix cache's: full, computed, and not to be written to.
+    num_shared_pages: int = 0
+    # Of its first full pages, as far as anybody asked (`memory/prefix_keys.py`).
+    page_keys: list[bytes] = field(default_factory=list)
     # KV of so many tokens is in the pages, or will be when the steps in flight are done.
     num_computed: int = 0
     # Steps in flight (submitted, and neither committed nor abandoned) that name it, and those that draw its next token.
@@ -104,11 +108,16 @@ class Sequence:
         """Pages it takes at most in its life."""
         return -(-(len(self.request.prompt_ids) + self.max_tokens) // tokens_per_page)
 
-    def run(self, block_table: list[int], adapter_slot: int) -> None:
-        """Begins to run, from the first token on, in these pages."""
+    def hold(self, block_table: list[int], num_shared_pages: int, num_computed: int) -> None:
+        """Has these pages from now on; the first are shared and hold KV of `num_computed` tokens."""
+        self.block_table = block_table
+        self.num_shared_pages = num_shared_pages
+        self.num_computed = num_computed
+
+    def run(self, adapter_slot: int) -> None:
+        """Begins to run in the pages that it holds."""
         self.state = SequenceState.RUNNING
         self.has_run = True
-        self.block_table = block_table
         self.adapter_slot = adapter_slot
 
     def chunk(self, max_tokens: int) -> ScheduledChunk:
@@ -123,12 +132,13 @@ class Sequence:
         self.num_pending += sample is not None
         return ScheduledChunk(self.request_id, token_ids, start, self.block_table, self.adapter_slot, sample)
 
-    def leave(self) -> list[int]:
-        """Gives up its pages, which no step in flight names. Its tokens stay, to be computed again."""
-        pages, self.block_table = self.block_table, []
-        self.num_computed = 0
+    def leave(self) -> tuple[list[int], list[int]]:
+        """Gives up its pages, shared ones and its own, which no step in flight names. Its tokens stay."""
+        pages, num_shared = self.block_table, self.num_shared_pages
+        self.block_table = []
+        self.num_shared_pages = self.num_computed = 0
         self.adapter_slot = BASE_SLOT
-        return pages
+        return pages[:num_shared], pages[num_shared:]
 
     def sample_request(self) -> SampleRequest:
         """How to draw its next token; it refers to the lists that grow."""

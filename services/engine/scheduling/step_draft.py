@@ -28,11 +28,11 @@ class StepDraft:
             self._drawing.append(sequence)
         self.budget -= len(chunk.token_ids)
 
-    def step(self) -> StepInFlight | None:
+    def step(self, planned_at: float) -> StepInFlight | None:
         """The step; None if nothing was chosen."""
         if not self._chunks:
             return None
-        return StepInFlight(StepPlan(tuple(self._chunks)), self._sequences, self._drawing)
+        return StepInFlight(StepPlan(tuple(self._chunks)), self._sequences, self._drawing, planned_at)
 
 
 @dataclass(slots=True)
@@ -43,10 +43,12 @@ class SchedulerNews:
     loaded: list[AdapterLoaded] = field(default_factory=list)
     evicted: list[str] = field(default_factory=list)
     prefetched: list[tuple[int, float]] = field(default_factory=list)
+    # Requests that began with tokens found in the prefix cache, and how many.
+    found: list[tuple[int, int]] = field(default_factory=list)
     # Of requests that somebody sees in a trace; see StepReport.
     admitted: list[tuple[int, float]] = field(default_factory=list)
     traced_loads: list[TracedLoad] = field(default_factory=list)
 
     def __bool__(self) -> bool:
-        about_requests = self.failures or self.prefetched or self.admitted
+        about_requests = self.failures or self.prefetched or self.found or self.admitted
         return bool(about_requests or self.loaded or self.evicted or self.traced_loads)

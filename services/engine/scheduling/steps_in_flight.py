@@ -22,6 +22,8 @@ class StepInFlight:
     # Of the chunks, in their order; and those among them that a token is drawn for.
     sequences: list[Sequence]
     drawing: list[Sequence]
+    # By the scheduler's clock, in seconds.
+    planned_at: float
 
 
 class StepsInFlight:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 MIN_LOGPROB = -9999.0
 """JSON knows no infinity; OpenAI writes this for tokens that are as good as impossible."""
@@ -38,6 +39,7 @@ class Usage:
 
     num_prompt_tokens: int = 0
     num_completion_tokens: int = 0
+    num_cached_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,12 +64,13 @@ def join_chunks(chunks: Sequence[Chunk]) -> Chunk:
     )
 
 
-def total_usage(usages: Sequence[Usage], num_choices: int) -> dict[str, int]:
-    """OpenAI's usage of all choices; a prompt counts once, however many choices it has."""
+def total_usage(usages: Sequence[Usage], num_choices: int) -> dict[str, Any]:
+    """OpenAI's usage of all choices; a prompt counts once, as its first choice had it, however many choices it has."""
     num_prompt_tokens = sum(usage.num_prompt_tokens for usage in usages[::num_choices])
     num_completion_tokens = sum(usage.num_completion_tokens for usage in usages)
     return {
         "prompt_tokens": num_prompt_tokens,
         "completion_tokens": num_completion_tokens,
         "total_tokens": num_prompt_tokens + num_completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": sum(usage.num_cached_tokens for usage in usages[::num_choices])},
     }

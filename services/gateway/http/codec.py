@@ -41,7 +41,7 @@ def to_chunk(message: engine_pb2.GenerateResponse) -> Chunk:
         token_ids,
         logprobs,
         finish_reason=_FINISH_REASONS[message.completion.finish_reason],
-        usage=Usage(usage.num_prompt_tokens, usage.num_completion_tokens),
+        usage=Usage(usage.num_prompt_tokens, usage.num_completion_tokens, usage.num_cached_tokens),
     )
 
 

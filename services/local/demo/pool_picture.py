@@ -1,4 +1,4 @@
-"""Draws the pool over time: pages of KV, of adapters, and free ones, stacked."""
+"""Draws the pool over time: pages of KV, in use and kept, of adapters, and free ones, stacked."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from matplotlib.figure import Figure
 
 from services.local.demo.pool_watch_client import PoolSample
 
-KV_COLOUR, ADAPTER_COLOUR, FREE_COLOUR, LINE_COLOUR = "#3b6fb6", "#e8a33d", "#e9ecef", "#444444"
+KV_COLOUR, KEPT_COLOUR, ADAPTER_COLOUR = "#3b6fb6", "#a9c4e4", "#e8a33d"
+FREE_COLOUR, LINE_COLOUR = "#e9ecef", "#444444"
 
 
 def draw_pool(samples: Sequence[PoolSample], num_pages: int, path: Path) -> None:
@@ -21,10 +22,11 @@ def draw_pool(samples: Sequence[PoolSample], num_pages: int, path: Path) -> None
     pages.stackplot(
         seconds,
         [sample.num_kv_pages for sample in samples],
+        [sample.num_cached_pages for sample in samples],
         [sample.num_adapter_pages for sample in samples],
         [sample.num_free_pages for sample in samples],
-        labels=["KV cache", "adapters", "free"],
-        colors=[KV_COLOUR, ADAPTER_COLOUR, FREE_COLOUR],
+        labels=["KV in use", "KV kept", "adapters", "free"],
+        colors=[KV_COLOUR, KEPT_COLOUR, ADAPTER_COLOUR, FREE_COLOUR],
         step="post",
     )
     pages.set(xlim=(seconds[0], seconds[-1]), ylim=(0, num_pages), xlabel="seconds", ylabel="pages")
@@ -40,5 +42,5 @@ def draw_pool(samples: Sequence[PoolSample], num_pages: int, path: Path) -> None
     )
     adapters.set(ylim=(0, None), ylabel="resident adapters")
     handles, labels = pages.get_legend_handles_labels()
-    figure.legend([*handles, line], [*labels, "resident adapters"], loc="outside lower center", ncols=4, frameon=False)
+    figure.legend([*handles, line], [*labels, "resident adapters"], loc="outside lower center", ncols=5, frameon=False)
     figure.savefig(path)

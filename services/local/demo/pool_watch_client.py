@@ -16,10 +16,11 @@ from services.common.grpc_client import open_channel
 
 @dataclass(frozen=True)
 class PoolSample:
-    """The pool at a moment, in pages; `seconds` since the watch began."""
+    """The pool at a moment, in pages; `seconds` since the watch began. KV is in use, or cached."""
 
     seconds: float
     num_kv_pages: int
+    num_cached_pages: int
     num_adapter_pages: int
     num_free_pages: int
     num_resident: int
@@ -66,7 +67,8 @@ class PoolWatch:
         self.samples.append(
             PoolSample(
                 time.perf_counter() - self._began,
-                load.num_kv_pages,
+                load.num_kv_pages - load.num_cached_pages,
+                load.num_cached_pages,
                 load.num_adapter_pages,
                 load.num_free_pages,
                 self._num_resident,

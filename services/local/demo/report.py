@@ -103,11 +103,11 @@ def show_traffic(narrator: Narrator, traffic: AdapterTraffic, num_evictions: int
 def pool_faults(last: PoolSample, num_pages: int) -> list[str]:
     """What is wrong with the pool when nothing runs any more; empty if every page is accounted for."""
     faults = []
-    counted = last.num_free_pages + last.num_kv_pages + last.num_adapter_pages
+    counted = last.num_free_pages + last.num_kv_pages + last.num_cached_pages + last.num_adapter_pages
     if counted != num_pages:
         faults.append(f"free, KV and adapter pages are {counted} together, the pool has {num_pages}")
     if last.num_kv_pages != 0:
-        faults.append(f"{last.num_kv_pages} KV pages are still owned though nothing runs")
+        faults.append(f"{last.num_kv_pages} KV pages are still in use though nothing runs")
     return faults
 
 
@@ -126,5 +126,5 @@ def show_verdict(narrator: Narrator, comparison: Comparison, faults: Sequence[st
     for fault in faults:
         narrator.line(f"  the pool is not whole: {fault}")
     if not faults:
-        narrator.line("  the pool: every page accounted for, none left to KV")
+        narrator.line("  the pool: every page accounted for, no KV in use")
     return not comparison.mismatches and not faults

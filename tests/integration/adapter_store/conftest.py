@@ -81,7 +81,7 @@ async def open_store(
             registry = CollectorRegistry()
             store = await stack.enter_async_context(running_store(settings, base, arena, registry))
             servicer = CatalogueServicer(store)
-            server = GrpcServer("127.0.0.1:0", [], MAX_REQUEST_BYTES)
+            server = GrpcServer("127.0.0.1:0", [], max_request_bytes=MAX_REQUEST_BYTES)
             add_to_server(servicer, server.grpc)
             await server.start()
             store.membership.announce(as_replica(settings, server.port, arena))

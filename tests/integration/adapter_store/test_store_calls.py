@@ -386,13 +386,13 @@ async def test_registrations_do_not_evict_and_fetches_do(open_store: OpenStore, 
     harness = await open_store(arena_bytes=3 * rounded(one.packed_bytes))
     adapters = [(await harness.client.upload(f"a{seed}", make_adapter(seed))).adapter for seed in range(6)]
     assert harness.metric("resident_adapters") == 3
-    assert harness.metric("evictions_total") == 0
+    assert harness.metric("tier_evictions_total", tier="arena") == 0
     for seed, adapter in enumerate(adapters):
         await assert_fetches(harness.client, adapter.digest, make_adapter(seed))
     assert harness.metric("resident_adapters") == 3
-    assert harness.metric("evictions_total") == 3
-    assert harness.metric("lookups_total", result="hit") == 3
-    assert harness.metric("lookups_total", result="miss") == 3
+    assert harness.metric("tier_evictions_total", tier="arena") == 3
+    assert harness.metric("tier_lookups_total", tier="arena", result="hit") == 3
+    assert harness.metric("tier_lookups_total", tier="arena", result="miss") == 3
     assert harness.metric("fetched_bytes_total") == 6 * one.packed_bytes
     assert harness.metric("arena_free_bytes") == harness.metric("arena_largest_free_bytes") == 0
 
@@ -410,7 +410,7 @@ async def test_mixed_sizes_through_a_small_arena_are_all_right(
             *(assert_fetches(harness.client, adapters[index].digest, directories[index]) for index in group)
         )
         harness.store.cache.check_integrity()
-    assert harness.metric("evictions_total") > 5
+    assert harness.metric("tier_evictions_total", tier="arena") > 5
 
 
 async def test_drain_refuses_new_calls_and_ends_watches(harness: Harness, make_adapter: MakeAdapter) -> None:

@@ -72,7 +72,7 @@ async def test_it_says_where_it_listens_and_what_it_is_and_ends_cleanly(
         manifest, _ = await client.fetch(adapter.digest)
         assert manifest.packed_bytes == adapter.packed_bytes
         exposition = await asyncio.to_thread(read_metrics, line["metrics_port"])
-        assert 'slora_adapter_store_lookups_total{result="hit"} 1.0' in exposition
+        assert 'slora_adapter_store_tier_lookups_total{result="hit",tier="arena"} 1.0' in exposition
         assert 'slora_adapter_store_registrations_total{outcome="created"} 1.0' in exposition
         assert "slora_adapter_store_fetch_seconds_count 1.0" in exposition
         assert 'slora_adapter_store_calls_total{method="FetchAdapter",outcome="OK"} 1.0' in exposition

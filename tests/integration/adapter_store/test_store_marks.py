@@ -136,9 +136,9 @@ async def test_pinned_adapters_stay_in_memory_and_come_back_with_the_store(
     assert (await store.client.update("a1", pinned=True)).pinned, "idempotent"
     for adapter in adapters[2:]:
         await store.client.fetch(adapter.digest)
-    hits = store.metric("lookups_total", result="hit")
+    hits = store.metric("tier_lookups_total", tier="arena", result="hit")
     await store.client.fetch(adapters[0].digest)
-    assert store.metric("lookups_total", result="hit") == hits + 1
+    assert store.metric("tier_lookups_total", tier="arena", result="hit") == hits + 1
     other = await open_store(arena_bytes=size)
     await eventually(lambda: other.metric("resident_adapters") == other.metric("pinned_adapters") == 2)
     await store.client.update("a0", pinned=False)

@@ -40,15 +40,15 @@ async def test_however_many_ask_s3_is_read_once(
         store = await open_store(s3_endpoint=proxy.endpoint)
         proxy.flowing.clear()
         calls = [asyncio.create_task(store.client.fetch(adapter.digest)) for _ in range(20)]
-        await eventually(lambda: store.metric("lookups_total", result="miss") == 20)
-        assert store.metric("reads_in_flight") == 1
+        await eventually(lambda: store.metric("tier_lookups_total", tier="arena", result="miss") == 20)
+        assert store.metric("tier_in_flight", tier="s3") == 1
         proxy.flowing.set()
         answers = await asyncio.gather(*calls)
         assert len({content for _, content in answers}) == 1
         await store.client.fetch(adapter.digest)
         assert proxy.num_requests("GET", WEIGHTS) == 1
-        assert store.metric("reads_total") == 1
-        assert store.metric("reads_in_flight") == 0
+        assert store.metric("tier_lookups_total", tier="s3", result="hit") == 1
+        assert store.metric("tier_in_flight", tier="s3") == 0
         assert store.metric("pinned_adapters") == 0
 
 
@@ -60,7 +60,7 @@ async def test_callers_that_give_up_do_not_end_the_read_for_the_others(
         store = await open_store(s3_endpoint=proxy.endpoint)
         proxy.flowing.clear()
         calls = [asyncio.create_task(store.client.fetch(adapter.digest)) for _ in range(4)]
-        await eventually(lambda: store.metric("lookups_total", result="miss") == 4)
+        await eventually(lambda: store.metric("tier_lookups_total", tier="arena", result="miss") == 4)
         for call in calls[:3]:
             call.cancel()
         await asyncio.gather(*calls[:3], return_exceptions=True)
@@ -184,7 +184,7 @@ async def test_a_slow_reader_pins_what_it_reads_and_gets_every_byte(
     assert manifest.packed_digest == packed_digest(content)
     await reader.close()
     await store.client.fetch(other.digest)
-    assert store.metric("evictions_total") == 1
+    assert store.metric("tier_evictions_total", tier="arena") == 1
 
 
 async def test_a_reader_that_takes_nothing_does_not_pin_for_ever(
@@ -234,7 +234,7 @@ async def test_deleted_while_it_loads_it_does_not_stay(
         store = await open_store(s3_endpoint=proxy.endpoint, sweep_seconds=60.0)
         proxy.flowing.clear()
         call = asyncio.create_task(store.client.fetch(adapter.digest))
-        await eventually(lambda: store.metric("reads_in_flight") == 1)
+        await eventually(lambda: store.metric("tier_in_flight", tier="s3") == 1)
         assert await store.client.delete("a1") == 1
         proxy.flowing.set()
         outcome = (await asyncio.gather(call, return_exceptions=True))[0]
@@ -400,3 +400,31 @@ async def test_a_lease_is_counted_beside_streams_and_ends_with_a_drain(
     assert store.metric("shared_bytes_total") == store.metric("fetched_bytes_total") == adapter.packed_bytes
     assert store.metric("leases_total", outcome="confirmed") == 1
     await eventually(lambda: store.metric("calls_total", method="ShareAdapter", outcome="OK") == 1)
+
+
+async def test_shards_are_cut_from_what_was_verified_and_go_with_it(
+    open_store: OpenStore, make_adapter: MakeAdapter
+) -> None:
+    """Three processes ask at once, of a store that has nothing in memory: S3 is read once."""
+    (adapter,) = await registered(open_store, make_adapter, 1)
+    store = await open_store()
+    ask = store.client.fetch
+    answers = await asyncio.gather(*(ask(adapter.digest, tp_rank=n % 2, tp_size=2) for n in (0, 1, 1)))
+    assert store.metric("tier_lookups_total", tier="s3", result="hit") == 1
+    assert [(manifest.tp_rank, manifest.tp_size) for manifest, _ in answers] == [(0, 2), (1, 2), (1, 2)]
+    assert {manifest.digest for manifest, _ in answers} == {adapter.digest}
+    assert answers[1] == answers[2]
+    assert len({content for _, content in answers}) == 2
+    whole, content = await ask(adapter.digest)
+    assert (whole.tp_rank, whole.tp_size) == (0, 1)
+    assert (whole, content) == await ask(adapter.digest, tp_rank=0, tp_size=1)
+    # Half of the 8 rows of A, of 32, and rows of B of 16 and of 8, which is half a tile; float32, two layers.
+    assert {len(content) for _, content in answers} == {2 * 4 * (4 * 32 + 4 * 16 + 4 * 16)}
+    with refused(Reason.REQUEST_INVALID):
+        await ask(adapter.digest, tp_rank=2, tp_size=2)
+    with refused(Reason.REQUEST_INVALID):
+        await ask(adapter.digest, tp_rank=1)
+    await store.client.delete("a1")
+    for shard in ({}, {"tp_rank": 0, "tp_size": 2}, {"tp_rank": 1, "tp_size": 2}):
+        with refused(Reason.ADAPTER_NOT_FOUND):
+            await ask(adapter.digest, **shard)

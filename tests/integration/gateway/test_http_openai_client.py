@@ -149,6 +149,7 @@ async def test_choices_of_several_prompts(fleet_of: FleetFactory, connect: Conne
     assert reasons == ["length"] * 4
     assert usage is not None
     assert (usage.prompt_tokens, usage.completion_tokens, usage.total_tokens) == (6, 12, 18)
+    assert usage.prompt_tokens_details.cached_tokens == 4, "a prompt counts once"
     received = [r.request for engine in fleet.engines for r in engine.received]
     assert sorted((r.prompt.text, r.sampling.seed) for r in received) == [
         ("one", 40),

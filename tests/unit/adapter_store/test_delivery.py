@@ -60,7 +60,7 @@ def cache(tmp_path: Path) -> Any:
 
 
 def make_delivery(cache: HostCache, stall_seconds: float = 60.0) -> WeightDelivery:
-    async def pin(digest: str, only_resident: bool) -> Pin:
+    async def pin(digest: str, only_resident: bool, tp_rank: int, tp_size: int) -> Pin:
         found = cache.pin(digest)
         assert found is not None
         return found

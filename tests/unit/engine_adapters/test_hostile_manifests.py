@@ -23,7 +23,7 @@ from services.adapter_store.manifest_codec import manifest_message
 from services.adapter_store.packing import plan_layout
 from services.adapter_store.target_resolution import AdaptedModule
 from services.common.errors import Reason, SloraError
-from services.engine.adapters.layout import TargetModule
+from services.engine.adapters.layout import PackedShard, TargetModule
 from services.engine.adapters.manifest_codec import to_manifest
 from services.engine.adapters.replica_client import parse_part
 from services.engine.adapters.source import AdapterManifest
@@ -72,7 +72,7 @@ def manifests(draw: st.DrawFn) -> adapter_pb2.PackedManifest:
 def check(message: adapter_pb2.PackedManifest) -> AdapterManifest | None:
     """The manifest, all of whose rows lie inside of its layers and apart; None if it is refused as documented."""
     try:
-        manifest = to_manifest(message, DIGEST)
+        manifest = to_manifest(message, PackedShard(DIGEST))
     except SloraError as refused:
         reason, length = refused.reason, len(refused.message)
     else:
@@ -200,7 +200,7 @@ def test_what_fills_a_message_is_refused_before_it_is_read(
     tracemalloc.start()
     try:
         with pytest.raises(SloraError, match=says):
-            to_manifest(message, DIGEST)
+            to_manifest(message, PackedShard(DIGEST))
         assert tracemalloc.get_traced_memory()[1] < 2**20
     finally:
         tracemalloc.stop()
@@ -234,7 +234,7 @@ def test_a_lease_lies_within_what_is_mapped_whatever_the_store_says(offset: int,
     nothing: Any = None
     arenas: Any = OneArena()
     replica: Any = SimpleNamespace(address="store:1", arena_id=None)
-    fetch = StoreFetch(nothing, DIGEST, arenas, through_local=False)
+    fetch = StoreFetch(nothing, PackedShard(DIGEST), arenas, through_local=False)
     if says:
         with pytest.raises(SloraError, match=says) as caught:
             fetch._open_lease(replica, nothing, lent)

@@ -85,7 +85,8 @@ async def test_what_the_core_counts(engine: Any, sample: Callable[[str], float])
         num_running=1,
         num_waiting=2,
         num_free_pages=3,
-        num_kv_pages=4,
+        num_kv_pages=4 + 18,
+        num_cached_pages=18,
         num_adapter_pages=5,
         num_evictable_pages=6,
         num_preemptions_total=7,
@@ -98,6 +99,8 @@ async def test_what_the_core_counts(engine: Any, sample: Callable[[str], float])
         num_dropped_total={"overload": 14, "too_late": 15},
         num_passed_by_total=16,
         service_spread=17.5,
+        num_prefix_queried_tokens_total=20,
+        num_prefix_found_tokens_total=19,
     )
     engine.core.report(load=load, loaded=[AdapterLoaded(Adapter("poet@1", DIGEST), 0.25, 1000, False, "store-1", 2)])
     expected = {
@@ -105,6 +108,7 @@ async def test_what_the_core_counts(engine: Any, sample: Callable[[str], float])
         "waiting_sequences": 2,
         'pool_pages{state="free"}': 3,
         'pool_pages{state="kv"}': 4,
+        'pool_pages{state="cached"}': 18,
         'pool_pages{state="adapter"}': 5,
         'pool_pages{state="evictable"}': 6,
         "preemptions_total": 7,
@@ -118,6 +122,8 @@ async def test_what_the_core_counts(engine: Any, sample: Callable[[str], float])
         'dropped_sequences_total{reason="too_late"}': 15,
         "passed_by_total": 16,
         "service_spread": 17.5,
+        "prefix_cache_hits_tokens_total": 19,
+        "prefix_cache_queries_tokens_total": 20,
         "resident_adapters": 1,
         "core_up": 1,
         'adapter_load_seconds_count{adapter="poet@1"}': 1,

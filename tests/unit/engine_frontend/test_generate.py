@@ -68,12 +68,22 @@ async def test_tokens_stream_as_they_come(engine: Any) -> None:
     engine.core.report(TokenEvent(sent.request_id, ids[2], finish="length"))
     response = await reader.__anext__()
     assert response.completion.finish_reason == LENGTH
+    assert response.completion.usage.num_cached_tokens == 0
     assert not response.completion.HasField("stop_string")
     assert response.completion.usage.num_prompt_tokens == len(sent.prompt_ids)
     assert response.completion.usage.num_completion_tokens == 3
     with pytest.raises(StopAsyncIteration):
         await reader.__anext__()
     assert engine.core.sent == []  # it ended by itself: nothing to abort
+
+
+async def test_usage_says_what_was_found_in_the_prefix_cache(engine: Any) -> None:
+    call = engine.stub.Generate(request("Hello", stopping={"max_tokens": 1}))
+    sent = await engine.core.take(Generate)
+    # Also where all of it is in one report, and beside requests that are gone.
+    engine.core.report(TokenEvent(sent.request_id, 5, finish="length"), found=[(sent.request_id, 3), (99, 1)])
+    usage = [message async for message in call][-1].completion.usage
+    assert (usage.num_prompt_tokens, usage.num_cached_tokens) == (len(sent.prompt_ids), 3)
 
 
 async def test_what_the_core_is_told(engine: Any) -> None:

@@ -34,11 +34,21 @@ def collector_of(engine: Any) -> VllmCollector:
 
 
 def test_load_under_vllms_names() -> None:
-    load = CoreLoad(num_running=3, num_waiting=5, num_kv_pages=30, num_free_pages=20, num_evictable_pages=10)
+    load = CoreLoad(
+        num_running=3,
+        num_waiting=5,
+        num_kv_pages=30,
+        num_free_pages=20,
+        num_evictable_pages=10,
+        num_prefix_queried_tokens_total=100,
+        num_prefix_found_tokens_total=64,
+    )
     samples = scrape(VllmCollector("tiny", 8, lambda: load, AdapterPresence))
     for name, value in (("num_requests_running", 3), ("num_requests_waiting", 5)):
         assert samples[f"vllm:{name}"].value == value
         assert samples[f"vllm:{name}"].labels == {"model_name": "tiny"}
+    for name, value in (("queries", 100), ("hits", 64)):
+        assert samples[f"vllm:prefix_cache_{name}_total"].value == value
     assert samples["vllm:kv_cache_usage_perc"].value == samples["vllm:gpu_cache_usage_perc"].value == 0.5
     info = samples["vllm:lora_requests_info"]
     assert info.labels == {"running_lora_adapters": "", "waiting_lora_adapters": "", "max_lora": "8"}
@@ -54,6 +64,9 @@ def test_load_under_vllms_names() -> None:
         # Adapters in use have pages that are neither KV's nor to be had.
         ({"num_kv_pages": 2, "num_free_pages": 2, "num_adapter_pages": 96}, 0.5),
         ({"num_kv_pages": 2, "num_free_pages": 2, "num_adapter_pages": 96, "num_evictable_pages": 96}, 0.02),
+        # What only the prefix cache keeps is not in use, and is to be had.
+        ({"num_kv_pages": 8, "num_cached_pages": 6, "num_evictable_pages": 6}, 0.25),
+        ({"num_kv_pages": 6, "num_cached_pages": 6, "num_free_pages": 4, "num_evictable_pages": 6}, 0.0),
     ],
 )
 def test_kv_use_is_of_what_kv_could_have(pages: dict[str, int], use: float) -> None:

@@ -55,13 +55,13 @@ async def test_first_everything_then_changes(engine: Any) -> None:
     assert {a.adapter_id for a in first.loaded_adapters} == {"adapter-1@1", "adapter-2@1"}
     assert not first.evicted_digests
     assert (first.load.num_running, first.load.num_waiting, first.load.num_free_pages) == (3, 4, 5)
-    load = CoreLoad(num_kv_pages=6, num_adapter_pages=7, num_evictable_pages=8)
+    load = CoreLoad(num_kv_pages=6, num_adapter_pages=7, num_evictable_pages=8, num_cached_pages=5)
     engine.core.report(loaded=[loaded(3)], evicted=[adapter(1).digest], load=load)
     second = await reader.__anext__()
     assert not second.HasField("profile")
     assert [(a.adapter_id, a.digest) for a in second.loaded_adapters] == [("adapter-3@1", adapter(3).digest)]
     assert list(second.evicted_digests) == [adapter(1).digest]
-    assert second.load.num_kv_pages == 6
+    assert (second.load.num_kv_pages, second.load.num_cached_pages) == (6, 5)
     assert (second.load.num_adapter_pages, second.load.num_evictable_pages) == (7, 8)
     late = await watch(engine).__anext__()
     assert {a.adapter_id for a in late.loaded_adapters} == {"adapter-2@1", "adapter-3@1"}

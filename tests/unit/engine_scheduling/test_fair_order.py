@@ -51,7 +51,7 @@ class Desk:
     def admit(self) -> Sequence:
         sequence = self.turns()[0]
         self.waiting.remove(sequence)
-        sequence.run([], -1)
+        sequence.run(-1)
         self.order.admitted(sequence, again=False)
         return sequence
 

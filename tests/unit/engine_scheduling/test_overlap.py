@@ -412,7 +412,7 @@ def test_the_fake_device_sees_what_is_taken_in_flight() -> None:
     device = runner.adapter_device
     install(device, 2, layout_of(digest_of("a"), 1, 8), [3], memoryview(b""))
     step = runner.submit(chunk(1, 0, 2))
-    with pytest.raises(AssertionError, match="given on in flight"):
+    with pytest.raises(AssertionError, match="others have it"):
         runner.submit(chunk(2, 0))
     with pytest.raises(AssertionError, match="an adapter was given"):
         install(device, 1, layout_of(digest_of("b"), 1, 8), [0], memoryview(b""))

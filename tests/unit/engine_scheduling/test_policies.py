@@ -51,7 +51,7 @@ class Arrivals:
 
     def run(self, sequence: Sequence) -> None:
         again = sequence.has_run
-        sequence.run([], -1)
+        sequence.run(-1)
         self.policy.admitted(sequence, again)
 
 

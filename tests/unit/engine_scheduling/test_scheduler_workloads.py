@@ -18,7 +18,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 
 from services.common.errors import Reason, SloraError
 from services.engine.config import PolicyConfig
-from services.engine.scheduling import scheduler as scheduler_module
+from services.engine.scheduling import admission as admission_module
 from services.engine.scheduling.policies.combination import make_policy
 from services.engine.step import SampledToken, StepPlan
 from tests.fakes.engine_fakes import VOCAB_SIZE, digest_of, generate
@@ -34,6 +34,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     """Requests, aborts, prefetches, failing loads and steps in any order; at the end everything must come out right."""
 
     max_in_flight = 1
+    prefix_cache = False
     policy = PolicyConfig()
 
     @initialize(
@@ -56,7 +57,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         seed: int,
     ) -> None:
         self.patch = pytest.MonkeyPatch()
-        self.patch.setattr(scheduler_module, "LOOK_AHEAD", look_ahead)
+        self.patch.setattr(admission_module, "LOOK_AHEAD", look_ahead)
         self.harness = Harness(
             num_pages=num_pages,
             max_running=max_running,
@@ -65,6 +66,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             max_model_len=48,
             max_in_flight=self.max_in_flight,
             admission_batch=1 + seed % 3,
+            prefix_cache=self.prefix_cache,
             seed=seed,
             policy=make_policy(self.policy, max_running, lambda: float(len(self.harness.plans))),
             turns_stay=self.policy.order != "fair" and not self.policy.max_adapters_a_batch,
@@ -153,12 +155,14 @@ class OverlappingMachine(SchedulerMachine):
 class PriorityMachine(OverlappingMachine):
     """By priority, and some are dropped."""
 
+    prefix_cache = True
     policy = PolicyConfig(order="priority", priority_head_start=3, latency_goal_seconds=12.0)
 
 
 class FairMachine(OverlappingMachine):
     """Fair by tenant, with everything that may join it; time counts in steps."""
 
+    prefix_cache = True
     policy = PolicyConfig(
         order="fair",
         fairness_headroom=0.3,

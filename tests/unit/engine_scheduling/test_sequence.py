@@ -74,12 +74,13 @@ def test_sample_request_sees_prompt_and_output_apart_and_lives_on() -> None:
 
 def test_a_preemption_keeps_tokens_and_forgets_what_is_computed() -> None:
     s = sequence()
-    s.run([4, 8], 3)
-    s.num_computed = 3
+    s.hold([4, 8], num_shared_pages=1, num_computed=3)
+    s.run(3)
     s.append(5)
     table = s.block_table
-    assert s.leave() is table
+    assert s.leave() == ([4], [8])
     assert (s.token_ids, s.output_ids, s.num_computed, s.block_table) == ([1, 2, 3, 5], [5], 0, [])
+    assert s.num_shared_pages == 0
     assert (s.adapter_slot, s.num_uncomputed) == (BASE_SLOT, 4)
     assert table == [4, 8], "what a step still reads is left alone"
     assert (list(s.sample_request().prompt_ids), list(s.sample_request().output_ids)) == ([1, 2, 3], [5])

@@ -81,7 +81,9 @@ def answer() -> list[inference_pb2.GenerateResponse]:
     last = inference_pb2.GenerateResponse(text=" are")
     last.completion.finish_reason = generation_pb2.FINISH_REASON_STOP
     last.completion.stop_string = "red"
-    last.completion.usage.CopyFrom(generation_pb2.Usage(num_prompt_tokens=4, num_completion_tokens=3))
+    last.completion.usage.CopyFrom(
+        generation_pb2.Usage(num_prompt_tokens=4, num_completion_tokens=3, num_cached_tokens=2)
+    )
     return [first, second, last]
 
 
@@ -98,7 +100,7 @@ async def test_generate(gateway: FakeGateway, client: Client) -> None:
         finish_reason="stop",
         stop_string="red",
         stop_token_id=None,
-        usage=Usage(4, 3),
+        usage=Usage(4, 3, 2),
     )
 
 
@@ -111,7 +113,7 @@ async def test_stream(gateway: FakeGateway, client: Client) -> None:
     assert [chunk.token_ids for chunk in chunks] == [(5,), (6, 7), ()]
     assert {(chunk.model, chunk.request_id) for chunk in chunks} == {("poet@2", "r-1")}
     assert [chunk.finish_reason for chunk in chunks] == [None, None, "length"]
-    assert [chunk.usage for chunk in chunks] == [None, None, Usage(4, 3)]
+    assert [chunk.usage for chunk in chunks] == [None, None, Usage(4, 3, 2)]
     assert chunks[-1].stop_token_id == 0
 
 

@@ -188,6 +188,12 @@ checksum/secrets: {{ toJson .Values.secrets | sha256sum }}
   emptyDir: {sizeLimit: {{ int64 .Values.adapterStore.uploadBytes | quote }}}
 {{- end }}
 
+{{- define "slora.diskCacheVolume" -}}
+- name: disk-cache
+  # A little above the budget: a file system counts in blocks. It outlives the container, not the pod.
+  emptyDir: {sizeLimit: {{ add (int64 .Values.adapterStore.diskCacheBytes) 67108864 | quote }}}
+{{- end }}
+
 {{/* The store's container: a pod of its own, or beside an engine. */}}
 {{- define "slora.storeContainer" -}}
 name: adapter-store
@@ -219,6 +225,8 @@ env:
     "arena_bytes" .Values.adapterStore.arenaBytes
     "arena_dir" "/arena"
     "upload_dir" "/uploads"
+    "disk_cache_dir" (gt (int64 .Values.adapterStore.diskCacheBytes) 0 | ternary "/disk-cache" "")
+    "disk_cache_bytes" .Values.adapterStore.diskCacheBytes
     "drain_seconds" .Values.adapterStore.drainSeconds
     "service_tokens" (empty .Values.auth.tokens | ternary "" "/tokens")
     "allow_anonymous" (not (or .Values.auth.tokens .Values.tls.services)) }}
@@ -237,6 +245,9 @@ volumeMounts:
   {{- include "slora.modelMount" . | nindent 2 }}
   - {name: arena, mountPath: /arena}
   - {name: uploads, mountPath: /uploads}
+  {{- if .Values.adapterStore.diskCacheBytes }}
+  - {name: disk-cache, mountPath: /disk-cache}
+  {{- end }}
   {{- if .Values.tls.services }}
   - {name: certificates, mountPath: /certificates, readOnly: true}
   {{- end }}

@@ -23,6 +23,7 @@ from services.engine.execution.adapter_checks import AdapterChecks, incompatible
 from services.engine.memory.device_copier import COPY_BUFFER_BYTES
 from services.engine.memory.pool import Pool
 from services.engine.model.config import CheckpointError
+from services.engine.model.partition import WHOLE, Partition
 
 _LARGEST_TILE = 128
 _SMALLEST_TILE = 16
@@ -59,10 +60,15 @@ class GpuAdapterDevice:
     they are written; the caller tells the core by a queue, after which steps may name them.
     """
 
-    def __init__(self, pool: Pool, groups: Sequence[ModuleGroup], max_adapters: int) -> None:
+    def __init__(
+        self, pool: Pool, groups: Sequence[ModuleGroup], max_adapters: int, partition: Partition = WHOLE
+    ) -> None:
+        """`groups` are those of the partition's part of the model."""
         self._pool = pool
-        self._checks = AdapterChecks(pool.config, pool.dtype, groups)
-        self.groups = tuple(LoraGroup(group.modules[0], group.in_features, group.out_features) for group in groups)
+        self._checks = AdapterChecks(pool.config, pool.dtype, groups, partition)
+        self.groups = tuple(
+            LoraGroup(group.modules[0], group.in_features, group.out_features, group.rank_parts) for group in groups
+        )
         self._shape = (pool.config.num_layers, len(TargetModule))
 
         def table(*shape: int) -> torch.Tensor:
@@ -175,6 +181,8 @@ class GpuAdapterDevice:
 
 def _check_group(layout: AdapterLayout, layer: int, group: LoraGroup, by_module: dict[int, ModulePlacement]) -> None:
     """The rows of A of a group's modules are one run: what a kernel reads as one list of rows."""
+    if group.rank_parts > 1:
+        return  # one run for all modules: AdapterChecks has looked
     modules = range(group.first_module, group.first_module + group.num_modules)
     present = [by_module[module] for module in modules if module in by_module]
     for before, place in itertools.pairwise(present):

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -19,10 +21,12 @@ from kernels.gpu.row_plan import RowPlanner
 from kernels.gpu.row_shrink import num_splits_for as num_shrink_splits
 from kernels.gpu.segment_shrink import DEFAULT_BLOCK_M, plan_segments
 from services.engine.config import EngineSettings
+from services.engine.execution.communicator import Communicator, SoleProcess, Traffic
 from services.engine.execution.gpu.adapter_device import GpuAdapterDevice
-from services.engine.execution.gpu.decode_graphs import DecodeGraphs
+from services.engine.execution.gpu.decode_graphs import DecodeGraphs, RowAdapters
+from services.engine.execution.gpu.parallel_triton_step import ParallelTritonStep
 from services.engine.execution.gpu.staging import DecodeInputs, PinnedRing, StepSender
-from services.engine.execution.gpu.step_layout import StepLayout, StepLimits, lay_out
+from services.engine.execution.gpu.step_layout import Integers, StepLayout, StepLimits, lay_out
 from services.engine.execution.gpu.token_sampler import NOT_FINITE, Logprobs, SampleRow, TokenSampler
 from services.engine.execution.gpu.triton_step import DeviceState, Segments, StepTensors, TritonStep
 from services.engine.execution.pool_size import pool_config
@@ -32,10 +36,12 @@ from services.engine.model.checkpoint import Checkpoint, Weights
 from services.engine.model.config import ModelConfig, load_model_config
 from services.engine.model.decoder import Decoder
 from services.engine.model.rope import rope_frequencies
-from services.engine.model.step_ops import Group, module_groups
+from services.engine.model.step_ops import Group, StepOps, module_groups
 from services.engine.step import BASE_SLOT, SampledToken, StepPlan
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 @dataclass(slots=True)
@@ -58,23 +64,34 @@ class GpuRunner:
 
     max_in_flight = 2
 
-    def __init__(self, settings: EngineSettings, checkpoint: Weights | None = None) -> None:
+    def __init__(
+        self,
+        settings: EngineSettings,
+        checkpoint: Weights | None = None,
+        communicator: Communicator | None = None,
+    ) -> None:
         """Loads the checkpoint, allocates the pool, captures decode steps. Raises CheckpointError or ValueError.
 
-        checkpoint: where the weights come from, if not from the directory that the settings name.
+        checkpoint: where the weights come from, if not from the directory that the settings name. communicator: this
+        process's end where several share the model; the weights are then a part, and all must be made at once.
         """
         self._device = torch.device(settings.device)
+        if self._device.index is not None:
+            torch.cuda.set_device(self._device)
+        self._communicator = communicator or SoleProcess()
+        partition = self._communicator.partition
         directory = Path(settings.checkpoint)
         self.config = load_model_config(directory, settings.dtype)
         self.max_model_len = self.config.resolve_max_model_len(settings.max_model_len)
         self.vocab_size = self.config.vocab_size
         self.eos_token_ids = self.config.eos_token_ids
         weights = checkpoint or Checkpoint(directory, self.config.dtype)
-        self._decoder = Decoder(self.config, weights, self._device)
-        self.pool_config = pool_config(self.config, settings, self._device)
-        groups = module_groups(self.config)
+        self._part = partition.part_of(self.config)
+        self._decoder = Decoder(self.config, weights, self._device, partition)
+        self.pool_config = pool_config(self._part, settings, self._device, self._communicator)
+        groups = module_groups(self.config, partition)
         pool = Pool(self.pool_config, self.config.dtype, self._device)
-        self.adapter_device = GpuAdapterDevice(pool, groups, settings.max_adapters)
+        self.adapter_device = GpuAdapterDevice(pool, groups, settings.max_adapters, partition)
         self.tile_elems = self.adapter_device.tables.tile_elems
         self._limits = StepLimits(
             self.pool_config.num_pages, self.pool_config.tokens_per_page, self.max_model_len, self.vocab_size
@@ -82,7 +99,10 @@ class GpuRunner:
         self._max_batch = min(settings.max_running, settings.max_step_tokens)
         self._make_buffers(settings, pool)
         self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
-        self._graphs = DecodeGraphs(self._decode, self._max_batch, self._device)
+        self._make_step: Callable[[StepTensors], StepOps] = partial(TritonStep, self._state)
+        if partition.tp_size > 1:
+            self._make_step = partial(ParallelTritonStep, self._state, self._communicator)
+        self._graphs = DecodeGraphs(self._decode, self._max_batch, self._device, partition.tp_size)
         # By sequence: the row of `drawn` that the last step wrote for it.
         self._rows_drawn: dict[int, int] = {}
         with self._on_stream():
@@ -102,10 +122,17 @@ class GpuRunner:
 
         Raises ValueError for a plan that leaves the pool, the vocabulary or the model's length.
         """
+        return self._begin(plan, self._submit)
+
+    def follow(self, plan: StepPlan) -> None:
+        """`submit` in a process that draws no tokens: it is told them."""
+        self._begin(plan, self._follow)
+
+    def _begin(self, plan: StepPlan, submit: Callable[[StepLayout], T]) -> T:
         layout = lay_out(plan, self._rows_drawn, self._limits)
         try:
             with torch.inference_mode(), self._on_stream():
-                return self._submit(layout)
+                return submit(layout)
         except Exception:
             # What was launched before the failure still writes to the step's pages, which the caller gives away now.
             if self._stream is not None:
@@ -128,17 +155,29 @@ class GpuRunner:
         return self.collect(self.submit(plan))
 
     def _submit(self, layout: StepLayout) -> StepHandle:
+        logits, rows, sequence_ids = self._compute(layout)
+        logprobs = self._sampler.draw(logits, rows, self._state.resolved, self._state.drawn)
+        num_rows = self._share_drawn(rows, sequence_ids)
+        return StepHandle(rows, sequence_ids, *self._fetch(num_rows, logprobs))
+
+    def _follow(self, layout: StepLayout) -> None:
+        _, rows, sequence_ids = self._compute(layout)
+        self._share_drawn(rows, sequence_ids)
+
+    def _compute(self, layout: StepLayout) -> tuple[torch.Tensor, list[SampleRow], list[int]]:
+        """The step's logits, their most likely tokens in `drawn`, and whose they are."""
         decode_slots = set(layout.adapter_slots.tolist()) - {BASE_SLOT}
         ranks = self.adapter_device.max_ranks(decode_slots)
         row_groups = frozenset(group for group in Group if ranks[group].total)
+        adapters = RowAdapters(row_groups, max(group.single for group in ranks))
         size = None if layout.prefills else self._graphs.size_for(layout.num_tokens)
         if size is not None:
             self._inputs.send(layout, size)
-            logits = self._graphs.run(size, row_groups)
+            logits = self._graphs.run(size, adapters)
             row_of = {token_row: token_row for _, token_row in layout.sampled}
         else:
-            tensors = self._mixed_tensors(layout, row_groups)
-            logits = self._decoder.forward(TritonStep(self._state, tensors))
+            tensors = self._mixed_tensors(layout, adapters)
+            logits = self._decoder.forward(self._make_step(tensors))
             if len(logits):
                 pick_tokens(logits, self._state.drawn)
             row_of = {token_row: row for row, (_, token_row) in enumerate(layout.sampled)}
@@ -147,10 +186,18 @@ class GpuRunner:
             for chunk, token_row in layout.sampled
             if chunk.sample is not None
         ]
-        sequence_ids = [chunk.sequence_id for chunk, _ in layout.sampled]
-        logprobs = self._sampler.draw(logits, rows, self._state.resolved, self._state.drawn)
+        return logits, rows, [chunk.sequence_id for chunk, _ in layout.sampled]
+
+    def _share_drawn(self, rows: list[SampleRow], sequence_ids: list[int]) -> int:
+        """Notes where the next step finds what was drawn, and tells the other processes, or hears it from process 0.
+
+        Returns how many rows there are.
+        """
         self._rows_drawn = {number: r.row for number, r in zip(sequence_ids, rows, strict=True)}
-        return StepHandle(rows, sequence_ids, *self._fetch(max((r.row for r in rows), default=-1) + 1, logprobs))
+        num_rows = max((r.row for r in rows), default=-1) + 1
+        if num_rows and self._communicator.partition.tp_size > 1:
+            self._communicator.broadcast(self._state.drawn[:num_rows], Traffic.CONTROL)
+        return num_rows
 
     def _fetch(
         self, num_rows: int, logprobs: Logprobs | None
@@ -164,20 +211,20 @@ class GpuRunner:
         done.record()
         return buffer[:num_rows], logprobs, done
 
-    def _decode(self, size: int, row_groups: frozenset[Group]) -> torch.Tensor:
+    def _decode(self, size: int, adapters: RowAdapters) -> torch.Tensor:
         """A decode step of `size` rows as `self._inputs` has them: what graphs capture."""
-        splits = num_splits_for(size, self.config.num_kv_heads, self._num_sms)
-        step = TritonStep(self._state, self._inputs.tensors(size, row_groups, splits))
+        splits = num_splits_for(size, self._part.num_kv_heads, self._num_sms)
+        step = self._make_step(self._inputs.tensors(size, adapters, splits))
         with torch.inference_mode():
             logits = self._decoder.forward(step)
             pick_tokens(logits, self._state.drawn)
         return logits
 
-    def _mixed_tensors(self, layout: StepLayout, row_groups: frozenset[Group]) -> StepTensors:
+    def _mixed_tensors(self, layout: StepLayout, adapters: RowAdapters) -> StepTensors:
         """The tensors of a step that prefills."""
         n = layout.num_decode
         logit_rows = np.array([row for _, row in layout.sampled], dtype=np.int32)
-        token_ids, source, positions, slots, context_lens, adapter_slots, block_tables, rows = self._sender.send(
+        token_ids, source, positions, slots, context_lens, adapter_slots, block_tables, rows, *more = self._sender.send(
             (
                 layout.token_ids,
                 layout.source,
@@ -187,6 +234,7 @@ class GpuRunner:
                 layout.adapter_slots,
                 layout.block_tables,
                 logit_rows,
+                *((_segment_slots(layout),) if self._communicator.partition.tp_size > 1 else ()),
             )
         )
         segments = None
@@ -201,16 +249,18 @@ class GpuRunner:
             num_decode=n,
             block_tables=block_tables,
             context_lens=context_lens,
-            num_splits=num_splits_for(max(n, 1), self.config.num_kv_heads, self._num_sms),
+            num_splits=num_splits_for(max(n, 1), self._part.num_kv_heads, self._num_sms),
             adapter_slots=adapter_slots,
-            row_groups=row_groups,
+            row_groups=adapters.groups,
+            max_row_rank=adapters.max_rank,
+            segment_slots=more[0] if more else None,
             prefill=plan_prefill(layout.spans, self._prefill_block, self._device) if layout.prefills else None,
             segments=segments,
             logit_rows=rows,
         )
 
     def _make_buffers(self, settings: EngineSettings, pool: Pool) -> None:
-        config, device, max_batch = self.config, self._device, self._max_batch
+        config, device, max_batch = self._part, self._device, self._max_batch
         tokens_per_page = self.pool_config.tokens_per_page
         max_pages = -(-self.max_model_len // tokens_per_page)
         self._prefill_block = tile_tokens(config.num_heads, config.num_kv_heads, config.dtype)
@@ -243,14 +293,22 @@ class GpuRunner:
             rank_space=torch.empty(rank_space, dtype=torch.float32, device=device),
         )
         self._inputs = DecodeInputs(max_batch, max_pages, device)
-        # Five fields a token, and block tables of as many sequences as may be in a step; and what aligns them.
+        # Six fields a token, and block tables of as many sequences as may be in a step; and what aligns them.
         max_sequences = min(settings.max_step_tokens, max_batch)
-        self._sender = StepSender(6 * max_tokens + max_sequences * max_pages + 64, device)
+        self._sender = StepSender(7 * max_tokens + max_sequences * max_pages + 64, device)
         self._results = PinnedRing(max_tokens, device)
         self._sampler = TokenSampler(device)
 
     def _on_stream(self) -> contextlib.AbstractContextManager[object]:
         return contextlib.nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+
+
+def _segment_slots(layout: StepLayout) -> Integers:
+    """The adapter's slot of every token that is prefilled."""
+    slots = np.full(layout.num_tokens, BASE_SLOT, dtype=np.int32)
+    for begin, end, slot in layout.segments:
+        slots[begin:end] = slot
+    return slots
 
 
 def _rope_table(config: ModelConfig, num_positions: int) -> torch.Tensor:

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from services.engine.execution.gpu.decode_graphs import RowAdapters
 from services.engine.execution.gpu.step_layout import Integers, StepLayout
 from services.engine.execution.gpu.triton_step import StepTensors
-from services.engine.model.step_ops import Group
 
 _ALIGNED = 4  # int32s: kernels are compiled for pointers of 16 bytes
 _NUM_BUFFERS = 3  # one the device reads, one on its way, one being filled
@@ -70,7 +70,7 @@ class DecodeInputs:
         self._flat = torch.zeros(size, dtype=torch.int32, device=device)
         self._ring = PinnedRing(size, device)
 
-    def tensors(self, batch: int, row_groups: frozenset[Group], num_splits: int) -> StepTensors:
+    def tensors(self, batch: int, adapters: RowAdapters, num_splits: int) -> StepTensors:
         """The first `batch` rows, as the step reads them."""
         begin = self._NUM_FIELDS * self._max_batch
         fields = self._flat[:begin].view(self._NUM_FIELDS, self._max_batch)[:, :batch]
@@ -84,7 +84,8 @@ class DecodeInputs:
             context_lens=fields[4],
             num_splits=num_splits,
             adapter_slots=fields[5],
-            row_groups=row_groups,
+            row_groups=adapters.groups,
+            max_row_rank=adapters.max_rank,
         )
 
     def send(self, layout: StepLayout, batch: int) -> None:

@@ -57,6 +57,10 @@ class StepTensors:
     segments: Segments | None = None
     # [num_sampled]; None: every token's logits are wanted.
     logit_rows: torch.Tensor | None = None
+    # Where several processes share the model: no module of a decoded token's adapter has a larger rank; and the
+    # adapter's slot of every token that is prefilled, -1 for the others ([num_tokens]), where segments are present.
+    max_row_rank: int = MAX_RANK
+    segment_slots: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +115,7 @@ class TritonStep:
 
     def project(self, layer: int, group: Group, linear: Linear, x: torch.Tensor) -> torch.Tensor:
         """The product, with what the adapters add to it."""
-        y, step = _product(linear, x), self._step
+        y, step = base_product(linear, x), self._step
         if group in step.row_groups:
             self._add_rows(layer, group, x, y)
         if step.segments is not None and step.segments.max_ranks[group].total:
@@ -141,8 +145,15 @@ class TritonStep:
         """The rows whose logits are wanted."""
         return rows if self._step.logit_rows is None else rows.index_select(0, self._step.logit_rows)
 
+    def whole_logits(self, logits: torch.Tensor) -> torch.Tensor:
+        """They are."""
+        return logits
+
     def _add_rows(self, layer: int, group: Group, x: torch.Tensor, y: torch.Tensor) -> None:
         """The decoded tokens' part: the first rows of x and y."""
+        self._expand_rows(layer, group, self._shrink_rows(layer, group, x), y)
+
+    def _shrink_rows(self, layer: int, group: Group, x: torch.Tensor) -> torch.Tensor:
         state, slots, plan = self._state, self._step.adapter_slots, self._row_plan
         tables, modules, pages = state.adapters.tables, state.adapters.groups[group], state.layers[layer]
         u = self._row_spaces.get(group)
@@ -151,9 +162,16 @@ class TritonStep:
             u = self._row_spaces[group] = state.rank_space[: math.prod(shape)].view(shape)
         if plan is None:
             row_shrink(x, slots, layer, pages, tables, modules, u)
-            row_expand(u, slots, layer, pages, tables, modules, y)
         else:
             planned_shrink(x, plan, layer, group, pages, u)
+        return u
+
+    def _expand_rows(self, layer: int, group: Group, u: torch.Tensor, y: torch.Tensor) -> None:
+        state, slots, plan = self._state, self._step.adapter_slots, self._row_plan
+        tables, modules, pages = state.adapters.tables, state.adapters.groups[group], state.layers[layer]
+        if plan is None:
+            row_expand(u, slots, layer, pages, tables, modules, y)
+        else:
             planned_expand(u, plan, layer, group, pages, y)
 
     def _add_segments(self, layer: int, group: Group, x: torch.Tensor, segments: Segments, y: torch.Tensor) -> None:
@@ -167,7 +185,7 @@ class TritonStep:
         segment_expand(u, plan, layer, pages, tables, modules, y, ranks.total, max_rank=ranks.single)
 
 
-def _product(linear: Linear, x: torch.Tensor) -> torch.Tensor:
+def base_product(linear: Linear, x: torch.Tensor) -> torch.Tensor:
     """The base's part of a projection."""
     if len(x) == 1 and x.device.type == "cuda":
         return row_product(x, linear.weight, linear.bias)

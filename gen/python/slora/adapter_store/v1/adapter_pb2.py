@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$slora/adapter_store/v1/adapter.proto\x12\x16slora.adapter_store.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xa2\x04\n\x07\x41\x64\x61pter\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\r\x12\x12\n\nadapter_id\x18\x03 \x01(\t\x12\x0e\n\x06\x64igest\x18\x04 \x01(\t\x12\x33\n\x05state\x18\x05 \x01(\x0e\x32$.slora.adapter_store.v1.AdapterState\x12\x0c\n\x04rank\x18\x06 \x01(\r\x12<\n\x0etarget_modules\x18\x07 \x03(\x0e\x32$.slora.adapter_store.v1.TargetModule\x12\x14\n\x0cpacked_bytes\x18\x08 \x01(\x04\x12\x14\n\x0csource_bytes\x18\t \x01(\x04\x12\x12\n\nsource_uri\x18\n \x01(\t\x12\x0e\n\x06tenant\x18\x0b \x01(\t\x12\x12\n\nbase_model\x18\x0c \x01(\t\x12/\n\x0b\x63reate_time\x18\r \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0f\n\x07\x61liases\x18\x0e \x03(\t\x12;\n\x06labels\x18\x0f \x03(\x0b\x32+.slora.adapter_store.v1.Adapter.LabelsEntry\x12\x0e\n\x06pinned\x18\x10 \x01(\x08\x12\x31\n\rlast_use_time\x18\x11 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xfa\x01\n\x0ePackedManifest\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x15\n\rpacked_digest\x18\x02 \x01(\t\x12\x39\n\x0c\x65lement_type\x18\x03 \x01(\x0e\x32#.slora.adapter_store.v1.ElementType\x12\x12\n\ntile_elems\x18\x04 \x01(\r\x12\x12\n\nnum_layers\x18\x05 \x01(\r\x12\x13\n\x0blayer_elems\x18\x06 \x01(\x04\x12\x14\n\x0cpacked_bytes\x18\x07 \x01(\x04\x12\x33\n\x06layers\x18\x08 \x03(\x0b\x32#.slora.adapter_store.v1.PackedLayer\"D\n\x0bPackedLayer\x12\x35\n\x07modules\x18\x01 \x03(\x0b\x32$.slora.adapter_store.v1.PackedModule\"\xb2\x01\n\x0cPackedModule\x12;\n\rtarget_module\x18\x01 \x01(\x0e\x32$.slora.adapter_store.v1.TargetModule\x12\x0c\n\x04rank\x18\x02 \x01(\r\x12\x13\n\x0bin_features\x18\x03 \x01(\r\x12\x14\n\x0cout_features\x18\x04 \x01(\r\x12\x15\n\rlora_a_offset\x18\x05 \x01(\x04\x12\x15\n\rlora_b_offset\x18\x06 \x01(\x04*\x7f\n\x0c\x41\x64\x61pterState\x12\x1d\n\x19\x41\x44\x41PTER_STATE_UNSPECIFIED\x10\x00\x12\x17\n\x13\x41\x44\x41PTER_STATE_READY\x10\x01\x12\x19\n\x15\x41\x44\x41PTER_STATE_DELETED\x10\x02\x12\x1c\n\x18\x41\x44\x41PTER_STATE_DISCOVERED\x10\x03*\xc7\x01\n\x0cTargetModule\x12\x1d\n\x19TARGET_MODULE_UNSPECIFIED\x10\x00\x12\x13\n\x0fTARGET_MODULE_Q\x10\x01\x12\x13\n\x0fTARGET_MODULE_K\x10\x02\x12\x13\n\x0fTARGET_MODULE_V\x10\x03\x12\x13\n\x0fTARGET_MODULE_O\x10\x04\x12\x16\n\x12TARGET_MODULE_GATE\x10\x05\x12\x14\n\x10TARGET_MODULE_UP\x10\x06\x12\x16\n\x12TARGET_MODULE_DOWN\x10\x07*z\n\x0b\x45lementType\x12\x1c\n\x18\x45LEMENT_TYPE_UNSPECIFIED\x10\x00\x12\x18\n\x14\x45LEMENT_TYPE_FLOAT32\x10\x01\x12\x18\n\x14\x45LEMENT_TYPE_FLOAT16\x10\x02\x12\x19\n\x15\x45LEMENT_TYPE_BFLOAT16\x10\x03\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$slora/adapter_store/v1/adapter.proto\x12\x16slora.adapter_store.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xa2\x04\n\x07\x41\x64\x61pter\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\r\x12\x12\n\nadapter_id\x18\x03 \x01(\t\x12\x0e\n\x06\x64igest\x18\x04 \x01(\t\x12\x33\n\x05state\x18\x05 \x01(\x0e\x32$.slora.adapter_store.v1.AdapterState\x12\x0c\n\x04rank\x18\x06 \x01(\r\x12<\n\x0etarget_modules\x18\x07 \x03(\x0e\x32$.slora.adapter_store.v1.TargetModule\x12\x14\n\x0cpacked_bytes\x18\x08 \x01(\x04\x12\x14\n\x0csource_bytes\x18\t \x01(\x04\x12\x12\n\nsource_uri\x18\n \x01(\t\x12\x0e\n\x06tenant\x18\x0b \x01(\t\x12\x12\n\nbase_model\x18\x0c \x01(\t\x12/\n\x0b\x63reate_time\x18\r \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0f\n\x07\x61liases\x18\x0e \x03(\t\x12;\n\x06labels\x18\x0f \x03(\x0b\x32+.slora.adapter_store.v1.Adapter.LabelsEntry\x12\x0e\n\x06pinned\x18\x10 \x01(\x08\x12\x31\n\rlast_use_time\x18\x11 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x9c\x02\n\x0ePackedManifest\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x15\n\rpacked_digest\x18\x02 \x01(\t\x12\x39\n\x0c\x65lement_type\x18\x03 \x01(\x0e\x32#.slora.adapter_store.v1.ElementType\x12\x12\n\ntile_elems\x18\x04 \x01(\r\x12\x12\n\nnum_layers\x18\x05 \x01(\r\x12\x13\n\x0blayer_elems\x18\x06 \x01(\x04\x12\x14\n\x0cpacked_bytes\x18\x07 \x01(\x04\x12\x33\n\x06layers\x18\x08 \x03(\x0b\x32#.slora.adapter_store.v1.PackedLayer\x12\x0f\n\x07tp_rank\x18\t \x01(\r\x12\x0f\n\x07tp_size\x18\n \x01(\r\"D\n\x0bPackedLayer\x12\x35\n\x07modules\x18\x01 \x03(\x0b\x32$.slora.adapter_store.v1.PackedModule\"\xb2\x01\n\x0cPackedModule\x12;\n\rtarget_module\x18\x01 \x01(\x0e\x32$.slora.adapter_store.v1.TargetModule\x12\x0c\n\x04rank\x18\x02 \x01(\r\x12\x13\n\x0bin_features\x18\x03 \x01(\r\x12\x14\n\x0cout_features\x18\x04 \x01(\r\x12\x15\n\rlora_a_offset\x18\x05 \x01(\x04\x12\x15\n\rlora_b_offset\x18\x06 \x01(\x04*\x7f\n\x0c\x41\x64\x61pterState\x12\x1d\n\x19\x41\x44\x41PTER_STATE_UNSPECIFIED\x10\x00\x12\x17\n\x13\x41\x44\x41PTER_STATE_READY\x10\x01\x12\x19\n\x15\x41\x44\x41PTER_STATE_DELETED\x10\x02\x12\x1c\n\x18\x41\x44\x41PTER_STATE_DISCOVERED\x10\x03*\xc7\x01\n\x0cTargetModule\x12\x1d\n\x19TARGET_MODULE_UNSPECIFIED\x10\x00\x12\x13\n\x0fTARGET_MODULE_Q\x10\x01\x12\x13\n\x0fTARGET_MODULE_K\x10\x02\x12\x13\n\x0fTARGET_MODULE_V\x10\x03\x12\x13\n\x0fTARGET_MODULE_O\x10\x04\x12\x16\n\x12TARGET_MODULE_GATE\x10\x05\x12\x14\n\x10TARGET_MODULE_UP\x10\x06\x12\x16\n\x12TARGET_MODULE_DOWN\x10\x07*z\n\x0b\x45lementType\x12\x1c\n\x18\x45LEMENT_TYPE_UNSPECIFIED\x10\x00\x12\x18\n\x14\x45LEMENT_TYPE_FLOAT32\x10\x01\x12\x18\n\x14\x45LEMENT_TYPE_FLOAT16\x10\x02\x12\x19\n\x15\x45LEMENT_TYPE_BFLOAT16\x10\x03\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,20 +34,20 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_ADAPTER_LABELSENTRY']._loaded_options = None
   _globals['_ADAPTER_LABELSENTRY']._serialized_options = b'8\001'
-  _globals['_ADAPTERSTATE']._serialized_start=1150
-  _globals['_ADAPTERSTATE']._serialized_end=1277
-  _globals['_TARGETMODULE']._serialized_start=1280
-  _globals['_TARGETMODULE']._serialized_end=1479
-  _globals['_ELEMENTTYPE']._serialized_start=1481
-  _globals['_ELEMENTTYPE']._serialized_end=1603
+  _globals['_ADAPTERSTATE']._serialized_start=1184
+  _globals['_ADAPTERSTATE']._serialized_end=1311
+  _globals['_TARGETMODULE']._serialized_start=1314
+  _globals['_TARGETMODULE']._serialized_end=1513
+  _globals['_ELEMENTTYPE']._serialized_start=1515
+  _globals['_ELEMENTTYPE']._serialized_end=1637
   _globals['_ADAPTER']._serialized_start=98
   _globals['_ADAPTER']._serialized_end=644
   _globals['_ADAPTER_LABELSENTRY']._serialized_start=599
   _globals['_ADAPTER_LABELSENTRY']._serialized_end=644
   _globals['_PACKEDMANIFEST']._serialized_start=647
-  _globals['_PACKEDMANIFEST']._serialized_end=897
-  _globals['_PACKEDLAYER']._serialized_start=899
-  _globals['_PACKEDLAYER']._serialized_end=967
-  _globals['_PACKEDMODULE']._serialized_start=970
-  _globals['_PACKEDMODULE']._serialized_end=1148
+  _globals['_PACKEDMANIFEST']._serialized_end=931
+  _globals['_PACKEDLAYER']._serialized_start=933
+  _globals['_PACKEDLAYER']._serialized_end=1001
+  _globals['_PACKEDMODULE']._serialized_start=1004
+  _globals['_PACKEDMODULE']._serialized_end=1182
 # @@protoc_insertion_point(module_scope)

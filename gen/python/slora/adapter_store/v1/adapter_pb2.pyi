@@ -97,7 +97,7 @@ class Adapter(_message.Message):
     def __init__(self, name: _Optional[str] = ..., version: _Optional[int] = ..., adapter_id: _Optional[str] = ..., digest: _Optional[str] = ..., state: _Optional[_Union[AdapterState, str]] = ..., rank: _Optional[int] = ..., target_modules: _Optional[_Iterable[_Union[TargetModule, str]]] = ..., packed_bytes: _Optional[int] = ..., source_bytes: _Optional[int] = ..., source_uri: _Optional[str] = ..., tenant: _Optional[str] = ..., base_model: _Optional[str] = ..., create_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., aliases: _Optional[_Iterable[str]] = ..., labels: _Optional[_Mapping[str, str]] = ..., pinned: _Optional[bool] = ..., last_use_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...) -> None: ...
 
 class PackedManifest(_message.Message):
-    __slots__ = ("digest", "packed_digest", "element_type", "tile_elems", "num_layers", "layer_elems", "packed_bytes", "layers")
+    __slots__ = ("digest", "packed_digest", "element_type", "tile_elems", "num_layers", "layer_elems", "packed_bytes", "layers", "tp_rank", "tp_size")
     DIGEST_FIELD_NUMBER: _ClassVar[int]
     PACKED_DIGEST_FIELD_NUMBER: _ClassVar[int]
     ELEMENT_TYPE_FIELD_NUMBER: _ClassVar[int]
@@ -106,6 +106,8 @@ class PackedManifest(_message.Message):
     LAYER_ELEMS_FIELD_NUMBER: _ClassVar[int]
     PACKED_BYTES_FIELD_NUMBER: _ClassVar[int]
     LAYERS_FIELD_NUMBER: _ClassVar[int]
+    TP_RANK_FIELD_NUMBER: _ClassVar[int]
+    TP_SIZE_FIELD_NUMBER: _ClassVar[int]
     digest: str
     packed_digest: str
     element_type: ElementType
@@ -114,7 +116,9 @@ class PackedManifest(_message.Message):
     layer_elems: int
     packed_bytes: int
     layers: _containers.RepeatedCompositeFieldContainer[PackedLayer]
-    def __init__(self, digest: _Optional[str] = ..., packed_digest: _Optional[str] = ..., element_type: _Optional[_Union[ElementType, str]] = ..., tile_elems: _Optional[int] = ..., num_layers: _Optional[int] = ..., layer_elems: _Optional[int] = ..., packed_bytes: _Optional[int] = ..., layers: _Optional[_Iterable[_Union[PackedLayer, _Mapping]]] = ...) -> None: ...
+    tp_rank: int
+    tp_size: int
+    def __init__(self, digest: _Optional[str] = ..., packed_digest: _Optional[str] = ..., element_type: _Optional[_Union[ElementType, str]] = ..., tile_elems: _Optional[int] = ..., num_layers: _Optional[int] = ..., layer_elems: _Optional[int] = ..., packed_bytes: _Optional[int] = ..., layers: _Optional[_Iterable[_Union[PackedLayer, _Mapping]]] = ..., tp_rank: _Optional[int] = ..., tp_size: _Optional[int] = ...) -> None: ...
 
 class PackedLayer(_message.Message):
     __slots__ = ("modules",)

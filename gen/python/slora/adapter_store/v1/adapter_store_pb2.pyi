@@ -131,12 +131,16 @@ class DeleteAdapterResponse(_message.Message):
     def __init__(self, num_deleted: _Optional[int] = ...) -> None: ...
 
 class FetchAdapterRequest(_message.Message):
-    __slots__ = ("digest", "offset")
+    __slots__ = ("digest", "offset", "tp_rank", "tp_size")
     DIGEST_FIELD_NUMBER: _ClassVar[int]
     OFFSET_FIELD_NUMBER: _ClassVar[int]
+    TP_RANK_FIELD_NUMBER: _ClassVar[int]
+    TP_SIZE_FIELD_NUMBER: _ClassVar[int]
     digest: str
     offset: int
-    def __init__(self, digest: _Optional[str] = ..., offset: _Optional[int] = ...) -> None: ...
+    tp_rank: int
+    tp_size: int
+    def __init__(self, digest: _Optional[str] = ..., offset: _Optional[int] = ..., tp_rank: _Optional[int] = ..., tp_size: _Optional[int] = ...) -> None: ...
 
 class FetchAdapterResponse(_message.Message):
     __slots__ = ("manifest", "chunk", "arena_id")
@@ -149,14 +153,18 @@ class FetchAdapterResponse(_message.Message):
     def __init__(self, manifest: _Optional[_Union[_adapter_pb2.PackedManifest, _Mapping]] = ..., chunk: _Optional[bytes] = ..., arena_id: _Optional[bytes] = ...) -> None: ...
 
 class ShareAdapterRequest(_message.Message):
-    __slots__ = ("digest", "copied", "only_resident")
+    __slots__ = ("digest", "copied", "only_resident", "tp_rank", "tp_size")
     DIGEST_FIELD_NUMBER: _ClassVar[int]
     COPIED_FIELD_NUMBER: _ClassVar[int]
     ONLY_RESIDENT_FIELD_NUMBER: _ClassVar[int]
+    TP_RANK_FIELD_NUMBER: _ClassVar[int]
+    TP_SIZE_FIELD_NUMBER: _ClassVar[int]
     digest: str
     copied: CopiedExtent
     only_resident: bool
-    def __init__(self, digest: _Optional[str] = ..., copied: _Optional[_Union[CopiedExtent, _Mapping]] = ..., only_resident: _Optional[bool] = ...) -> None: ...
+    tp_rank: int
+    tp_size: int
+    def __init__(self, digest: _Optional[str] = ..., copied: _Optional[_Union[CopiedExtent, _Mapping]] = ..., only_resident: _Optional[bool] = ..., tp_rank: _Optional[int] = ..., tp_size: _Optional[int] = ...) -> None: ...
 
 class CopiedExtent(_message.Message):
     __slots__ = ()

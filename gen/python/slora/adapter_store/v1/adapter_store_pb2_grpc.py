@@ -181,7 +181,7 @@ class AdapterStoreServiceServicer:
     def FetchAdapter(self, request, context):
         """Streams an adapter's packed weights: the manifest first, then chunks in layer order. Idempotent; resumable by
         offset. Served from host RAM, read through from S3 where it is not there; one read however many ask.
-        Errors: INVALID_ARGUMENT (digest, offset), NOT_FOUND (no version has this digest),
+        Errors: INVALID_ARGUMENT (digest, offset, a shard that cannot be cut of this base model), NOT_FOUND (no version has this digest),
         DATA_LOSS (the files in S3 are not those that were registered), RESOURCE_EXHAUSTED (the host cache has no room
         that is not in use), FAILED_PRECONDITION (read again from S3, it can no longer be served: ErrorInfo says why),
         DEADLINE_EXCEEDED (the reader took nothing for too long), UNAVAILABLE (S3 or Redis out of reach).

@@ -95,7 +95,7 @@ class EngineProfile(_message.Message):
     def __init__(self, engine_id: _Optional[str] = ..., base_model: _Optional[str] = ..., max_model_len: _Optional[int] = ..., max_running: _Optional[int] = ..., num_pages: _Optional[int] = ...) -> None: ...
 
 class EngineLoad(_message.Message):
-    __slots__ = ("num_running", "num_waiting", "num_free_pages", "num_kv_pages", "num_adapter_pages", "num_evictable_pages", "draining")
+    __slots__ = ("num_running", "num_waiting", "num_free_pages", "num_kv_pages", "num_adapter_pages", "num_evictable_pages", "draining", "num_cached_pages")
     NUM_RUNNING_FIELD_NUMBER: _ClassVar[int]
     NUM_WAITING_FIELD_NUMBER: _ClassVar[int]
     NUM_FREE_PAGES_FIELD_NUMBER: _ClassVar[int]
@@ -103,6 +103,7 @@ class EngineLoad(_message.Message):
     NUM_ADAPTER_PAGES_FIELD_NUMBER: _ClassVar[int]
     NUM_EVICTABLE_PAGES_FIELD_NUMBER: _ClassVar[int]
     DRAINING_FIELD_NUMBER: _ClassVar[int]
+    NUM_CACHED_PAGES_FIELD_NUMBER: _ClassVar[int]
     num_running: int
     num_waiting: int
     num_free_pages: int
@@ -110,4 +111,5 @@ class EngineLoad(_message.Message):
     num_adapter_pages: int
     num_evictable_pages: int
     draining: bool
-    def __init__(self, num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_free_pages: _Optional[int] = ..., num_kv_pages: _Optional[int] = ..., num_adapter_pages: _Optional[int] = ..., num_evictable_pages: _Optional[int] = ..., draining: _Optional[bool] = ...) -> None: ...
+    num_cached_pages: int
+    def __init__(self, num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_free_pages: _Optional[int] = ..., num_kv_pages: _Optional[int] = ..., num_adapter_pages: _Optional[int] = ..., num_evictable_pages: _Optional[int] = ..., draining: _Optional[bool] = ..., num_cached_pages: _Optional[int] = ...) -> None: ...

@@ -1,0 +1,137 @@
+"""The same tokens with and without the prefix cache: the whole core, a real model, real adapters, random traffic."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import random
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.gpu.synthetic import SyntheticAdapters, make_adapters
+from services.common.packed_digest import packed_digest
+from services.engine.adapters.source import AdapterManifest
+from services.engine.config import EngineSettings
+from services.engine.core.engine_core import EngineCore
+from services.engine.execution.model_runner import ModelRunner
+from services.engine.messages import Adapter, Generate, SamplingParams, StepReport, StopParams, TokenEvent
+from tests.fixtures.tiny_models import make_checkpoint
+
+GREEDY = SamplingParams(temperature=0.0, num_logprobs=2)
+TIE = 1e-3
+"""Where the two best tokens are closer, rounding may pick either: KV of other steps differs in its last bits."""
+
+
+def make_source(runner: ModelRunner, seed: int) -> SyntheticAdapters:
+    """Three adapters that say different things. The third is the first one's name with other content."""
+    shaped = make_adapters(runner.config, "S1", "all", 3, runner.adapter_device)
+    manifests, weights, adapters = {}, {}, []
+    generator = torch.Generator().manual_seed(seed)
+    for number, (adapter, name) in enumerate(zip(shaped.adapters, ("poet@1", "cook@1", "poet@1"), strict=True)):
+        digest = f"sha256:{hashlib.sha256(bytes([number])).hexdigest()}"
+        layout = dataclasses.replace(shaped.manifests[adapter.digest].layout, digest=digest)
+        packed = torch.randn(layout.num_layers, layout.layer_elems, generator=generator) * 0.25
+        content = memoryview(packed.numpy().tobytes())
+        manifests[digest] = AdapterManifest(layout, content.nbytes, packed_digest(content))
+        weights[digest] = content
+        adapters.append(Adapter(name, digest))
+    return SyntheticAdapters(manifests, weights, tuple(adapters))
+
+
+def traffic(draw: random.Random, adapters: tuple[Adapter, ...], vocab_size: int) -> list[Generate]:
+    """Conversations under three system prompts; in the middle `poet` is uploaded again."""
+    systems = [[draw.randrange(3, vocab_size) for _ in range(draw.randint(20, 70))] for _ in range(3)]
+    requests = []
+    for number in range(28):
+        own = [draw.randrange(3, vocab_size) for _ in range(draw.randint(1, 20))]
+        poet = adapters[0] if number < 14 else adapters[2]
+        adapter = draw.choice([None, poet, adapters[1]])
+        stop = StopParams(draw.randint(1, 10), ignore_eos=True)
+        requests.append(Generate(number, [*draw.choice(systems), *own], GREEDY, stop, adapter))
+    return requests
+
+
+@dataclass
+class Answers:
+    """What a core gave."""
+
+    events: dict[int, list[TokenEvent]] = field(default_factory=dict)
+    num_found: int = 0
+    num_preemptions: int = 0
+
+    def note(self, report: StepReport) -> None:
+        assert not report.failures
+        self.num_found = report.load.num_prefix_found_tokens_total
+        self.num_preemptions = report.load.num_preemptions_total
+        for event in report.tokens:
+            self.events.setdefault(event.request_id, []).append(event)
+
+
+def serve(
+    runner: ModelRunner, settings: EngineSettings, source: SyntheticAdapters, requests: list[Generate], seed: int
+) -> Answers:
+    """All requests, which come a few at a time."""
+    draw, news, answers = random.Random(seed), threading.Event(), Answers()
+    core = EngineCore(settings, runner, source, news.set)
+    coming, num_ended = list(requests), 0
+    while num_ended < len(requests):
+        for _ in range(draw.randint(0, 3)):
+            if coming:
+                core.handle(coming.pop(0))
+        news.clear()
+        report = core.step()
+        if report is not None:
+            answers.note(report)
+            num_ended += sum(event.finish is not None for event in report.tokens)
+        elif core.needs_event and not coming:
+            assert news.wait(60)
+    assert core.close()
+    return answers
+
+
+def assert_same(one: list[TokenEvent], other: list[TokenEvent], what: str) -> None:
+    """Equal up to a position, if any, where the model itself was in doubt."""
+    assert len(one) == len(other)
+    for place, (a, b) in enumerate(zip(one, other, strict=True)):
+        if a.token_id != b.token_id:
+            gap = a.top[0][1] - a.top[1][1]
+            assert gap < TIE, f"{what}, token {place}: {a.token_id} and {b.token_id}, {gap} apart"
+            return
+        assert a.logprob == pytest.approx(b.logprob, abs=1e-3), f"{what}, token {place}"
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Several threads of a small model mostly wait for each other, above all beside other tests."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_random_traffic_gives_the_same_tokens_on_and_off(tmp_path: Path) -> None:
+    seed = random.SystemRandom().randrange(1 << 32)
+    print("seed", seed)
+    draw = random.Random(seed)
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "max_position_embeddings": 160}
+    checkpoint = make_checkpoint(tmp_path, draw.choice(["llama", "qwen3"]), seed=seed % 1000, **sizes)
+    given = {}
+    for prefix_cache in (False, True):
+        limits = {"num_pages": 52, "max_step_tokens": 48, "max_running": 8, "max_adapters": 4}
+        settings = EngineSettings(str(checkpoint), "", prefix_cache=prefix_cache, **limits).for_device()
+        runner = ModelRunner(settings)
+        source = make_source(runner, seed)
+        requests = traffic(random.Random(seed), source.adapters, runner.vocab_size)
+        given[prefix_cache] = serve(runner, settings, source, requests, seed)
+    assert given[False].num_found == 0
+    assert given[True].num_found > 0
+    for request in requests:
+        what = f"seed {seed}: request {request.request_id}, {request.adapter}"
+        assert_same(given[False].events[request.request_id], given[True].events[request.request_id], what)
+    print("found", given[True].num_found, "preempted", given[True].num_preemptions)
