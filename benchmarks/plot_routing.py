@@ -1,4 +1,4 @@
-"""Draws docs/images/routing.png from benchmarks/results/routing.json: loads and p99 TTFT against load, zipf 1.0.
+"""Draws docs/images/routing.png from benchmarks/results/routing.json, and prints the table of docs/routing.md.
 
 Run: python -m benchmarks.plot_routing
 """
@@ -48,5 +48,25 @@ def draw(results: Path, picture: Path) -> None:
     say(f"wrote {picture}")
 
 
+def table(results: Path) -> str:
+    """Loads, p50, p99 and imbalance of each case, rate and rule, in Markdown."""
+    cells: dict[tuple[str, float], dict[str, dict[str, float]]] = {}
+    for row in json.loads(results.read_text())["rows"]:
+        of_rule = cells.setdefault((row["case"], row["requests_per_s_and_engine"]), {}).setdefault(row["rule"], {})
+        of_rule[row["metric"]] = row["value"]
+    lines = ["| trace, requests/s and engine | " + " | ".join(COLORS) + " |", "| --- " * (len(COLORS) + 1) + "|"]
+    for (case, rate), by_rule in cells.items():
+        line = f"| {case}, {rate:g} "
+        for rule in COLORS:
+            figures = by_rule[rule]
+            times = [figures[metric] for metric in ("loads_per_1000", "ttft_p50_ms", "ttft_p99_ms")]
+            shown = " · ".join(f"{value:.0f}" if value >= 100 else f"{value:.1f}" for value in times)
+            cell = f"{shown} · {figures['imbalance']:.2f}"
+            line += f"| **{cell}** " if rule == "adapter-aware" else f"| {cell} "
+        lines.append(line + "|")
+    return "\n".join(lines)
+
+
 if __name__ == "__main__":
+    say(table(RESULTS / "routing.json"))
     draw(RESULTS / "routing.json", PICTURE)

@@ -88,7 +88,7 @@ class RoundRobin:
 
 
 def first_by_hash(engines: Sequence[EngineState], key: str) -> EngineState:
-    """Rendezvous hashing: each key ranks all addresses in an order of its own."""
+    """The engine whose address `key` ranks first, by rendezvous hashing."""
     return engines[0] if len(engines) == 1 else ranked(engines, key, lambda engine: engine.address)[0]
 
 
