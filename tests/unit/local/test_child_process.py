@@ -102,10 +102,15 @@ def test_a_command_that_does_not_exist_is_said_in_the_log(tmp_path: Path) -> Non
 
 def test_one_that_never_gets_ready_is_ended(tmp_path: Path) -> None:
     log = tmp_path / "sleeper.log"
-    pids = []
+    pids: set[int] = set()
+
+    def children() -> set[int]:
+        return {int(pid) for pid in Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()}
+
+    others = children()  # of tests before
 
     def never() -> bool:
-        pids.extend(int(pid) for pid in Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split())
+        pids.update(children() - others)
         return False
 
     with (
