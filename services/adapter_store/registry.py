@@ -232,7 +232,7 @@ class AdapterRegistry:
         place = self._uploads.fresh(files.digest)
         source = SourceLocation(place.uri, managed=True)
         await self._catalogue.announce_source(source)
-        used = False
+        used = may_land_late = False
         try:
             config_etag = await self._blob_store.write(place, CONFIG_FILE, io.BytesIO(files.config))
             weights_etag = await self._blob_store.write(place, WEIGHTS_FILE, spool.weights_file)
@@ -244,8 +244,12 @@ class AdapterRegistry:
             raise SloraError(
                 Reason.BLOB_STORE_UNAVAILABLE, "storing the files took so long that they were given up; try again"
             ) from None
+        except SloraError as error:
+            # What S3 has not answered it may yet write, behind a removal: the sweep takes it when it is old.
+            may_land_late = error.reason is Reason.BLOB_STORE_UNAVAILABLE
+            raise
         finally:
-            if not used:
+            if not used and not may_land_late:
                 self._clear_soon(source.uri)
 
     def _clear_soon(self, uri: str) -> None:

@@ -120,8 +120,9 @@ async def test_requests_go_where_the_adapter_is(fleet_of: FleetFactory) -> None:
 
 async def test_a_cold_adapter_is_loaded_once_and_a_burst_of_the_base_spread(fleet_of: FleetFactory) -> None:
     fleet = await fleet_of(3, max_running=8)
-    await asyncio.gather(*(fleet.right("cook", "cook@1") for _ in range(4)))
-    assert sorted(len(engine.received) for engine in fleet.engines) == [0, 0, 4]
+    # A fourth could spill over: three prompts without an answer and as many places are more than the margin.
+    await asyncio.gather(*(fleet.right("cook", "cook@1") for _ in range(3)))
+    assert sorted(len(engine.received) for engine in fleet.engines) == [0, 0, 3]
     for engine in fleet.engines:
         engine.script = hang
         engine.received.clear()

@@ -48,7 +48,7 @@ async def test_node_gets_every_token(fleet_of: FleetFactory) -> None:
     assert (code, out) == (0, "".join(f" {token}" for token in expected_tokens(prompt, digest, 40)))
     completion: dict[str, Any] = json.loads(err)
     assert completion["finishReason"] == "FINISH_REASON_LENGTH"
-    assert completion["usage"] == {"numPromptTokens": 3, "numCompletionTokens": 40}
+    assert completion["usage"] == {"numPromptTokens": 3, "numCompletionTokens": 40, "numCachedTokens": 2}
 
 
 async def test_node_takes_messages_without_text(fleet_of: FleetFactory) -> None:
