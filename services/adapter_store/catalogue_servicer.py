@@ -18,6 +18,7 @@ from services.adapter_store.host_cache import Pin
 from services.adapter_store.identifiers import parse_adapter_id
 from services.adapter_store.inspection import Inspection
 from services.adapter_store.manifest import AdapterRecord
+from services.adapter_store.sender_pace import paced
 from services.adapter_store.servicer import AdapterStoreServicer
 from services.adapter_store.sync import SyncReport
 from services.common.errors import Reason, SloraError
@@ -142,7 +143,7 @@ class CatalogueServicer(AdapterStoreServicer):
 
     async def _inspect(self, requests: AsyncIterator[pb.ValidateAdapterRequest]) -> Inspection:
         with self._admit_upload(), self._open_spool() as spool:
-            while (request := await self._next_part(requests)) is not None:
+            async for request in paced(requests, self._stall_seconds):
                 part = request.WhichOneof("part")
                 if part == "config_chunk":
                     spool.add_config(request.config_chunk)

@@ -8,7 +8,6 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import Any, TypeVar
 
 import grpc
-from google.protobuf.message import DecodeError
 from slora.adapter_store.v1 import adapter_store_pb2 as pb
 from slora.adapter_store.v1 import adapter_store_pb2_grpc
 
@@ -21,6 +20,7 @@ from services.adapter_store.identifiers import parse_adapter_id
 from services.adapter_store.isolation import Isolation
 from services.adapter_store.metrics import StoreMetrics
 from services.adapter_store.registry import AdapterRegistry
+from services.adapter_store.sender_pace import paced
 from services.adapter_store.upload_spool import UploadSpool
 from services.common.errors import Reason, SloraError
 from services.common.grpc_errors import abort
@@ -28,7 +28,6 @@ from services.common.grpc_server import authorization_of
 
 Context = grpc.aio.ServicerContext[Any, Any]
 T = TypeVar("T")
-P = TypeVar("P", pb.UploadAdapterRequest, pb.ValidateAdapterRequest)
 
 
 class AdapterStoreServicer(adapter_store_pb2_grpc.AdapterStoreServiceServicer):
@@ -133,7 +132,7 @@ class AdapterStoreServicer(adapter_store_pb2_grpc.AdapterStoreServiceServicer):
         header: pb.UploadAdapterHeader | None = None
         owner = ""
         with self._admit_upload(), self._open_spool() as spool:
-            while (request := await self._next_part(requests)) is not None:
+            async for request in paced(requests, self._stall_seconds):
                 part = request.WhichOneof("part")
                 if (part == "header") != (header is None):
                     raise SloraError(Reason.UPLOAD_INVALID, "the first message must be the header, and only it")
@@ -167,18 +166,6 @@ class AdapterStoreServicer(adapter_store_pb2_grpc.AdapterStoreServiceServicer):
             yield
         finally:
             self._num_uploads -= 1
-
-    async def _next_part(self, requests: AsyncIterator[P]) -> P | None:
-        """The next message; None at the end. A sender that stands still must not keep its place for ever."""
-        try:
-            async with asyncio.timeout(self._stall_seconds):
-                request = await anext(requests, None)
-        except TimeoutError:
-            message = f"nothing of the upload came for {self._stall_seconds:g} s; upload it again"
-            raise SloraError(Reason.DEADLINE_EXCEEDED, message) from None
-        if isinstance(request, DecodeError):
-            raise SloraError(Reason.REQUEST_INVALID, f"a message cannot be parsed: {request}")
-        return request
 
     async def _send_events(self, request: pb.WatchAdaptersRequest, context: Context, caller: Caller) -> None:
         attended = self._door.attend("WatchAdapters", authorization_of(context), caller)

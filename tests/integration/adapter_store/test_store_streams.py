@@ -348,23 +348,6 @@ def rounded(num_bytes: int) -> int:
     return -(-num_bytes // 4096) * 4096
 
 
-async def test_an_upload_that_stands_still_loses_its_place(open_store: OpenStore, make_adapter: MakeAdapter) -> None:
-    """One sender of many idle ones must not keep the others out for longer than `stall_seconds`."""
-    store = await open_store(max_uploads=2, stall_seconds=0.5)
-    header = pb.UploadAdapterRequest(header=pb.UploadAdapterHeader(name="idle"))
-    idle = [store.client.stub.UploadAdapter() for _ in range(2)]
-    for call in idle:
-        await call.write(header)
-    await asyncio.sleep(0.1)
-    with refused(Reason.UPLOADS_FULL):
-        await store.client.upload("other", make_adapter())
-    for call in idle:
-        with pytest.raises(grpc.RpcError) as caught:
-            await call
-        assert reason_of(caught.value) is Reason.DEADLINE_EXCEEDED
-    assert (await store.client.upload("other", make_adapter())).created
-
-
 @pytest.mark.parametrize("method", ["UploadAdapter", "ShareAdapter"])
 async def test_a_message_of_a_stream_that_is_no_protobuf_is_the_callers_fault(
     open_store: OpenStore, method: str
