@@ -18,8 +18,7 @@ from services.adapter_store.host_cache import Pin
 from services.adapter_store.identifiers import parse_adapter_id
 from services.adapter_store.inspection import Inspection
 from services.adapter_store.manifest import AdapterRecord
-from services.adapter_store.sender_pace import paced
-from services.adapter_store.servicer import AdapterStoreServicer
+from services.adapter_store.servicer import AdapterStoreServicer, paced
 from services.adapter_store.sync import SyncReport
 from services.common.errors import Reason, SloraError
 from services.common.grpc_errors import abort

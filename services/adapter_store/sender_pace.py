@@ -6,14 +6,8 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator
-from typing import TypeVar
-
-from google.protobuf.message import DecodeError
-from slora.adapter_store.v1 import adapter_store_pb2 as pb
 
 from services.common.errors import Reason, SloraError
-
-P = TypeVar("P", pb.UploadAdapterRequest, pb.ValidateAdapterRequest)
 
 LEAST_BYTES = 1 << 16
 """Fewer than this in a whole patience is as good as standing still: over 60 s that is a kilobyte a second."""
@@ -52,17 +46,3 @@ class SenderPace:
         self._num_bytes += num_bytes
         if self._num_bytes >= LEAST_BYTES:
             self._waited_seconds, self._num_bytes = 0.0, 0
-
-
-async def paced(requests: AsyncIterator[P], patience_seconds: float) -> AsyncIterator[P]:
-    """The messages of an upload; DEADLINE_EXCEEDED if they come too slowly, REQUEST_INVALID if one cannot be parsed."""
-    pace = SenderPace(patience_seconds)
-    while True:
-        async with pace.waiting():
-            request = await anext(requests, None)
-        if request is None:
-            return
-        if isinstance(request, DecodeError):
-            raise SloraError(Reason.REQUEST_INVALID, f"a message cannot be parsed: {request}")
-        pace.took(request.ByteSize())
-        yield request

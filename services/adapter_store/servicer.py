@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import Any, TypeVar
 
 import grpc
+from google.protobuf.message import DecodeError
 from slora.adapter_store.v1 import adapter_store_pb2 as pb
 from slora.adapter_store.v1 import adapter_store_pb2_grpc
 
@@ -20,7 +21,7 @@ from services.adapter_store.identifiers import parse_adapter_id
 from services.adapter_store.isolation import Isolation
 from services.adapter_store.metrics import StoreMetrics
 from services.adapter_store.registry import AdapterRegistry
-from services.adapter_store.sender_pace import paced
+from services.adapter_store.sender_pace import SenderPace
 from services.adapter_store.upload_spool import UploadSpool
 from services.common.errors import Reason, SloraError
 from services.common.grpc_errors import abort
@@ -28,6 +29,7 @@ from services.common.grpc_server import authorization_of
 
 Context = grpc.aio.ServicerContext[Any, Any]
 T = TypeVar("T")
+P = TypeVar("P", pb.UploadAdapterRequest, pb.ValidateAdapterRequest)
 
 
 class AdapterStoreServicer(adapter_store_pb2_grpc.AdapterStoreServiceServicer):
@@ -216,3 +218,17 @@ def _draining() -> SloraError:
 
 def _outcome(error: Exception) -> str:
     return error.reason.name if isinstance(error, SloraError) else Reason.INTERNAL.name
+
+
+async def paced(requests: AsyncIterator[P], patience_seconds: float) -> AsyncIterator[P]:
+    """The messages of an upload; DEADLINE_EXCEEDED if they come too slowly, REQUEST_INVALID if one cannot be parsed."""
+    pace = SenderPace(patience_seconds)
+    while True:
+        async with pace.waiting():
+            request = await anext(requests, None)
+        if request is None:
+            return
+        if isinstance(request, DecodeError):
+            raise SloraError(Reason.REQUEST_INVALID, f"a message cannot be parsed: {request}")
+        pace.took(request.ByteSize())
+        yield request

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from typing import Protocol
 
 from services.common.errors import Reason, SloraError
@@ -37,9 +37,11 @@ class AdapterSource(Protocol):
 class CatalogueFeed:
     """Keeps `catalogue` equal to the store's: watches, and resumes after what was seen when the watch breaks."""
 
-    def __init__(self, catalogue: Catalogue, source: AdapterSource) -> None:
+    def __init__(self, catalogue: Catalogue, source: AdapterSource, on_lost: Callable[[], None] = lambda: None) -> None:
+        """`on_lost` is called each time that the watch breaks."""
         self._catalogue = catalogue
         self._source = source
+        self._on_lost = on_lost
         self._resume_token = ""
         self.is_connected = False
         self.is_current = False
@@ -61,7 +63,10 @@ class CatalogueFeed:
                 # An event that cannot be understood must not end the feed; everything is asked for again.
                 logger.exception("the adapter store's watch failed")
                 self._resume_token = ""
+            was_connected = self.is_connected
             self.is_connected = self.is_current = False
+            if was_connected:
+                self._on_lost()
             await asyncio.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
 

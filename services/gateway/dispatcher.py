@@ -81,7 +81,7 @@ class Dispatcher:
             attempt.enter_context(self._pool.sending(engine, work.wish.digest))
             generation = engine.connection.generate(work.request, work.time_remaining())
             attempt.callback(generation.close)
-            with engine.waiting_for_answer(generation):
+            with engine.waiting_for_answer(generation, work.wish.digest):
                 first = await anext(generation, None)
             if first is None:
                 raise SloraError(Reason.INTERNAL, f"engine {engine.state.address} ended the stream without an answer")

@@ -57,18 +57,19 @@ class PooledEngine:
 
     state: EngineState
     connection: EngineConnection
-    unanswered: set[Generation] = field(default_factory=set)
+    unanswered: dict[Generation, str | None] = field(default_factory=dict)
+    """With the digest of the adapter that each is for."""
 
     @contextlib.contextmanager
-    def waiting_for_answer(self, generation: Generation) -> Iterator[None]:
-        """While inside, `generation` is abandoned if the engine falls silent and another could take it over, and
-        counts as a prompt that the engine is to compute."""
-        self.unanswered.add(generation)
+    def waiting_for_answer(self, generation: Generation, digest: str | None) -> Iterator[None]:
+        """While inside, `generation` is abandoned if the engine falls silent, or cannot get its adapter, and another
+        could take it over; and counts as a prompt that the engine is to compute."""
+        self.unanswered[generation] = digest
         self.state.num_unanswered += 1
         try:
             yield
         finally:
-            self.unanswered.discard(generation)
+            del self.unanswered[generation]
             self.state.num_unanswered -= 1
 
 
@@ -138,6 +139,14 @@ class EnginePool:
     def failed(self, engine: PooledEngine) -> None:
         """`engine` refused a request because it cannot work: others are preferred for a moment."""
         engine.state.failed(self._clock())
+
+    def abandon_loads(self) -> None:
+        """The adapter store is away: lets requests that wait for their adapter go where it is, if it is anywhere."""
+        for engine in self._engines.values():
+            for generation, digest in list(engine.unanswered.items()):
+                if digest is not None and digest not in engine.state.resident and self.num_resident(digest):
+                    message = f"engine {engine.state.address} waits for an adapter, and the adapter store is away"
+                    generation.abandon(SloraError(Reason.ADAPTER_STORE_UNAVAILABLE, message, digest=digest))
 
     def is_expected(self, base_model: str, grace_seconds: float) -> bool:
         """Whether an engine for this base model was heard of in the last `grace_seconds` and did not say goodbye."""

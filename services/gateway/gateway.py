@@ -62,7 +62,7 @@ class Gateway:
         metrics = GatewayMetrics(registry, settings.max_model_labels)
         self._store = StoreClient(settings.adapter_store, metrics.store_failovers.inc, settings.store_security)
         self.catalogue = Catalogue()
-        self._feed = CatalogueFeed(self.catalogue, self._store)
+        self._feed = CatalogueFeed(self.catalogue, self._store, self.pool.abandon_loads)
         self._admission = Admission(settings.max_concurrent)
         registry.register(EngineCollector(self.pool.states, lambda: len(self.catalogue)))
         self.tenancy = Tenancy(tenancy_policy(settings), admin_secret, metrics.count_refusal)

@@ -140,7 +140,7 @@ class Generations:
         record.on_resolved(model.name, model.public_id, digest)
         work = Work(
             request=ask.to_engine_request(request_id, model),
-            wish=Wish(model.base_model, digest, request_id),
+            wish=Wish(model.base_model, digest, request_id, can_be_loaded=self._models.is_store_followed),
             time_remaining=ask.time_remaining,
         )
         try:

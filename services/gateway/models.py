@@ -77,6 +77,11 @@ class Models:
         self._note_use = note_use
         self._confirm_from = 0.0
 
+    @property
+    def is_store_followed(self) -> bool:
+        """Whether the store's watch is open; else it is away, or comes back just now."""
+        return self._is_current()
+
     async def resolve(
         self, model: str, time_remaining: Callable[[], float | None], tenant: Tenant = ANONYMOUS
     ) -> ResolvedModel:

@@ -43,6 +43,8 @@ class Wish:
     """Of the adapter; None for the base model alone."""
     key: str
     """Of the request; breaks ties between engines."""
+    can_be_loaded: bool = True
+    """Whether an engine that does not hold the adapter could load it; not while the store is away."""
 
 
 @dataclass(frozen=True)

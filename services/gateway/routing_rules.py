@@ -21,6 +21,7 @@ What that comes to:
   its prompts without an answer count double until they are answered, so that it soon passes an engine to which all
   gateways run. Gateways that see the same idle engines bring each adapter to the same one of them, since a digest ranks
   engines alike everywhere, and different adapters to different ones.
+- *The store is away*: an adapter that some engines hold stays on those, however busy they are.
 - *Engines that come and go* move the adapters that they are first for, and no others.
 
 `AdapterAware` and `LeastLoaded` are pure: states in, a choice out. `RoundRobin` has a place in the round.
@@ -51,6 +52,10 @@ class AdapterAware:
         least = min(pressure for pressure, _ in pressed)
         if wish.digest is None:
             return first_by_hash([engine for pressure, engine in pressed if pressure == least], wish.key)
+        if not wish.can_be_loaded and any(wish.digest in engine.resident for engine in candidates):
+            # Elsewhere it would wait until the store is back: longer than in any queue.
+            pressed = [(pressure, engine) for pressure, engine in pressed if wish.digest in engine.resident]
+            least = min(pressure for pressure, _ in pressed)
         digest, since = wish.digest, now - self._policy.loading_seconds
         eligible = [(pressure, e) for pressure, e in pressed if pressure <= least + self._margin(e)]
         holders = [(pressure, e) for pressure, e in eligible if digest in e.resident] or [

@@ -276,3 +276,28 @@ async def test_load_through_repeated_deaths(fleet_of: FleetFactory) -> None:
     assert right > 50
     assert broken <= 3 * 12, "only what had begun on the dying engine"
     assert [fleet.in_state(i).num_in_flight for i in range(3)] == [0, 0, 0]
+
+
+async def test_what_waits_for_a_load_goes_where_the_adapter_is_when_the_store_is_lost(fleet_of: FleetFactory) -> None:
+    """An engine waits long for a store that is away; whoever can be answered elsewhere must not wait with it."""
+    fleet = await fleet_of(2, script=hang)
+    held = fleet.store.adapters["poet@2"].digest
+    for engine in fleet.engines:
+        engine.set_loading(held)
+    calls = [fleet.call("poet"), fleet.call("cook")]
+    await eventually("both arrived", lambda: sum(len(engine.received) for engine in fleet.engines) == 2)
+    (waiting,) = (n for n in (0, 1) if any(r.request.adapter.digest == held for r in fleet.engines[n].received))
+    other = fleet.engines[1 - waiting]
+    other.script = answer
+    other.load_adapter(held)
+    await eventually("residency is known", lambda: held in fleet.in_state(1 - waiting).resident)
+    await fleet.store.stop()
+    tokens = [token async for message in calls[0] for token in message.token_ids]
+    assert tokens == expected_tokens(PROMPT, held, 4)
+    assert fleet.value("retries_total", reason="adapter_store_unavailable") == 1
+    # What is nowhere stays where it is: the store may come back in time.
+    assert sum(len(engine.received) for engine in fleet.engines) == 3
+    other.set_load(num_running=64, num_waiting=9)
+    await eventually("its load is known", lambda: fleet.in_state(1 - waiting).load.num_waiting == 9)
+    assert await fleet.right("poet", "poet@2") == "poet@2", "nor is it sent where it would have to be loaded"
+    calls[1].cancel()

@@ -299,6 +299,17 @@ def fleets(draw: st.DrawFn) -> list[EngineState]:
     return states
 
 
+def test_while_the_store_is_away_an_adapter_stays_where_it_is() -> None:
+    engines = [engine("a"), engine("b", running=64, waiting=9, resident=("x",)), engine("c", 64, 5, ("x",))]
+    away = Wish("base", "x", "r", can_be_loaded=False)
+    assert ROUTER.route(engines, away, (), NOW) == Route(engines[2], Decision.RESIDENT)
+    assert ROUTER.route(engines, dataclasses.replace(away, can_be_loaded=True), (), NOW) == Route(
+        engines[0], Decision.SPILL
+    )
+    nowhere = dataclasses.replace(away, digest="y")
+    assert ROUTER.route(engines, nowhere, (), NOW) == Route(engines[0], Decision.COLD)
+
+
 @given(fleets(), st.sampled_from(["x", "y", "w", None]), st.text(max_size=3), st.randoms())
 def test_properties(fleet: list[EngineState], digest: str | None, key: str, random: object) -> None:
     wish = Wish("base", digest, key)
