@@ -27,6 +27,7 @@ from tests.fakes.engine_fakes import (
     adapter,
     digest_of,
     expected_output,
+    generate,
 )
 from tests.fakes.page_oracle import PageOracle
 
@@ -306,3 +307,20 @@ class Harness:
         assert self.residency.num_free_slots == self.max_adapters
         assert not self.device.installed
         self.scheduler.check_integrity()
+
+
+def chunks(harness: Harness) -> list[tuple[int, int]]:
+    """The last step as (request, tokens)."""
+    return [(chunk.sequence_id, len(chunk.token_ids)) for chunk in harness.plans[-1].chunks]
+
+
+def long(request_id: int, prompt_len: int, max_tokens: int, name: str | None = None) -> Generate:
+    """A request that ends with its last token and not before."""
+    return generate(request_id, [1 + request_id % 90] * prompt_len, max_tokens, name, ignore_eos=True)
+
+
+def instant(harness: Harness) -> Harness:
+    """Its loads take no time but the steps that they need, and one that is cancelled is."""
+    harness.loader.max_ticks = 0
+    harness.loader.too_late_rate = 0.0
+    return harness

@@ -6,15 +6,11 @@ from services.common.errors import SloraError
 from services.engine.adapters.residency import Residency
 from services.engine.messages import Adapter, AdapterLoaded
 from services.engine.scheduling.prefetches import Prefetches
-from services.engine.scheduling.refusals import too_large
+from services.engine.scheduling.refusals import Failures, too_large
 from services.engine.scheduling.reload_costs import ReloadCosts
 from services.engine.scheduling.sequence import Sequence
 from services.engine.scheduling.step_draft import SchedulerNews
 from services.engine.scheduling.waiting_queue import WaitingQueue
-
-Failures = list[tuple[int, SloraError]]
-"""Requests to be ended, by id, each with the error."""
-
 
 class AdapterLoads:
     """Begins none: that is admission's and the prefetches'."""

@@ -53,13 +53,13 @@ from services.engine.config import SchedulerConfig
 from services.engine.memory.page_allocator import PageAllocator
 from services.engine.memory.prefix_cache import PrefixCache
 from services.engine.messages import Generate, Prefetch, RequestFailed, TokenEvent
-from services.engine.scheduling.adapter_loads import AdapterLoads, Failures
+from services.engine.scheduling.adapter_loads import AdapterLoads
 from services.engine.scheduling.admission import Admission
 from services.engine.scheduling.kv_pages import KvPages
 from services.engine.scheduling.memory_order import MemoryOrder
 from services.engine.scheduling.policies.policy import Policy
 from services.engine.scheduling.prefetches import Prefetches
-from services.engine.scheduling.refusals import overloaded, queue_full
+from services.engine.scheduling.refusals import Failures, overloaded, queue_full
 from services.engine.scheduling.reload_costs import ReloadCosts
 from services.engine.scheduling.running_sequences import RunningSequences
 from services.engine.scheduling.sequence import Sequence, SequenceState, check_request
