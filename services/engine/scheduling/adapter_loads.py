@@ -9,17 +9,20 @@ from services.engine.scheduling.prefetches import Prefetches
 from services.engine.scheduling.refusals import Failures, too_large
 from services.engine.scheduling.reload_costs import ReloadCosts
 from services.engine.scheduling.sequence import Sequence
+from services.engine.scheduling.speculative_loads import SpeculativeLoads
 from services.engine.scheduling.step_draft import SchedulerNews
 from services.engine.scheduling.waiting_queue import WaitingQueue
 
+
 class AdapterLoads:
-    """Begins none: that is admission's and the prefetches'."""
+    """Begins none: that is admission's, the prefetches' and speculation's."""
 
     def __init__(
         self,
         residency: Residency,
         queue: WaitingQueue,
         prefetches: Prefetches,
+        speculation: SpeculativeLoads,
         costs: ReloadCosts,
         num_pages: int,
         tokens_per_page: int,
@@ -28,6 +31,7 @@ class AdapterLoads:
         self._residency = residency
         self._queue = queue
         self._prefetches = prefetches
+        self._speculation = speculation
         self._costs = costs
         self._num_pages = num_pages
         self._tokens_per_page = tokens_per_page
@@ -45,6 +49,7 @@ class AdapterLoads:
         news.traced_loads += heard.traced
         for adapter, error in heard.failed:
             self.num_failures += 1
+            self._speculation.failed(adapter.digest)
             failures += [(request_id, error) for request_id in self._asking_for(adapter.digest)]
         return failures
 
@@ -64,6 +69,7 @@ class AdapterLoads:
     def _came(self, loaded: AdapterLoaded, news: SchedulerNews) -> None:
         digest = loaded.adapter.digest
         self._queue.adapter_came(digest)
+        self._speculation.came(digest)
         self._costs.loaded(self._residency.num_pages(digest) or 0, loaded.load_seconds)
         for request_id in self._prefetches.asking_for(digest):
             self._prefetches.pop(request_id)

@@ -44,7 +44,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as Seq
 
 from services.common.errors import SloraError
@@ -58,11 +58,13 @@ from services.engine.scheduling.admission import Admission
 from services.engine.scheduling.kv_pages import KvPages
 from services.engine.scheduling.memory_order import MemoryOrder
 from services.engine.scheduling.policies.policy import Policy
+from services.engine.scheduling.policies.popularity import Popularity
 from services.engine.scheduling.prefetches import Prefetches
 from services.engine.scheduling.refusals import Failures, overloaded, queue_full
 from services.engine.scheduling.reload_costs import ReloadCosts
 from services.engine.scheduling.running_sequences import RunningSequences
 from services.engine.scheduling.sequence import Sequence, SequenceState, check_request
+from services.engine.scheduling.speculative_loads import SpeculativeLoads
 from services.engine.scheduling.step_draft import SchedulerNews, StepDraft
 from services.engine.scheduling.steps_in_flight import MAX_IN_FLIGHT, StepInFlight
 from services.engine.scheduling.waiting_queue import WaitingQueue
@@ -95,8 +97,18 @@ class Scheduler:
         self._flight = self._running.flight
         self._admission = Admission(config, residency, self._queue, self._order, self.kv, self._policy)
         self._prefetches = Prefetches(residency, self._order)
+        self._popularity = Popularity(config.popularity_half_life_seconds, clock)
+        self._speculation = SpeculativeLoads(
+            self._popularity, residency, self._queue, self._order, self._prefetches, clock
+        )
         self._loads = AdapterLoads(
-            residency, self._queue, self._prefetches, self._costs, allocator.num_pages, config.tokens_per_page
+            residency,
+            self._queue,
+            self._prefetches,
+            self._speculation,
+            self._costs,
+            allocator.num_pages,
+            config.tokens_per_page,
         )
         self._sequences: dict[int, Sequence] = {}
         self._next_arrival = 0
@@ -131,6 +143,11 @@ class Scheduler:
         return self._loads.num_failures
 
     @property
+    def num_speculative_loads(self) -> Mapping[str, int]:
+        """Loads that nobody had asked for, by what became of them."""
+        return self._speculation.num_by_outcome
+
+    @property
     def num_open(self) -> int:
         """Requests that have not ended: running, waiting, and prefetches."""
         return len(self._sequences) + len(self._prefetches)
@@ -155,15 +172,17 @@ class Scheduler:
         self._next_arrival += 1
         self._sequences[request.request_id] = sequence
         ready = sequence.digest is None or self._residency.is_resident(sequence.digest)
-        if sequence.digest is not None:
+        if request.adapter is not None:
             self.num_adapter_hits += ready
             self.num_adapter_misses += not ready
+            self._speculation.asked(request.adapter)
         self._policy.entered(sequence)
         self._queue.add(sequence, ready)
 
     def prefetch(self, request: Prefetch) -> None:
         """Takes a request to load an adapter; it ends in `SchedulerNews.prefetched` or in a failure."""
         self._require_new(request.request_id)
+        self._speculation.wanted(request.adapter.digest)
         if len(self._prefetches) >= self._config.max_waiting:
             raise queue_full(self._config.max_waiting)
         if self._residency.is_resident(request.adapter.digest):
@@ -196,6 +215,7 @@ class Scheduler:
         """
         for request_id in [*self._sequences, *self._prefetches.ids()]:
             self.abort(request_id)
+        self._speculation.close()
         self._residency.poll()
         self._order.evict_all()
 
@@ -203,6 +223,7 @@ class Scheduler:
         """What has happened since the last call."""
         news, self._news = self._news, SchedulerNews()
         news.evicted = self._order.take_evicted()
+        self._speculation.went(news.evicted)
         self._admission.tell(news)
         return news
 
@@ -220,8 +241,10 @@ class Scheduler:
             self._queue.move(sequence, turn)
         draft = StepDraft(self._config.max_step_tokens)
         self._running.get_on(draft)
+        self._speculation.give_way()
         claimed = self._admission.admit(draft, self._running)
         self._fail_each(self._prefetches.serve(claimed))
+        self._speculation.serve(claimed)
         self._drop(step_is_full=not draft.budget)
         step = draft.step(self._clock())
         if step is None:
