@@ -88,6 +88,8 @@ class Outcome:
     arrival: Arrival
     first_token_at: float | None = None
     ended_at: float | None = None
+    # Whether its adapter was not resident when it came.
+    waited_for_load: bool = False
     dropped_at: float | None = None
 
     @property
@@ -190,7 +192,9 @@ class VirtualEngine:
         num_added = 0
         while self.now < until and (num_added < len(arrivals) or self.scheduler.num_open):
             while num_added < len(arrivals) and arrivals[num_added].request.arrival_seconds <= self.now:
+                num_misses = self.scheduler.num_adapter_misses
                 self.scheduler.add(_generate(num_added, arrivals[num_added]))
+                outcomes[num_added].waited_for_load = self.scheduler.num_adapter_misses > num_misses
                 num_added += 1
             plan = self.scheduler.plan()
             news = self.scheduler.take_news()
