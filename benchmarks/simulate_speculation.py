@@ -130,9 +130,7 @@ def scenes(duration: float) -> dict[str, Scene]:
     return {
         "rank 8, 5 ms a load": first,
         "rank 8, 50 ms a load": replace(first, load_seconds=0.05),
-        "rank 64, 67 ms a load": replace(
-            first, engine=EngineShape(num_pages=6000, adapter_pages=16), load_seconds=0.067
-        ),
+        "rank 64, 67 ms a load": replace(first, engine=large, load_seconds=0.067),
         "rank 8, 50 ms, prefix cache": replace(first, engine=replace(small, prefix_cache=True), load_seconds=0.05),
         "rank 8, 50 ms, no waves": replace(first, waves=None, engine=EngineShape(num_pages=1500), load_seconds=0.05),
         "rank 8, 5 ms, room for all": replace(first, engine=EngineShape()),

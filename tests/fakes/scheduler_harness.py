@@ -46,6 +46,7 @@ class Harness:
     admission_batch: int = 1
     prefix_cache: bool = False
     across_tenants: bool = False
+    half_life: float = 0.0
     max_in_flight: int = 1
     seed: int = 0
     check: bool = True
@@ -88,6 +89,7 @@ class Harness:
             self.admission_batch,
             self.prefix_cache,
             self.across_tenants,
+            self.half_life,
         )
         self.scheduler = Scheduler(config, self.allocator, self.residency, self.policy, self.clock)
 
@@ -127,6 +129,7 @@ class Harness:
         resident = {s.digest for s in self.waiting() if s.digest and self.residency.is_resident(s.digest)}
         loading = set(self.residency.loading())
         plan = self.scheduler.plan()
+        self.check_nobody_waits_behind_speculation()
         if self.turns_stay:
             self.check_order(held)
         self.oracle.check_begun(s for s in self.running() if s.request_id not in held)
@@ -186,6 +189,8 @@ class Harness:
         self.prefetched |= dict(news.prefetched)
         self.found |= dict(news.found)
         self.evicted += news.evicted
+        unused = self.scheduler._speculation.unused
+        assert unused <= {digest for digest, _ in self.residency.idle()}, "nobody uses what nobody asked for"
         self.loaded += [loaded.adapter.digest for loaded in news.loaded]
 
     def run(self, max_steps: int = 20000) -> None:
@@ -253,8 +258,24 @@ class Harness:
             if sequence.digest in resident and not self.residency.is_resident(sequence.digest):
                 assert min(gained, default=sequence.turn) < sequence.turn, f"{sequence.request_id} was robbed"
 
+    def check_nobody_waits_behind_speculation(self) -> None:
+        """What is loaded for nobody is the only load, unless it was given up just now; and nobody lacks its pages."""
+        digest = self.scheduler._speculation.under_way
+        if digest is not None and self.residency.state(digest) is not AdapterState.LEAVING:
+            assert list(self.residency.under_way()) == [digest]
+            assert self.scheduler._queue.num_unready == 0
+            assert not self.scheduler._prefetches
+
+    def check_speculation(self) -> None:
+        """Every load that was begun for nobody came to one end, or has not yet."""
+        speculation = self.scheduler._speculation
+        counts = dict(self.scheduler.num_speculative_loads)
+        open_ones = len(speculation.unused) + (speculation.under_way is not None)
+        assert counts.pop("begun", 0) == sum(counts.values()) + open_ones
+
     def check_whole(self) -> None:
         self.scheduler.check_integrity()
+        self.check_speculation()
         self.check_flight()
         for sequence in self.running():
             assert sequence.state is SequenceState.RUNNING
