@@ -63,7 +63,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.patch = pytest.MonkeyPatch()
         self.patch.setattr(admission_module, "LOOK_AHEAD", look_ahead)
         # Who was ever asked for is popular, and there is no rest: as much speculation as there can be.
-        self.patch.setattr(popularity_module, "MIN_COUNT", 0.0)
+        self.patch.setattr(popularity_module, "MIN_COUNT", 1e-9)
         self.patch.setattr(speculative_loads_module, "LONGEST_PAUSE_SECONDS", 0.0)
         self.harness = Harness(
             num_pages=num_pages,

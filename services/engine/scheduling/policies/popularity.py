@@ -46,7 +46,7 @@ class Popularity:
         self._half_life = half_life_seconds
         self._clock = clock
         self._known: dict[str, _Known] = {}
-        # Log counts of those that are not resident.
+        # Log counts of those that are not resident and may be popular.
         self._absent: dict[str, float] = {}
 
     def __len__(self) -> int:
@@ -83,13 +83,15 @@ class Popularity:
         if not self._absent:
             return []
         now = self._clock() / self._half_life
+        least = now + math.log2(MIN_COUNT)
+        # Who is not popular now will not be without another request: it is looked at once, not in each step.
+        for digest in [digest for digest, log_count in self._absent.items() if log_count <= least]:
+            del self._absent[digest]
         first = heapq.nlargest(num_adapters, self._absent, key=self._absent.__getitem__)
-        counts = ((digest, 2.0 ** (self._absent[digest] - now)) for digest in first)
-        return [
-            Candidate(self._known[digest].adapter, self._half_life / math.log(2) / count)
-            for digest, count in counts
-            if count > MIN_COUNT
-        ]
+        return [Candidate(self._known[digest].adapter, self._seconds_to_next(digest, now)) for digest in first]
+
+    def _seconds_to_next(self, digest: str, now: float) -> float:
+        return self._half_life / math.log(2) / 2.0 ** (self._absent[digest] - now)
 
     def _forget_lower_half(self) -> None:
         lower = heapq.nsmallest(len(self._known) // 2, self._known, key=lambda digest: self._known[digest].log_count)
