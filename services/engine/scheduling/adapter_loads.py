@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from services.common.errors import SloraError
 from services.engine.adapters.residency import Residency
+from services.engine.config import SchedulerConfig
 from services.engine.messages import Adapter, AdapterLoaded
 from services.engine.scheduling.prefetches import Prefetches
 from services.engine.scheduling.refusals import Failures, too_large
@@ -19,23 +20,24 @@ class AdapterLoads:
 
     def __init__(
         self,
+        config: SchedulerConfig,
+        num_pages: int,
         residency: Residency,
         queue: WaitingQueue,
         prefetches: Prefetches,
         speculation: SpeculativeLoads,
         costs: ReloadCosts,
-        num_pages: int,
-        tokens_per_page: int,
     ) -> None:
         """`num_pages` of the pool."""
+        self._tokens_per_page = config.tokens_per_page
+        self._num_pages = num_pages
         self._residency = residency
         self._queue = queue
         self._prefetches = prefetches
         self._speculation = speculation
         self._costs = costs
-        self._num_pages = num_pages
-        self._tokens_per_page = tokens_per_page
         self.num_failures = 0
+        """Loads that failed, but for those that nobody had asked for."""
 
     def hear(self, news: SchedulerNews) -> Failures:
         """Takes in what loads have come to, and adds it to `news`; whom that fails."""
@@ -48,8 +50,7 @@ class AdapterLoads:
         news.loaded += heard.loaded
         news.traced_loads += heard.traced
         for adapter, error in heard.failed:
-            self.num_failures += 1
-            self._speculation.failed(adapter.digest)
+            self.num_failures += not self._speculation.failed(adapter.digest)
             failures += [(request_id, error) for request_id in self._asking_for(adapter.digest)]
         return failures
 

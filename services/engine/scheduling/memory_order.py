@@ -7,6 +7,9 @@ those before it. So what became resident for the head of the queue cannot be los
 Pages of the prefix cache that no running sequence uses are held by nobody, also where a waiting sequence would find
 them: losing them costs it time, never its turn. Of what nobody holds, KV and adapters alike, that goes first which is
 worth the least (`reload_costs.py`).
+
+An adapter that nobody waits for may be loaded into what is free, and into such pages of the prefix cache as are worth
+less than it is; for that no adapter goes.
 """
 
 from __future__ import annotations

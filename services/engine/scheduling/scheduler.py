@@ -20,7 +20,8 @@ pages, for its adapter or its KV, ends the round: nobody behind it gets any. One
 manifest, or weights whose pages are granted) is passed by, and pages for its KV stay spoken for once the size of its
 adapter is known; so is one that the policy holds back, or that waits for KV which a running sequence is about to
 compute (`kv_pages.py`), for which nothing is kept. Waiting sequences themselves hold nothing but the pages of their
-adapters.
+adapters. A load that nobody waits for (`speculative_loads.py`) comes last, and is given up as soon as anybody waits for
+another, or for pages.
 
 **Memory is taken back in reverse.** A running sequence that grows takes a free page, else one that nobody needs, of the
 prefix cache or an adapter (`memory_order.py`), else one from whoever of those behind it is last: an idle adapter is
@@ -97,18 +98,10 @@ class Scheduler:
         self._flight = self._running.flight
         self._admission = Admission(config, residency, self._queue, self._order, self.kv, self._policy)
         self._prefetches = Prefetches(residency, self._order)
-        self._popularity = Popularity(config.popularity_half_life_seconds, clock)
-        self._speculation = SpeculativeLoads(
-            self._popularity, residency, self._queue, self._order, self._prefetches, clock
-        )
+        popularity = Popularity(config.popularity_half_life_seconds, clock)
+        self._speculation = SpeculativeLoads(popularity, residency, self._queue, self._order, self._prefetches, clock)
         self._loads = AdapterLoads(
-            residency,
-            self._queue,
-            self._prefetches,
-            self._speculation,
-            self._costs,
-            allocator.num_pages,
-            config.tokens_per_page,
+            config, allocator.num_pages, residency, self._queue, self._prefetches, self._speculation, self._costs
         )
         self._sequences: dict[int, Sequence] = {}
         self._next_arrival = 0
@@ -139,7 +132,7 @@ class Scheduler:
 
     @property
     def num_load_failures(self) -> int:
-        """Loads that failed."""
+        """Loads that failed, but for those that nobody had asked for."""
         return self._loads.num_failures
 
     @property

@@ -103,12 +103,14 @@ class SpeculativeLoads:
                 self._unused.remove(digest)
                 self._came_to_nothing("unused")
 
-    def failed(self, digest: str) -> None:
-        """An adapter could not be loaded, for whomever that was."""
+    def failed(self, digest: str) -> bool:
+        """An adapter could not be loaded, for whomever; whether that was for nobody."""
         self._popularity.forget(digest)
-        if digest == self._under_way:
-            self._under_way = None
-            self._came_to_nothing("failed")
+        if digest != self._under_way:
+            return False
+        self._under_way = None
+        self._came_to_nothing("failed")
+        return True
 
     # What is done.
 

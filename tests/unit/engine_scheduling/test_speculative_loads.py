@@ -287,6 +287,7 @@ def test_what_was_deleted_is_tried_once() -> None:
         h.now += LONGEST_PAUSE_SECONDS / 10
     assert h.outcomes == {"begun": 1, "failed": 1}
     assert h.failures == {}, "nobody had asked"
+    assert h.scheduler.num_load_failures == 0, "nobody is to be woken for it"
 
 
 def test_what_failed_for_a_request_is_not_tried_again() -> None:
