@@ -91,7 +91,7 @@ class Popularity:
         return [Candidate(self._known[digest].adapter, self._seconds_to_next(digest, now)) for digest in first]
 
     def _seconds_to_next(self, digest: str, now: float) -> float:
-        return self._half_life / math.log(2) / 2.0 ** (self._absent[digest] - now)
+        return self._half_life / math.log(2) / math.exp2(self._absent[digest] - now)
 
     def _forget_lower_half(self) -> None:
         lower = heapq.nsmallest(len(self._known) // 2, self._known, key=lambda digest: self._known[digest].log_count)
@@ -101,4 +101,4 @@ class Popularity:
 
 def _log_sum(a: float, b: float) -> float:
     """log2(2**a + 2**b)."""
-    return max(a, b) + math.log2(1.0 + 2.0 ** -abs(a - b))
+    return max(a, b) + math.log2(1.0 + math.exp2(-abs(a - b)))
