@@ -68,6 +68,8 @@ class EngineShape:
     admission_batch: int = 8
     max_adapters: int = 1024
     adapter_pages: int = 2
+    prefix_cache: bool = False
+    popularity_half_life_seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,8 @@ class Outcome:
     arrival: Arrival
     first_token_at: float | None = None
     ended_at: float | None = None
+    # Whether its adapter was not resident when it came.
+    waited_for_load: bool = False
     dropped_at: float | None = None
 
     @property
@@ -109,20 +113,21 @@ class _NoFetch:
 
 
 class _Loader:
-    """Loads one adapter after another, each in the model's time."""
+    """Loads one adapter after another, each in the model's time; one that is given up takes no more of it."""
 
     def __init__(self, clock: Callable[[], float], seconds: float, num_pages: int) -> None:
         self._clock = clock
         self._seconds = seconds
         self._num_pages = num_pages
         self._events: list[LoadEvent] = []
-        self._loading: collections.deque[tuple[float, LoadJob]] = collections.deque()
-        self._free_at = 0.0
+        # Granted ones in order; the first is under way and done at `_done_at`.
+        self._loading: collections.deque[LoadJob] = collections.deque()
+        self._done_at = 0.0
 
     @property
     def next_at(self) -> float | None:
         """When the next load is done."""
-        return self._loading[0][0] if self._loading else None
+        return self._done_at if self._loading else None
 
     @property
     def has_news(self) -> bool:
@@ -135,17 +140,22 @@ class _Loader:
         return job
 
     def grant(self, job: LoadJob, grant: Grant) -> None:
-        self._free_at = max(self._free_at, self._clock()) + self._seconds
-        self._loading.append((self._free_at, job))
+        if not self._loading:
+            self._done_at = self._clock() + self._seconds
+        self._loading.append(job)
 
     def cancel(self, job: LoadJob) -> None:
         job.cancel()
-        self._loading = collections.deque(entry for entry in self._loading if entry[1] is not job)
+        if self._loading and self._loading[0] is job:
+            self._done_at = self._clock() + self._seconds
+        if job in self._loading:
+            self._loading.remove(job)
         self._events.append(LoadEnded(job, None))
 
     def poll(self) -> list[LoadEvent]:
-        while self._loading and self._loading[0][0] <= self._clock():
-            self._events.append(LoadInstalled(self._loading.popleft()[1], self._seconds, 0, False))
+        while self._loading and self._done_at <= self._clock():
+            self._events.append(LoadInstalled(self._loading.popleft(), self._seconds, 0, False))
+            self._done_at += self._seconds
         events, self._events = self._events, []
         return events
 
@@ -158,10 +168,10 @@ class VirtualEngine:
         self._model = model or StepModel()
         shape = shape or EngineShape()
         allocator = PageAllocator(shape.num_pages)
-        self._loader = _Loader(lambda: self.now, self._model.load, shape.adapter_pages)
+        self._loader = _Loader(self._clock, self._model.load, shape.adapter_pages)
         self.num_loads = 0
         """Adapters that became resident."""
-        residency = Residency(allocator, cast(AdapterDevice, _Device()), self._loader, shape.max_adapters)
+        residency = Residency(allocator, cast(AdapterDevice, _Device()), self._loader, shape.max_adapters, self._clock)
         config = SchedulerConfig(
             max_running=shape.max_running,
             max_step_tokens=shape.max_step_tokens,
@@ -170,9 +180,11 @@ class VirtualEngine:
             tokens_per_page=16,
             eos_token_ids=frozenset(),
             admission_batch=shape.admission_batch,
+            prefix_cache=shape.prefix_cache,
+            popularity_half_life_seconds=shape.popularity_half_life_seconds,
         )
-        self.policy = make_policy(policy, shape.max_running, lambda: self.now)
-        self.scheduler = Scheduler(config, allocator, residency, self.policy)
+        self.policy = make_policy(policy, shape.max_running, self._clock)
+        self.scheduler = Scheduler(config, allocator, residency, self.policy, self._clock)
 
     def serve(self, arrivals: Sequence[Arrival], until: float = float("inf")) -> list[Outcome]:
         """What becomes of each of `arrivals`, which are in order, by the time `until` in seconds."""
@@ -180,7 +192,9 @@ class VirtualEngine:
         num_added = 0
         while self.now < until and (num_added < len(arrivals) or self.scheduler.num_open):
             while num_added < len(arrivals) and arrivals[num_added].request.arrival_seconds <= self.now:
+                num_misses = self.scheduler.num_adapter_misses
                 self.scheduler.add(_generate(num_added, arrivals[num_added]))
+                outcomes[num_added].waited_for_load = self.scheduler.num_adapter_misses > num_misses
                 num_added += 1
             plan = self.scheduler.plan()
             news = self.scheduler.take_news()
@@ -194,6 +208,9 @@ class VirtualEngine:
                 loaded_at = self._loader.next_at
                 self.now = min([*coming, *([] if loaded_at is None else [loaded_at])], default=self.now)
         return outcomes
+
+    def _clock(self) -> float:
+        return self.now
 
     def _step(self, plan: StepPlan, outcomes: Sequence[Outcome]) -> None:
         self.now += self._model.seconds(plan)

@@ -49,6 +49,9 @@ class EngineSettings:
         False, "let tenants find each other's prefixes: their times and usage then tell who sent what before"
     )
     max_adapters: int = setting(1024, "most adapters resident at once (rows of the device's adapter table)")
+    popularity_half_life_seconds: float = setting(
+        0.0, "half-life of adapters' counts of requests, by which popular ones are loaded ahead of requests; 0: none is"
+    )
     max_running: int = setting(0, "most sequences that run at once; 0: 64 on a CPU, 256 on an accelerator")
     max_step_tokens: int = setting(0, "most tokens of a step, prefill and decode; 0: 512 on a CPU, 8192 otherwise")
     admission_batch: int = setting(0, "when full, fill so many places at a time; 0: 1 on a CPU, 8 on an accelerator")
@@ -188,6 +191,7 @@ class SchedulerConfig:
     admission_batch: int = 1
     prefix_cache: bool = False
     prefix_cache_across_tenants: bool = False
+    popularity_half_life_seconds: float = 0.0
 
 
 @dataclass(frozen=True)

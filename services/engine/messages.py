@@ -182,6 +182,8 @@ class CoreLoad(msgspec.Struct, frozen=True):
     # Tokens of prompts that began to run, and those among them whose KV was in the prefix cache.
     num_prefix_queried_tokens_total: int = 0
     num_prefix_found_tokens_total: int = 0
+    # Loads of adapters that nobody had asked for: begun, and what became of them.
+    num_speculative_loads_total: dict[str, int] = {}
 
 
 class StepReport(msgspec.Struct, frozen=True, tag=True):

@@ -27,6 +27,7 @@ from tests.fakes.engine_fakes import (
     adapter,
     digest_of,
     expected_output,
+    generate,
 )
 from tests.fakes.page_oracle import PageOracle
 
@@ -45,6 +46,7 @@ class Harness:
     admission_batch: int = 1
     prefix_cache: bool = False
     across_tenants: bool = False
+    half_life: float = 0.0
     max_in_flight: int = 1
     seed: int = 0
     check: bool = True
@@ -87,6 +89,7 @@ class Harness:
             self.admission_batch,
             self.prefix_cache,
             self.across_tenants,
+            self.half_life,
         )
         self.scheduler = Scheduler(config, self.allocator, self.residency, self.policy, self.clock)
 
@@ -126,6 +129,7 @@ class Harness:
         resident = {s.digest for s in self.waiting() if s.digest and self.residency.is_resident(s.digest)}
         loading = set(self.residency.loading())
         plan = self.scheduler.plan()
+        self.check_nobody_waits_behind_speculation()
         if self.turns_stay:
             self.check_order(held)
         self.oracle.check_begun(s for s in self.running() if s.request_id not in held)
@@ -185,6 +189,8 @@ class Harness:
         self.prefetched |= dict(news.prefetched)
         self.found |= dict(news.found)
         self.evicted += news.evicted
+        unused = self.scheduler._speculation.unused
+        assert unused <= {digest for digest, _ in self.residency.idle()}, "nobody uses what nobody asked for"
         self.loaded += [loaded.adapter.digest for loaded in news.loaded]
 
     def run(self, max_steps: int = 20000) -> None:
@@ -252,8 +258,24 @@ class Harness:
             if sequence.digest in resident and not self.residency.is_resident(sequence.digest):
                 assert min(gained, default=sequence.turn) < sequence.turn, f"{sequence.request_id} was robbed"
 
+    def check_nobody_waits_behind_speculation(self) -> None:
+        """What is loaded for nobody is the only load, unless it was given up just now; and nobody lacks its pages."""
+        digest = self.scheduler._speculation.under_way
+        if digest is not None and self.residency.state(digest) is not AdapterState.LEAVING:
+            assert list(self.residency.under_way()) == [digest]
+            assert self.scheduler._queue.num_unready == 0
+            assert not self.scheduler._prefetches
+
+    def check_speculation(self) -> None:
+        """Every load that was begun for nobody came to one end, or has not yet."""
+        speculation = self.scheduler._speculation
+        counts = dict(self.scheduler.num_speculative_loads)
+        open_ones = len(speculation.unused) + (speculation.under_way is not None)
+        assert counts.pop("begun", 0) == sum(counts.values()) + open_ones
+
     def check_whole(self) -> None:
         self.scheduler.check_integrity()
+        self.check_speculation()
         self.check_flight()
         for sequence in self.running():
             assert sequence.state is SequenceState.RUNNING
@@ -306,3 +328,20 @@ class Harness:
         assert self.residency.num_free_slots == self.max_adapters
         assert not self.device.installed
         self.scheduler.check_integrity()
+
+
+def chunks(harness: Harness) -> list[tuple[int, int]]:
+    """The last step as (request, tokens)."""
+    return [(chunk.sequence_id, len(chunk.token_ids)) for chunk in harness.plans[-1].chunks]
+
+
+def long(request_id: int, prompt_len: int, max_tokens: int, name: str | None = None) -> Generate:
+    """A request that ends with its last token and not before."""
+    return generate(request_id, [1 + request_id % 90] * prompt_len, max_tokens, name, ignore_eos=True)
+
+
+def instant(harness: Harness) -> Harness:
+    """Its loads take no time but the steps that they need, and one that is cancelled is."""
+    harness.loader.max_ticks = 0
+    harness.loader.too_late_rate = 0.0
+    return harness

@@ -157,6 +157,11 @@ class Residency:
         return len(self._free_slots)
 
     @property
+    def num_loads(self) -> int:
+        """Loads that have not ended, those that were given up among them."""
+        return len(self._loads)
+
+    @property
     def num_in_flight(self) -> int:
         """Loads that will bring news by themselves."""
         return sum(entry.state is not AdapterState.SIZED for entry in self._loads.values())
@@ -232,6 +237,11 @@ class Residency:
         self._num_idle_pages -= len(entry.pages)
         self._slots.remove(entry.slot)
         self._forget(entry)
+
+    def evict_first(self, digest: str, unused_seconds: float) -> None:
+        """Puts an idle adapter before the others, as if it had been used last so many seconds ago."""
+        self._idle[digest].idle_since = self._clock() - unused_seconds
+        self._idle.move_to_end(digest, last=False)
 
     def poll(self) -> LoadNews:
         """Takes in what the loader has to say."""

@@ -141,6 +141,7 @@ class EngineCore:
             admission_batch=settings.admission_batch,
             prefix_cache=settings.prefix_cache,
             prefix_cache_across_tenants=settings.prefix_cache_across_tenants,
+            popularity_half_life_seconds=settings.popularity_half_life_seconds,
         )
         self._policy = make_policy(settings.policies, min(config.max_running, config.max_step_tokens))
         self._scheduler = Scheduler(config, self._allocator, self._residency, self._policy)
@@ -312,4 +313,5 @@ class EngineCore:
             service_spread=self._policy.service_spread,
             num_prefix_queried_tokens_total=scheduler.kv.num_queried_tokens,
             num_prefix_found_tokens_total=scheduler.kv.num_found_tokens,
+            num_speculative_loads_total=dict(scheduler.num_speculative_loads),
         )

@@ -95,6 +95,15 @@ class CoreCollector(Collector):
         for reason, count in load.num_dropped_total.items():
             dropped.add_metric([reason], count)
         yield dropped
+        speculative = CounterMetricFamily(
+            "slora_engine_speculative_loads",
+            "Loads of popular adapters that nobody waited for: begun, and what became of them: used, unused (evicted "
+            "before a request came), cancelled, failed.",
+            labels=["outcome"],
+        )
+        for outcome, count in load.num_speculative_loads_total.items():
+            speculative.add_metric([outcome], count)
+        yield speculative
         yield from (
             GaugeMetricFamily(f"slora_engine_{name}", documentation, value=value)
             for name, documentation, value in (

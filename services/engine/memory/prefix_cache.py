@@ -14,6 +14,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 from services.engine.memory.page_allocator import PageAllocator, PageIntegrityError, PageOwner
 
@@ -42,10 +43,9 @@ class PrefixCache:
         """Pages that can be evicted."""
         return len(self._idle)
 
-    @property
-    def idle_since(self) -> float | None:
-        """When the page that is evicted next fell idle; None if there is none."""
-        page = next(iter(self._idle), None)
+    def idle_since(self, num_pages: int = 1) -> float | None:
+        """When the last of the `num_pages` that are evicted next fell idle; None if there are not so many."""
+        page = next(islice(self._idle, num_pages - 1, None), None)
         return None if page is None else self._pages[page].idle_since
 
     def find(self, keys: Sequence[bytes]) -> list[int]:

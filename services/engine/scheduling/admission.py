@@ -6,14 +6,13 @@ The head of `scheduler.py` has the rules.
 from __future__ import annotations
 
 import time
-from bisect import insort
-from operator import attrgetter
 
 from services.engine.adapters.residency import AdapterState, Residency
 from services.engine.config import SchedulerConfig
 from services.engine.scheduling.kv_pages import KvPages
 from services.engine.scheduling.memory_order import MemoryOrder
 from services.engine.scheduling.policies.policy import Policy
+from services.engine.scheduling.running_sequences import RunningSequences
 from services.engine.scheduling.sequence import Sequence
 from services.engine.scheduling.step_draft import SchedulerNews, StepDraft
 from services.engine.scheduling.waiting_queue import WaitingQueue
@@ -24,8 +23,6 @@ LOOK_AHEAD = 32
 
 MAX_HELD_BACK = 64
 """Admission ends for a step when so many were held back, lest a long queue be gone through in each."""
-
-_TURN = attrgetter("turn")
 
 
 class Admission:
@@ -54,8 +51,8 @@ class Admission:
         self._traced: list[tuple[int, float]] = []
         self.num_admitted = 0
 
-    def admit(self, draft: StepDraft, running: list[Sequence]) -> int | None:
-        """Lets run what can; `running` is by turn, and so is what it gains.
+    def admit(self, draft: StepDraft, running: RunningSequences) -> int | None:
+        """Lets run what can, among those that are `running`.
 
         How many pages are spoken for in the end; None if a sequence lacks pages, so that none are left to give.
         """
@@ -88,7 +85,7 @@ class Admission:
                     if not self._kv.admit(sequence, claimed):
                         return None
                     self._run(sequence)
-                    insort(running, sequence, key=_TURN)
+                    running.add(sequence)
                     draft.add(sequence)
                     continue
             claimed = wanted

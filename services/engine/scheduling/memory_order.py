@@ -7,6 +7,9 @@ those before it. So what became resident for the head of the queue cannot be los
 Pages of the prefix cache that no running sequence uses are held by nobody, also where a waiting sequence would find
 them: losing them costs it time, never its turn. Of what nobody holds, KV and adapters alike, that goes first which is
 worth the least (`reload_costs.py`).
+
+An adapter that nobody waits for may be loaded into what is free, and into such pages of the prefix cache as are worth
+less than it is; for that no adapter goes.
 """
 
 from __future__ import annotations
@@ -25,6 +28,9 @@ NOBODY = 2**63
 
 BEHIND_ALL = NOBODY - 1
 """The turn of one who may take only what nobody needs."""
+
+RESERVE = 16
+"""One page in so many of the pool is left to sequences by what is loaded for nobody."""
 
 
 class MemoryOrder:
@@ -78,13 +84,38 @@ class MemoryOrder:
             pass
         return self._residency.grant(digest)
 
+    def has_spare(self, num_pages: int, claimed: int, expected_in_seconds: float) -> bool:
+        """Whether an adapter that nobody waits for may have `num_pages` and a slot, and no adapter has to go.
+
+        They are beyond the `claimed` ones and a reserve. Of the prefix cache go only those that are worth less than an
+        adapter which will be used in `expected_in_seconds`.
+        """
+        num_free, num_cached = self._allocator.num_free, self._cache.num_idle
+        beyond = claimed + self._allocator.num_pages // RESERVE
+        if not self._residency.num_free_slots or num_pages + beyond > num_free + num_cached:
+            return False
+        if num_pages <= num_free:
+            return True
+        kv_idle_since = self._cache.idle_since(num_pages - num_free)
+        if kv_idle_since is None:
+            return False
+        return self._costs.kv_goes_first(self._clock() - kv_idle_since, expected_in_seconds)
+
+    def grant_spare(self, digest: str, claimed: int, expected_in_seconds: float) -> bool:
+        """Gives a sized adapter its pages and a slot, if it may have them; see `has_spare`."""
+        num_pages = self._residency.num_pages(digest) or 0
+        if not self.has_spare(num_pages, claimed, expected_in_seconds):
+            return False
+        self._cache.evict(max(0, num_pages - self._allocator.num_free))
+        return self._residency.grant(digest)
+
     def evict_unneeded(self, num_pages: int = 1) -> bool:
         """Evicts what is worth the least of what nobody needs: an adapter, or up to `num_pages` of the prefix cache.
 
         False if there is nothing.
         """
         adapter = self._least_recent_unneeded()
-        kv_idle_since = self._cache.idle_since
+        kv_idle_since = self._cache.idle_since()
         if kv_idle_since is not None and (adapter is None or self._kv_goes_first(kv_idle_since, adapter)):
             self._cache.evict(num_pages)
         elif adapter is not None:

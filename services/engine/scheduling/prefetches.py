@@ -8,6 +8,7 @@ from services.common.errors import Reason, SloraError
 from services.engine.adapters.residency import AdapterState, Residency
 from services.engine.messages import Prefetch
 from services.engine.scheduling.memory_order import BEHIND_ALL, MemoryOrder
+from services.engine.scheduling.refusals import Failures
 
 MAX_UNDER_WAY = 4
 """Prefetches served at once; more of them would queue in the loader before the loads that sequences wait for."""
@@ -43,12 +44,12 @@ class Prefetches:
         """Ids of the requests for an adapter."""
         return [request_id for request_id, request in self._open.items() if request.adapter.digest == digest]
 
-    def serve(self, claimed: int | None) -> list[tuple[int, SloraError]]:
+    def serve(self, claimed: int | None) -> Failures:
         """Gets on with the first few; those for which there is no room, with the error to end them with.
 
         `claimed` pages are spoken for by sequences; None: a sequence lacks pages, so there are none to be had.
         """
-        failed = []
+        failed: Failures = []
         for request in list(islice(self._open.values(), MAX_UNDER_WAY)):
             digest = request.adapter.digest
             state = self._residency.request(request.adapter, request.origin)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from services.common.errors import RETRY_AFTER, Reason, SloraError
 
+Failures = list[tuple[int, SloraError]]
+"""Requests to be ended, by id, each with the error."""
+
 
 def queue_full(max_waiting: int) -> SloraError:
     """So many wait that no more are taken."""

@@ -20,7 +20,8 @@ pages, for its adapter or its KV, ends the round: nobody behind it gets any. One
 manifest, or weights whose pages are granted) is passed by, and pages for its KV stay spoken for once the size of its
 adapter is known; so is one that the policy holds back, or that waits for KV which a running sequence is about to
 compute (`kv_pages.py`), for which nothing is kept. Waiting sequences themselves hold nothing but the pages of their
-adapters.
+adapters. A load that nobody waits for (`speculative_loads.py`) comes last, and is given up as soon as anybody waits for
+another, or for pages.
 
 **Memory is taken back in reverse.** A running sequence that grows takes a free page, else one that nobody needs, of the
 prefix cache or an adapter (`memory_order.py`), else one from whoever of those behind it is last: an idle adapter is
@@ -43,32 +44,32 @@ earlier sequences cause it, and those are finitely many.
 from __future__ import annotations
 
 import time
-from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as Seq
-from operator import attrgetter
 
 from services.common.errors import SloraError
 from services.engine.adapters.residency import Residency
 from services.engine.config import SchedulerConfig
-from services.engine.memory.page_allocator import PageAllocator, PageIntegrityError
+from services.engine.memory.page_allocator import PageAllocator
 from services.engine.memory.prefix_cache import PrefixCache
-from services.engine.messages import Adapter, Generate, Prefetch, RequestFailed, TokenEvent
+from services.engine.messages import Generate, Prefetch, RequestFailed, TokenEvent
+from services.engine.scheduling.adapter_loads import AdapterLoads
 from services.engine.scheduling.admission import Admission
 from services.engine.scheduling.kv_pages import KvPages
 from services.engine.scheduling.memory_order import MemoryOrder
 from services.engine.scheduling.policies.policy import Policy
+from services.engine.scheduling.policies.popularity import Popularity
 from services.engine.scheduling.prefetches import Prefetches
-from services.engine.scheduling.refusals import overloaded, queue_full, too_large
+from services.engine.scheduling.refusals import Failures, overloaded, queue_full
 from services.engine.scheduling.reload_costs import ReloadCosts
+from services.engine.scheduling.running_sequences import RunningSequences
 from services.engine.scheduling.sequence import Sequence, SequenceState, check_request
+from services.engine.scheduling.speculative_loads import SpeculativeLoads
 from services.engine.scheduling.step_draft import SchedulerNews, StepDraft
-from services.engine.scheduling.steps_in_flight import MAX_IN_FLIGHT, StepInFlight, StepsInFlight
+from services.engine.scheduling.steps_in_flight import MAX_IN_FLIGHT, StepInFlight
 from services.engine.scheduling.waiting_queue import WaitingQueue
 from services.engine.step import SampledToken, StepPlan
-
-_TURN = attrgetter("turn")
 
 
 class Scheduler:
@@ -93,19 +94,21 @@ class Scheduler:
         self._cache = PrefixCache(allocator, clock)
         self._order = MemoryOrder(allocator, residency, self._cache, self._costs, self._queue, clock)
         self.kv = KvPages(config, allocator, self._cache, self._order)
+        self._running = RunningSequences(residency, self._queue, self._order, self.kv, self._policy)
+        self._flight = self._running.flight
         self._admission = Admission(config, residency, self._queue, self._order, self.kv, self._policy)
         self._prefetches = Prefetches(residency, self._order)
+        popularity = Popularity(config.popularity_half_life_seconds, clock)
+        self._speculation = SpeculativeLoads(popularity, residency, self._queue, self._order, self._prefetches, clock)
+        self._loads = AdapterLoads(
+            config, allocator.num_pages, residency, self._queue, self._prefetches, self._speculation, self._costs
+        )
         self._sequences: dict[int, Sequence] = {}
-        self._running: list[Sequence] = []  # by turn
-        self._flight = StepsInFlight(self._release)
-        self._lacks_settled = False
         self._next_arrival = 0
         self._news = SchedulerNews()
-        self.num_preemptions = 0
         self.num_dropped: Counter[str] = Counter()
         self.num_adapter_hits = 0
         self.num_adapter_misses = 0
-        self.num_load_failures = 0
 
     @property
     def num_running(self) -> int:
@@ -123,6 +126,21 @@ class Scheduler:
         return len(self._queue)
 
     @property
+    def num_preemptions(self) -> int:
+        """How often a sequence was preempted."""
+        return self._running.num_preemptions
+
+    @property
+    def num_load_failures(self) -> int:
+        """Loads that failed, but for those that nobody had asked for."""
+        return self._loads.num_failures
+
+    @property
+    def num_speculative_loads(self) -> Mapping[str, int]:
+        """Loads that nobody had asked for, by what became of them."""
+        return self._speculation.num_by_outcome
+
+    @property
     def num_open(self) -> int:
         """Requests that have not ended: running, waiting, and prefetches."""
         return len(self._sequences) + len(self._prefetches)
@@ -130,7 +148,7 @@ class Scheduler:
     @property
     def wants_settled(self) -> bool:
         """Whether all steps in flight should be settled before `plan`: a sequence needs pages that only they hold."""
-        return self._lacks_settled and len(self._flight) > 0
+        return self._running.wants_settled
 
     # Requests come and go.
 
@@ -141,21 +159,23 @@ class Scheduler:
         if len(self._queue) >= self._config.max_waiting:
             raise queue_full(self._config.max_waiting)
         sequence = Sequence.of(request, self._next_arrival, self._config.max_model_len, self._config.eos_token_ids)
-        error = self._too_large(sequence)
+        error = self._loads.too_large(sequence)
         if error is not None:
             raise error
         self._next_arrival += 1
         self._sequences[request.request_id] = sequence
         ready = sequence.digest is None or self._residency.is_resident(sequence.digest)
-        if sequence.digest is not None:
+        if request.adapter is not None:
             self.num_adapter_hits += ready
             self.num_adapter_misses += not ready
+            self._speculation.asked(request.adapter)
         self._policy.entered(sequence)
         self._queue.add(sequence, ready)
 
     def prefetch(self, request: Prefetch) -> None:
         """Takes a request to load an adapter; it ends in `SchedulerNews.prefetched` or in a failure."""
         self._require_new(request.request_id)
+        self._speculation.wanted(request.adapter.digest)
         if len(self._prefetches) >= self._config.max_waiting:
             raise queue_full(self._config.max_waiting)
         if self._residency.is_resident(request.adapter.digest):
@@ -171,7 +191,7 @@ class Scheduler:
             return
         prefetch = self._prefetches.pop(request_id)
         if prefetch is not None:
-            self._drop_load_if_unwanted(prefetch.adapter.digest)
+            self._loads.drop_if_unwanted(prefetch.adapter.digest)
 
     def fail(self, request_ids: Iterable[int], error: SloraError) -> None:
         """Ends requests with an error; those that have ended stay as they are."""
@@ -188,6 +208,7 @@ class Scheduler:
         """
         for request_id in [*self._sequences, *self._prefetches.ids()]:
             self.abort(request_id)
+        self._speculation.close()
         self._residency.poll()
         self._order.evict_all()
 
@@ -195,6 +216,7 @@ class Scheduler:
         """What has happened since the last call."""
         news, self._news = self._news, SchedulerNews()
         news.evicted = self._order.take_evicted()
+        self._speculation.went(news.evicted)
         self._admission.tell(news)
         return news
 
@@ -207,15 +229,15 @@ class Scheduler:
         """
         if len(self._flight) >= MAX_IN_FLIGHT:
             raise ValueError(f"{MAX_IN_FLIGHT} steps are in flight already")
-        self._lacks_settled = False
-        self._hear_of_loads()
+        self._fail_each(self._loads.hear(self._news))
         for sequence, turn in self._policy.reorder():
             self._queue.move(sequence, turn)
         draft = StepDraft(self._config.max_step_tokens)
-        self._continue(draft)
+        self._running.get_on(draft)
+        self._speculation.give_way()
         claimed = self._admission.admit(draft, self._running)
-        for request_id, error in self._prefetches.serve(claimed):
-            self.fail([request_id], error)
+        self._fail_each(self._prefetches.serve(claimed))
+        self._speculation.serve(claimed)
         self._drop(step_is_full=not draft.budget)
         step = draft.step(self._clock())
         if step is None:
@@ -261,12 +283,7 @@ class Scheduler:
         """Raises PageIntegrityError unless every page, slot and pin belongs to exactly who should have it."""
         self._allocator.check_integrity()
         self._residency.check_integrity()
-        self.kv.check_integrity((*self._running, *self._flight.leaving))
-        self._flight.check_integrity(self._running)
-        if len(self._running) + len(self._queue) != len(self._sequences):
-            raise PageIntegrityError(
-                f"{len(self._running)} running and {len(self._queue)} waiting of {len(self._sequences)} sequences"
-            )
+        self._running.check_integrity(len(self._sequences) - len(self._queue))
 
     def _advance(self, sequence: Sequence, token: SampledToken) -> TokenEvent:
         finish = sequence.append(token.token_id)
@@ -286,57 +303,9 @@ class Scheduler:
             if end // size > chunk.start // size and sequence.state is SequenceState.RUNNING:
                 self.kv.computed(sequence, chunk.start, end)
 
-    # Memory.
-
-    def _continue(self, draft: StepDraft) -> None:
-        """Decodes, then prompts that are partly computed. Those whose last token is pending have nothing to compute."""
-        prefills = []
-        for sequence in tuple(self._running):
-            num_uncomputed = sequence.num_uncomputed
-            if num_uncomputed > 1:
-                prefills.append(sequence)
-            elif num_uncomputed and self._grow(sequence):
-                draft.add(sequence)
-        for sequence in prefills:
-            # It may have been preempted since.
-            if draft.budget and sequence.state is SequenceState.RUNNING:
-                draft.add(sequence)
-
-    def _grow(self, sequence: Sequence) -> bool:
-        """Sees to a page for the sequence's next token; False if it does not run in this step."""
-        while sequence.state is SequenceState.RUNNING:
-            if self.kv.extend(sequence):
-                return True
-            if self._order.evict_unneeded():
-                continue
-            if self._residency.num_pages_leaving or self._flight.leaving:
-                return False  # pages come back soon: nobody has to lose more
-            if not self._take_from_latest():
-                self._lacks_settled = True
-                return False
-        return False  # preempted, for itself or for one before it
-
-    def _take_from_latest(self) -> bool:
-        """Takes back what the latest of all holds, be it who asks; False if a step in flight names it."""
-        last = self._running[-1]
-        idle_needed_at, idle = self._order.latest_idle(min_pages=1)
-        loading_needed_at, loading = self._order.latest_loading()
-        latest = max(last.turn, idle_needed_at, loading_needed_at)
-        if latest == loading_needed_at:
-            self._residency.cancel(loading)
-        elif latest == idle_needed_at:
-            self._order.evict(idle)
-        elif last.num_in_flight:
-            return False
-        else:
-            self._preempt(last)
-        return True
-
-    def _preempt(self, sequence: Sequence) -> None:
-        self._leave_running(sequence, SequenceState.WAITING)
-        self._policy.preempted(sequence)
-        self._queue.add(sequence, ready=True)
-        self.num_preemptions += 1
+    def _fail_each(self, failures: Failures) -> None:
+        for request_id, error in failures:
+            self.fail([request_id], error)
 
     def _drop(self, step_is_full: bool) -> None:
         """Gives up those that the policy drops, at once."""
@@ -344,66 +313,15 @@ class Scheduler:
             self.num_dropped[drop.reason] += 1
             self.fail([drop.sequence.request_id], overloaded(drop.retry_after_seconds))
 
-    def _leave_running(self, sequence: Sequence, state: SequenceState) -> None:
-        del self._running[bisect_left(self._running, sequence.turn, key=_TURN)]
-        sequence.state = state
-        self._flight.let_go(sequence)
-
-    def _release(self, sequence: Sequence) -> None:
-        self.kv.release(sequence)
-        if sequence.digest is not None:
-            self._residency.unpin(sequence.digest)
-
     def _end(self, sequence: Sequence) -> None:
         del self._sequences[sequence.request_id]
         self._policy.ended(sequence)
         if sequence.state is SequenceState.RUNNING:
-            self._leave_running(sequence, SequenceState.ENDED)
+            self._running.end(sequence)
             return
         sequence.state = SequenceState.ENDED
         self._queue.remove(sequence)
-        if sequence.digest is not None:
-            self._drop_load_if_unwanted(sequence.digest)
-
-    # Loads.
-
-    def _hear_of_loads(self) -> None:
-        news = self._residency.poll()
-        for adapter in news.sized:
-            self._refuse_too_large(adapter)
-        for loaded in news.loaded:
-            digest = loaded.adapter.digest
-            self._queue.adapter_came(digest)
-            self._costs.loaded(self._residency.num_pages(digest) or 0, loaded.load_seconds)
-            for request_id in self._prefetches.asking_for(digest):
-                self._prefetches.pop(request_id)
-                self._news.prefetched.append((request_id, loaded.load_seconds))
-        self._news.loaded += news.loaded
-        self._news.traced_loads += news.traced
-        for adapter, error in news.failed:
-            self.num_load_failures += 1
-            self._fail_users(adapter.digest, error)
-
-    def _refuse_too_large(self, adapter: Adapter) -> None:
-        """Fails those that, now that the adapter's size is known, can never fit."""
-        for sequence in self._queue.users(adapter.digest):
-            error = self._too_large(sequence)
-            if error is not None:
-                self.fail([sequence.request_id], error)
-
-    def _too_large(self, sequence: Sequence) -> SloraError | None:
-        kv_pages = sequence.max_pages(self._config.tokens_per_page)
-        adapter_pages = 0 if sequence.digest is None else self._residency.num_pages(sequence.digest) or 0
-        num_pages = self._allocator.num_pages
-        return None if kv_pages + adapter_pages <= num_pages else too_large(kv_pages, adapter_pages, num_pages)
-
-    def _fail_users(self, digest: str, error: SloraError) -> None:
-        sequences = [sequence.request_id for sequence in self._queue.users(digest)]
-        self.fail([*sequences, *self._prefetches.asking_for(digest)], error)
-
-    def _drop_load_if_unwanted(self, digest: str) -> None:
-        if self._queue.earliest_user(digest) is None and not self._prefetches.asking_for(digest):
-            self._residency.cancel(digest)
+        self._loads.drop_if_unwanted(sequence.digest)
 
     def _require_new(self, request_id: int) -> None:
         if request_id in self._sequences or request_id in self._prefetches:

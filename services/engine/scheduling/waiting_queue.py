@@ -61,6 +61,11 @@ class WaitingQueue:
         for sequence in self._by_digest.get(digest, ()):
             _discard(self._ready, sequence)
 
+    @property
+    def num_unready(self) -> int:
+        """Those that wait for an adapter which is not resident."""
+        return len(self._all) - len(self._ready)
+
     def users(self, digest: str) -> list[Sequence]:
         """Those that wait with this adapter, by turn."""
         return list(self._by_digest.get(digest, ()))

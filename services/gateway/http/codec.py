@@ -51,6 +51,7 @@ def _to_message(request: GenerationRequest, index: int) -> inference_pb2.Generat
         sampling=generation_pb2.SamplingParameters(**request.sampling, seed=request.seed_of(index)),
         stopping=generation_pb2.StoppingCriteria(**request.stopping),
         num_logprobs=request.num_logprobs,
+        priority=request.priority,
     )
 
 

@@ -1,7 +1,7 @@
 """The parameters of `/v1/completions` and `/v1/chat/completions`: OpenAI's, and vLLM's names for what else there is.
 
 A parameter that would change the answer is served or refused, never ignored. Unknown ones are refused, as OpenAI does.
-Ranges of values are the engine's to check.
+Ranges of values are the engine's to check, but for counts and priorities, lest one overflows on its way there.
 """
 
 from __future__ import annotations
@@ -75,6 +75,8 @@ class _Body(Struct, forbid_unknown_fields=True, kw_only=True):
     stop_token_ids: list[TokenId] | None = None
     ignore_eos: bool | None = None
     return_token_ids: bool | None = None
+    priority: Annotated[int, Meta(ge=-10, le=10)] | None = None
+    """As over gRPC: higher is sooner. vLLM's is the other way round."""
     # These change no answer.
     user: str | None = None
     metadata: dict[str, Any] | None = None
@@ -167,6 +169,7 @@ def _to_request(
         stream=bool(body.stream),
         include_usage=body.stream_options is not None and bool(body.stream_options.include_usage),
         return_token_ids=bool(body.return_token_ids),
+        priority=body.priority or 0,
     )
 
 

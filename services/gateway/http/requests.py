@@ -45,6 +45,8 @@ class GenerationRequest:
     include_usage: bool = False
     """End a stream with what was used."""
     return_token_ids: bool = False
+    priority: int = 0
+    """For engines with priorities: higher is sooner."""
 
     @property
     def num_generations(self) -> int:

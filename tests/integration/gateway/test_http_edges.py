@@ -143,6 +143,20 @@ async def test_numbers_out_of_range_are_named_by_the_engine(fleet: Fleet) -> Non
     assert sampling[3].top_k == 2**32 - 1
 
 
+async def test_priority_is_that_of_grpc(fleet: Fleet) -> None:
+    chat = {"model": "base", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 2}
+    for path, body in (("/v1/completions", ASK), ("/v1/chat/completions", chat)):
+        fleet.engines[0].received.clear()
+        for extra in ({"priority": 7}, {"priority": -10}, {}, {"priority": None}):
+            status, _, _ = await send(fleet, "POST", path, {**body, **extra})
+            assert status == 200
+        assert [received.request.priority for received in fleet.engines[0].received] == [7, -10, 0, 0]
+        status, _, answer = await send(fleet, "POST", path, {**body, "priority": 11})
+        assert (status, answer["error"]["param"], answer["error"]["type"]) == (400, "priority", "invalid_request_error")
+        assert answer["error"]["message"] == "priority: expected `int` <= 10"
+        assert len(fleet.engines[0].received) == 4, "no engine was asked"
+
+
 async def test_ids_come_in_and_go_out(fleet: Fleet, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     headers = {**JSON, "X-Request-Id": "mine-1"}

@@ -43,12 +43,21 @@ both_depths = pytest.mark.parametrize("depth", [1, 2])
 class World:
     """A core, what it said, and what its device was asked."""
 
-    def __init__(self, depth: int, num_pages: int = 32, max_running: int = 8, **runner: float) -> None:
+    def __init__(
+        self, depth: int, num_pages: int = 32, max_running: int = 8, half_life: float = 0.0, **runner: float
+    ) -> None:
         self.runner = FakeRunner(num_pages, max_model_len=MAX_MODEL_LEN, max_in_flight=depth, **runner)  # type: ignore[arg-type]
         self.runner.before, self.runner.after = self._before, self._after
         self.source = FakeSource(self.runner.pool_config.page_elems)
         self.woken = threading.Event()
-        settings = EngineSettings("", "", max_running=max_running, max_step_tokens=16, max_adapters=4)
+        settings = EngineSettings(
+            "",
+            (),
+            max_running=max_running,
+            max_step_tokens=16,
+            max_adapters=4,
+            popularity_half_life_seconds=half_life,
+        )
         self.core = EngineCore(settings, self.runner, self.source, self.woken.set)
         self.requests: dict[int, Generate] = {}
         self.reports: list[StepReport] = []
@@ -343,6 +352,32 @@ def test_loads_are_told_when_they_begin_and_when_they_are_over(make: Make, depth
     assert told == [(wanted.digest,), ()], "once each, and nothing while it stays so"
     over = next(report for report in world.reports if report.loading == ())
     assert [loaded.adapter for loaded in over.loaded] == [wanted], "in the report that says that it is resident"
+
+
+@both_depths
+def test_a_core_at_rest_loads_what_is_popular_and_was_evicted(make: Make, depth: int) -> None:
+    world = make(depth, num_pages=16, half_life=3600.0)
+    world.source.add("a", num_pages=1)
+    for number in range(3):
+        world.add(generate(number, [1, 2, 3], 4, "a"))
+        world.run()
+    world.add(long(10, 60, 4))  # all pages
+    world.run()
+    evicted = [digest for report in world.reports for digest in report.evicted]
+    wanted = adapter("a")
+    assert wanted is not None
+    assert evicted == [wanted.digest]
+    assert world.load.num_speculative_loads_total["begun"] == 1, "as soon as there was room, with nobody to ask for it"
+    while not world.core._residency.is_resident(wanted.digest):
+        assert world.woken.wait(5), "nothing came"
+        world.woken.clear()
+        world.step()
+    assert [loaded.adapter for report in world.reports for loaded in report.loaded] == [wanted, wanted]
+    world.add(generate(20, [1, 2, 3], 4, "a"))
+    world.run()
+    assert world.load.num_adapter_misses_total == 1, "the first request alone had to wait"
+    assert world.load.num_speculative_loads_total == {"begun": 1, "used": 1}
+    world.check_answers()
 
 
 # Steps that fail.

@@ -91,17 +91,17 @@ def test_a_page_is_idle_when_its_last_user_goes_and_is_evicted_after_those_that_
     pages = s.enter(b"a", b"b", b"c")
     s.cache.acquire(pages[:2])
     s.cache.release(pages)
-    assert (s.cache.num_idle, s.cache.idle_since) == (1, 1.0)
+    assert (s.cache.num_idle, s.cache.idle_since()) == (1, 1.0)
     s.cache.release(pages[:2])
     s.cache.check_integrity({})
     assert s.cache.num_idle == 3
     s.cache.evict(1)
     assert s.cache.find([b"a", b"b", b"c"]) == pages[:2], "the child went first"
-    assert s.cache.idle_since == 2.0
+    assert s.cache.idle_since() == 2.0
     s.cache.evict(1)
     assert s.cache.find([b"a", b"b"]) == pages[:1]
     s.cache.evict(5)
-    assert (s.cache.num_idle, s.cache.idle_since, s.allocator.num_free) == (0, None, 8)
+    assert (s.cache.num_idle, s.cache.idle_since(), s.allocator.num_free) == (0, None, 8)
 
 
 def test_what_is_used_is_not_evicted_and_what_was_used_last_goes_last() -> None:

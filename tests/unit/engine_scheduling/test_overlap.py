@@ -6,12 +6,11 @@ import pytest
 
 from services.common.errors import Reason, SloraError
 from services.engine.memory.page_allocator import PageIntegrityError
-from services.engine.messages import Generate, SamplingParams, TokenEvent
+from services.engine.messages import TokenEvent
 from services.engine.scheduling.sequence import SequenceState
-from services.engine.step import BASE_SLOT, PENDING_TOKEN, SampledToken, SampleRequest, ScheduledChunk, StepPlan
-from tests.fakes.engine_fakes import EOS, FakeRunner, digest_of, generate, layout_of
-from tests.fakes.scheduler_harness import Harness
-from tests.fixtures.installing import install
+from services.engine.step import PENDING_TOKEN, SampledToken, SampleRequest, StepPlan
+from tests.fakes.engine_fakes import EOS, digest_of, generate
+from tests.fakes.scheduler_harness import Harness, long
 
 FAILED = SloraError(Reason.INTERNAL, "the step failed")
 
@@ -20,10 +19,6 @@ def overlapping(**what: int) -> Harness:
     h = Harness(max_in_flight=2, **what)  # type: ignore[arg-type]
     h.loader.max_ticks = 0
     return h
-
-
-def long(request_id: int, prompt_len: int, max_tokens: int, name: str | None = None) -> Generate:
-    return generate(request_id, [1 + request_id % 90] * prompt_len, max_tokens, name, ignore_eos=True)
 
 
 def plan(h: Harness) -> StepPlan:
@@ -400,24 +395,3 @@ def test_integrity_check_sees_who_leaves_too_early_or_never() -> None:
         h.scheduler.check_integrity()
     sequence.state = SequenceState.ENDED
     commit(h, planned)
-
-
-def chunk(sequence_id: int, page: int, slot: int = BASE_SLOT) -> StepPlan:
-    request = SampleRequest(SamplingParams(), [1], [], 0)
-    return StepPlan((ScheduledChunk(sequence_id, [1], 0, [page], slot, request),))
-
-
-def test_the_fake_device_sees_what_is_taken_in_flight() -> None:
-    runner = FakeRunner(4, max_in_flight=2)
-    device = runner.adapter_device
-    install(device, 2, layout_of(digest_of("a"), 1, 8), [3], memoryview(b""))
-    step = runner.submit(chunk(1, 0, 2))
-    with pytest.raises(AssertionError, match="others have it"):
-        runner.submit(chunk(2, 0))
-    with pytest.raises(AssertionError, match="an adapter was given"):
-        install(device, 1, layout_of(digest_of("b"), 1, 8), [0], memoryview(b""))
-    with pytest.raises(AssertionError, match="uses slot 2"):
-        device.remove(2)
-    runner.collect(step)
-    runner.collect(runner.submit(chunk(2, 0)))
-    device.remove(2)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import random
 import time
+from collections import Counter
 
 import msgspec
 import pytest
@@ -19,6 +20,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 from services.common.errors import Reason, SloraError
 from services.engine.config import PolicyConfig
 from services.engine.scheduling import admission as admission_module
+from services.engine.scheduling import speculative_loads as speculative_loads_module
+from services.engine.scheduling.policies import popularity as popularity_module
 from services.engine.scheduling.policies.combination import make_policy
 from services.engine.step import SampledToken, StepPlan
 from tests.fakes.engine_fakes import VOCAB_SIZE, digest_of, generate
@@ -35,6 +38,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     max_in_flight = 1
     prefix_cache = False
+    half_life = 0.0
     policy = PolicyConfig()
 
     @initialize(
@@ -58,6 +62,9 @@ class SchedulerMachine(RuleBasedStateMachine):
     ) -> None:
         self.patch = pytest.MonkeyPatch()
         self.patch.setattr(admission_module, "LOOK_AHEAD", look_ahead)
+        # Who was ever asked for is popular, and there is no rest: as much speculation as there can be.
+        self.patch.setattr(popularity_module, "MIN_COUNT", 1e-9)
+        self.patch.setattr(speculative_loads_module, "LONGEST_PAUSE_SECONDS", 0.0)
         self.harness = Harness(
             num_pages=num_pages,
             max_running=max_running,
@@ -67,6 +74,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             max_in_flight=self.max_in_flight,
             admission_batch=1 + seed % 3,
             prefix_cache=self.prefix_cache,
+            half_life=self.half_life,
             seed=seed,
             policy=make_policy(self.policy, max_running, lambda: float(len(self.harness.plans))),
             turns_stay=self.policy.order != "fair" and not self.policy.max_adapters_a_batch,
@@ -172,6 +180,24 @@ class FairMachine(OverlappingMachine):
     )
 
 
+class SpeculatingMachine(OverlappingMachine):
+    """Adapters are loaded for nobody, whenever that may be: all else stays true."""
+
+    half_life = 1e6
+
+
+class SpeculatingPrefixMachine(SpeculatingMachine):
+    """The same, where KV that is kept may have to go for them."""
+
+    max_in_flight = 1
+    prefix_cache = True
+
+
+TestSpeculatingMachine = SpeculatingMachine.TestCase
+TestSpeculatingPrefixMachine = SpeculatingPrefixMachine.TestCase
+TestSpeculatingMachine.settings = TestSpeculatingPrefixMachine.settings = settings(
+    max_examples=120, stateful_step_count=40, deadline=None
+)
 TestPriorityMachine = PriorityMachine.TestCase
 TestFairMachine = FairMachine.TestCase
 TestPriorityMachine.settings = TestFairMachine.settings = settings(
@@ -204,6 +230,44 @@ def test_batches_of_mixed_requests_in_tiny_pools(case: int, max_in_flight: int) 
     harness.run(max_steps=5000)
     harness.check_answers()
     harness.check_empty()
+
+
+@both_depths
+@pytest.mark.parametrize("prefix_cache", [False, True])
+def test_waves_of_requests_with_loads_for_nobody_between_them(
+    prefix_cache: bool, max_in_flight: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(speculative_loads_module, "LONGEST_PAUSE_SECONDS", 0.0)
+    outcomes: Counter[str] = Counter()
+    for case in range(8):
+        rng = random.Random(SEED + case)
+        harness = Harness(
+            num_pages=rng.randint(16, 40),
+            max_adapters=rng.randint(2, 8),
+            max_in_flight=max_in_flight,
+            prefix_cache=prefix_cache,
+            half_life=1000.0,
+            seed=SEED + case,
+        )
+        harness.adapters(**{name: rng.randint(1, 6) for name in NAMES})
+        for number in range(200):
+            if rng.random() < 0.3:
+                name = rng.choice([None, *NAMES, *NAMES])
+                length = rng.choice([2, 5, 40]) if name is None else rng.randint(1, 8)
+                prompt = [rng.randrange(VOCAB_SIZE) for _ in range(length)]
+                harness.add(generate(number, prompt, rng.randint(1, 12), name, ignore_eos=True))
+            if rng.random() < 0.05:
+                harness.abort(rng.randint(0, number))
+            if rng.random() < 0.05:
+                digest = digest_of(rng.choice(NAMES))
+                if harness.loader.failing.pop(digest, None) is None:
+                    harness.loader.failing[digest] = SloraError(Reason.ADAPTER_STORE_UNAVAILABLE, "away")
+            harness.step(advance=rng.random() < 0.7)
+        harness.run()
+        harness.check_answers()
+        harness.check_empty()
+        outcomes += Counter(harness.scheduler.num_speculative_loads)
+    assert outcomes["begun"] > 5, f"seed {SEED}: {outcomes}"
 
 
 @both_depths

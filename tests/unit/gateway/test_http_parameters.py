@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import random
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
 import pytest
+from slora.gateway.v1 import inference_pb2
 
+from services.gateway.codec import to_engine_request
 from services.gateway.http import bodies, codec
 from services.gateway.http.errors import ApiError
 from services.gateway.http.parameters import (
@@ -71,6 +75,18 @@ def test_everything_that_is_served_reaches_the_engine() -> None:
     assert message.num_logprobs == 4
     assert message.prompt.chat.messages[0].content == "Hello"
     assert not message.prompt.chat.messages[0].HasField("name")
+
+
+@pytest.mark.parametrize("ask", [completion, chat])
+@pytest.mark.parametrize("priority", [-10, 0, 10, random.randint(-9, 9)])
+def test_priority_reaches_the_engine_as_over_grpc(ask: Callable[..., GenerationRequest], priority: int) -> None:
+    request = ask(priority=priority, n=2)
+    sent = [engine_request_of(request, index)("id", ResolvedModel("base", None)).priority for index in (0, 1)]
+    assert sent == [priority, priority], "each choice has it"
+    over_grpc = inference_pb2.GenerateRequest(model="m", prompt={"text": "p"}, priority=priority)
+    assert to_engine_request(over_grpc, "id", ResolvedModel("base", None), ANONYMOUS).priority == priority
+    for nothing in (ask(), ask(priority=None)):
+        assert engine_request_of(nothing, 0)("id", ResolvedModel("base", None)).priority == 0
 
 
 def test_what_is_left_out_is_left_to_the_engine() -> None:
@@ -153,6 +169,11 @@ COMPLETION_REFUSALS: dict[str, tuple[dict[str, Any], str, str]] = {
     "a flag for a number": ({"n": True}, "n", "expected `int"),
     "n is 0": ({"n": 0}, "n", "n: expected `int` >= 1"),
     "n is too large": ({"n": 129}, "n", "n: expected `int` <= 128"),
+    "priority too high": ({"priority": 11}, "priority", "priority: expected `int` <= 10"),
+    "priority too low": ({"priority": -11}, "priority", "priority: expected `int` >= -10"),
+    "priority beyond any message": ({"priority": 2**40}, "priority", "priority: expected `int` <= 10"),
+    "priority of half": ({"priority": 0.5}, "priority", "priority: expected `int"),
+    "priority by name": ({"priority": "high"}, "priority", "priority: expected `int"),
     "too many choices": ({"n": 100, "prompt": ["a", "b"]}, "n", "more than 128 choices"),
     "too many prompts": ({"prompt": ["a"] * 129}, "prompt", "more than 128 choices"),
     "negative token": ({"prompt": [-1]}, "prompt", "expected"),
