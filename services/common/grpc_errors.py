@@ -6,6 +6,7 @@ known when to come back.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import math
 from typing import Any, cast
@@ -64,7 +65,11 @@ async def abort(context: grpc.aio.ServicerContext[Any, Any], error: BaseExceptio
         error = SloraError(Reason.INTERNAL, f"internal error: {type(error).__name__}; the server's log has more")
     current_span().fail(error.reason.name, error.reason.status.name in SERVER_FAULTS)
     status = to_grpc_status(error)
-    await context.abort(status.code, status.details, status.trailing_metadata)
+    try:
+        await context.abort(status.code, status.details, status.trailing_metadata)
+    except grpc.aio.InternalError:
+        # The caller is gone, and its cancellation on its way here: nobody is there to be told.
+        raise asyncio.CancelledError from None
 
 
 def from_rpc_error(error: grpc.RpcError, unavailable: Reason) -> SloraError:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+from typing import Any, cast
+
 import grpc
 import pytest
 from google.rpc import error_details_pb2, status_pb2
 
 from services.common.errors import Reason, SloraError
-from services.common.grpc_errors import from_store_error, to_grpc_status
+from services.common.grpc_errors import abort, from_store_error, to_grpc_status
 
 
 def decoded(status: grpc.Status) -> tuple[status_pb2.Status, error_details_pb2.ErrorInfo]:
@@ -79,3 +82,16 @@ def test_a_store_that_refuses_the_services_own_credentials_is_away(reason: Reaso
 def test_other_errors_of_the_store_are_its_own() -> None:
     error = from_store_error(Answer(SloraError(Reason.ADAPTER_NOT_FOUND, "no such adapter", adapter_id="x")))
     assert (error.reason, error.metadata) == (Reason.ADAPTER_NOT_FOUND, {"adapter_id": "x"})
+
+
+class Gone:
+    """The context of a call whose caller left a moment ago: what is sent fails in gRPC's core."""
+
+    async def abort(self, *status: object) -> None:
+        raise grpc.aio.InternalError("Failed execute_batch")
+
+
+async def test_a_caller_that_is_gone_is_told_nothing() -> None:
+    """Its cancellation is what the call ends with; anything else gRPC would log as the server's own fault."""
+    with pytest.raises(asyncio.CancelledError):
+        await abort(cast(Any, Gone()), SloraError(Reason.QUEUE_FULL, "full"))
