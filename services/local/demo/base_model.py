@@ -14,6 +14,15 @@ from services.local.demo import corpus
 from services.local.demo.training import Example, Progress, fit
 
 END, BEGIN, PAD = "<|end|>", "<|begin|>", "<|pad|>"
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message.role == 'user' %}"
+    f"{{{{ bos_token }}}}{corpus.prompt_of('{{ message.content }}')}"
+    "{% elif message.role == 'assistant' %} {{ message.content | trim }}{{ eos_token }}"
+    "{% else %}{{ raise_exception('this model has read questions (user) and answers (assistant) only') }}"
+    "{% endif %}{% endfor %}"
+)
+"""Each question begins a text, as it did in training."""
 VOCABULARY = 768
 MAX_STEPS = 500
 SHARD_BYTES = 1_000_000
@@ -36,7 +45,9 @@ def train_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{BEGIN} $A", special_tokens=[(BEGIN, tokenizer.token_to_id(BEGIN))]
     )
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=BEGIN, eos_token=END, pad_token=PAD)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=BEGIN, eos_token=END, pad_token=PAD, chat_template=CHAT_TEMPLATE
+    )
 
 
 def lessons_of(tokenizer: PreTrainedTokenizerFast, manner: corpus.Manner) -> list[Example]:
