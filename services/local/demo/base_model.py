@@ -15,14 +15,13 @@ from services.local.demo.training import Example, Progress, fit
 
 END, BEGIN, PAD = "<|end|>", "<|begin|>", "<|pad|>"
 CHAT_TEMPLATE = (
-    "{% for message in messages %}"
-    "{% if message.role == 'user' %}"
-    f"{{{{ bos_token }}}}{corpus.prompt_of('{{ message.content }}')}"
-    "{% elif message.role == 'assistant' %} {{ message.content | trim }}{{ eos_token }}"
-    "{% else %}{{ raise_exception('this model has read questions (user) and answers (assistant) only') }}"
+    "{% for message in messages %}{% if message.role not in ('user', 'assistant') %}"
+    "{{ raise_exception('this model has read questions (user) and answers (assistant) only') }}"
     "{% endif %}{% endfor %}"
+    "{% if messages[-1].role != 'user' %}{{ raise_exception('the last message is not a question (user)') }}{% endif %}"
+    f"{{{{ bos_token }}}}{corpus.prompt_of('{{ messages[-1].content }}')}"
 )
-"""Each question begins a text, as it did in training."""
+"""The last question alone: it was trained on single ones, and has nothing to say about what was said before."""
 VOCABULARY = 768
 MAX_STEPS = 500
 SHARD_BYTES = 1_000_000

@@ -34,13 +34,19 @@ def test_a_question_is_written_as_in_training(template: ChatTemplate, question: 
     assert template.render(said(("user", question))) == BEGIN + prompt_of(question)
 
 
-def test_an_answer_is_ended_before_the_next_question(template: ChatTemplate) -> None:
+def test_what_was_said_before_is_left_out(template: ChatTemplate) -> None:
     chat = said(("user", "What is tea?"), ("assistant", " Tea is a drink."), ("user", "What is the sun?"))
-    first, second = f"{prompt_of('What is tea?')} Tea is a drink.", prompt_of("What is the sun?")
-    assert template.render(chat) == f"{BEGIN}{first}{END}{BEGIN}{second}"
+    assert template.render(chat) == BEGIN + prompt_of("What is the sun?")
 
 
-def test_other_roles_are_refused(template: ChatTemplate) -> None:
+@pytest.mark.parametrize(
+    "turns",
+    [
+        (("system", "Be brief."), ("user", "What is the sun?")),
+        (("user", "What is the sun?"), ("assistant", " The sun is")),
+    ],
+)
+def test_what_it_was_not_trained_on_is_refused(template: ChatTemplate, turns: tuple[tuple[str, str], ...]) -> None:
     with pytest.raises(SloraError) as caught:
-        template.render(said(("system", "Be brief."), ("user", "What is the sun?")))
+        template.render(said(*turns))
     assert caught.value.reason is Reason.CHAT_INVALID
