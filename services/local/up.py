@@ -8,7 +8,7 @@ import os
 import shlex
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from services.local.adapter_sources import AdapterSource, bring_adapters, count_others, find_adapters
@@ -40,6 +40,8 @@ class UpRequest:
     num_engines: int = 1
     engine_options: Options | None = None
     http_port: int = HTTP_PORT
+    gateway_options: Options = field(default_factory=dict)
+    store_options: Options = field(default_factory=dict)
 
 
 def run_up(request: UpRequest, narrator: Narrator) -> int:
@@ -73,8 +75,9 @@ def _serve(request: UpRequest, narrator: Narrator) -> None:
         store_port=_store_port(request.gateway_port, request.http_port),
         bucket=in_s3.bucket if in_s3 else _BUCKET,
         # What is uploaded while it runs goes beside the adapters that the user has there.
-        store_options={"s3_prefix": f"{in_s3.prefix}slora-uploads"} if in_s3 else {},
+        store_options={**({"s3_prefix": f"{in_s3.prefix}slora-uploads"} if in_s3 else {}), **request.store_options},
         engine_options=request.engine_options or {},
+        gateway_options=request.gateway_options,
         s3_environment={} if in_s3 else None,
         report=narrator.line,
     )
