@@ -12,6 +12,10 @@ const definition = protoLoader.loadSync("slora/gateway/v1/inference.proto", {
 const { InferenceService } = grpc.loadPackageDefinition(definition).slora.gateway.v1;
 
 const [address, model, prompt] = process.argv.slice(2);
+if (prompt === undefined) {
+  console.error("usage: node generate.js HOST:PORT MODEL PROMPT");
+  process.exit(2);
+}
 const client = new InferenceService(address, grpc.credentials.createInsecure());
 const call = client.generate({ model, prompt: { text: prompt }, stopping: { maxTokens: 40 } });
 

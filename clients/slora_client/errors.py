@@ -5,7 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 _FULL = frozenset(
-    {"QUEUE_FULL", "HOST_CACHE_FULL", "REQUEST_RATE_EXCEEDED", "TOKEN_RATE_EXCEEDED", "CONCURRENCY_EXCEEDED"}
+    {
+        "QUEUE_FULL",
+        "OVERLOADED",
+        "POOL_EXHAUSTED",
+        "HOST_CACHE_FULL",
+        "UPLOADS_FULL",
+        "REQUEST_RATE_EXCEEDED",
+        "TOKEN_RATE_EXCEEDED",
+        "CONCURRENCY_EXCEEDED",
+    }
 )
 
 

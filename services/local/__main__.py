@@ -21,6 +21,12 @@ OUT_DIR = Path("out")
 HIGHEST_PORT = 65_535
 BAD_INPUT = 2
 INTERRUPTED = 130
+_OPTIONS_OF = (
+    ("engine", "engine", "device=cuda"),
+    ("gateway", "gateway", "http_allow_adapter_updates=true"),
+    ("store", "adapter_store", "sync_uri=s3://bucket/prefix/"),
+)
+"""Each service as `up` names it, its module, and a setting that it has."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -59,13 +65,14 @@ def _parser() -> argparse.ArgumentParser:
     up.add_argument("--port", type=int, default=GATEWAY_PORT, help="the gateway's port (default %(default)s)")
     up.add_argument("--http-port", type=int, default=HTTP_PORT, help="its port for HTTP (default %(default)s)")
     up.add_argument("--engines", type=int, default=1, help="how many engines (default %(default)s)")
-    up.add_argument(
-        "--engine-option",
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        help="a setting of the engines, such as device=cuda; see `python -m services.engine --help`",
-    )
+    for service, module, example in _OPTIONS_OF:
+        up.add_argument(
+            f"--{service}-option",
+            action="append",
+            default=[],
+            metavar="NAME=VALUE",
+            help=f"a setting of the {service}, such as {example}; see `python -m services.{module} --help`",
+        )
     up.set_defaults(run=_up)
     down = commands.add_parser("down", help="stop what `up` started; does nothing if nothing runs")
     down.set_defaults(run=lambda arguments, narrator: run_down(arguments.state_dir, narrator))
@@ -96,13 +103,8 @@ def _demo(arguments: argparse.Namespace, narrator: Narrator) -> int:
 
 def _up(arguments: argparse.Namespace, narrator: Narrator) -> int:
     _prepare_libraries()
-    options = {}
-    for option in arguments.engine_option:
-        name, separator, value = option.partition("=")
-        if not (name and separator):
-            raise BadInput(f"--engine-option {option} is not NAME=VALUE")
-        options[name.replace("-", "_")] = value
-    if "base_model" in options:
+    options = {service: _options(arguments, service) for service, _, _ in _OPTIONS_OF}
+    if any("base_model" in given for given in options.values()):
         raise BadInput(
             "the base model's name is that of its checkpoint's directory, for all services; link to it by another"
         )
@@ -117,10 +119,22 @@ def _up(arguments: argparse.Namespace, narrator: Narrator) -> int:
         arguments.adapters,
         arguments.port,
         arguments.engines,
-        options,
+        options["engine"],
         http_port=arguments.http_port,
+        gateway_options=options["gateway"],
+        store_options=options["store"],
     )
     return run_up(request, narrator)
+
+
+def _options(arguments: argparse.Namespace, service: str) -> dict[str, str]:
+    found = {}
+    for option in getattr(arguments, f"{service}_option"):
+        name, separator, value = option.partition("=")
+        if not (name and separator):
+            raise BadInput(f"--{service}-option {option} is not NAME=VALUE")
+        found[name.replace("-", "_")] = value
+    return found
 
 
 def _prepare_libraries() -> None:

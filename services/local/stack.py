@@ -79,6 +79,7 @@ class LocalStack:
     base_model: str = ""
     gateway_port: int = 0
     http_port: int = 0
+    store_port: int = 0
     bucket: str = "adapters"
     store_options: Options = field(default_factory=dict)
     engine_options: Options = field(default_factory=dict)
@@ -92,7 +93,7 @@ class LocalStack:
         self.checkpoint = described.path
         self.base_model = self.base_model or described.name
         self._dtype = described.dtype
-        chosen = {GATEWAY: self.gateway_port, HTTP: self.http_port}
+        chosen = {GATEWAY: self.gateway_port, HTTP: self.http_port, ADAPTER_STORE: self.store_port}
         check_gateway_ports(self.gateway_port, self.http_port)
         self._ports: dict[str, int] = {name: port for name, port in chosen.items() if port}
         for name in self._port_names():

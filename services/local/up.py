@@ -8,18 +8,21 @@ import os
 import shlex
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from services.local.adapter_sources import AdapterSource, bring_adapters, count_others, find_adapters
 from services.local.checkpoint import BadInput, makes_weights_up, open_checkpoint
 from services.local.narrator import Narrator
 from services.local.pid_file import claimed, stop_running
+from services.local.ports import is_free
 from services.local.s3_client import S3Place, named_endpoint
 from services.local.stack import LocalStack, Options, check_gateway_ports
 
 GATEWAY_PORT = 50051
 HTTP_PORT = 8000
+STORE_PORT = 50052
+"""Where `slora adapters` looks by itself."""
 STOP_SECONDS = 60.0
 _NAP_SECONDS = 1.0
 _BUCKET = "adapters"
@@ -37,6 +40,8 @@ class UpRequest:
     num_engines: int = 1
     engine_options: Options | None = None
     http_port: int = HTTP_PORT
+    gateway_options: Options = field(default_factory=dict)
+    store_options: Options = field(default_factory=dict)
 
 
 def run_up(request: UpRequest, narrator: Narrator) -> int:
@@ -67,10 +72,12 @@ def _serve(request: UpRequest, narrator: Narrator) -> None:
         num_engines=request.num_engines,
         gateway_port=request.gateway_port,
         http_port=request.http_port,
+        store_port=_store_port(request.gateway_port, request.http_port),
         bucket=in_s3.bucket if in_s3 else _BUCKET,
         # What is uploaded while it runs goes beside the adapters that the user has there.
-        store_options={"s3_prefix": f"{in_s3.prefix}slora-uploads"} if in_s3 else {},
+        store_options={**({"s3_prefix": f"{in_s3.prefix}slora-uploads"} if in_s3 else {}), **request.store_options},
         engine_options=request.engine_options or {},
+        gateway_options=request.gateway_options,
         s3_environment={} if in_s3 else None,
         report=narrator.line,
     )
@@ -180,6 +187,11 @@ As OpenAI's API (any client of it, with this base URL and any key):
 
 Ctrl-C or `make down` stops it.
 """
+
+
+def _store_port(*taken: int) -> int:
+    """The port at which the store is looked for; 0, any free one, where somebody else has it."""
+    return STORE_PORT if STORE_PORT not in taken and is_free(STORE_PORT) else 0
 
 
 def _short(path: Path) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+from slora_client.command.outcome import told
 from slora_client.command.terminal import write_stream
 from slora_client.errors import SloraRequestError
 from slora_client.options import GenerationOptions
@@ -45,7 +46,7 @@ class Conversation:
             pass  # what the generator's end cancels; the part that came counts
         except SloraRequestError as error:
             sys.stdout.write("\n" if said else "")
-            sys.stderr.write(f"slora: {error}\n")
+            sys.stderr.write(f"slora: {told(error)}\n")
             return
         sys.stdout.write("\n")
         answer = "".join(chunk.text for chunk in said)

@@ -9,7 +9,6 @@ import sys
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from slora_client.command.bench import Load, run_load
@@ -29,6 +28,7 @@ from slora_client.command.options import (
     generation_options,
     tls,
 )
+from slora_client.command.outcome import console
 from slora_client.command.terminal import write_stream
 from slora_client.sync_client import SloraClient
 from slora_client.values import ChatMessage, Chunk, Model, Prompt
@@ -50,7 +50,7 @@ def models(gateway: GatewayOption = DEFAULT_GATEWAY, as_json: JsonOption = False
     table = Table("model", "version", "rank", "registered", "engines that hold it", box=None)
     for model in found:
         table.add_row(*_row(model))
-    Console().print(table)
+    console().print(table)
 
 
 @app.command()
@@ -116,7 +116,7 @@ def bench(
     if as_json:
         typer.echo(json.dumps({"load": dataclasses.asdict(load), **dataclasses.asdict(report)}, indent=2))
     else:
-        Console().print(table_of(report))
+        console().print(table_of(report))
     if report.errors:
         raise typer.Exit(1)
 

@@ -7,9 +7,10 @@ import sys
 import typer
 
 from slora_client.command import adapters, generation, keys, tenants
+from slora_client.command.outcome import told
 from slora_client.errors import SloraRequestError
 
-FAILED, INTERRUPTED = 1, 130
+FAILED, USAGE, INTERRUPTED = 1, 2, 130
 
 app = typer.Typer(
     name="slora",
@@ -28,7 +29,10 @@ def main() -> None:
     try:
         app()
     except SloraRequestError as error:
-        sys.stderr.write(f"slora: {error}\n")
+        sys.stderr.write(f"slora: {told(error)}\n")
         raise SystemExit(FAILED) from None
+    except ValueError as error:  # an option that no request can carry, such as a negative count
+        sys.stderr.write(f"slora: {error}\n")
+        raise SystemExit(USAGE) from None
     except KeyboardInterrupt:
         raise SystemExit(INTERRUPTED) from None

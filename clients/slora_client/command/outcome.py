@@ -20,6 +20,8 @@ from rich.console import Console
 from slora_client.errors import SloraRequestError
 
 REFUSED, AWAY = 1, 3
+_NOT_OURS = {"UNAVAILABLE": "no service answers there", "UNIMPLEMENTED": "another service answers there"}
+_WHERE = "--gateway or SLORA_GATEWAY says where the gateway is, --store or SLORA_ADAPTER_STORE where the store is"
 _PIPE_WIDTH = 240  # a pipe has no width: whoever reads it wants whole lines
 
 
@@ -27,6 +29,12 @@ def console(stderr: bool = False) -> Console:
     """For people: colours where there is a terminal."""
     is_terminal = (sys.stderr if stderr else sys.stdout).isatty()
     return Console(stderr=stderr, highlight=False, width=None if is_terminal else _PIPE_WIDTH)
+
+
+def told(error: SloraRequestError) -> str:
+    """The error in a line. What gRPC says by itself names no remedy: that line says how an address is given."""
+    found = "" if error.reason else _NOT_OURS.get(error.code, "")
+    return f"{error}; {found}: {_WHERE}" if found else str(error)
 
 
 def write_json(value: object) -> None:
@@ -42,7 +50,7 @@ def explained(as_json: bool) -> Iterator[None]:
     except SloraRequestError as error:
         fields: dict[str, Any] = {"code": error.code, "reason": error.reason, "message": error.message}
         status = AWAY if error.is_worth_retrying else REFUSED
-        _fail(as_json, {**fields, "metadata": error.metadata}, str(error), status)
+        _fail(as_json, {**fields, "metadata": error.metadata}, told(error), status)
     except (OSError, ValueError) as error:
         _fail(as_json, {"code": "", "reason": "", "message": str(error)}, str(error), REFUSED)
 

@@ -14,6 +14,14 @@ from services.local.demo import corpus
 from services.local.demo.training import Example, Progress, fit
 
 END, BEGIN, PAD = "<|end|>", "<|begin|>", "<|pad|>"
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{% if message.role not in ('user', 'assistant') %}"
+    "{{ raise_exception('this model has read questions (user) and answers (assistant) only') }}"
+    "{% endif %}{% endfor %}"
+    "{% if messages[-1].role != 'user' %}{{ raise_exception('the last message is not a question (user)') }}{% endif %}"
+    f"{{{{ bos_token }}}}{corpus.prompt_of('{{ messages[-1].content }}')}"
+)
+"""The last question alone: it was trained on single ones, and has nothing to say about what was said before."""
 VOCABULARY = 768
 MAX_STEPS = 500
 SHARD_BYTES = 1_000_000
@@ -36,7 +44,9 @@ def train_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{BEGIN} $A", special_tokens=[(BEGIN, tokenizer.token_to_id(BEGIN))]
     )
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=BEGIN, eos_token=END, pad_token=PAD)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=BEGIN, eos_token=END, pad_token=PAD, chat_template=CHAT_TEMPLATE
+    )
 
 
 def lessons_of(tokenizer: PreTrainedTokenizerFast, manner: corpus.Manner) -> list[Example]:

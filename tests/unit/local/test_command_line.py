@@ -28,6 +28,10 @@ def undisturbed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     signal.signal(signal.SIGTERM, before)
 
 
+ANY_PORTS = ("--port", 0, "--http-port", 0)
+"""The ports that `up` takes by itself may be somebody's here."""
+
+
 @pytest.fixture
 def requests(monkeypatch: pytest.MonkeyPatch) -> list[UpRequest]:
     """What `up` would have been asked for."""
@@ -58,6 +62,7 @@ def test_up_alone_serves_the_demo(requests: list[UpRequest]) -> None:
 
 def test_every_argument_of_up_is_understood(requests: list[UpRequest]) -> None:
     options = ["--engine-option", "num-pages=64", "--engine-option", "device=cuda", "--engine-option", "engine_id=a=b"]
+    options += ["--gateway-option", "http-allow-adapter-updates=true", "--store-option", "sync_seconds=5"]
     where = [
         "--checkpoint",
         "models/base",
@@ -72,16 +77,27 @@ def test_every_argument_of_up_is_understood(requests: list[UpRequest]) -> None:
     ]
     assert command_line.main(["--state-dir", "state", "up", *where, *options]) == 0
     engine_options = {"num_pages": "64", "device": "cuda", "engine_id": "a=b"}
-    asked = UpRequest(Path("state"), Path("models/base"), "s3://bucket/loras", 0, 3, engine_options, http_port=1)
+    asked = UpRequest(
+        Path("state"),
+        Path("models/base"),
+        "s3://bucket/loras",
+        0,
+        3,
+        engine_options,
+        http_port=1,
+        gateway_options={"http_allow_adapter_updates": "true"},
+        store_options={"sync_seconds": "5"},
+    )
     assert requests == [asked]
 
 
+@pytest.mark.parametrize("service", ["engine", "gateway", "store"])
 @pytest.mark.parametrize("option", ["device", "=cuda", "", "="])
-def test_an_engine_option_is_name_and_value(
-    requests: list[UpRequest], capsys: pytest.CaptureFixture[str], option: str
+def test_an_option_of_a_service_is_name_and_value(
+    requests: list[UpRequest], capsys: pytest.CaptureFixture[str], service: str, option: str
 ) -> None:
-    argv = ["up", "--engine-option", "device=cpu", "--engine-option", option]
-    assert refusal(capsys, argv) == f"--engine-option {option} is not NAME=VALUE"
+    argv = ["up", f"--{service}-option", "device=cpu", f"--{service}-option", option]
+    assert refusal(capsys, argv) == f"--{service}-option {option} is not NAME=VALUE"
     assert requests == []
 
 
@@ -111,12 +127,12 @@ def test_what_is_no_command_gets_a_usage_message(capsys: pytest.CaptureFixture[s
 
 
 def test_adapters_need_their_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    said = refusal(capsys, ["--state-dir", tmp_path, "up", "--adapters", tmp_path])
+    said = refusal(capsys, ["--state-dir", tmp_path, "up", *ANY_PORTS, "--adapters", tmp_path])
     assert said == "adapters need the checkpoint that they were trained on: CHECKPOINT=dir"
 
 
 def test_a_directory_that_is_no_checkpoint_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    argv = ["--state-dir", tmp_path / "state", "up", "--checkpoint"]
+    argv = ["--state-dir", tmp_path / "state", "up", *ANY_PORTS, "--checkpoint"]
     nowhere, empty = tmp_path / "nowhere", tmp_path / "empty"
     empty.mkdir()
     assert refusal(capsys, [*argv, nowhere]).startswith(f"{nowhere} is not a directory")
@@ -128,7 +144,7 @@ def test_a_directory_that_is_no_checkpoint_is_refused(tmp_path: Path, capsys: py
 
 def test_adapters_are_looked_for_before_anything_starts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     checkpoint = write_hollow_checkpoint(tmp_path / "hollow")
-    argv = ["--state-dir", tmp_path / "state", "up", "--checkpoint", checkpoint, "--adapters", checkpoint]
+    argv = ["--state-dir", tmp_path / "state", "up", *ANY_PORTS, "--checkpoint", checkpoint, "--adapters", checkpoint]
     assert refusal(capsys, argv).startswith(f"{checkpoint} has no adapters: ")
     assert not (tmp_path / "state" / "up").exists()
 
@@ -151,7 +167,7 @@ def test_a_port_that_is_taken_is_refused(tmp_path: Path, capsys: pytest.CaptureF
 def test_a_second_up_is_refused_and_a_refused_one_does_not_stay(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    argv = ["--state-dir", tmp_path, "up", "--checkpoint", tmp_path / "nowhere"]
+    argv = ["--state-dir", tmp_path, "up", *ANY_PORTS, "--checkpoint", tmp_path / "nowhere"]
     with claimed(tmp_path / "up.pid"):
         assert refusal(capsys, argv).startswith("already running as process ")
     for _ in range(2):

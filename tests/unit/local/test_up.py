@@ -7,6 +7,7 @@ import io
 import json
 import re
 import shlex
+import socket
 import textwrap
 from pathlib import Path
 
@@ -14,9 +15,11 @@ import pytest
 from google.protobuf import json_format
 from rich.console import Console
 from slora.gateway.v1 import inference_pb2
+from slora_client.command.adapters import DEFAULT_STORE
 
 from services.local import up
 from services.local.narrator import Narrator
+from services.local.ports import LOOPBACK, free_port
 from services.local.s3_client import S3Place
 from services.local.stack import LocalStack
 from services.local.up import how_to_call
@@ -102,3 +105,20 @@ def test_states_differ_by_checkpoint_and_by_where_adapters_are(tmp_path: Path, m
     assert all(re.fullmatch(r"tiny-[0-9a-f]{12}", name) for name in names)
     # The same by another way is the same.
     assert up._state_name(there.parent / ".." / "here" / "tiny", None) == names[-1]
+
+
+def test_the_store_is_where_it_is_looked_for_if_the_port_is_free(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    port = free_port()
+    monkeypatch.setattr(up, "STORE_PORT", port)
+    assert up._store_port(0, 8000) == port
+    assert up._store_port(port, 8000) == 0  # it was given to the gateway
+    stack = LocalStack(tmp_path / "state", write_hollow_checkpoint(tmp_path / "tiny"), store_port=port)
+    assert stack.store_address == f"{LOOPBACK}:{port}"
+    with socket.create_server((LOOPBACK, port)):
+        assert up._store_port(0, 8000) == 0
+
+
+def test_up_puts_the_store_where_the_command_looks() -> None:
+    assert f"localhost:{up.STORE_PORT}" == DEFAULT_STORE

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import subprocess
 import sys
 from collections.abc import Callable
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -191,6 +193,15 @@ async def test_errors_carry_everything(gateway: FakeGateway, client: Client) -> 
     with pytest.raises(SloraRequestError) as caught:
         await client.generate("base", "text")
     assert caught.value.is_worth_retrying
+
+
+def test_what_the_page_of_errors_says_to_repeat_is_worth_it() -> None:
+    page = (Path(__file__).parents[3] / "docs" / "errors.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w+)` \| (\w+) \| .* \| (.+) \|$", page, re.MULTILINE)
+    worth = {reason for reason, status, _ in rows if SloraRequestError(status, reason, "").is_worth_retrying}
+    assert worth == {reason for reason, status, advice in rows if re.match(r"Retry|Come back|Wait", advice)}
+    assert {"OVERLOADED", "UPLOADS_FULL", "DRAINING"} <= worth
+    assert not {"PINS_FULL", "ADAPTER_TOO_LARGE", "PROMPT_TOO_LONG"} & worth
 
 
 async def test_an_error_after_some_tokens(gateway: FakeGateway, client: Client) -> None:

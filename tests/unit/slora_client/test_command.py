@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import signal
 import sys
 from pathlib import Path
@@ -20,6 +21,7 @@ from slora_client.command.main import app
 from typer.testing import CliRunner, Result
 
 from services.common.errors import Reason, SloraError
+from services.local.ports import free_port
 from tests.fakes.fake_gateway import FakeGateway
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -148,6 +150,30 @@ async def test_a_failure_is_one_line(gateway: FakeGateway) -> None:
     ended = await start(gateway, "generate", "x", "Hi")
     out, err = await asyncio.wait_for(ended.communicate(), 20)
     assert (ended.returncode, out, err) == (1, b"", b"slora: MODEL_NOT_FOUND: no model 'x'\n")
+
+
+async def test_an_option_that_cannot_be_sent_is_one_line(gateway: FakeGateway) -> None:
+    ended = await start(gateway, "generate", "poet", "Hi", "--top-k", "-3")
+    out, err = await asyncio.wait_for(ended.communicate(), 20)
+    assert (ended.returncode, out) == (2, b"")
+    assert re.fullmatch(rb"slora: top_k cannot be -3: [^\n]+\n", err)
+    assert gateway.requests == []
+
+
+async def test_models_in_a_pipe_are_whole(gateway: FakeGateway) -> None:
+    name = "long-" * 24
+    gateway.models = [inference_pb2.Model(name=name, adapter_id=f"{name}@1", base_model="base")]
+    assert f"{name} " in (await run(gateway, "models")).output
+
+
+async def test_a_wrong_address_says_how_it_is_given(gateway: FakeGateway) -> None:
+    nobody = f"127.0.0.1:{free_port()}"
+    for address, found in ((nobody, "no service answers there"), (gateway.address, "another service answers there")):
+        result = await asyncio.to_thread(CliRunner().invoke, app, ["adapters", "ls", "--store", address])
+        assert re.search(rf"; {found}: --gateway or SLORA_GATEWAY .* --store or SLORA_ADAPTER_STORE", result.output)
+    gateway.error = SloraError(Reason.ENGINE_UNAVAILABLE, "no engine")
+    chat = await run(gateway, "chat", "poet", text="Hi\n")
+    assert "slora: ENGINE_UNAVAILABLE: no engine\n" in chat.output
 
 
 async def test_bench_measures(gateway: FakeGateway) -> None:
