@@ -53,6 +53,8 @@ def open_checkpoint(path: Path, needs_weights: bool = True) -> Checkpoint:
         model_type = str(config["model_type"])
         # Newer versions of transformers write `dtype`, older ones `torch_dtype`.
         dtype = str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except OSError as error:
+        raise BadInput(f"{path / 'config.json'} cannot be read: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise BadInput(f"{path / 'config.json'} is not the configuration of a model") from None
     return Checkpoint(path.resolve(), model_type, dtype if dtype in SERVED_DTYPES else "float32")
