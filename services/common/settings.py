@@ -11,7 +11,7 @@ import dataclasses
 import os
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -28,7 +28,7 @@ class UnusableSettingsError(Exception):
 
 
 class AddressError(UnusableSettingsError):
-    """An address of the settings cannot be served on; the message says which and why."""
+    """An address of the settings cannot be served on, or called; the message says which and why."""
 
 
 def setting(default: Any = dataclasses.MISSING, help: str = "") -> Any:
@@ -46,6 +46,16 @@ def parse_settings(
     for field in dataclasses.fields(cls):  # type: ignore[arg-type]
         _add_argument(parser, program, field, hints[field.name], environ)
     return cls(**vars(parser.parse_args(argv)))
+
+
+def check_peers(option: str, addresses: Iterable[str]) -> None:
+    """Raises AddressError unless each is `host:port`, or a target by another of gRPC's schemes (`unix:…`, `dns:///…`)."""
+    for address in addresses:
+        host, _, port = address.rpartition(":")
+        is_host = bool(host) and (":" not in host or (host.startswith("[") and host.endswith("]")))
+        is_port = port.isascii() and port.isdigit() and 0 < int(port) < 2**16
+        if not (is_host and is_port) and "/" not in address and not address.startswith("unix"):
+            raise AddressError(f"{option} {address}: a peer is given as host:port, such as localhost:50052")
 
 
 def _add_argument(

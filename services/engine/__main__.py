@@ -14,7 +14,7 @@ from pathlib import Path
 from slora.engine.v1 import engine_pb2_grpc
 
 from services.common.grpc_server import GrpcServer
-from services.common.settings import UnusableSettingsError, parse_settings
+from services.common.settings import UnusableSettingsError, check_peers, parse_settings
 from services.common.telemetry import configure_logging, serve_metrics
 from services.common.tracing import NO_TRACING, Tracing, open_tracing
 from services.engine.config import EngineSettings
@@ -48,6 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return USAGE_EXIT_CODE
     try:
         settings.store_security.read()
+        check_peers("--adapter-store", settings.adapter_store)
         tracing = open_tracing("engine", settings.otlp_endpoint, settings.trace_sample_ratio)
         tokenizer = load_tokenizer(Path(settings.checkpoint))
         return asyncio.run(serve(settings, tokenizer, lambda fd: core_command(settings, fd), tracing))

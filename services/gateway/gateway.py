@@ -9,6 +9,7 @@ import functools
 from prometheus_client import CollectorRegistry
 
 from services.common.grpc_server import GrpcServer
+from services.common.settings import check_peers
 from services.common.tracing import NO_TRACING, Tracing
 from services.gateway.adapter_source import CatalogueFeed
 from services.gateway.admin_servicer import ADMIN_SERVICE_NAME, AdminServicer
@@ -48,9 +49,11 @@ class Gateway:
     ) -> None:
         """`admin_secret`, the admin key, lets AdminService be used; without one it is not served.
 
-        Raises AddressError where an address cannot be served on, or may not without keys; TlsError.
+        Raises AddressError where an address is none, cannot be served on, or may not without keys; TlsError.
         """
         check_exposure(settings)
+        check_peers("--engines", settings.engines)
+        check_peers("--adapter-store", settings.adapter_store)
         self._settings = settings
         self._tracing = tracing
         self.pool = EnginePool(

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from services.common.settings import LogLevel, parse_settings, setting
+from services.common.settings import AddressError, LogLevel, check_peers, parse_settings, setting
 
 
 @dataclass(frozen=True)
@@ -45,3 +45,16 @@ def test_bad_settings_end_with_a_usage_message(
         parse_settings(Example, "p", arguments, environ)
     assert ended.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_peers_are_given_by_host_and_port() -> None:
+    check_peers("--engines", ["localhost:1", "10.0.0.1:65535", "[::1]:50051", "dns:///engines:50051", "unix:/run/x"])
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["localhost", "", ":50051", "host:", "host:0", "host:65536", "host:https", "::1", "a:b:1", "[::1]", "h:²"],
+)
+def test_what_is_no_peer_is_refused(address: str) -> None:
+    with pytest.raises(AddressError, match=r"--engines .*: a peer is given as host:port"):
+        check_peers("--engines", ["localhost:50051", address])
