@@ -151,10 +151,10 @@ async def test_without_keys_all_priorities_may_be_used(fleet_of: FleetFactory) -
     assert (await fleet.refusal(ask(fleet, "none", 11))).reason is Reason.REQUEST_INVALID
 
 
-@pytest.mark.parametrize("priority", [-11, 11, random.randint(12, 2**31 - 1)])
-async def test_a_tenants_priority_is_one_that_requests_can_have(directory: TenantDirectory, priority: int) -> None:
-    with pytest.raises(SloraError) as refused:
-        await directory.set_tenant("team", {}, None, priority)
-    assert refused.value.reason is Reason.TENANT_INVALID
-    assert refused.value.message == f"max_priority is {priority}; it must be in [-10, 10]"
+async def test_a_tenants_priority_is_one_that_requests_can_have(directory: TenantDirectory) -> None:
+    for priority in (-11, 11, random.randint(12, 2**31 - 1)):
+        with pytest.raises(SloraError) as refused:
+            await directory.set_tenant("team", {}, None, priority)
+        assert refused.value.reason is Reason.TENANT_INVALID
+        assert refused.value.message == f"max_priority is {priority}; it must be in [-10, 10]"
     assert await directory.list_tenants("", 10) == []

@@ -33,7 +33,7 @@ def priority_sent(tenant: Tenant, priority: int | None) -> int:
     return to_engine_request(request, "id", ResolvedModel("base", None), tenant).priority
 
 
-@pytest.mark.parametrize("highest", [-10, 0, 10, *random.sample([*range(-9, 0), *range(1, 10)], 3)])
+@pytest.mark.parametrize("highest", range(-10, 11))
 def test_a_priority_is_passed_on_up_to_the_tenants_and_refused_above(highest: int) -> None:
     tenant = Tenant("thrifty", max_priority=highest)
     for priority in range(-10, 11):
@@ -55,13 +55,13 @@ def test_a_priority_left_out_is_0_also_for_who_may_not_have_it() -> None:
         priority_sent(Tenant("last", max_priority=-1), None)
 
 
-@pytest.mark.parametrize("priority", [-(2**31), -11, 11, random.randint(12, 2**31 - 1)])
 @pytest.mark.parametrize("tenant", [ANONYMOUS, Tenant("new"), Tenant("first", max_priority=10)])
-def test_a_priority_that_nobody_can_have_is_malformed(tenant: Tenant, priority: int) -> None:
-    with pytest.raises(SloraError) as refused:
-        priority_sent(tenant, priority)
-    assert refused.value.reason is Reason.REQUEST_INVALID
-    assert refused.value.message == f"priority is {priority}; it is in [-10, 10]"
+def test_a_priority_that_nobody_can_have_is_malformed(tenant: Tenant) -> None:
+    for priority in (-(2**31), -11, 11, random.randint(12, 2**31 - 1)):
+        with pytest.raises(SloraError) as refused:
+            priority_sent(tenant, priority)
+        assert refused.value.reason is Reason.REQUEST_INVALID
+        assert refused.value.message == f"priority is {priority}; it is in [-10, 10]"
 
 
 def test_without_keys_all_priorities_may_be_used() -> None:
