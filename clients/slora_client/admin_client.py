@@ -37,14 +37,20 @@ class AdminClient:
         tokens_per_minute: int | None = None,
         max_concurrent: int | None = None,
         adapter_patterns: Sequence[str] | None = None,
+        max_priority: int | None = None,
         timeout: float | None = None,
     ) -> Tenant:
-        """Makes a tenant, or changes of it what is given; a limit of 0 is none."""
+        """Makes a tenant, or changes of it what is given; a limit of 0 is none.
+
+        `max_priority`, in [-10, 10], is the highest that its requests may have. One that leaves its priority out has
+        0: below 0 each has to say one.
+        """
         request = admin_pb2.SetTenantRequest(
             name=name,
             requests_per_minute=requests_per_minute,
             tokens_per_minute=tokens_per_minute,
             max_concurrent=max_concurrent,
+            max_priority=max_priority,
         )
         if adapter_patterns is not None:
             request.adapters.CopyFrom(admin_pb2.AdapterPatterns(patterns=adapter_patterns))
@@ -110,6 +116,7 @@ def _to_tenant(tenant: admin_pb2.Tenant) -> Tenant:
         tokens_per_minute=tenant.tokens_per_minute,
         max_concurrent=tenant.max_concurrent,
         adapter_patterns=tuple(tenant.adapter_patterns),
+        max_priority=tenant.max_priority,
     )
 
 

@@ -225,6 +225,8 @@ class Tenant:
     max_concurrent: int
     adapter_patterns: tuple[str, ...]
     """Names of adapters that it may use, `*` for any characters; the base model is everyone's."""
+    max_priority: int
+    """The highest priority that its requests may have, in [-10, 10]; 0 is one that left it out."""
 
 
 @dataclass(frozen=True)

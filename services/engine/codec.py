@@ -10,10 +10,11 @@ from collections.abc import Callable
 from slora.engine.v1 import engine_pb2, generation_pb2
 
 from services.common.errors import Reason, SloraError
+from services.common.priorities import checked_priority
 from services.engine.frontend.engine_state import StateChange
 from services.engine.frontend.generation import Completion, Delta, FinishReason
 from services.engine.frontend.request import Chat, ChatMessage, GenerationRequest
-from services.engine.messages import MAX_PRIORITY, MIN_PRIORITY, Adapter, SamplingParams, TokenEvent
+from services.engine.messages import Adapter, SamplingParams, TokenEvent
 
 MAX_REQUEST_ID_CHARACTERS = 128
 MAX_TENANT_CHARACTERS = 128
@@ -47,7 +48,7 @@ def decode_generate(request: engine_pb2.GenerateRequest) -> GenerationRequest:
         stop_strings=tuple(dict.fromkeys(stopping.stop_strings)),
         stop_token_ids=tuple(dict.fromkeys(stopping.stop_token_ids)),
         ignore_eos=stopping.ignore_eos,
-        priority=_decode_priority(request.priority),
+        priority=checked_priority(request.priority),
         tenant=_decode_tenant(request.tenant),
     )
 
@@ -82,13 +83,6 @@ def _decode_request_id(request_id: str) -> str:
             field="request_id",
         )
     return request_id
-
-
-def _decode_priority(priority: int) -> int:
-    if MIN_PRIORITY <= priority <= MAX_PRIORITY:
-        return priority
-    message = f"priority is {priority}; it is in [{MIN_PRIORITY}, {MAX_PRIORITY}]"
-    raise SloraError(Reason.REQUEST_INVALID, message, field="priority", value=priority)
 
 
 def _decode_tenant(tenant: str) -> str:

@@ -13,8 +13,6 @@ from typing import TypeAlias
 
 import msgspec
 
-MIN_PRIORITY, MAX_PRIORITY = -10, 10
-
 
 class Adapter(msgspec.Struct, frozen=True):
     """One immutable version of an adapter; memory is keyed by the digest, never by the name."""
@@ -74,7 +72,7 @@ class Generate(msgspec.Struct, frozen=True, tag=True):
     sampling: SamplingParams
     stop: StopParams
     adapter: Adapter | None = None
-    # In [MIN_PRIORITY, MAX_PRIORITY], higher is sooner; and who asks, empty if unsaid. For policies that heed them.
+    # See `services.common.priorities`, higher is sooner; and who asks, empty if unsaid. For policies that heed them.
     priority: int = 0
     tenant: str = ""
     origin: Origin = NOBODY

@@ -25,6 +25,11 @@ def to_patterns(request: admin_pb2.SetTenantRequest) -> Sequence[str] | None:
     return list(request.adapters.patterns) if request.HasField("adapters") else None
 
 
+def to_max_priority(request: admin_pb2.SetTenantRequest) -> int | None:
+    """The highest priority that the tenant's requests may have; None if it is to stay."""
+    return request.max_priority if request.HasField("max_priority") else None
+
+
 def to_tenant(tenant: Tenant) -> admin_pb2.Tenant:
     """A tenant as it is told."""
     limits = tenant.limits
@@ -34,6 +39,7 @@ def to_tenant(tenant: Tenant) -> admin_pb2.Tenant:
         tokens_per_minute=limits.tokens_per_minute,
         max_concurrent=limits.max_concurrent,
         adapter_patterns=tenant.adapters,
+        max_priority=tenant.max_priority,
     )
 
 

@@ -14,6 +14,7 @@ from services.gateway.admin_codec import (
     from_position_token,
     to_key,
     to_limits,
+    to_max_priority,
     to_patterns,
     to_position_token,
     to_tenant,
@@ -43,8 +44,10 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
         self, request: admin_pb2.SetTenantRequest, context: Context
     ) -> admin_pb2.SetTenantResponse:
         """Makes or changes a tenant."""
-        limits, patterns = to_limits(request), to_patterns(request)
-        tenant = await self._permitted(context, lambda: self._directory.set_tenant(request.name, limits, patterns))
+        limits, patterns, max_priority = to_limits(request), to_patterns(request), to_max_priority(request)
+        tenant = await self._permitted(
+            context, lambda: self._directory.set_tenant(request.name, limits, patterns, max_priority)
+        )
         return admin_pb2.SetTenantResponse(tenant=to_tenant(tenant))
 
     async def GetTenant(  # noqa: N802

@@ -24,12 +24,15 @@ def to_engine_request(
     request: inference_pb2.GenerateRequest, request_id: str, model: ResolvedModel, tenant: Tenant
 ) -> engine_pb2.GenerateRequest:
     """What is asked of an engine; what the caller left out stays left out. A key's tenant goes before what the caller
-    says of itself. Raises PROMPT_MISSING."""
+    says of itself, and bounds its priority. Raises PROMPT_MISSING, NOT_PERMITTED, REQUEST_INVALID."""
     if request.prompt.WhichOneof("content") is None:
         message = "prompt is required: set its text, its token_ids or its chat"
         raise SloraError(Reason.PROMPT_MISSING, message, field="prompt")
     result = engine_pb2.GenerateRequest(
-        request_id=request_id, prompt=request.prompt, priority=request.priority, tenant=tenant.name or request.tenant
+        request_id=request_id,
+        prompt=request.prompt,
+        priority=tenant.permitted_priority(request.priority),
+        tenant=tenant.name or request.tenant,
     )
     if model.adapter is not None:
         result.adapter.adapter_id = model.adapter.adapter_id

@@ -16,6 +16,7 @@ from services.tenancy.tenants import (
     Limits,
     Tenant,
     check_limit,
+    checked_max_priority,
     checked_name,
     checked_patterns,
 )
@@ -56,8 +57,15 @@ class TenantDirectory:
         found = await self._redis.run(scripts.FIND_KEY, key_id)
         return None if found is None else (found[0], _to_tenant(found[1]))
 
-    async def set_tenant(self, name: str, limits: Mapping[str, int], adapters: Sequence[str] | None) -> Tenant:
-        """Makes a tenant, or changes what is given of it: fields of `Limits` by name, and patterns of adapters.
+    async def set_tenant(
+        self,
+        name: str,
+        limits: Mapping[str, int],
+        adapters: Sequence[str] | None,
+        max_priority: int | None = None,
+    ) -> Tenant:
+        """Makes a tenant, or changes what is given of it: fields of `Limits` by name, patterns of adapters, and the
+        highest priority that its requests may have.
 
         Raises TENANT_INVALID.
         """
@@ -66,6 +74,8 @@ class TenantDirectory:
         fields: dict[str, str | int] = dict(limits)
         if adapters is not None:
             fields["adapters"] = ",".join(checked_patterns(adapters))
+        if max_priority is not None:
+            fields["max_priority"] = checked_max_priority(max_priority)
         parts = [part for pair in fields.items() for part in pair]
         return _to_tenant(await self._redis.run(scripts.SET_TENANT, checked_name(name), *parts))
 
@@ -103,9 +113,10 @@ class TenantDirectory:
 
 
 def _to_tenant(row: Sequence[str]) -> Tenant:
-    name, requests, tokens, concurrent, adapters = row
+    name, requests, tokens, concurrent, adapters, max_priority = row
     limits = Limits(int(requests), int(tokens), int(concurrent))
-    return Tenant(name, limits, tuple(pattern for pattern in adapters.split(",") if pattern))
+    patterns = tuple(pattern for pattern in adapters.split(",") if pattern)
+    return Tenant(name, limits, patterns, int(max_priority))
 
 
 def _to_record(row: Sequence[str]) -> KeyRecord:

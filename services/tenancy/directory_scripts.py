@@ -2,7 +2,8 @@
 
 Keys, all with one prefix and so in one cluster slot:
   :tenants        sorted set of tenants' names, all with score 0
-  :tenant:<name>  hash: requests_per_minute, tokens_per_minute, max_concurrent, adapters (patterns, by commas)
+  :tenant:<name>  hash: requests_per_minute, tokens_per_minute, max_concurrent, adapters (patterns, by commas),
+                  max_priority; what an older release did not write is 0
   :keys           sorted set of `<tenant>!<key id>`, all with score 0
   :key:<id>       hash: tenant, digest (of the secret), label, created (seconds)
 
@@ -15,8 +16,8 @@ _TENANT = """
 local prefix = ARGV[1]
 local function tenant_row(name)
   local row = redis.call('HMGET', prefix .. ':tenant:' .. name,
-                         'requests_per_minute', 'tokens_per_minute', 'max_concurrent', 'adapters')
-  return {name, row[1] or '0', row[2] or '0', row[3] or '0', row[4] or ''}
+                         'requests_per_minute', 'tokens_per_minute', 'max_concurrent', 'adapters', 'max_priority')
+  return {name, row[1] or '0', row[2] or '0', row[3] or '0', row[4] or '', row[5] or '0'}
 end
 local function key_row(id)
   local row = redis.call('HMGET', prefix .. ':key:' .. id, 'tenant', 'digest', 'label', 'created')

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from services.common.errors import Reason, SloraError
+from services.common.priorities import MAX_PRIORITY, MIN_PRIORITY, checked_priority
 
 MAX_REQUESTS_PER_MINUTE = 1_000_000
 """Buckets count in microseconds: over this, rounding one request's share of a minute would be felt."""
@@ -44,6 +45,8 @@ class Tenant:
     limits: Limits = Limits()
     adapters: tuple[str, ...] = ()
     """Names of adapters that it may use, `*` for any characters. Everyone may use the base model."""
+    max_priority: int = 0
+    """The highest priority that its requests may have, in [-10, 10]: what keeps it from passing the others."""
 
     def may_use(self, adapter: str) -> bool:
         """Whether it may use the adapter of this name (without a version)."""
@@ -56,8 +59,20 @@ class Tenant:
         """
         return self.may_use(adapter) and (not self.name or owner in ("", self.name))
 
+    def permitted_priority(self, priority: int) -> int:
+        """`priority`, which a request of its may have; one that leaves it out has 0.
 
-ANONYMOUS = Tenant("", adapters=("*",))
+        Raises REQUEST_INVALID where nobody's may, NOT_PERMITTED where its may not: it is told, not given less.
+        """
+        if checked_priority(priority) <= self.max_priority:
+            return priority
+        message = f"priority is {priority}; requests of tenant {self.name!r} may have at most {self.max_priority}"
+        raise SloraError(
+            Reason.NOT_PERMITTED, message, field="priority", value=priority, limit=self.max_priority, tenant=self.name
+        )
+
+
+ANONYMOUS = Tenant("", adapters=("*",), max_priority=MAX_PRIORITY)
 """Every caller of a gateway without keys."""
 
 
@@ -74,6 +89,14 @@ def check_limit(field: str, value: int, highest: int) -> None:
     if not 0 <= value <= highest:
         message = f"{field} is {value}; it must be in [0, {highest}], where 0 is no limit"
         raise SloraError(Reason.TENANT_INVALID, message, field=field, limit=highest)
+
+
+def checked_max_priority(priority: int) -> int:
+    """`priority`, which can be `Tenant.max_priority`. Raises TENANT_INVALID."""
+    if MIN_PRIORITY <= priority <= MAX_PRIORITY:
+        return priority
+    message = f"max_priority is {priority}; it must be in [{MIN_PRIORITY}, {MAX_PRIORITY}]"
+    raise SloraError(Reason.TENANT_INVALID, message, field="max_priority", value=priority)
 
 
 def checked_patterns(patterns: Sequence[str]) -> tuple[str, ...]:

@@ -133,12 +133,13 @@ def validation_summary(found: Validation) -> RenderableType:
 
 def tenants_table(tenants: Iterable[Tenant]) -> Table:
     """One row a tenant."""
-    headings = ("tenant", "requests/min", "tokens/min", "at a time", "adapters")
-    table = _table(headings, right=headings[1:4])
+    headings = ("tenant", "requests/min", "tokens/min", "at a time", "max priority", "adapters")
+    table = _table(headings, right=headings[1:5])
     for tenant in tenants:
         limits = (tenant.requests_per_minute, tenant.tokens_per_minute, tenant.max_concurrent)
         adapters = " ".join(tenant.adapter_patterns) or "none (base model only)"
-        table.add_row(tenant.name, *(str(limit or "no limit") for limit in limits), Text(adapters))
+        shown = (str(limit or "no limit") for limit in limits)
+        table.add_row(tenant.name, *shown, str(tenant.max_priority), Text(adapters))
     return table
 
 

@@ -27,11 +27,15 @@ def set_(
     adapters: Annotated[
         str | None, typer.Option(help="Adapters that it may use: 'team-*,name'; '' for the base model only.")
     ] = None,
+    max_priority: Annotated[
+        int | None,
+        typer.Option(min=-10, max=10, help="Highest that its requests may have; below 0 each has to say its priority."),
+    ] = None,
     gateway: GatewayOption = DEFAULT_GATEWAY,
     timeout: TimeoutOption = 30.0,
     as_json: JsonOption = False,
 ) -> None:
-    """Make a tenant, or change what is given of it. A new one has no limits, and no adapters."""
+    """Make a tenant, or change what is given of it. A new one has no limits, no adapters, and priorities up to 0."""
     patterns = None if adapters is None else [part.strip() for part in adapters.split(",") if part.strip()]
     with explained(as_json), AdminClient(gateway, admin_key(), tls()) as client:
         changed = client.set_tenant(
@@ -40,6 +44,7 @@ def set_(
             tokens_per_minute=tokens_per_minute,
             max_concurrent=max_concurrent,
             adapter_patterns=patterns,
+            max_priority=max_priority,
             timeout=timeout,
         )
         _show([changed], as_json)

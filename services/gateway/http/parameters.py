@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta, Struct
 
+from services.common.priorities import MAX_PRIORITY, MIN_PRIORITY
 from services.gateway.http.errors import invalid
 from services.gateway.http.messages import MessageBody, to_chat
 from services.gateway.http.requests import GenerationRequest, Prompt
@@ -75,7 +76,7 @@ class _Body(Struct, forbid_unknown_fields=True, kw_only=True):
     stop_token_ids: list[TokenId] | None = None
     ignore_eos: bool | None = None
     return_token_ids: bool | None = None
-    priority: Annotated[int, Meta(ge=-10, le=10)] | None = None
+    priority: Annotated[int, Meta(ge=MIN_PRIORITY, le=MAX_PRIORITY)] | None = None
     """As over gRPC: higher is sooner. vLLM's is the other way round."""
     # These change no answer.
     user: str | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import random
 from typing import Any
 
 import pytest
@@ -57,6 +58,7 @@ async def test_from_a_tenant_to_a_revoked_key(fleet: Fleet) -> None:
         "tokens_per_minute": 0,
         "max_concurrent": 0,
         "adapter_patterns": ["po*", "cook"],
+        "max_priority": 0,
     }
     generated = await run(fleet, "generate", "poet", "x", "--max-tokens", 1, api_key=created["api_key"])
     assert generated.exit_code == 0, generated.output
@@ -70,6 +72,30 @@ async def test_from_a_tenant_to_a_revoked_key(fleet: Fleet) -> None:
     again = await run(fleet, "keys", "revoke", created["key"]["key_id"], "--json")
     assert again.exit_code == 1
     assert json.loads(again.stderr)["error"]["reason"] == "API_KEY_NOT_FOUND"
+
+
+async def test_a_tenants_priority_is_set_shown_and_kept(fleet: Fleet) -> None:
+    for priority in (random.randint(1, 10), 0, random.randint(-10, -1)):
+        changed = await run(fleet, "tenants", "set", "team", "--max-priority", priority, "--json")
+        assert changed.exit_code == 0, changed.output
+        assert json.loads(changed.stdout)["max_priority"] == priority
+        await run(fleet, "tenants", "set", "team", "--max-concurrent", 77)
+        shown = (await run(fleet, "tenants", "show", "team")).stdout
+        heading, row = (line for line in shown.splitlines() if line.split()[:1] in (["tenant"], ["team"]))
+        ends_at = heading.index("max priority") + len("max priority")
+        assert row[:ends_at].split()[-2:] == ["77", str(priority)], "numbers stand right, below their heading"
+        listed = json.loads((await run(fleet, "tenants", "ls", "--json")).stdout)
+        assert [tenant["max_priority"] for tenant in listed] == [priority]
+    for priority in (-11, 11):
+        assert (await run(fleet, "tenants", "set", "team", "--max-priority", priority)).exit_code == 2
+
+    def ask_for(priority: int) -> None:
+        with AdminClient(address_of(fleet), ADMIN_KEY) as client:
+            client.set_tenant("team", max_priority=priority)
+
+    with pytest.raises(SloraRequestError, match=r"max_priority is 11; it must be in \[-10, 10\]") as refused:
+        await asyncio.to_thread(ask_for, 11)
+    assert refused.value.reason == Reason.TENANT_INVALID.name
 
 
 async def test_tables_and_mistakes(fleet: Fleet) -> None:

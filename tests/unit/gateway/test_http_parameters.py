@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 from collections.abc import Callable
 from typing import Any
 
@@ -78,7 +77,7 @@ def test_everything_that_is_served_reaches_the_engine() -> None:
 
 
 @pytest.mark.parametrize("ask", [completion, chat])
-@pytest.mark.parametrize("priority", [-10, 0, 10, random.randint(-9, 9)])
+@pytest.mark.parametrize("priority", range(-10, 11))
 def test_priority_reaches_the_engine_as_over_grpc(ask: Callable[..., GenerationRequest], priority: int) -> None:
     request = ask(priority=priority, n=2)
     sent = [engine_request_of(request, index)("id", ResolvedModel("base", None)).priority for index in (0, 1)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 
-from services.engine.messages import MAX_PRIORITY, MIN_PRIORITY
+from services.common.priorities import MAX_PRIORITY, MIN_PRIORITY
 from services.engine.scheduling.policies.policy import Policy
 from services.engine.scheduling.sequence import Sequence
 

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cslora/gateway/v1/admin.proto\x12\x10slora.gateway.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\x80\x01\n\x06Tenant\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x1b\n\x13requests_per_minute\x18\x02 \x01(\r\x12\x19\n\x11tokens_per_minute\x18\x03 \x01(\r\x12\x16\n\x0emax_concurrent\x18\x04 \x01(\r\x12\x18\n\x10\x61\x64\x61pter_patterns\x18\x05 \x03(\t\"e\n\x03Key\x12\x0e\n\x06key_id\x18\x01 \x01(\t\x12\x0e\n\x06tenant\x18\x02 \x01(\t\x12\r\n\x05label\x18\x03 \x01(\t\x12/\n\x0b\x63reate_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"#\n\x0f\x41\x64\x61pterPatterns\x12\x10\n\x08patterns\x18\x01 \x03(\t\"\x87\x02\n\x10SetTenantRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12 \n\x13requests_per_minute\x18\x02 \x01(\rH\x00\x88\x01\x01\x12\x1e\n\x11tokens_per_minute\x18\x03 \x01(\rH\x01\x88\x01\x01\x12\x1b\n\x0emax_concurrent\x18\x04 \x01(\rH\x02\x88\x01\x01\x12\x38\n\x08\x61\x64\x61pters\x18\x05 \x01(\x0b\x32!.slora.gateway.v1.AdapterPatternsH\x03\x88\x01\x01\x42\x16\n\x14_requests_per_minuteB\x14\n\x12_tokens_per_minuteB\x11\n\x0f_max_concurrentB\x0b\n\t_adapters\"=\n\x11SetTenantResponse\x12(\n\x06tenant\x18\x01 \x01(\x0b\x32\x18.slora.gateway.v1.Tenant\" \n\x10GetTenantRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"=\n\x11GetTenantResponse\x12(\n\x06tenant\x18\x01 \x01(\x0b\x32\x18.slora.gateway.v1.Tenant\";\n\x12ListTenantsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"Y\n\x13ListTenantsResponse\x12)\n\x07tenants\x18\x01 \x03(\x0b\x32\x18.slora.gateway.v1.Tenant\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"1\n\x10\x43reateKeyRequest\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\r\n\x05label\x18\x02 \x01(\t\"H\n\x11\x43reateKeyResponse\x12\"\n\x03key\x18\x01 \x01(\x0b\x32\x15.slora.gateway.v1.Key\x12\x0f\n\x07\x61pi_key\x18\x02 \x01(\t\"H\n\x0fListKeysRequest\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\"P\n\x10ListKeysResponse\x12#\n\x04keys\x18\x01 \x03(\x0b\x32\x15.slora.gateway.v1.Key\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\"\n\x10RevokeKeyRequest\x12\x0e\n\x06key_id\x18\x01 \x01(\t\"\x13\n\x11RevokeKeyResponse2\x95\x04\n\x0c\x41\x64minService\x12T\n\tSetTenant\x12\".slora.gateway.v1.SetTenantRequest\x1a#.slora.gateway.v1.SetTenantResponse\x12T\n\tGetTenant\x12\".slora.gateway.v1.GetTenantRequest\x1a#.slora.gateway.v1.GetTenantResponse\x12Z\n\x0bListTenants\x12$.slora.gateway.v1.ListTenantsRequest\x1a%.slora.gateway.v1.ListTenantsResponse\x12T\n\tCreateKey\x12\".slora.gateway.v1.CreateKeyRequest\x1a#.slora.gateway.v1.CreateKeyResponse\x12Q\n\x08ListKeys\x12!.slora.gateway.v1.ListKeysRequest\x1a\".slora.gateway.v1.ListKeysResponse\x12T\n\tRevokeKey\x12\".slora.gateway.v1.RevokeKeyRequest\x1a#.slora.gateway.v1.RevokeKeyResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cslora/gateway/v1/admin.proto\x12\x10slora.gateway.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\x96\x01\n\x06Tenant\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x1b\n\x13requests_per_minute\x18\x02 \x01(\r\x12\x19\n\x11tokens_per_minute\x18\x03 \x01(\r\x12\x16\n\x0emax_concurrent\x18\x04 \x01(\r\x12\x18\n\x10\x61\x64\x61pter_patterns\x18\x05 \x03(\t\x12\x14\n\x0cmax_priority\x18\x06 \x01(\x05\"e\n\x03Key\x12\x0e\n\x06key_id\x18\x01 \x01(\t\x12\x0e\n\x06tenant\x18\x02 \x01(\t\x12\r\n\x05label\x18\x03 \x01(\t\x12/\n\x0b\x63reate_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"#\n\x0f\x41\x64\x61pterPatterns\x12\x10\n\x08patterns\x18\x01 \x03(\t\"\xb3\x02\n\x10SetTenantRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12 \n\x13requests_per_minute\x18\x02 \x01(\rH\x00\x88\x01\x01\x12\x1e\n\x11tokens_per_minute\x18\x03 \x01(\rH\x01\x88\x01\x01\x12\x1b\n\x0emax_concurrent\x18\x04 \x01(\rH\x02\x88\x01\x01\x12\x38\n\x08\x61\x64\x61pters\x18\x05 \x01(\x0b\x32!.slora.gateway.v1.AdapterPatternsH\x03\x88\x01\x01\x12\x19\n\x0cmax_priority\x18\x06 \x01(\x05H\x04\x88\x01\x01\x42\x16\n\x14_requests_per_minuteB\x14\n\x12_tokens_per_minuteB\x11\n\x0f_max_concurrentB\x0b\n\t_adaptersB\x0f\n\r_max_priority\"=\n\x11SetTenantResponse\x12(\n\x06tenant\x18\x01 \x01(\x0b\x32\x18.slora.gateway.v1.Tenant\" \n\x10GetTenantRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"=\n\x11GetTenantResponse\x12(\n\x06tenant\x18\x01 \x01(\x0b\x32\x18.slora.gateway.v1.Tenant\";\n\x12ListTenantsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"Y\n\x13ListTenantsResponse\x12)\n\x07tenants\x18\x01 \x03(\x0b\x32\x18.slora.gateway.v1.Tenant\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"1\n\x10\x43reateKeyRequest\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\r\n\x05label\x18\x02 \x01(\t\"H\n\x11\x43reateKeyResponse\x12\"\n\x03key\x18\x01 \x01(\x0b\x32\x15.slora.gateway.v1.Key\x12\x0f\n\x07\x61pi_key\x18\x02 \x01(\t\"H\n\x0fListKeysRequest\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\"P\n\x10ListKeysResponse\x12#\n\x04keys\x18\x01 \x03(\x0b\x32\x15.slora.gateway.v1.Key\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\"\n\x10RevokeKeyRequest\x12\x0e\n\x06key_id\x18\x01 \x01(\t\"\x13\n\x11RevokeKeyResponse2\x95\x04\n\x0c\x41\x64minService\x12T\n\tSetTenant\x12\".slora.gateway.v1.SetTenantRequest\x1a#.slora.gateway.v1.SetTenantResponse\x12T\n\tGetTenant\x12\".slora.gateway.v1.GetTenantRequest\x1a#.slora.gateway.v1.GetTenantResponse\x12Z\n\x0bListTenants\x12$.slora.gateway.v1.ListTenantsRequest\x1a%.slora.gateway.v1.ListTenantsResponse\x12T\n\tCreateKey\x12\".slora.gateway.v1.CreateKeyRequest\x1a#.slora.gateway.v1.CreateKeyResponse\x12Q\n\x08ListKeys\x12!.slora.gateway.v1.ListKeysRequest\x1a\".slora.gateway.v1.ListKeysResponse\x12T\n\tRevokeKey\x12\".slora.gateway.v1.RevokeKeyRequest\x1a#.slora.gateway.v1.RevokeKeyResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,35 +33,35 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'slora.gateway.v1.admin_pb2'
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_TENANT']._serialized_start=84
-  _globals['_TENANT']._serialized_end=212
-  _globals['_KEY']._serialized_start=214
-  _globals['_KEY']._serialized_end=315
-  _globals['_ADAPTERPATTERNS']._serialized_start=317
-  _globals['_ADAPTERPATTERNS']._serialized_end=352
-  _globals['_SETTENANTREQUEST']._serialized_start=355
-  _globals['_SETTENANTREQUEST']._serialized_end=618
-  _globals['_SETTENANTRESPONSE']._serialized_start=620
-  _globals['_SETTENANTRESPONSE']._serialized_end=681
-  _globals['_GETTENANTREQUEST']._serialized_start=683
-  _globals['_GETTENANTREQUEST']._serialized_end=715
-  _globals['_GETTENANTRESPONSE']._serialized_start=717
-  _globals['_GETTENANTRESPONSE']._serialized_end=778
-  _globals['_LISTTENANTSREQUEST']._serialized_start=780
-  _globals['_LISTTENANTSREQUEST']._serialized_end=839
-  _globals['_LISTTENANTSRESPONSE']._serialized_start=841
-  _globals['_LISTTENANTSRESPONSE']._serialized_end=930
-  _globals['_CREATEKEYREQUEST']._serialized_start=932
-  _globals['_CREATEKEYREQUEST']._serialized_end=981
-  _globals['_CREATEKEYRESPONSE']._serialized_start=983
-  _globals['_CREATEKEYRESPONSE']._serialized_end=1055
-  _globals['_LISTKEYSREQUEST']._serialized_start=1057
-  _globals['_LISTKEYSREQUEST']._serialized_end=1129
-  _globals['_LISTKEYSRESPONSE']._serialized_start=1131
-  _globals['_LISTKEYSRESPONSE']._serialized_end=1211
-  _globals['_REVOKEKEYREQUEST']._serialized_start=1213
-  _globals['_REVOKEKEYREQUEST']._serialized_end=1247
-  _globals['_REVOKEKEYRESPONSE']._serialized_start=1249
-  _globals['_REVOKEKEYRESPONSE']._serialized_end=1268
-  _globals['_ADMINSERVICE']._serialized_start=1271
-  _globals['_ADMINSERVICE']._serialized_end=1804
+  _globals['_TENANT']._serialized_end=234
+  _globals['_KEY']._serialized_start=236
+  _globals['_KEY']._serialized_end=337
+  _globals['_ADAPTERPATTERNS']._serialized_start=339
+  _globals['_ADAPTERPATTERNS']._serialized_end=374
+  _globals['_SETTENANTREQUEST']._serialized_start=377
+  _globals['_SETTENANTREQUEST']._serialized_end=684
+  _globals['_SETTENANTRESPONSE']._serialized_start=686
+  _globals['_SETTENANTRESPONSE']._serialized_end=747
+  _globals['_GETTENANTREQUEST']._serialized_start=749
+  _globals['_GETTENANTREQUEST']._serialized_end=781
+  _globals['_GETTENANTRESPONSE']._serialized_start=783
+  _globals['_GETTENANTRESPONSE']._serialized_end=844
+  _globals['_LISTTENANTSREQUEST']._serialized_start=846
+  _globals['_LISTTENANTSREQUEST']._serialized_end=905
+  _globals['_LISTTENANTSRESPONSE']._serialized_start=907
+  _globals['_LISTTENANTSRESPONSE']._serialized_end=996
+  _globals['_CREATEKEYREQUEST']._serialized_start=998
+  _globals['_CREATEKEYREQUEST']._serialized_end=1047
+  _globals['_CREATEKEYRESPONSE']._serialized_start=1049
+  _globals['_CREATEKEYRESPONSE']._serialized_end=1121
+  _globals['_LISTKEYSREQUEST']._serialized_start=1123
+  _globals['_LISTKEYSREQUEST']._serialized_end=1195
+  _globals['_LISTKEYSRESPONSE']._serialized_start=1197
+  _globals['_LISTKEYSRESPONSE']._serialized_end=1277
+  _globals['_REVOKEKEYREQUEST']._serialized_start=1279
+  _globals['_REVOKEKEYREQUEST']._serialized_end=1313
+  _globals['_REVOKEKEYRESPONSE']._serialized_start=1315
+  _globals['_REVOKEKEYRESPONSE']._serialized_end=1334
+  _globals['_ADMINSERVICE']._serialized_start=1337
+  _globals['_ADMINSERVICE']._serialized_end=1870
 # @@protoc_insertion_point(module_scope)

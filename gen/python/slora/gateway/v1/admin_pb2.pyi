@@ -10,18 +10,20 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class Tenant(_message.Message):
-    __slots__ = ("name", "requests_per_minute", "tokens_per_minute", "max_concurrent", "adapter_patterns")
+    __slots__ = ("name", "requests_per_minute", "tokens_per_minute", "max_concurrent", "adapter_patterns", "max_priority")
     NAME_FIELD_NUMBER: _ClassVar[int]
     REQUESTS_PER_MINUTE_FIELD_NUMBER: _ClassVar[int]
     TOKENS_PER_MINUTE_FIELD_NUMBER: _ClassVar[int]
     MAX_CONCURRENT_FIELD_NUMBER: _ClassVar[int]
     ADAPTER_PATTERNS_FIELD_NUMBER: _ClassVar[int]
+    MAX_PRIORITY_FIELD_NUMBER: _ClassVar[int]
     name: str
     requests_per_minute: int
     tokens_per_minute: int
     max_concurrent: int
     adapter_patterns: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, name: _Optional[str] = ..., requests_per_minute: _Optional[int] = ..., tokens_per_minute: _Optional[int] = ..., max_concurrent: _Optional[int] = ..., adapter_patterns: _Optional[_Iterable[str]] = ...) -> None: ...
+    max_priority: int
+    def __init__(self, name: _Optional[str] = ..., requests_per_minute: _Optional[int] = ..., tokens_per_minute: _Optional[int] = ..., max_concurrent: _Optional[int] = ..., adapter_patterns: _Optional[_Iterable[str]] = ..., max_priority: _Optional[int] = ...) -> None: ...
 
 class Key(_message.Message):
     __slots__ = ("key_id", "tenant", "label", "create_time")
@@ -42,18 +44,20 @@ class AdapterPatterns(_message.Message):
     def __init__(self, patterns: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class SetTenantRequest(_message.Message):
-    __slots__ = ("name", "requests_per_minute", "tokens_per_minute", "max_concurrent", "adapters")
+    __slots__ = ("name", "requests_per_minute", "tokens_per_minute", "max_concurrent", "adapters", "max_priority")
     NAME_FIELD_NUMBER: _ClassVar[int]
     REQUESTS_PER_MINUTE_FIELD_NUMBER: _ClassVar[int]
     TOKENS_PER_MINUTE_FIELD_NUMBER: _ClassVar[int]
     MAX_CONCURRENT_FIELD_NUMBER: _ClassVar[int]
     ADAPTERS_FIELD_NUMBER: _ClassVar[int]
+    MAX_PRIORITY_FIELD_NUMBER: _ClassVar[int]
     name: str
     requests_per_minute: int
     tokens_per_minute: int
     max_concurrent: int
     adapters: AdapterPatterns
-    def __init__(self, name: _Optional[str] = ..., requests_per_minute: _Optional[int] = ..., tokens_per_minute: _Optional[int] = ..., max_concurrent: _Optional[int] = ..., adapters: _Optional[_Union[AdapterPatterns, _Mapping]] = ...) -> None: ...
+    max_priority: int
+    def __init__(self, name: _Optional[str] = ..., requests_per_minute: _Optional[int] = ..., tokens_per_minute: _Optional[int] = ..., max_concurrent: _Optional[int] = ..., adapters: _Optional[_Union[AdapterPatterns, _Mapping]] = ..., max_priority: _Optional[int] = ...) -> None: ...
 
 class SetTenantResponse(_message.Message):
     __slots__ = ("tenant",)

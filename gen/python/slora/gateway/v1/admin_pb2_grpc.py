@@ -79,7 +79,7 @@ class AdminServiceServicer:
 
     def SetTenant(self, request, context):
         """Makes a tenant, or changes of an existing one what is given. Idempotent.
-        Errors: INVALID_ARGUMENT (name, limit or pattern).
+        Errors: INVALID_ARGUMENT (name, limit, pattern or priority).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

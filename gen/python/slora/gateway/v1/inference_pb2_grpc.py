@@ -62,7 +62,7 @@ class InferenceServiceServicer:
         Errors (docs/errors.md lists the reasons): INVALID_ARGUMENT, NOT_FOUND (unknown model),
         FAILED_PRECONDITION, RESOURCE_EXHAUSTED (queues full, engines overloaded, request too large, or the tenant is over a
         limit: RetryInfo says when to come back), DATA_LOSS (the adapter's files are no longer those that were registered),
-        UNAUTHENTICATED, UNAVAILABLE, DEADLINE_EXCEEDED, CANCELLED.
+        UNAUTHENTICATED, PERMISSION_DENIED (a priority above the tenant's), UNAVAILABLE, DEADLINE_EXCEEDED, CANCELLED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
