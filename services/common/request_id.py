@@ -23,6 +23,12 @@ def bind_request_id(request_id: str) -> None:
     _current.set(request_id)
 
 
+def request_id_metadata(request_id: str) -> tuple[tuple[str, str], ...]:
+    """What a call carries to name the request that it is made for: nothing for an id that metadata cannot carry, since
+    that takes printable ASCII only and a call with anything else fails."""
+    return ((REQUEST_ID, request_id),) if request_id and request_id.isascii() and request_id.isprintable() else ()
+
+
 def request_id_in(metadata: Iterable[tuple[str, str | bytes]]) -> str:
     """The id that a call's metadata name, cut to what ids may be; empty without one."""
     for key, value in metadata:

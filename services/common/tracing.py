@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from typing import Protocol, TypeAlias
 
-from services.common.request_id import REQUEST_ID, current_request_id
+from services.common.request_id import current_request_id, request_id_metadata
 from services.common.settings import UnusableSettingsError
 
 Headers: TypeAlias = tuple[tuple[str, str], ...]
@@ -199,8 +199,7 @@ def trace_headers(metadata: Iterable[tuple[str, str | bytes]]) -> Headers:
 
 def call_metadata(span: Span) -> Headers:
     """What a call made under `span` carries: its trace, and the id of the request that it is made for."""
-    request_id = current_request_id()
-    return (*span.headers, (REQUEST_ID, request_id)) if request_id else span.headers
+    return (*span.headers, *request_id_metadata(current_request_id()))
 
 
 def traceparent_of(span: Span) -> str:

@@ -42,7 +42,9 @@ class EngineServicer(engine_pb2_grpc.EngineServiceServicer):
                     if delta.completion is not None:
                         break
         except Exception as error:
-            await abort(context, error)
+            # Without this, writing to a caller that has left would be reported as an error of ours.
+            if not context.done():
+                await abort(context, error)
 
     def _decode(self, request: engine_pb2.GenerateRequest) -> GenerationRequest:
         try:
@@ -68,4 +70,5 @@ class EngineServicer(engine_pb2_grpc.EngineServiceServicer):
                 while True:
                     await context.write(codec.encode_state(await watch.next()))
         except Exception as error:
-            await abort(context, error)
+            if not context.done():
+                await abort(context, error)

@@ -8,8 +8,12 @@ from __future__ import annotations
 
 import bisect
 import enum
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+
+_VERSION = re.compile(r"[1-9][0-9]{0,8}")
+"""As the store numbers them."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,7 @@ class CatalogueEvent:
 def split_adapter_id(model: str) -> tuple[str, int | None]:
     """`name@version` as name and version; a bare name, or anything else, as itself and None."""
     name, separator, version = model.rpartition("@")
-    if separator and name and version.isascii() and version.isdigit() and version[0] != "0":
+    if separator and name and _VERSION.fullmatch(version):
         return name, int(version)
     return model, None
 

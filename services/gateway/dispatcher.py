@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -73,6 +74,9 @@ class Dispatcher:
                     self._pool.failed(engine)
                 if not may_go_elsewhere(error):
                     raise
+                if error.reason is Reason.ADAPTER_STORE_UNAVAILABLE:
+                    # What one engine could not load, another could load no better.
+                    work = dataclasses.replace(work, wish=dataclasses.replace(work.wish, can_be_loaded=False))
                 last = error
         raise last or self._no_engine(work.wish.base_model)
 

@@ -144,9 +144,14 @@ class EnginePool:
         """The adapter store is away: lets requests that wait for their adapter go where it is, if it is anywhere."""
         for engine in self._engines.values():
             for generation, digest in list(engine.unanswered.items()):
-                if digest is not None and digest not in engine.state.resident and self.num_resident(digest):
+                if digest is not None and digest not in engine.state.resident and self._is_served(digest):
                     message = f"engine {engine.state.address} waits for an adapter, and the adapter store is away"
                     generation.abandon(SloraError(Reason.ADAPTER_STORE_UNAVAILABLE, message, digest=digest))
+
+    def _is_served(self, digest: str) -> bool:
+        """Whether an engine that holds this adapter takes new requests."""
+        holders = ((state, state.profile) for state in self.states if digest in state.resident)
+        return any(profile is not None and can_take(state, profile.base_model) for state, profile in holders)
 
     def is_expected(self, base_model: str, grace_seconds: float) -> bool:
         """Whether an engine for this base model was heard of in the last `grace_seconds` and did not say goodbye."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Sequence
 
-from services.common.request_id import REQUEST_ID
+from services.common.request_id import request_id_metadata
 from services.common.tls import PLAIN_TEXT, ChannelSecurity
 from services.common.tracing import TRACEPARENT, Headers
 from services.engine.adapters.fetch_client import StoreFetch
@@ -55,5 +55,5 @@ class StoreClient:
 
 
 def _metadata(origin: Origin) -> Headers:
-    told = ((REQUEST_ID, origin.request_id), (TRACEPARENT, origin.traceparent))
-    return tuple((key, value) for key, value in told if value)
+    traceparent = ((TRACEPARENT, origin.traceparent),) if origin.traceparent else ()
+    return (*request_id_metadata(origin.request_id), *traceparent)

@@ -93,6 +93,18 @@ async def test_a_name_that_no_adapter_can_have_is_an_unknown_model(fleet_of: Fle
     assert (await fleet.refusal(fleet.ask("a/b"))).reason is Reason.MODEL_NOT_FOUND
 
 
+async def test_the_store_is_asked_whatever_the_request_is_called(fleet_of: FleetFactory) -> None:
+    fleet = await fleet_of(1)
+    for request_id in ("\0", "two\nlines", "größe"):
+        error = await fleet.refusal(fleet.ask("nobody", request_id=request_id))
+        assert error.reason is Reason.MODEL_NOT_FOUND, request_id
+
+
+async def test_a_version_of_thousands_of_digits_is_an_unknown_model(fleet_of: FleetFactory) -> None:
+    fleet = await fleet_of(1)
+    assert (await fleet.refusal(fleet.ask("poet@" + "1" * 5000))).reason is Reason.MODEL_NOT_FOUND
+
+
 async def test_a_request_keeps_what_it_was_resolved_to(fleet_of: FleetFactory) -> None:
     deleted = asyncio.Event()
 

@@ -301,3 +301,42 @@ async def test_what_waits_for_a_load_goes_where_the_adapter_is_when_the_store_is
     await eventually("its load is known", lambda: fleet.in_state(1 - waiting).load.num_waiting == 9)
     assert await fleet.right("poet", "poet@2") == "poet@2", "nor is it sent where it would have to be loaded"
     calls[1].cancel()
+
+
+async def test_what_one_engine_could_not_load_is_not_sent_to_another_that_would_have_to(fleet_of: FleetFactory) -> None:
+    """A busy engine that holds the adapter answers sooner than an idle one that waits for the store."""
+    fleet = await fleet_of(3, script=hang)
+    held = fleet.store.adapters["poet@2"].digest
+    call = fleet.call("poet")
+    await eventually("it arrived", lambda: any(engine.received for engine in fleet.engines))
+    (first,) = (n for n in range(3) if fleet.engines[n].received)
+    holder, idle = (n for n in range(3) if n != first)
+    fleet.engines[holder].script = answer
+    fleet.engines[holder].set_load(num_running=64, num_waiting=9)
+    fleet.engines[holder].load_adapter(held)
+    await eventually("residency is known", lambda: held in fleet.in_state(holder).resident)
+    await fleet.store.stop()
+    tokens = [token async for message in call for token in message.token_ids]
+    assert tokens == expected_tokens(PROMPT, held, 4)
+    assert not fleet.engines[idle].received
+
+
+async def test_what_is_held_only_by_an_engine_that_drains_stays_where_it_waits(
+    fleet_of: FleetFactory, caplog: pytest.LogCaptureFixture
+) -> None:
+    fleet = await fleet_of(2, script=hang)
+    held = fleet.store.adapters["poet@2"].digest
+    call = fleet.call("poet")
+    await eventually("it arrived", lambda: any(engine.received for engine in fleet.engines))
+    (first,) = (n for n in (0, 1) if fleet.engines[n].received)
+    leaving = fleet.engines[1 - first]
+    leaving.load_adapter(held)
+    leaving.set_load(draining=True)
+    await eventually("it is known to drain", lambda: fleet.in_state(1 - first).load.draining)
+    assert held in fleet.in_state(1 - first).resident
+    await fleet.store.stop()
+    await eventually("the store is lost", lambda: "the adapter store's watch broke" in caplog.text)
+    await asyncio.sleep(0.2)
+    assert not call.done(), "the store may come back in time"
+    assert not fleet.engines[first].received[0].cancelled.is_set()
+    call.cancel()

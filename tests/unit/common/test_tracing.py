@@ -228,3 +228,12 @@ async def test_calls_carry_the_request_they_are_made_for(tracing: Tracing) -> No
     await asyncio.create_task(within())
     assert call_metadata(current_span()) == ()
     await tracing.close()
+
+
+@pytest.mark.parametrize("request_id", ["\0", "two\nlines", "\x7f", "größe", "🧵"])
+async def test_a_request_id_that_metadata_cannot_carry_is_left_out(request_id: str) -> None:
+    async def within() -> None:
+        bind_request_id(request_id)
+        assert call_metadata(NO_SPAN) == ()
+
+    await asyncio.create_task(within())

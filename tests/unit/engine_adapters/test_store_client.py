@@ -18,6 +18,7 @@ from services.engine.adapters.fetch_client import StoreFetch
 from services.engine.adapters.layout import AdapterLayout, ModulePlacement, TargetModule
 from services.engine.adapters.source import FetchCancelled
 from services.engine.adapters.store_client import StoreClient
+from services.engine.messages import Origin
 from tests.fakes.engine_fakes import digest_of
 from tests.fakes.fake_weight_store import CHUNK, DIGEST, SEED, UNAVAILABLE, FakeStore, iter_then_hang, served
 
@@ -67,6 +68,12 @@ def test_a_fetch_takes_one_call_and_gives_layout_and_bytes(store: FakeStore, cli
     assert (manifest.packed_bytes, manifest.packed_digest) == (len(store.weights), store.manifest.packed_digest)
     assert b"".join(fetch.chunks(soon())) == store.weights
     assert [(r.digest, r.offset) for r in store.requests] == [(DIGEST, 0)]
+
+
+@pytest.mark.parametrize("request_id", ["r-9", "", "\0", "two\nlines", "größe", "🧵"])
+def test_an_adapter_loads_whatever_the_request_is_called(store: FakeStore, client: StoreClient, request_id: str) -> None:
+    """Metadata carry printable ASCII only, and others may wait for the same load."""
+    assert fetch_all(client.open(DIGEST, Origin(request_id))) == store.weights, SEED
 
 
 @pytest.mark.parametrize("how", [None, UNAVAILABLE, SloraError(Reason.HOST_CACHE_FULL, "full")])

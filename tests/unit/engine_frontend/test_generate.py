@@ -6,7 +6,7 @@ import asyncio
 import logging
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import grpc
 import pytest
@@ -15,6 +15,7 @@ from slora.engine.v1 import engine_pb2, generation_pb2
 from services.common.errors import Reason, SloraError
 from services.common.grpc_errors import from_rpc_error
 from services.engine.messages import Abort, Adapter, Generate, RequestFailed, TokenEvent
+from services.engine.servicer import EngineServicer
 
 DIGEST = "sha256:" + "a" * 64
 STOP = generation_pb2.FINISH_REASON_STOP
@@ -337,6 +338,26 @@ async def test_cancels_under_load_leave_nothing_behind(engine: Any, caplog: pyte
     aborted = {(await engine.core.take(Abort)).request_id for _ in calls}
     producing.cancel()
     assert aborted == {one.request_id for one in sent}
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
+
+
+async def test_writing_to_a_caller_that_has_left_is_no_error_of_ours(
+    engine: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """gRPC fails a write before it cancels the handler, if the caller leaves just then."""
+
+    class Left:
+        async def write(self, response: object) -> None:
+            raise RuntimeError('Failed "execute_batch"')
+
+        def done(self) -> bool:
+            return True
+
+    serving = asyncio.create_task(EngineServicer(engine.frontend).Generate(request(), cast(Any, Left())))
+    sent = await engine.core.take(Generate)
+    engine.core.report(TokenEvent(sent.request_id, 300))
+    await asyncio.wait_for(serving, 5)
+    assert (await engine.core.take(Abort)).request_id == sent.request_id
     assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
 
 

@@ -64,6 +64,10 @@ def contents(catalogue: Catalogue) -> list[str]:
         ("name@²", ("name@²", None)),
         ("@3", ("@3", None)),
         ("a@b@3", ("a@b", 3)),
+        ("name@" + "1" * 9, ("name", 111_111_111)),
+        # No version has so many digits, and int() takes no more than some thousands.
+        ("name@" + "1" * 10, ("name@" + "1" * 10, None)),
+        ("name@" + "1" * 5000, ("name@" + "1" * 5000, None)),
         ("", ("", None)),
     ],
 )
