@@ -2,9 +2,9 @@
 
 Run: python -m deploy.draw_dashboard --prometheus http://127.0.0.1:9090 --minutes 10
 
-It is not Grafana's screen: it reads deploy/grafana/dashboard.json, asks Prometheus each panel's queries as Grafana would,
-and draws what comes back in the panel's place, with its unit and legend. A panel of a kind, or with a unit, that it
-does not know is refused rather than drawn wrongly.
+It is not Grafana's screen: it reads deploy/grafana/dashboard.json, asks Prometheus each panel's queries as Grafana
+would, and draws what comes back in the panel's place, with its unit and legend. A panel of a kind, or with a unit, that
+it does not know is refused rather than drawn wrongly.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ NUM_STEPS = 240
 TIMEOUT_SECONDS = 30.0
 _ROW_INCHES, _WIDTH_INCHES, _HEAD_ROWS = 0.3, 16.0, 2
 _LEGEND_CHARACTERS = 74
-_COLOURS = ("#4d9a6a", "#e8a33d", "#3b6db5", "#c4514f", "#7a4b94", "#3fa7b5", "#b5795a", "#8a8a8a", "#d977a8", "#93b83f")
+_COLOURS = ("#4d9a6a", "#e8a33d", "#3b6db5", "#c4514f", "#7a4b94", "#3fa7b5", "#b5795a", "#8a8a8a", "#d977a8")
 
 
 class DashboardError(Exception):
@@ -73,7 +73,7 @@ class Panel:
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """The time that is shown: from `start` (Unix seconds) to `end` in steps; `scrape_seconds` is Prometheus' interval."""
+    """The time that is shown, from `start` to `end` (Unix seconds); `scrape_seconds` is Prometheus' interval."""
 
     start: float
     end: float
@@ -257,16 +257,17 @@ def _draw_panel(part: SubFigure, panel: Panel, lines: Sequence[Series], span: Sp
 
 def _top(lines: Sequence[Series], is_stacked: bool) -> float:
     """Where the scale ends: a little above the highest value, 1 where all are 0."""
-    columns = zip(*(line.values for line in lines), strict=True)
     together = sum if is_stacked else max
-    return 1.1 * max((together([v for v in column if not math.isnan(v)] or [0.0]) for column in columns), default=0) or 1.0
+    columns = zip(*(line.values for line in lines), strict=True)
+    heights = (together([value for value in column if not math.isnan(value)] or [0.0]) for column in columns)
+    return 1.1 * max(heights, default=0.0) or 1.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0 drawn, 1 not."""
     parser = argparse.ArgumentParser(prog="python -m deploy.draw_dashboard", description="the dashboard as a picture")
     parser.add_argument("--prometheus", default="http://127.0.0.1:9090", help="its address (default %(default)s)")
-    parser.add_argument("--minutes", type=float, default=10.0, help="how much is shown, up to now (default %(default)g)")
+    parser.add_argument("--minutes", type=float, default=10.0, help="how much, up to now (default %(default)g)")
     parser.add_argument("--scrape-seconds", type=float, default=5.0, help="its scrape interval (default %(default)g)")
     parser.add_argument("--out", type=Path, default=PICTURE, help="where the picture goes (default %(default)s)")
     arguments = parser.parse_args(argv)

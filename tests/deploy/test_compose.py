@@ -63,6 +63,16 @@ def test_settings_exist_and_metrics_are_scraped(name: str) -> None:
     assert f"{name}:{address.rpartition(':')[2]}" in scrape["static_configs"][0]["targets"]
 
 
+def test_grafana_knows_where_prometheus_is_and_how_often_it_scrapes() -> None:
+    (source,) = yaml.safe_load((ROOT / "deploy/grafana/provisioning/datasources/prometheus.yml").read_text())[
+        "datasources"
+    ]
+    prometheus = yaml.safe_load((ROOT / "deploy" / "prometheus" / "prometheus.yml").read_text())
+    assert source["jsonData"]["timeInterval"] == prometheus["global"]["scrape_interval"]
+    host, port = source["url"].removeprefix("http://").split(":")
+    assert SERVICES[host]["ports"] == [f"127.0.0.1:{port}:{port}"]
+
+
 def test_services_know_each_other() -> None:
     store = "adapter-store:" + settings("adapter-store").listen.rpartition(":")[2]
     gateway = settings("gateway")
