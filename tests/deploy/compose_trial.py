@@ -24,6 +24,7 @@ import yaml
 ROOT = Path(__file__).resolve().parents[2]
 PROJECT = "slora-trial"
 READY_SECONDS = 1800.0
+ANSWER_SECONDS = 120.0
 HTTP = "http://127.0.0.1:8000"
 PIRATE = {"model": "pirate", "prompt": "Question: What is the sun?\nAnswer:", "temperature": 0, "max_tokens": 24}
 
@@ -71,6 +72,12 @@ def is_to_be_had(image: str) -> bool:
     return here or subprocess.run(["docker", "pull", image], capture_output=True, check=False).returncode == 0
 
 
+def exit_code(find_container: list[str]) -> int:
+    """How the container that a command names ended; waits until it has."""
+    found = subprocess.run(find_container, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    return int(subprocess.run(["docker", "wait", found], capture_output=True, text=True, check=True).stdout)
+
+
 @pytest.fixture(scope="module")
 def up(request: pytest.FixtureRequest) -> Iterator[Trial]:
     """All services; Prometheus and Grafana only where their published images can be had (their tests say so). Their
@@ -81,6 +88,9 @@ def up(request: pytest.FixtureRequest) -> Iterator[Trial]:
     is_up = False
     try:
         subprocess.run([*command, "up", "--build", "--detach", *sorted(set(services) - without)], cwd=ROOT, check=True)
+        assert exit_code([*command, "ps", "--quiet", "demo-adapters"]) == 0, (
+            "the demo's adapters were not all registered"
+        )
         is_up = True
         yield Trial(command, frozenset(without))
     finally:
@@ -92,7 +102,7 @@ def up(request: pytest.FixtureRequest) -> Iterator[Trial]:
 def read(url: str, body: object = None) -> bytes:
     request = urllib.request.Request(url, json.dumps(body).encode() if body else None)
     request.add_header("Content-Type", "application/json")
-    with urllib.request.urlopen(request, timeout=30) as answer:
+    with urllib.request.urlopen(request, timeout=ANSWER_SECONDS) as answer:
         return bytes(answer.read())
 
 
