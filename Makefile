@@ -50,7 +50,7 @@ test-gpu: setup ## Run the tests of the accelerator's kernels and runner, on an 
 	python -m pytest tests/kernels/gpu tests/unit/engine_execution/test_gpu_runner.py tests/gpu
 
 test-compose: setup ## Bring docker-compose.yml up on a Docker engine and ask it; takes long, says so where none runs
-	python -m pytest tests/deploy/compose_trial.py
+	python -m pytest -v -s tests/deploy/compose_trial.py
 
 release-check: setup ## Check that package, chart and images carry one version, and build them into dist/
 	python deploy/release_check.py

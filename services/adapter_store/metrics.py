@@ -27,6 +27,7 @@ class StoreMetrics:
         self.leases = self._counter(
             "leases", "Leases that ended: confirmed, expired (taken too long), abandoned; or refused", "outcome"
         )
+        self.leases.labels("confirmed")  # the rate needs a zero to rise from
         self.open_leases = self._gauge("open_leases", "Leases by which readers copy out of the arena now")
         self.registrations = self._counter(
             "registrations", "Registrations and uploads: created, exists or the error's reason", "outcome"

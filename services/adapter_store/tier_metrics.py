@@ -70,6 +70,17 @@ class TierMetrics:
         self.on_s3_retry = _by_label(self._s3_retries)
         self.on_disk_skip = _by_label(self._disk_skips)
         self.on_disk_drop = _by_label(self._disk_drops)
+        self._begin_at_zero()
+
+    def _begin_at_zero(self) -> None:
+        """A rate needs a zero to rise from. A disk cache, which few stores have, begins with its first adapter."""
+        for tier in (Tier.S3.value, Tier.ARENA.value):
+            for by_tier in (self._read_bytes, self._in_flight, self._seconds):
+                by_tier.labels(tier)
+            for result in ("hit", "miss"):
+                self._lookups.labels(tier, result)
+        self._waiting.labels(Tier.S3.value)
+        self._evictions.labels(Tier.ARENA.value)
 
     @contextlib.contextmanager
     def look_up(self, tier: Tier) -> Iterator[Lookup]:

@@ -12,6 +12,7 @@ from prometheus_client.registry import Collector
 from services.common.telemetry import BoundedLabels
 from services.gateway.engine_state import EngineState
 from services.gateway.interval_histogram import IntervalHistogram
+from services.gateway.router import Decision
 
 UNRESOLVED = "unresolved"
 """The model label of requests whose model was not found: what callers make up must not use up the labels."""
@@ -66,6 +67,8 @@ class GatewayMetrics:
             ["decision"],
             registry=registry,
         )
+        for decision in Decision:
+            self.routed.labels(decision.value)  # a rate needs a zero to rise from
         self._http_responses = Counter(
             f"{prefix}_http_responses",
             "HTTP requests by route and status; 499 where the client left before there was one.",

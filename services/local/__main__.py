@@ -7,13 +7,13 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from services.local.checkpoint import BadInput
 from services.local.child_process import StartFailed
 from services.local.narrator import Narrator
-from services.local.stack import PATIENT_THREADS
+from services.local.stack import PATIENT_THREADS, SLEEPING_THREADS
 from services.local.up import GATEWAY_PORT, HTTP_PORT, UpRequest, run_down, run_up
 
 STATE_DIR = Path(".slora")
@@ -88,7 +88,7 @@ def _seed(arguments: argparse.Namespace, narrator: Narrator) -> int:
     if arguments.own_checkpoint:
         narrator.line(f"{arguments.own_checkpoint} is served, not the demo's model")
         return 0
-    _prepare_libraries()
+    _prepare_libraries(SLEEPING_THREADS)
     from services.local.demo.seed import seed
 
     return seed(arguments.materials, arguments.store, narrator)
@@ -137,8 +137,8 @@ def _options(arguments: argparse.Namespace, service: str) -> dict[str, str]:
     return found
 
 
-def _prepare_libraries() -> None:
-    """Sets what torch and transformers read when they are imported."""
+def _prepare_libraries(threads: Mapping[str, str] = PATIENT_THREADS) -> None:
+    """Sets what torch and transformers read when they are imported; `threads` is how those of a product wait."""
     quiet = {
         # Nothing here needs anything from a model hub.
         "HF_HUB_OFFLINE": "1",
@@ -148,7 +148,7 @@ def _prepare_libraries() -> None:
         # Its own notes on connections that a restarted service has closed; what matters comes as a status.
         "GRPC_VERBOSITY": "ERROR",
     }
-    for key, value in {**quiet, **PATIENT_THREADS}.items():
+    for key, value in {**quiet, **threads}.items():
         os.environ.setdefault(key, value)
     warnings.filterwarnings("ignore", module=r"(transformers|peft|torch|huggingface_hub)\b")
 

@@ -43,6 +43,10 @@ PATIENT_THREADS = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "200000"}
 this host's cores, and threads that spin on take the time of those they wait for: eight times slower was measured on two
 busy cores. Sleeping at once costs a wake-up for each of a step's hundreds of products: 97 ms a step, not 72."""
 
+SLEEPING_THREADS = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}
+"""Threads that train where anything else may run, such as in a container, sleep at once: on two cores that others kept
+busy 15 steps of the demo's base model took 10 s, and 62 with threads that spin for that moment."""
+
 HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 """Weights, pool and activations of an engine lie in huge pages where the kernel lends them (transparent huge pages at
 `madvise`): a decode step reads all weights, and a prefill's fresh buffers fault once, not 512 times. 7.9 to 7.35 s for

@@ -24,6 +24,7 @@ import yaml
 ROOT = Path(__file__).resolve().parents[2]
 PROJECT = "slora-trial"
 READY_SECONDS = 1800.0
+ANSWER_SECONDS = 120.0
 HTTP = "http://127.0.0.1:8000"
 PIRATE = {"model": "pirate", "prompt": "Question: What is the sun?\nAnswer:", "temperature": 0, "max_tokens": 24}
 
@@ -71,24 +72,37 @@ def is_to_be_had(image: str) -> bool:
     return here or subprocess.run(["docker", "pull", image], capture_output=True, check=False).returncode == 0
 
 
+def exit_code(find_container: list[str]) -> int:
+    """How the container that a command names ended; waits until it has."""
+    found = subprocess.run(find_container, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    return int(subprocess.run(["docker", "wait", found], capture_output=True, text=True, check=True).stdout)
+
+
 @pytest.fixture(scope="module")
-def up() -> Iterator[Trial]:
-    """All services; Prometheus and Grafana only where their published images can be had (their tests say so)."""
+def up(request: pytest.FixtureRequest) -> Iterator[Trial]:
+    """All services; Prometheus and Grafana only where their published images can be had (their tests say so). Their
+    last words are shown if anything failed."""
     command = compose_command()
     services = described(command)
     without = {name for name in ("prometheus", "grafana") if not is_to_be_had(services[name]["image"])}
+    is_up = False
     try:
         subprocess.run([*command, "up", "--build", "--detach", *sorted(set(services) - without)], cwd=ROOT, check=True)
+        assert exit_code([*command, "ps", "--quiet", "demo-adapters"]) == 0, (
+            "the demo's adapters were not all registered"
+        )
+        is_up = True
         yield Trial(command, frozenset(without))
     finally:
-        subprocess.run([*command, "logs", "--tail", "50"], cwd=ROOT, check=False)
+        if not is_up or request.session.testsfailed:
+            subprocess.run([*command, "logs", "--no-color", "--tail", "50"], cwd=ROOT, check=False)
         subprocess.run([*command, "down", "--volumes"], cwd=ROOT, check=False)
 
 
 def read(url: str, body: object = None) -> bytes:
     request = urllib.request.Request(url, json.dumps(body).encode() if body else None)
     request.add_header("Content-Type", "application/json")
-    with urllib.request.urlopen(request, timeout=30) as answer:
+    with urllib.request.urlopen(request, timeout=ANSWER_SECONDS) as answer:
         return bytes(answer.read())
 
 
@@ -142,8 +156,8 @@ def test_the_dashboard_has_something_to_show(up: Trial) -> None:
     panels = json.loads((ROOT / "deploy" / "grafana" / "dashboard.json").read_text())["panels"]
     targets = [(panel["title"], target["expr"]) for panel in panels for target in panel.get("targets", [])]
     shown = {(title, text.replace("$__rate_interval", "5m").replace("$namespace", ".*")) for title, text in targets}
-    empty = {title for title, text in shown if not query(text)}
-    assert empty <= {"Sent to another engine", "Store's calls that failed"}
+    full = {title for title, text in shown if query(text)}
+    assert {title for title, _ in shown} - full <= {"Sent to another engine", "Calls that failed"}
 
 
 def test_images_without_torch_hold_none(up: Trial) -> None:

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,16 @@ def test_settings_exist_and_metrics_are_scraped(name: str) -> None:
     prometheus = yaml.safe_load((ROOT / "deploy" / "prometheus" / "prometheus.yml").read_text())
     (scrape,) = prometheus["scrape_configs"]
     assert f"{name}:{address.rpartition(':')[2]}" in scrape["static_configs"][0]["targets"]
+
+
+def test_grafana_knows_where_prometheus_is_and_how_often_it_scrapes() -> None:
+    (source,) = yaml.safe_load((ROOT / "deploy/grafana/provisioning/datasources/prometheus.yml").read_text())[
+        "datasources"
+    ]
+    prometheus = yaml.safe_load((ROOT / "deploy" / "prometheus" / "prometheus.yml").read_text())
+    assert source["jsonData"]["timeInterval"] == prometheus["global"]["scrape_interval"]
+    host, port = source["url"].removeprefix("http://").split(":")
+    assert SERVICES[host]["ports"] == [f"127.0.0.1:{port}:{port}"]
 
 
 def test_services_know_each_other() -> None:
@@ -146,14 +157,37 @@ def test_images_hold_what_they_need_and_run_as_nobody_special() -> None:
         last_user = re.findall(r"^USER (\S+)", stages()["base"] + stages()[target], re.MULTILINE)[-1]
         assert last_user == "10001:10001"
     for target in ("gateway", "adapter-store", "engine"):
-        (installed,) = re.findall(r"\[([\w-]+)\]\"", stages()[f"{target}-installed"])
+        (installed,) = re.findall(r"\[([\w-]+)\]\"", stages()[f"{target}-needs"])
         assert installed == target
-        assert f"COPY --from={target}-installed /venv /venv" in stages()[target]
+        assert f"COPY --from={target}-needs /venv /venv\nCOPY --from=code /app /app\n" in stages()[target]
         has_torch = any(requirement.startswith("torch") for requirement in extras[target])
         assert has_torch == (target == "engine")
 
 
-def test_the_wheel_is_built_from_all_that_belongs_to_it() -> None:
+def ancestors(stage: str) -> Iterator[str]:
+    """The stage and those that it is built on."""
+    while stage in stages():
+        yield stage
+        stage = stages()[stage].split()[0]
+
+
+@pytest.mark.parametrize("target", ["gateway", "adapter-store", "engine", "demo"])
+def test_a_change_of_code_installs_no_requirement_anew(target: str) -> None:
+    before = "".join(stages()[stage] for stage in ancestors(f"{target}-needs"))
+    assert re.findall(r"^COPY (.*)$", before, re.MULTILINE) == ["pyproject.toml ./"]
+    (install,) = re.findall(r"\bpip install .*", stages()["code"])
+    assert "--no-deps" in install.split()
+
+
+def test_a_stage_comes_after_all_that_it_needs() -> None:
+    seen: set[str] = set()
+    for name, text in stages().items():
+        needed = {text.split()[0], *re.findall(r"--from=(\S+)", text)} & stages().keys()
+        assert needed <= seen, name
+        seen.add(name)
+
+
+def test_the_code_is_built_from_all_that_belongs_to_it() -> None:
     packages = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"][
         "packages"
     ]

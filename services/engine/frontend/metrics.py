@@ -5,7 +5,7 @@ from __future__ import annotations
 import bisect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
-from prometheus_client import CollectorRegistry, Counter
+from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.registry import Collector
 
@@ -173,16 +173,21 @@ class EngineMetrics:
         self.request_seconds = self._histogram(
             "request_seconds", "From a request's arrival to its end.", REQUEST_BUCKETS
         )
-        self._adapter_load = self._histogram(
-            "adapter_load_seconds", "Time until an adapter was resident.", LOAD_BUCKETS
+        # Not by adapter: most are loaded once, and a rate needs a zero to rise from.
+        self._adapter_load = Histogram(
+            "slora_engine_adapter_load_seconds",
+            "Time until an adapter was resident.",
+            buckets=LOAD_BUCKETS,
+            registry=self.registry,
         )
-
         self._loaded_bytes = Counter(
             "slora_engine_adapter_loaded_bytes",
             "Bytes of adapters that became resident: lent by a store on this host, or streamed.",
             ("path",),
             registry=self.registry,
         )
+        for path in ("lent", "streamed"):
+            self._loaded_bytes.labels(path)
         self._replica_label = BoundedLabels(MAX_REPLICA_LABELS)
         self._loads = Counter(
             "slora_engine_adapter_loads",
@@ -219,7 +224,8 @@ class EngineMetrics:
 
     def adapter_loaded(self, event: AdapterLoaded) -> None:
         """An adapter became resident."""
-        self._adapter_load.observe(self.claim_label(event.adapter), event.load_seconds)
+        self.claim_label(event.adapter)
+        self._adapter_load.observe(event.load_seconds)
         self._loaded_bytes.labels("lent" if event.lent else "streamed").inc(event.packed_bytes)
         self._loads.labels(self._replica_label(event.replica)).inc()
         self._failovers.inc(event.num_failovers)

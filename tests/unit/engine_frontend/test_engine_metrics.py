@@ -129,8 +129,8 @@ async def test_what_the_core_counts(engine: Any, sample: Callable[[str], float])
         "prefix_cache_queries_tokens_total": 20,
         "resident_adapters": 1,
         "core_up": 1,
-        'adapter_load_seconds_count{adapter="poet@1"}': 1,
-        'adapter_load_seconds_sum{adapter="poet@1"}': 0.25,
+        "adapter_load_seconds_count": 1,
+        "adapter_load_seconds_sum": 0.25,
         'adapter_loads_total{replica="store-1"}': 1,
         "store_failovers_total": 2,
     }
