@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import cast
 
+from benchmarks.step_model import RANKS, StepModel, StepWork, adapter_bytes, adapter_pages, measured_model
 from benchmarks.trace import TraceRequest
 from services.engine.adapters.device import AdapterDevice
 from services.engine.adapters.load_job import Grant, LoadEnded, LoadEvent, LoadInstalled, LoadJob, LoadSized
@@ -24,50 +25,19 @@ MAX_MODEL_LEN = 2048
 
 
 @dataclass(frozen=True)
-class StepModel:
-    """Seconds of a step, linear in what it does. Llama-7B, bfloat16, one H200.
-
-    Fixed, by token and by context: decode takes 4.30, 5.68 and 9.86 ms for 1, 32 and 128 sequences of 256 to 384
-    tokens, of which attention is 5.1 ms for 128 of 320. Prefill: 0.686 s for 32768 tokens. Adapters: 128 of rank 8
-    (16 MiB each) add 0.87 ms to the batch of 128. A load: 5.14 ms.
-    """
-
-    fixed: float = 4.25e-3
-    decode_token: float = 3.5e-6
-    context_token: float = 0.125e-6
-    prefill_token: float = 20.9e-6
-    adapter_byte: float = 0.87e-3 / (128 * 2**24)
-    adapter_bytes: int = 2**24
-    load: float = 5.14e-3
-
-    def seconds(self, plan: StepPlan) -> float:
-        """Of one step."""
-        prefill = sum(len(chunk.token_ids) for chunk in plan.chunks if len(chunk.token_ids) > 1)
-        decodes = [chunk.start + 1 for chunk in plan.chunks if len(chunk.token_ids) == 1]
-        adapters = {chunk.adapter_slot for chunk in plan.chunks} - {BASE_SLOT}
-        return self.step_seconds(len(decodes), sum(decodes), prefill, len(adapters))
-
-    def step_seconds(self, num_decodes: int, num_context: int, num_prefill: int, num_adapters: int) -> float:
-        """Of a step of so many decodes over so many tokens of context, tokens of prompts, and different adapters."""
-        return (
-            self.fixed
-            + self.decode_token * num_decodes
-            + self.context_token * num_context
-            + self.prefill_token * num_prefill
-            + self.adapter_byte * self.adapter_bytes * num_adapters
-        )
-
-
-@dataclass(frozen=True)
 class EngineShape:
-    """An engine's limits; by default those of Llama-7B on one H200, with 2 pages an adapter of rank 8."""
+    """An engine's limits, by default those of Llama-7B on one H200, and the ranks that its adapters have in turn."""
 
     num_pages: int = 14000
     max_running: int = 256
     max_step_tokens: int = 8192
     admission_batch: int = 8
     max_adapters: int = 1024
-    adapter_pages: int = 2
+    ranks: tuple[int, ...] = RANKS["S1"]
+
+    def rank_of(self, adapter: int) -> int:
+        """Of the adapter of this number."""
+        return self.ranks[adapter % len(self.ranks)]
 
 
 @dataclass(frozen=True)
@@ -111,13 +81,15 @@ class _NoFetch:
 class _Loader:
     """Loads one adapter after another, each in the model's time."""
 
-    def __init__(self, clock: Callable[[], float], seconds: float, num_pages: int) -> None:
+    def __init__(self, clock: Callable[[], float], model: StepModel, shape: EngineShape) -> None:
         self._clock = clock
-        self._seconds = seconds
-        self._num_pages = num_pages
+        self._model = model
+        self._shape = shape
         self._events: list[LoadEvent] = []
         self._loading: collections.deque[tuple[float, LoadJob]] = collections.deque()
         self._free_at = 0.0
+        self.bytes_of_slot = {BASE_SLOT: 0}
+        """Of the adapter that has each slot."""
 
     @property
     def next_at(self) -> float | None:
@@ -131,11 +103,13 @@ class _Loader:
 
     def start(self, adapter: Adapter, origin: Origin) -> LoadJob:
         job = LoadJob(adapter, cast(AdapterFetch, _NoFetch()), 60.0)
-        self._events.append(LoadSized(job, self._num_pages))
+        self._events.append(LoadSized(job, adapter_pages(self._rank_of(job))))
         return job
 
     def grant(self, job: LoadJob, grant: Grant) -> None:
-        self._free_at = max(self._free_at, self._clock()) + self._seconds
+        num_bytes = adapter_bytes(self._rank_of(job))
+        self.bytes_of_slot[grant.slot] = num_bytes
+        self._free_at = max(self._free_at, self._clock()) + self._model.load_seconds(num_bytes)
         self._loading.append((self._free_at, job))
 
     def cancel(self, job: LoadJob) -> None:
@@ -145,9 +119,14 @@ class _Loader:
 
     def poll(self) -> list[LoadEvent]:
         while self._loading and self._loading[0][0] <= self._clock():
-            self._events.append(LoadInstalled(self._loading.popleft()[1], self._seconds, 0, False))
+            job = self._loading.popleft()[1]
+            seconds = self._model.load_seconds(adapter_bytes(self._rank_of(job)))
+            self._events.append(LoadInstalled(job, seconds, 0, False))
         events, self._events = self._events, []
         return events
+
+    def _rank_of(self, job: LoadJob) -> int:
+        return self._shape.rank_of(_adapter_number(job.adapter))
 
 
 class VirtualEngine:
@@ -155,10 +134,10 @@ class VirtualEngine:
 
     def __init__(self, policy: PolicyConfig, shape: EngineShape | None = None, model: StepModel | None = None) -> None:
         self.now = 0.0
-        self._model = model or StepModel()
+        self._model = model or measured_model()
         shape = shape or EngineShape()
         allocator = PageAllocator(shape.num_pages)
-        self._loader = _Loader(lambda: self.now, self._model.load, shape.adapter_pages)
+        self._loader = _Loader(lambda: self.now, self._model, shape)
         self.num_loads = 0
         """Adapters that became resident."""
         residency = Residency(allocator, cast(AdapterDevice, _Device()), self._loader, shape.max_adapters)
@@ -196,7 +175,7 @@ class VirtualEngine:
         return outcomes
 
     def _step(self, plan: StepPlan, outcomes: Sequence[Outcome]) -> None:
-        self.now += self._model.seconds(plan)
+        self.now += self._model.step_seconds(self._work_of(plan))
         for event in self.scheduler.commit(plan, [SampledToken(c.sequence_id, 1) for c in plan.chunks if c.sample]):
             outcome = outcomes[event.request_id]
             if outcome.first_token_at is None:
@@ -204,13 +183,36 @@ class VirtualEngine:
             if event.finish is not None:
                 outcome.ended_at = self.now
 
+    def _work_of(self, plan: StepPlan) -> StepWork:
+        bytes_of_slot = self._loader.bytes_of_slot
+        num_decodes = num_context = num_prompt_tokens = lora_bytes = num_lora_prompt_tokens = 0
+        for chunk in plan.chunks:
+            num_tokens = len(chunk.token_ids)
+            if num_tokens == 1:
+                num_decodes += 1
+                num_context += chunk.start + 1
+                lora_bytes += bytes_of_slot[chunk.adapter_slot]
+            else:
+                num_prompt_tokens += num_tokens
+                num_lora_prompt_tokens += num_tokens if chunk.adapter_slot != BASE_SLOT else 0
+        is_loading = self._loader.next_at is not None
+        return StepWork(num_decodes, num_context, num_prompt_tokens, lora_bytes, num_lora_prompt_tokens, is_loading)
+
+
+def _adapter_name(number: int) -> str:
+    return f"adapter-{number}@1"
+
+
+def _adapter_number(adapter: Adapter) -> int:
+    return int(adapter.adapter_id.removeprefix("adapter-").removesuffix("@1"))
+
 
 def _generate(request_id: int, arrival: Arrival) -> Generate:
     request = arrival.request
     adapter = None
     if request.adapter is not None:
         digest = "sha256:" + hashlib.sha256(str(request.adapter).encode()).hexdigest()
-        adapter = Adapter(f"adapter-{request.adapter}@1", digest)
+        adapter = Adapter(_adapter_name(request.adapter), digest)
     return Generate(
         request_id,
         list(request.prompt_ids),
