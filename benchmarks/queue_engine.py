@@ -2,9 +2,9 @@
 
 Continuous batching with chunked prefill, a pool that KV and adapters share, loads one after the other in the background
 and the least recently used idle adapter evicted, in the order and with the limits of the real scheduler; steps and
-loads take the time of the same `StepModel`. Simpler than the real one in two things: all adapters are of one rank, and a
-sequence is admitted when there are pages for all that it will ever hold, so none is ever preempted. A test holds it to
-the real scheduler.
+loads take the time of the same `StepModel`. Simpler than the real one in two things: all adapters are of one rank, and
+a sequence is admitted when there are pages for all that it will ever hold, so none is ever preempted. A test holds it
+to the real scheduler.
 """
 
 from __future__ import annotations

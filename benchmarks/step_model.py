@@ -124,7 +124,7 @@ def fit(rows: Rows, setting: str, way: str) -> StepModel:
     if setting not in RANKS:
         raise ValueError(f"a setting is one of {', '.join(RANKS)}, not {setting!r}")
     rows = list(rows)
-    steps = base_steps(rows)
+    steps = [step for step in base_steps(rows) if step[0] > 1]
     weights, decode, context_token = _least_squares(
         [(1, n, context) for n, context, _ in steps], [s for *_, s in steps]
     )
@@ -147,7 +147,7 @@ def fit(rows: Rows, setting: str, way: str) -> StepModel:
 def base_steps(rows: Rows) -> list[tuple[int, float, float]]:
     """Decode steps without adapters that were measured: sequences, tokens of context of all together, seconds."""
     rows = list(rows)
-    decode = [row for row in _find(rows, "decode", "base", "tpot_ms") if row["batch"] > 1]
+    decode = _find(rows, "decode", "base", "tpot_ms")
     churn = [row for setting in ("S1", "S2") for row in _find(rows, "churn", setting, "quiet_p50_ms")]
     return [(row["batch"], row["batch"] * DECODE_CONTEXT, row["value"] / 1e3) for row in decode] + [
         (CHURN_BATCH, CHURN_BATCH * CHURN_CONTEXT, row["value"] / 1e3) for row in churn

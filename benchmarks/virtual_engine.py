@@ -150,7 +150,7 @@ class VirtualEngine:
             eos_token_ids=frozenset(),
             admission_batch=shape.admission_batch,
         )
-        self.policy = make_policy(policy, shape.max_running, lambda: self.now)
+        self.policy = make_policy(policy, shape.max_running, lambda: self.now, shape.admission_batch)
         self.scheduler = Scheduler(config, allocator, residency, self.policy)
 
     def serve(self, arrivals: Sequence[Arrival], until: float = float("inf")) -> list[Outcome]:
