@@ -38,6 +38,9 @@ AXES = {
     "alpha": ("alpha", "exponent of the adapters' popularity (1: all alike)"),
 }
 
+TTFT_TICKS = (0.05, 0.1, 0.3, 1, 6, 30)
+GRAY = "#bbbbbb"
+
 Rows = Sequence[Mapping[str, Any]]
 
 
@@ -67,13 +70,14 @@ def _draw_model(rows: Rows) -> Figure:
         counts, measured, predicted = zip(*mine, strict=True)
         axes.plot(counts, measured, color=color, marker="o", markersize=5)
         axes.plot(counts, predicted, color=color, marker="o", markersize=5, linestyle="--", markerfacecolor="white")
-    axes.set(xscale="log", ylim=(0, None), xlabel="different adapters", ylabel="requests/s")
+    axes.set(xscale="log", ylim=(0, 1.1 * base["measured"]), xlabel="different adapters", ylabel="requests/s")
     _name_counts(axes, sorted({row["adapters"] for row in mixes} - {0}))
     lines = [Line2D([], [], color=color, label=SETTINGS[name]) for name, color in COLORS.items()]
     lines.insert(0, Line2D([], [], color="#555555", label=SETTINGS["base"]))
     lines.append(Line2D([], [], color="black", linestyle="-", label="measured"))
     lines.append(Line2D([], [], color="black", linestyle="--", label="model"))
     axes.legend(handles=lines, loc="lower left", ncols=2, frameon=False, fontsize=9)
+    axes.spines[["top", "right"]].set_visible(False)
     axes.set_title("768 requests at once: measured on an H200, and by the model, which saw none of it", fontsize=10)
     return figure
 
@@ -86,7 +90,8 @@ def _draw_rate(rows: Rows) -> Figure:
         _draw_lines(axes, found, metric, "requests_per_s")
         axes.set_ylabel(label)
     highest = max(row["requests_per_s"] for row in found)
-    panels[0].plot([0, highest], [0, highest], color="#bbbbbb", linewidth=1, zorder=0)
+    panels[0].plot([0, highest], [0, highest], color=GRAY, linewidth=1, zorder=0)
+    panels[0].annotate("all that come", (14, 14), xytext=(4, -10), textcoords="offset points", color="gray", fontsize=8)
     panels[0].set(ylim=(0, 1.25 * max(row["served_per_s"] for row in found)), xlim=(0, None))
     for axes in panels[2:]:
         axes.set_xlabel(AXES["rate"][1])
@@ -131,12 +136,16 @@ def _draw_lines(axes: Axes, rows: Rows, metric: str, field: str) -> None:
     if metric in ("attainment", "satisfaction"):
         axes.set_ylim(-0.03, 1.05)
     elif metric == "ttft_mean_s":
-        axes.set_yscale("log")
-        axes.axhline(6.0, color="#bbbbbb", linewidth=1, zorder=0)
+        axes.set(yscale="log", ylim=(0.03, 80))
+        axes.set_yticks(TTFT_TICKS, [f"{tick:g}" for tick in TTFT_TICKS])
+        axes.minorticks_off()
+        axes.axhline(6.0, color=GRAY, linewidth=1, zorder=0)
 
 
 def _finish(figure: Figure, panels: Sequence[Axes]) -> None:
     """One legend for all panels, of what is drawn in them."""
+    for axes in panels:
+        axes.spines[["top", "right"]].set_visible(False)
     drawn = {line.get_color() for axes in panels for line in axes.get_lines()}
     lines = [Line2D([], [], color=color, label=SETTINGS[name]) for name, color in COLORS.items() if color in drawn]
     lines += [Line2D([], [], color="black", linestyle=style, label=label) for style, label in STYLES.values()]
