@@ -2,8 +2,9 @@
 
 Continuous batching with chunked prefill, a pool that KV and adapters share, loads one after the other in the background
 and the least recently used idle adapter evicted, in the order and with the limits of the real scheduler; steps and
-loads take the time of the same `StepModel`. Simpler than the real one in one thing: a sequence is admitted when there
-are pages for all that it will ever hold, so none is ever preempted. A test holds it to the real scheduler.
+loads take the time of the same `StepModel`. Simpler than the real one in two things: all adapters are of one rank, and
+a sequence is admitted when there are pages for all that it will ever hold, so none is ever preempted. A test holds it
+to the real scheduler.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from benchmarks.routing_trace import SizedRequest
-from benchmarks.virtual_engine import EngineShape, StepModel
+from benchmarks.step_model import StepModel, StepWork, adapter_bytes, adapter_pages
+from benchmarks.virtual_engine import EngineShape
 
 LOOK_AHEAD = 32
 """Adapters are loaded for so many of the first waiting requests, as the scheduler does."""
@@ -65,8 +67,10 @@ class QueueEngine:
     """One engine; `add` and `wake` are called in the order of time."""
 
     def __init__(self, shape: EngineShape, model: StepModel) -> None:
+        (rank,) = shape.ranks
         self.shape = shape
         self._model = model
+        self._adapter_bytes, self._adapter_pages = adapter_bytes(rank), adapter_pages(rank)
         self._waiting: deque[Job] = deque()
         self._step: _Step | None = None
         self._prefilling: list[Job] = []
@@ -105,7 +109,7 @@ class QueueEngine:
     @property
     def num_evictable_pages(self) -> int:
         """Pages of adapters that no running request uses."""
-        return len(self._idle) * self.shape.adapter_pages
+        return len(self._idle) * self._adapter_pages
 
     @property
     def loading(self) -> tuple[str, ...]:
@@ -159,7 +163,9 @@ class QueueEngine:
             num_prefilled += chunk
             if job.num_left_of_prompt == 0:
                 step.prefilled.append(job)
-        step.ends_at = now + self._model.step_seconds(num_decoding, context, num_prefilled, len(self._pins))
+        lora_bytes = num_decoding * self._adapter_bytes
+        work = StepWork(num_decoding, context, num_prefilled, lora_bytes, num_prefilled, bool(self._loading))
+        step.ends_at = now + self._model.step_seconds(work)
         self._step = step
 
     def _admit(self, now: float, budget: int) -> None:
@@ -204,10 +210,10 @@ class QueueEngine:
         held = len(self._pins) + len(self._idle) + len(self._loading)
         if held >= self.shape.max_adapters and not self._evict(needed):
             return False
-        if not self._free_pages(self.shape.adapter_pages, needed):
+        if not self._free_pages(self._adapter_pages, needed):
             return False
-        self._num_free -= self.shape.adapter_pages
-        self._loader_free_at = max(self._loader_free_at, now) + self._model.load
+        self._num_free -= self._adapter_pages
+        self._loader_free_at = max(self._loader_free_at, now) + self._model.load_seconds(self._adapter_bytes)
         self._loading.append((self._loader_free_at, digest))
         self.num_loads += 1
         return True
@@ -225,7 +231,7 @@ class QueueEngine:
         if digest is None:
             return False
         del self._idle[digest]
-        self._num_free += self.shape.adapter_pages
+        self._num_free += self._adapter_pages
         self.changes.append(AdapterChange(digest, False))
         return True
 

@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 
 from benchmarks.queue_engine import Job, QueueEngine
 from benchmarks.routing_trace import SizedRequest
-from benchmarks.virtual_engine import EngineShape, StepModel
+from benchmarks.step_model import StepModel, measured_model
+from benchmarks.virtual_engine import EngineShape
 from services.gateway.engine_state import EngineLoad, EngineProfile, EngineState, StateUpdate
 from services.gateway.router import Router, Wish
 
@@ -28,7 +29,7 @@ class FleetShape:
     num_engines: int = 16
     num_gateways: int = 1
     engine: EngineShape = field(default_factory=EngineShape)
-    model: StepModel = field(default_factory=StepModel)
+    model: StepModel = field(default_factory=measured_model)
     report_seconds: float = 0.1
     delay_seconds: float = 0.01
 

@@ -3,8 +3,9 @@
     python -m benchmarks.simulate_policies [--duration 60] [--adapters 200]
 
 Runs the paper's traces (`benchmarks.trace`) through `benchmarks.virtual_engine`, Llama-7B on one H200, and prints
-throughput, first-token latency and SLO attainment; only requests that come in the middle of a run count, so that
-neither the empty engine at its beginning nor the end of arrivals flatters a policy.
+throughput, first-token latency and SLO attainment of each policy (ADR 17); `benchmarks.simulate_paper` has the paper's
+figures. Only requests that come in the middle of a run count, so that neither the empty engine at its beginning nor
+the end of arrivals flatters a policy.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ from __future__ import annotations
 import argparse
 import heapq
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
+from benchmarks.step_model import RANKS, StepModel, measured_model
 from benchmarks.trace import TraceShape, draw_mix, draw_trace
 from benchmarks.virtual_engine import Arrival, EngineShape, Outcome, VirtualEngine
 from services.engine.config import PolicyConfig
@@ -24,11 +26,16 @@ VOCAB_SIZE = 32000
 
 @dataclass(frozen=True)
 class Summary:
-    """Of requests that came in the middle of a run. Rates are requests a second, times seconds."""
+    """Of requests that came in the middle of a run. Rates are requests a second, times seconds.
+
+    `attainment` is the share of all of them with a first token in time, `satisfaction` their mean `satisfaction_of`.
+    """
 
     num_requests: int
     throughput: float
     attainment: float
+    satisfaction: float
+    mean_ttft: float
     median_ttft: float
     p99_ttft: float
     num_dropped: int
@@ -38,6 +45,11 @@ class Summary:
             f"{self.throughput:6.1f} served/s  attainment {self.attainment:5.3f}  "
             f"TTFT p50 {self.median_ttft:7.3f} p99 {self.p99_ttft:7.3f} s  dropped {self.num_dropped}"
         )
+
+
+def satisfaction_of(ttft: float, slo: float = SLO_SECONDS) -> float:
+    """How content a user is with a first token after `ttft` seconds: 1 at once, 0 from the objective on, or without."""
+    return max(0.0, 1 - (ttft / slo) ** 2)
 
 
 def summarize(
@@ -55,6 +67,8 @@ def summarize(
         len(counted),
         ended / (end - begin),
         sum(outcome.ttft <= slo for outcome in counted) / max(1, len(counted)),
+        sum(satisfaction_of(outcome.ttft, slo) for outcome in counted) / max(1, len(counted)),
+        sum(ttfts) / len(ttfts) if ttfts else float("nan"),
         quantile(ttfts, 0.5),
         quantile(ttfts, 0.99),
         sum(outcome.dropped_at is not None for outcome in counted),
@@ -66,10 +80,27 @@ def quantile(ordered: Sequence[float], share: float) -> float:
     return ordered[min(len(ordered) - 1, int(share * len(ordered)))] if ordered else float("nan")
 
 
-def sustainable_rate(engine: EngineShape, num_adapters: int, seconds: float) -> float:
+@dataclass(frozen=True)
+class Setup:
+    """An engine, and the times of its steps; by default those of adapters of rank 8."""
+
+    engine: EngineShape = field(default_factory=EngineShape)
+    model: StepModel = field(default_factory=measured_model)
+
+    @classmethod
+    def of(cls, setting: str) -> Setup:
+        """The engine as it was measured, with adapters of a setting."""
+        return cls(EngineShape(ranks=RANKS[setting]), measured_model(setting))
+
+    def start(self, policy: PolicyConfig) -> VirtualEngine:
+        """An engine with nothing in it."""
+        return VirtualEngine(policy, self.engine, self.model)
+
+
+def sustainable_rate(setup: Setup, num_adapters: int, seconds: float) -> float:
     """Requests a second that end while there is always more to do: a run of so many seconds, its first third aside."""
     requests = draw_mix(round(100 * seconds), num_adapters, VOCAB_SIZE)
-    outcomes = VirtualEngine(PolicyConfig(), engine).serve([Arrival(request) for request in requests], seconds)
+    outcomes = setup.start(PolicyConfig()).serve([Arrival(request) for request in requests], seconds)
     begin = seconds / 3
     return sum(one.ended_at is not None and one.ended_at >= begin for one in outcomes) / (seconds - begin)
 
@@ -84,24 +115,24 @@ def merged(*traces: Sequence[Arrival]) -> list[Arrival]:
     return list(heapq.merge(*traces, key=lambda arrival: arrival.request.arrival_seconds))
 
 
-def overload(
-    engine: EngineShape, rate: float, seconds: float, adapters: int, policy: PolicyConfig, seed: int = 1
-) -> Summary:
-    """One tenant's trace of `rate` requests a second."""
-    arrivals = trace_of(TraceShape(rate, seconds, adapters), "", seed)
-    outcomes = VirtualEngine(policy, engine).serve(arrivals, seconds)
-    return summarize(outcomes, seconds / 3, seconds - SLO_SECONDS)
+def serve(setup: Setup, shape: TraceShape, policy: PolicyConfig, seed: int = 1) -> Summary:
+    """One tenant's trace, to its last token."""
+    outcomes = setup.start(policy).serve(trace_of(shape, "", seed))
+    return summarize(outcomes, *middle_of(shape.duration_seconds))
 
 
-def neighbours(
-    engine: EngineShape, share: float, factor: float, seconds: float, adapters: int, policy: PolicyConfig
-) -> Summary:
-    """What nine tenants that send `share` requests a second each see beside one that sends `factor` times as many."""
-    nine = [trace_of(TraceShape(share, seconds, adapters), f"tenant-{n}", n) for n in range(9)]
-    loud = trace_of(TraceShape(share * factor, seconds, adapters), "loud", 100)
-    outcomes = VirtualEngine(policy, engine).serve(merged(*nine, loud), seconds)
+def neighbours(setup: Setup, shape: TraceShape, factor: float, policy: PolicyConfig, seed: int = 0) -> Summary:
+    """What nine tenants that each send traces of `shape` see beside one that sends `factor` times as much."""
+    nine = [trace_of(shape, f"tenant-{n}", 1000 * seed + n) for n in range(9)]
+    loud = trace_of(replace(shape, rate=shape.rate * factor), "loud", 1000 * seed + 100)
+    outcomes = setup.start(policy).serve(merged(*nine, loud), shape.duration_seconds)
     quiet = [one for one in outcomes if one.arrival.tenant != "loud"]
-    return summarize(quiet, seconds / 3, seconds - SLO_SECONDS)
+    return summarize(quiet, *middle_of(shape.duration_seconds))
+
+
+def middle_of(seconds: float) -> tuple[float, float]:
+    """When requests of a run of so many seconds begin and end to count."""
+    return seconds / 3, seconds - SLO_SECONDS
 
 
 POLICIES = {
@@ -125,15 +156,16 @@ def main() -> None:
     parser.add_argument("--duration", type=float, default=60.0, help="seconds of each trace")
     parser.add_argument("--adapters", type=int, default=200)
     options = parser.parse_args()
-    engine, seconds, adapters = EngineShape(), options.duration, options.adapters
-    rate = sustainable_rate(engine, adapters, seconds / 2)
+    setup, seconds, adapters = Setup(), options.duration, options.adapters
+    rate = sustainable_rate(setup, adapters, seconds / 2)
     print(f"sustainable: {rate:.1f} requests/s, {adapters} adapters")
     for name, policy in {**POLICIES, "fcfs, 16 adapters a batch": CLUSTERED}.items():
         for factor in (0.5, 0.9, 1.1, 1.5, 2.0):
-            print(f"{name:26} {factor:3.1f}x  {overload(engine, factor * rate, seconds, adapters, policy)}", flush=True)
+            seen = serve(setup, TraceShape(factor * rate, seconds, adapters), policy)
+            print(f"{name:26} {factor:3.1f}x  {seen}", flush=True)
     for name, policy in POLICIES.items():
         for factor in (1.0, FILLING, 10.0):
-            seen = neighbours(engine, rate * TENANT_SHARE, factor, seconds, adapters, policy)
+            seen = neighbours(setup, TraceShape(rate * TENANT_SHARE, seconds, adapters), factor, policy)
             print(f"{name:26} nine beside one at {factor:4.1f}x  {seen}", flush=True)
 
 

@@ -10,7 +10,6 @@ Run: python -m benchmarks.simulate_routing [--seconds 30] [--processes 2]
 from __future__ import annotations
 
 import argparse
-import json
 import random
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -18,11 +17,12 @@ from dataclasses import dataclass, field, replace
 
 from benchmarks.hash_routing import BoundedHashing, ConsistentHashing
 from benchmarks.queue_engine import Job
-from benchmarks.record import RESULTS, Row, record, say
+from benchmarks.record import Row, record, say
 from benchmarks.routing_fleet import Fleet, FleetRun, FleetShape
 from benchmarks.routing_trace import RoutingTraceShape, draw_routing_trace
 from benchmarks.serving_metrics import percentile
-from benchmarks.virtual_engine import EngineShape, StepModel
+from benchmarks.step_model import measured_model
+from benchmarks.virtual_engine import EngineShape
 from services.gateway.config import RoutingPolicy
 from services.gateway.router import Router, RoutingRule
 from services.gateway.routing_rules import AdapterAware, LeastLoaded, RoundRobin
@@ -62,20 +62,11 @@ class RoutingSummary:
     imbalance: float
 
 
-def measured_load_seconds(setting: str, way: str) -> float:
-    """How long an adapter took from the store to use on the H200: rank 8 (setting S1) or 64 (S2), lent or streamed."""
-    rows = json.loads((RESULTS / "h200.json").read_text())["rows"]
-    wanted = {"bench": "load", "setting": setting, "way": way, "metric": "usable_ms", "known_size": True}
-    (row,) = (row for row in rows if wanted.items() <= row.items())
-    return float(row["value"]) / 1e3
-
-
 def cases(seconds: float) -> list[Case]:
     """What is simulated; each trace lasts so long after the introduction of all adapters."""
     zipf = RoutingTraceShape(0.0, seconds, NUM_ADAPTERS, zipf=1.0)
-    small = FleetShape(NUM_ENGINES, model=StepModel(load=measured_load_seconds("S1", "lent")))
-    streamed = StepModel(adapter_bytes=2**27, load=measured_load_seconds("S2", "streamed"))
-    large = FleetShape(NUM_ENGINES, engine=EngineShape(adapter_pages=16), model=streamed)
+    small = FleetShape(NUM_ENGINES)
+    large = FleetShape(NUM_ENGINES, engine=EngineShape(ranks=(64,)), model=measured_model("S2", "streamed"))
     return [
         Case("zipf 0.6", replace(zipf, zipf=0.6), (12, 24, 36), small),
         Case("zipf 1.0", zipf, (12, 24, 36), small),

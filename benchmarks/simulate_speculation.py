@@ -18,8 +18,9 @@ from dataclasses import dataclass, replace
 from benchmarks.record import say
 from benchmarks.routing_trace import RoutingTraceShape, draw_routing_trace
 from benchmarks.simulate_policies import merged, quantile
+from benchmarks.step_model import measured_model
 from benchmarks.trace import TraceRequest
-from benchmarks.virtual_engine import Arrival, EngineShape, Outcome, StepModel, VirtualEngine
+from benchmarks.virtual_engine import Arrival, EngineShape, Outcome, VirtualEngine
 from services.engine.config import PolicyConfig
 
 VOCAB_SIZE = 32000
@@ -30,7 +31,7 @@ class Waves:
     """Every `seconds` come `num_requests` at once, for the base model, of so many tokens each."""
 
     seconds: float = 15.0
-    num_requests: int = 80
+    num_requests: int = 40
     num_prompt: int = 512
     num_outputs: int = 256
 
@@ -106,7 +107,7 @@ def draw(scene: Scene, seed: int) -> list[Arrival]:
 def serve(scene: Scene, half_life: float, arrivals: Sequence[Arrival]) -> Seen:
     """Takes `arrivals` through an engine; `half_life` 0 is without speculation."""
     shape = replace(scene.engine, popularity_half_life_seconds=half_life)
-    engine = VirtualEngine(PolicyConfig(), shape, replace(StepModel(), load=scene.load_seconds))
+    engine = VirtualEngine(PolicyConfig(), shape, replace(measured_model(), load=scene.load_seconds, load_byte=0.0))
     begin = arrivals[-1].request.arrival_seconds / 2
     return _seen(engine, [one for one in engine.serve(arrivals) if one.arrival.request.arrival_seconds >= begin])
 
@@ -125,7 +126,7 @@ def _seen(engine: VirtualEngine, outcomes: Sequence[Outcome]) -> Seen:
 def scenes(duration: float) -> dict[str, Scene]:
     """By what sets them apart: adapters' size, how long a load takes, whether KV competes for the pages."""
     trace = RoutingTraceShape(rate=15.0, duration_seconds=duration, num_adapters=300, shift_seconds=20.0)
-    small, large = EngineShape(num_pages=3000), EngineShape(num_pages=6000, adapter_pages=16)
+    small, large = EngineShape(num_pages=3000), EngineShape(num_pages=6000, ranks=(64,))
     first = Scene(trace, Waves(), small, load_seconds=5.14e-3)
     return {
         "rank 8, 5 ms a load": first,

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import cast
 
+from benchmarks.step_model import RANKS, StepModel, StepWork, adapter_bytes, adapter_pages, measured_model
 from benchmarks.trace import TraceRequest
 from services.engine.adapters.device import AdapterDevice
 from services.engine.adapters.load_job import Grant, LoadEnded, LoadEvent, LoadInstalled, LoadJob, LoadSized
@@ -24,52 +25,21 @@ MAX_MODEL_LEN = 2048
 
 
 @dataclass(frozen=True)
-class StepModel:
-    """Seconds of a step, linear in what it does. Llama-7B, bfloat16, one H200.
-
-    Fixed, by token and by context: decode takes 4.30, 5.68 and 9.86 ms for 1, 32 and 128 sequences of 256 to 384
-    tokens, of which attention is 5.1 ms for 128 of 320. Prefill: 0.686 s for 32768 tokens. Adapters: 128 of rank 8
-    (16 MiB each) add 0.87 ms to the batch of 128. A load: 5.14 ms.
-    """
-
-    fixed: float = 4.25e-3
-    decode_token: float = 3.5e-6
-    context_token: float = 0.125e-6
-    prefill_token: float = 20.9e-6
-    adapter_byte: float = 0.87e-3 / (128 * 2**24)
-    adapter_bytes: int = 2**24
-    load: float = 5.14e-3
-
-    def seconds(self, plan: StepPlan) -> float:
-        """Of one step."""
-        prefill = sum(len(chunk.token_ids) for chunk in plan.chunks if len(chunk.token_ids) > 1)
-        decodes = [chunk.start + 1 for chunk in plan.chunks if len(chunk.token_ids) == 1]
-        adapters = {chunk.adapter_slot for chunk in plan.chunks} - {BASE_SLOT}
-        return self.step_seconds(len(decodes), sum(decodes), prefill, len(adapters))
-
-    def step_seconds(self, num_decodes: int, num_context: int, num_prefill: int, num_adapters: int) -> float:
-        """Of a step of so many decodes over so many tokens of context, tokens of prompts, and different adapters."""
-        return (
-            self.fixed
-            + self.decode_token * num_decodes
-            + self.context_token * num_context
-            + self.prefill_token * num_prefill
-            + self.adapter_byte * self.adapter_bytes * num_adapters
-        )
-
-
-@dataclass(frozen=True)
 class EngineShape:
-    """An engine's limits; by default those of Llama-7B on one H200, with 2 pages an adapter of rank 8."""
+    """An engine's limits, by default those of Llama-7B on one H200, and the ranks that its adapters have in turn."""
 
     num_pages: int = 14000
     max_running: int = 256
     max_step_tokens: int = 8192
     admission_batch: int = 8
     max_adapters: int = 1024
-    adapter_pages: int = 2
+    ranks: tuple[int, ...] = RANKS["S1"]
     prefix_cache: bool = False
     popularity_half_life_seconds: float = 0.0
+
+    def rank_of(self, adapter: int) -> int:
+        """Of the adapter of this number."""
+        return self.ranks[adapter % len(self.ranks)]
 
 
 @dataclass(frozen=True)
@@ -88,9 +58,9 @@ class Outcome:
     arrival: Arrival
     first_token_at: float | None = None
     ended_at: float | None = None
-    # Whether its adapter was not resident when it came.
-    waited_for_load: bool = False
     dropped_at: float | None = None
+    waited_for_load: bool = False
+    """Whether its adapter was not resident when it came."""
 
     @property
     def ttft(self) -> float:
@@ -115,14 +85,16 @@ class _NoFetch:
 class _Loader:
     """Loads one adapter after another, each in the model's time; one that is given up takes no more of it."""
 
-    def __init__(self, clock: Callable[[], float], seconds: float, num_pages: int) -> None:
+    def __init__(self, clock: Callable[[], float], model: StepModel, shape: EngineShape) -> None:
         self._clock = clock
-        self._seconds = seconds
-        self._num_pages = num_pages
+        self._model = model
+        self._shape = shape
         self._events: list[LoadEvent] = []
         # Granted ones in order; the first is under way and done at `_done_at`.
         self._loading: collections.deque[LoadJob] = collections.deque()
         self._done_at = 0.0
+        self.bytes_of_slot = {BASE_SLOT: 0}
+        """Of the adapter that has each slot."""
 
     @property
     def next_at(self) -> float | None:
@@ -136,28 +108,38 @@ class _Loader:
 
     def start(self, adapter: Adapter, origin: Origin) -> LoadJob:
         job = LoadJob(adapter, cast(AdapterFetch, _NoFetch()), 60.0)
-        self._events.append(LoadSized(job, self._num_pages))
+        self._events.append(LoadSized(job, adapter_pages(self._rank_of(job))))
         return job
 
     def grant(self, job: LoadJob, grant: Grant) -> None:
+        self.bytes_of_slot[grant.slot] = adapter_bytes(self._rank_of(job))
         if not self._loading:
-            self._done_at = self._clock() + self._seconds
+            self._done_at = self._clock() + self._seconds_of(job)
         self._loading.append(job)
 
     def cancel(self, job: LoadJob) -> None:
         job.cancel()
-        if self._loading and self._loading[0] is job:
-            self._done_at = self._clock() + self._seconds
+        was_first = bool(self._loading) and self._loading[0] is job
         if job in self._loading:
             self._loading.remove(job)
+        if was_first and self._loading:
+            self._done_at = self._clock() + self._seconds_of(self._loading[0])
         self._events.append(LoadEnded(job, None))
 
     def poll(self) -> list[LoadEvent]:
         while self._loading and self._done_at <= self._clock():
-            self._events.append(LoadInstalled(self._loading.popleft(), self._seconds, 0, False))
-            self._done_at += self._seconds
+            job = self._loading.popleft()
+            self._events.append(LoadInstalled(job, self._seconds_of(job), 0, False))
+            if self._loading:
+                self._done_at += self._seconds_of(self._loading[0])
         events, self._events = self._events, []
         return events
+
+    def _seconds_of(self, job: LoadJob) -> float:
+        return self._model.load_seconds(adapter_bytes(self._rank_of(job)))
+
+    def _rank_of(self, job: LoadJob) -> int:
+        return self._shape.rank_of(_adapter_number(job.adapter))
 
 
 class VirtualEngine:
@@ -165,10 +147,10 @@ class VirtualEngine:
 
     def __init__(self, policy: PolicyConfig, shape: EngineShape | None = None, model: StepModel | None = None) -> None:
         self.now = 0.0
-        self._model = model or StepModel()
+        self._model = model or measured_model()
         shape = shape or EngineShape()
         allocator = PageAllocator(shape.num_pages)
-        self._loader = _Loader(self._clock, self._model.load, shape.adapter_pages)
+        self._loader = _Loader(self._clock, self._model, shape)
         self.num_loads = 0
         """Adapters that became resident."""
         residency = Residency(allocator, cast(AdapterDevice, _Device()), self._loader, shape.max_adapters, self._clock)
@@ -183,7 +165,7 @@ class VirtualEngine:
             prefix_cache=shape.prefix_cache,
             popularity_half_life_seconds=shape.popularity_half_life_seconds,
         )
-        self.policy = make_policy(policy, shape.max_running, self._clock)
+        self.policy = make_policy(policy, shape.max_running, self._clock, shape.admission_batch)
         self.scheduler = Scheduler(config, allocator, residency, self.policy, self._clock)
 
     def serve(self, arrivals: Sequence[Arrival], until: float = float("inf")) -> list[Outcome]:
@@ -213,7 +195,7 @@ class VirtualEngine:
         return self.now
 
     def _step(self, plan: StepPlan, outcomes: Sequence[Outcome]) -> None:
-        self.now += self._model.seconds(plan)
+        self.now += self._model.step_seconds(self._work_of(plan))
         for event in self.scheduler.commit(plan, [SampledToken(c.sequence_id, 1) for c in plan.chunks if c.sample]):
             outcome = outcomes[event.request_id]
             if outcome.first_token_at is None:
@@ -221,13 +203,36 @@ class VirtualEngine:
             if event.finish is not None:
                 outcome.ended_at = self.now
 
+    def _work_of(self, plan: StepPlan) -> StepWork:
+        bytes_of_slot = self._loader.bytes_of_slot
+        num_decodes = num_context = num_prompt_tokens = lora_bytes = num_lora_prompt_tokens = 0
+        for chunk in plan.chunks:
+            num_tokens = len(chunk.token_ids)
+            if num_tokens == 1:
+                num_decodes += 1
+                num_context += chunk.start + 1
+                lora_bytes += bytes_of_slot[chunk.adapter_slot]
+            else:
+                num_prompt_tokens += num_tokens
+                num_lora_prompt_tokens += num_tokens if chunk.adapter_slot != BASE_SLOT else 0
+        is_loading = self._loader.next_at is not None
+        return StepWork(num_decodes, num_context, num_prompt_tokens, lora_bytes, num_lora_prompt_tokens, is_loading)
+
+
+def _adapter_name(number: int) -> str:
+    return f"adapter-{number}@1"
+
+
+def _adapter_number(adapter: Adapter) -> int:
+    return int(adapter.adapter_id.removeprefix("adapter-").removesuffix("@1"))
+
 
 def _generate(request_id: int, arrival: Arrival) -> Generate:
     request = arrival.request
     adapter = None
     if request.adapter is not None:
         digest = "sha256:" + hashlib.sha256(str(request.adapter).encode()).hexdigest()
-        adapter = Adapter(f"adapter-{request.adapter}@1", digest)
+        adapter = Adapter(_adapter_name(request.adapter), digest)
     return Generate(
         request_id,
         list(request.prompt_ids),

@@ -40,7 +40,8 @@ class Admission:
         self._max_running = min(config.max_running, config.max_step_tokens)
         if self._max_running < 1:
             raise ValueError("max_running and max_step_tokens are at least 1")
-        self._admission_batch = min(max(config.admission_batch, 1), self._max_running)
+        batch = 1 if policy.fills_last_places else max(config.admission_batch, 1)
+        self._admission_batch = min(batch, self._max_running)
         self._tokens_per_page = config.tokens_per_page
         self._residency = residency
         self._queue = queue

@@ -2,61 +2,74 @@
 
 from __future__ import annotations
 
+import math
+import random
+
 import pytest
 
 from benchmarks.simulate_policies import (
     POLICIES,
     SLO_SECONDS,
+    Setup,
     Summary,
     merged,
-    overload,
+    middle_of,
+    satisfaction_of,
+    serve,
     summarize,
     sustainable_rate,
     trace_of,
 )
-from benchmarks.trace import TraceShape
-from benchmarks.virtual_engine import EngineShape, StepModel, VirtualEngine
+from benchmarks.trace import TraceRequest, TraceShape
+from benchmarks.virtual_engine import Arrival, EngineShape, Outcome
 from services.engine.config import PolicyConfig
-from services.engine.step import BASE_SLOT, SampleRequest, ScheduledChunk, StepPlan
 
-ENGINE = EngineShape(num_pages=3000, max_running=32, max_step_tokens=2048, admission_batch=1)
+SETUP = Setup(EngineShape(num_pages=3000, max_running=32, max_step_tokens=2048, admission_batch=1))
 ADAPTERS = 50
 
 
 @pytest.fixture(scope="module")
 def rate() -> float:
-    return sustainable_rate(ENGINE, ADAPTERS, 20.0)
+    return sustainable_rate(SETUP, ADAPTERS, 20.0)
 
 
-def chunk(number: int, start: int, num_tokens: int, slot: int = BASE_SLOT) -> ScheduledChunk:
-    sample: SampleRequest | None = None
-    return ScheduledChunk(number, (1,) * num_tokens, start, [], slot, sample)
+def test_satisfaction_falls_with_the_square_of_the_wait() -> None:
+    assert satisfaction_of(0.0) == 1.0
+    assert satisfaction_of(3.0) == pytest.approx(0.75)
+    assert satisfaction_of(SLO_SECONDS) == 0.0
+    assert satisfaction_of(math.inf) == 0.0, "nobody is content without a first token"
+    wait = random.uniform(0.0, 9.0)
+    assert satisfaction_of(2 * wait, 12.0) == pytest.approx(satisfaction_of(wait))
 
 
-@pytest.mark.parametrize(("batch", "milliseconds"), [(1, 4.30), (32, 5.68), (128, 9.86)])
-def test_the_model_gives_the_decode_times_it_was_made_from(batch: int, milliseconds: float) -> None:
-    plan = StepPlan(tuple(chunk(n, 320, 1) for n in range(batch)))
-    assert StepModel().seconds(plan) * 1e3 == pytest.approx(milliseconds, rel=0.03)
+def test_a_summary_counts_who_came_in_the_middle_and_who_was_dropped_among_them() -> None:
+    def outcome(came: float, ttft: float | None, dropped: bool = False) -> Outcome:
+        first = None if ttft is None else came + ttft
+        arrival = Arrival(TraceRequest(came, (1,), 1, None))
+        return Outcome(arrival, first, first, came + 1 if dropped else None)
 
-
-def test_and_the_times_of_prefill_and_of_adapters() -> None:
-    prefill = StepPlan(tuple(chunk(n, 0, 256) for n in range(128)))
-    assert StepModel().seconds(prefill) == pytest.approx(0.686, rel=0.03)
-    distinct = StepPlan(tuple(chunk(n, 320, 1, n) for n in range(128)))
-    assert StepModel().seconds(distinct) * 1e3 == pytest.approx(10.72, rel=0.03)
+    middle = [outcome(11.0, 3.0), outcome(12.0, 7.0), outcome(13.0, None, dropped=True), outcome(14.0, 0.0)]
+    seen = summarize([outcome(1.0, 100.0), *middle, outcome(21.0, 100.0)], 10.0, 20.0)
+    assert (seen.num_requests, seen.num_dropped) == (4, 1)
+    assert seen.attainment == 0.5
+    assert seen.satisfaction == pytest.approx((0.75 + 0.0 + 0.0 + 1.0) / 4)
+    assert seen.mean_ttft == pytest.approx(10 / 3), "of those that were not dropped"
+    assert (seen.median_ttft, seen.p99_ttft) == pytest.approx((3.0, 7.0))
+    assert seen.throughput == pytest.approx(3 / 10)
 
 
 @pytest.mark.parametrize("name", ["fcfs", "fair"])
 def test_early_abort_attains_most_of_what_capacity_allows_at_twice_the_rate(name: str, rate: float) -> None:
-    with_abort = overload(ENGINE, 2 * rate, 36.0, ADAPTERS, POLICIES[f"{name} + early abort"])
+    twice = TraceShape(2 * rate, 36.0, ADAPTERS)
+    with_abort = serve(SETUP, twice, POLICIES[f"{name} + early abort"])
     assert with_abort.attainment >= 0.85 * 0.5
     assert with_abort.p99_ttft <= SLO_SECONDS, "who is not dropped is in time"
-    without = overload(ENGINE, 2 * rate, 36.0, ADAPTERS, POLICIES[name])
+    without = serve(SETUP, twice, POLICIES[name])
     assert without.attainment < 0.1, "without it hardly anybody is"
 
 
 def test_early_abort_drops_nobody_below_the_knee(rate: float) -> None:
-    below = overload(ENGINE, 0.8 * rate, 36.0, ADAPTERS, POLICIES["fcfs + early abort"])
+    below = serve(SETUP, TraceShape(0.8 * rate, 36.0, ADAPTERS), POLICIES["fcfs + early abort"])
     assert below.attainment == 1.0
     assert below.num_dropped == 0
 
@@ -65,8 +78,8 @@ def beside(loud_rate: float, quiet_rate: float, policy: PolicyConfig, seconds: f
     """What a tenant sees beside another."""
     quiet = trace_of(TraceShape(quiet_rate, seconds, ADAPTERS), "quiet", 0)
     loud = trace_of(TraceShape(loud_rate, seconds, ADAPTERS), "loud", 100)
-    outcomes = VirtualEngine(policy, ENGINE).serve(merged(quiet, loud), seconds)
-    return summarize(outcomes, seconds / 4, seconds - SLO_SECONDS, tenant="quiet")
+    outcomes = SETUP.start(policy).serve(merged(quiet, loud), seconds)
+    return summarize(outcomes, *middle_of(seconds), tenant="quiet")
 
 
 def test_ten_times_its_share_moves_another_tenants_latency_by_a_tenth_at_most(rate: float) -> None:

@@ -14,13 +14,18 @@ from benchmarks.queue_engine import Job, QueueEngine
 from benchmarks.routing_fleet import FleetShape
 from benchmarks.routing_trace import RoutingTraceShape, SizedRequest, draw_routing_trace
 from benchmarks.simulate_routing import Case, simulate
+from benchmarks.step_model import StepModel, measured_model
 from benchmarks.trace import TraceRequest
-from benchmarks.virtual_engine import Arrival, EngineShape, StepModel, VirtualEngine
+from benchmarks.virtual_engine import Arrival, EngineShape, VirtualEngine
 from services.engine.config import PolicyConfig
 from services.gateway.engine_state import EngineProfile, EngineState
 from services.gateway.router import Wish
 
 ENGINE = EngineShape(num_pages=3500, max_running=64, max_step_tokens=2048, max_adapters=40)
+
+
+def loading_in(seconds: float) -> StepModel:
+    return replace(measured_model(), load=seconds, load_byte=0.0)
 
 
 @pytest.fixture
@@ -49,7 +54,7 @@ def serve_alone(trace: list[SizedRequest], engine: QueueEngine) -> list[Job]:
 @pytest.mark.parametrize("rate", [8.0, 14.0])
 def test_the_queue_is_the_real_scheduler_to_the_step(rng: random.Random, rate: float) -> None:
     trace = draw_routing_trace(RoutingTraceShape(rate, 10.0, num_adapters=100, zipf=0.8), rng.randrange(2**32))
-    model = StepModel(load=0.02)
+    model = loading_in(0.02)
     queue, real = QueueEngine(ENGINE, model), VirtualEngine(PolicyConfig(), ENGINE, model)
     jobs = serve_alone(trace, queue)
     requests = [TraceRequest(r.arrival_seconds, (1,) * r.num_prompt, r.num_outputs, r.adapter) for r in trace]
@@ -63,7 +68,7 @@ def test_the_queue_is_the_real_scheduler_to_the_step(rng: random.Random, rate: f
 def small_case(**trace: float) -> Case:
     """Four engines, each with room for four tenths of the adapters, which load as slowly as rank 64 when streamed."""
     shape = RoutingTraceShape(0.0, 50.0, num_adapters=300, zipf=0.9)
-    fleet = FleetShape(4, engine=EngineShape(max_adapters=120), model=StepModel(load=0.067))
+    fleet = FleetShape(4, engine=EngineShape(max_adapters=120), model=loading_in(0.067))
     return Case("small", replace(shape, **trace), (), fleet)
 
 

@@ -12,7 +12,9 @@ SCENES = scenes(20.0)
 def pair(scene: Scene, num_pages: int, seed: int = 7) -> tuple[Seen, Seen]:
     """Without and with it."""
     trace = replace(scene.trace, num_adapters=60, shift_seconds=8.0)
-    scene = replace(scene, trace=trace, waves=Waves(seconds=8.0), engine=replace(scene.engine, num_pages=num_pages))
+    scene = replace(
+        scene, trace=trace, waves=Waves(5.0, 40, num_outputs=128), engine=replace(scene.engine, num_pages=num_pages)
+    )
     arrivals = draw(scene, seed)
     return serve(scene, 0.0, arrivals), serve(scene, 60.0, arrivals)
 

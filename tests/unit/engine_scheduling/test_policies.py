@@ -220,6 +220,38 @@ def test_headroom_is_for_clients_that_run_little() -> None:
     assert policy.may_run(loud[3])
 
 
+def test_before_the_headroom_places_are_filled_several_at_a_time() -> None:
+    policy = Headroom(8, 2, lambda sequence: sequence.request.tenant, batch=3)
+    arrivals = Arrivals(policy)
+    loud = [arrivals.come(tenant="loud") for _ in range(9)]
+    for sequence in loud[:6]:
+        assert policy.may_run(sequence), "until all six places before the last two are taken"
+        arrivals.run(sequence)
+    for ended in loud[:2]:
+        policy.ended(ended)
+        assert not policy.may_run(loud[6])
+        quiet = arrivals.come(tenant="quiet")
+        assert policy.may_run(quiet), "who runs little waits for nobody"
+        policy.ended(quiet)
+    policy.ended(loud[2])
+    for sequence in loud[6:]:
+        assert policy.may_run(sequence), "three are free"
+        arrivals.run(sequence)
+    assert not policy.may_run(arrivals.come(tenant="loud"))
+
+
+def test_headroom_gives_the_last_places_where_the_scheduler_would_wait_for_several() -> None:
+    policy = make_policy(PolicyConfig(order="fair", fairness_headroom=0.25), 8, admission_batch=4)
+    harness = Harness(max_running=8, admission_batch=4, policy=policy)
+    for number in range(9):
+        harness.add(msgspec.structs.replace(generate(number, [1], 9), tenant="loud"))
+    harness.step()
+    assert len(harness.running()) == 6
+    harness.add(msgspec.structs.replace(generate(9, [1], 9), tenant="quiet"))
+    harness.step()
+    assert 9 in [sequence.request_id for sequence in harness.running()], "though fewer than four places are free"
+
+
 @pytest.mark.parametrize("weights", ["gold", "gold=nan"])
 def test_weights_that_make_no_sense_end_an_engine_before_its_core_starts(weights: str) -> None:
     options = ["--checkpoint", "nowhere", "--adapter-store", "", "--policy", "fair", "--fairness-weights", weights]

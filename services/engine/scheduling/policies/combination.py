@@ -23,6 +23,7 @@ class Combination(Policy):
         self._order = order
         self._others = others
         self._all = (order, *others)
+        self.fills_last_places = any(policy.fills_last_places for policy in self._all)
 
     def reorder(self) -> Iterable[tuple[Sequence, int]]:
         """As `order` says."""
@@ -76,12 +77,21 @@ class Combination(Policy):
         return self._order.service_spread
 
 
-def make_policy(config: PolicyConfig, max_running: int, clock: Callable[[], float] = time.monotonic) -> Policy:
-    """The policy that a configuration names, for `max_running` places; ValueError if a figure in it is out of range."""
+def make_policy(
+    config: PolicyConfig,
+    max_running: int,
+    clock: Callable[[], float] = time.monotonic,
+    admission_batch: int = 1,
+) -> Policy:
+    """The policy that a configuration names, for `max_running` places, when full filled `admission_batch` at a time.
+
+    ValueError if a figure in it is out of range.
+    """
     order = _order(config)
     others: list[Policy] = []
     if config.order == "fair" and config.fairness_headroom:
-        others.append(Headroom(max_running, round(max_running * config.fairness_headroom), order.group))
+        headroom = round(max_running * config.fairness_headroom)
+        others.append(Headroom(max_running, headroom, order.group, admission_batch))
     if config.latency_goal_seconds:
         others.append(EarlyAbort(config.latency_goal_seconds, clock, order.group))
     if config.max_adapters_a_batch:

@@ -30,6 +30,10 @@ class Policy:
 
     # Decisions.
 
+    fills_last_places = False
+    """Whether it says by `may_run` who gets the last places, and how many at a time; else the scheduler fills them
+    several at a time, for whoever is next."""
+
     def reorder(self) -> Iterable[tuple[Sequence, int]]:
         """Waiting sequences that get another turn, asked before each step; no two sequences may share one."""
         return ()

@@ -1,0 +1,208 @@
+"""How long an engine's steps and loads take: fitted to rows that were measured on an H200.
+
+The rows are those of `benchmarks/results/h200.json`, Llama-7B's shape in bfloat16, LoRA on q, k, v, o: decode steps of
+several batches, without and with adapters; the quiet steps of *churn*, whose sequences are longer; prefill; loads.
+Those of *paper_mix* are left out: they are what `benchmarks.simulate_paper` holds the model to.
+
+A step's time is a sum, as its parts follow one another on the device: the base model's weights, each decode, each token
+that decodes look back on, each token of a prompt, and what LoRA adds to decodes and prompts. In decode each sequence
+reads its own adapter's rows, so that what counts is the bytes of all sequences' adapters, shared or not; rows of
+sequences that share one would tell them apart, but there are none.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from benchmarks.record import RESULTS
+
+RANKS: Mapping[str, tuple[int, ...]] = {"base": (), "S1": (8,), "S2": (64, 32, 16, 8)}
+"""Ranks of the adapters of a setting, in turn."""
+
+RANK_BYTES = 2**21
+"""Of an adapter of Llama-7B's q, k, v, o in bfloat16, for each of its ranks."""
+
+PAGE_BYTES = 2**23
+"""16 tokens of KV."""
+
+# What `benchmarks.gpu.bench_engine` measures.
+DECODE_CONTEXT, CHURN_CONTEXT = 256 + 128 / 2, 256 + 768 / 2
+CHURN_BATCH = 32
+PREFILL_TOKENS, PREFILL_STEPS = 128 * 256, 4
+
+PROMPT_LAUNCH: Mapping[str, float] = {"base": 0.025, "S1": 0.036, "S2": 0.036}
+"""Seconds that the host needs to launch a step with prompts in it (ADR 7): no row of the results has such a step with
+so little in it that this shows."""
+
+Rows = Iterable[Mapping[str, Any]]
+
+
+def adapter_bytes(rank: int) -> int:
+    """Of packed weights."""
+    return rank * RANK_BYTES
+
+
+def adapter_pages(rank: int) -> int:
+    """Of the pool."""
+    return -(-adapter_bytes(rank) // PAGE_BYTES)
+
+
+@dataclass(frozen=True, slots=True)
+class StepWork:
+    """What there is to do in a step.
+
+    `num_context` are the tokens that decodes look back on, themselves included; `lora_bytes` is the sum over decodes of
+    the sizes of their adapters; `is_loading` says that an adapter is being loaded beside it.
+    """
+
+    num_decodes: int
+    num_context: int
+    num_prompt_tokens: int
+    lora_bytes: int = 0
+    num_lora_prompt_tokens: int = 0
+    is_loading: bool = False
+
+
+@dataclass(frozen=True)
+class StepModel:
+    """Seconds of a step for each thing in it, and of a load.
+
+    `lora_step` is paid by a step in which any decode has an adapter; `prompt_launch` is the least time of a step with a
+    prompt; `beside_load` is the share by which a step is longer while an adapter is loaded.
+    """
+
+    weights: float
+    decode: float
+    context_token: float
+    prompt_token: float
+    lora_step: float
+    lora_byte: float
+    lora_prompt_token: float
+    prompt_launch: float
+    beside_load: float
+    load: float
+    load_byte: float
+
+    def step_seconds(self, work: StepWork) -> float:
+        """Of one step."""
+        seconds = (
+            self.weights
+            + self.decode * work.num_decodes
+            + self.context_token * work.num_context
+            + self.prompt_token * work.num_prompt_tokens
+            + self.lora_byte * work.lora_bytes
+            + self.lora_prompt_token * work.num_lora_prompt_tokens
+        )
+        if work.lora_bytes:
+            seconds += self.lora_step
+        if work.num_prompt_tokens:
+            seconds = max(seconds, self.prompt_launch)
+        return seconds * (1 + self.beside_load) if work.is_loading else seconds
+
+    def load_seconds(self, num_bytes: int) -> float:
+        """From an adapter's grant of pages until it may be used, one load at a time."""
+        return self.load + self.load_byte * num_bytes
+
+
+@functools.cache
+def measured_model(setting: str = "S1", way: str = "lent") -> StepModel:
+    """The model of a setting, fitted to the recorded rows; `way` is how adapters come: lent, streamed or memory."""
+    return fit(json.loads((RESULTS / "h200.json").read_text())["rows"], setting, way)
+
+
+def fit(rows: Rows, setting: str, way: str) -> StepModel:
+    """Least squares of relative errors. Raises ValueError for rows that are missing, or a setting that is not known.
+
+    A batch of one is left out: it has kernels of its own, and no engine that is busy runs it.
+    """
+    if setting not in RANKS:
+        raise ValueError(f"a setting is one of {', '.join(RANKS)}, not {setting!r}")
+    rows = list(rows)
+    steps = [step for step in base_steps(rows) if step[0] > 1]
+    weights, decode, context_token = _least_squares(
+        [(1, n, context) for n, context, _ in steps], [s for *_, s in steps]
+    )
+    prefill = {name: _value(rows, "prefill", name, "seconds") for name in {"base", setting}}
+    load, load_byte = _fit_load(rows, way)
+    return StepModel(
+        weights=weights,
+        decode=decode,
+        context_token=context_token,
+        prompt_token=(prefill["base"] - PREFILL_STEPS * weights) / PREFILL_TOKENS,
+        **_fit_decode_lora(rows, setting),
+        lora_prompt_token=(prefill[setting] - prefill["base"]) / PREFILL_TOKENS,
+        prompt_launch=PROMPT_LAUNCH[setting],
+        beside_load=0.0 if setting == "base" else _value(rows, "churn", setting, "p50_ratio") - 1,
+        load=load,
+        load_byte=load_byte,
+    )
+
+
+def base_steps(rows: Rows) -> list[tuple[int, float, float]]:
+    """Decode steps without adapters that were measured: sequences, tokens of context of all together, seconds."""
+    rows = list(rows)
+    decode = _find(rows, "decode", "base", "tpot_ms")
+    churn = [row for setting in ("S1", "S2") for row in _find(rows, "churn", setting, "quiet_p50_ms")]
+    return [(row["batch"], row["batch"] * DECODE_CONTEXT, row["value"] / 1e3) for row in decode] + [
+        (CHURN_BATCH, CHURN_BATCH * CHURN_CONTEXT, row["value"] / 1e3) for row in churn
+    ]
+
+
+def lora_steps(rows: Rows, setting: str) -> list[tuple[int, int, float]]:
+    """The same with adapters, a different one for each sequence: sequences, bytes of their adapters, seconds."""
+    ranks = RANKS[setting]
+    return [
+        (row["batch"], sum(adapter_bytes(ranks[i % len(ranks)]) for i in range(row["batch"])), row["value"] / 1e3)
+        for row in _find(rows, "decode", setting, "tpot_ms")
+    ]
+
+
+def _fit_decode_lora(rows: Sequence[Mapping[str, Any]], setting: str) -> dict[str, float]:
+    if setting == "base":
+        return {"lora_step": 0.0, "lora_byte": 0.0}
+    base = {
+        row["batch"]: row["value"] / 1e3 for row in _find(rows, "decode", "base", "tpot_ms") if "adapters" not in row
+    }
+    steps = [step for step in lora_steps(rows, setting) if step[0] > 1]
+    added = [seconds - base[batch] for batch, _, seconds in steps]
+    lora_step, lora_byte = _least_squares([(1, num_bytes) for _, num_bytes, _ in steps], added)
+    return {"lora_step": lora_step, "lora_byte": lora_byte}
+
+
+def _fit_load(rows: Sequence[Mapping[str, Any]], way: str) -> tuple[float, float]:
+    """Seconds of a load and of its bytes; adapters' sizes are known, as those of all that were ever loaded are."""
+    found = [row for setting in ("S1", "S2") for row in _find(rows, "load", setting, "usable_ms", way=way)]
+    loads = [(row["packed_bytes"], row["value"] / 1e3) for row in found if row.get("known_size", True)]
+    load, load_byte = _least_squares([(1, num_bytes) for num_bytes, _ in loads], [seconds for _, seconds in loads])
+    return load, load_byte
+
+
+def _least_squares(parts: Sequence[Sequence[float]], seconds: Sequence[float]) -> tuple[float, ...]:
+    """What each part costs, so that the squares of the sums' relative errors are least."""
+    if len(parts) < (num_parts := max(map(len, parts), default=1)):
+        raise ValueError(f"{num_parts} costs cannot be told from {len(parts)} rows")
+    measured = np.asarray(seconds, dtype=np.float64)
+    # Columns of like size: bytes and ones differ by nine orders of magnitude.
+    relative = np.asarray(parts, dtype=np.float64) / measured[:, None]
+    scale = np.abs(relative).max(axis=0)
+    costs, _, rank, _ = np.linalg.lstsq(relative / scale, np.ones_like(measured), rcond=None)
+    if rank < len(scale):
+        raise ValueError(f"{len(scale)} costs cannot be told apart from these {len(parts)} rows")
+    return tuple(float(cost) for cost in costs / scale)
+
+
+def _value(rows: Rows, bench: str, setting: str, metric: str) -> float:
+    return float(_find(rows, bench, setting, metric)[0]["value"])
+
+
+def _find(rows: Rows, bench: str, setting: str, metric: str, **labels: object) -> list[Mapping[str, Any]]:
+    wanted = {"bench": bench, "setting": setting, "metric": metric, **labels}
+    if not (found := [row for row in rows if wanted.items() <= row.items()]):
+        raise ValueError(f"no row has {', '.join(f'{name} {value}' for name, value in wanted.items())}")
+    return found
