@@ -71,7 +71,9 @@ def test_a_fetch_takes_one_call_and_gives_layout_and_bytes(store: FakeStore, cli
 
 
 @pytest.mark.parametrize("request_id", ["r-9", "", "\0", "two\nlines", "größe", "🧵"])
-def test_an_adapter_loads_whatever_the_request_is_called(store: FakeStore, client: StoreClient, request_id: str) -> None:
+def test_an_adapter_loads_whatever_the_request_is_called(
+    store: FakeStore, client: StoreClient, request_id: str
+) -> None:
     """Metadata carry printable ASCII only, and others may wait for the same load."""
     assert fetch_all(client.open(DIGEST, Origin(request_id))) == store.weights, SEED
 
