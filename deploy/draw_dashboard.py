@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure, SubFigure
-from matplotlib.ticker import EngFormatter, Formatter, FuncFormatter, MaxNLocator
+from matplotlib.ticker import EngFormatter, Formatter, FuncFormatter, MaxNLocator, MultipleLocator
 
 ROOT = Path(__file__).resolve().parents[1]
 DASHBOARD = ROOT / "deploy" / "grafana" / "dashboard.json"
@@ -34,8 +34,19 @@ GRID_COLUMNS = 24
 NUM_STEPS = 240
 TIMEOUT_SECONDS = 30.0
 _ROW_INCHES, _WIDTH_INCHES, _HEAD_ROWS = 0.3, 16.0, 2
-_LEGEND_CHARACTERS = 74
-_COLOURS = ("#4d9a6a", "#e8a33d", "#3b6db5", "#c4514f", "#7a4b94", "#3fa7b5", "#b5795a", "#8a8a8a", "#d977a8")
+_LEGEND_CHARACTERS, _MAX_LEGEND_ROWS = 74, 5
+_COLOURS = (
+    "#4d9a6a",
+    "#e8a33d",
+    "#3b6db5",
+    "#c4514f",
+    "#7a4b94",
+    "#3fa7b5",
+    "#b5795a",
+    "#8a8a8a",
+    "#d977a8",
+    "#50608a",
+)
 
 
 class DashboardError(Exception):
@@ -139,8 +150,11 @@ def series_of(panel: Panel, span: Span, ask: Ask) -> list[Series]:
 
 
 def filled_in(expression: str, span: Span) -> str:
-    """PromQL without Grafana's variables: all namespaces, and rates over the span's interval."""
-    text = expression.replace("$__rate_interval", f"{span.rate_seconds:g}s").replace("$namespace", ".*")
+    """PromQL without Grafana's variables: all namespaces, rates over the span's interval, and the span itself."""
+    seconds = {"$__rate_interval": span.rate_seconds, "$__range": span.end - span.start}
+    text = expression.replace("$namespace", ".*")
+    for variable, value in seconds.items():
+        text = text.replace(variable, f"{math.ceil(value)}s")
     if left := re.findall(r"\$\{?\w+", text):
         raise DashboardError(f"{expression}: variable {left[0]} is not known here")
     return text
@@ -180,15 +194,20 @@ def ask_prometheus(address: str) -> Ask:
     return ask
 
 
+def _plain(value: float, suffix: str = "") -> str:
+    power = min(3, int(math.log10(value) // 3)) if value >= 1000 else 0
+    return f"{value / 1000**power:.3g}{('', ' k', ' M', ' G')[power]}{suffix}"
+
+
 def _binary_bytes(value: float, _: int | None = None) -> str:
     power = min(4, int(math.log2(value) // 10)) if value >= 1 else 0
     return f"{value / 2 ** (10 * power):.4g} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"
 
 
 UNITS: Mapping[str, Callable[[], Formatter]] = {
-    "short": EngFormatter,
+    "short": lambda: FuncFormatter(lambda value, _: _plain(value)),
     "s": lambda: EngFormatter("s"),
-    "reqps": lambda: EngFormatter("req/s"),
+    "reqps": lambda: FuncFormatter(lambda value, _: _plain(value, " req/s")),
     "Bps": lambda: EngFormatter("B/s"),
     "bytes": lambda: FuncFormatter(_binary_bytes),
 }
@@ -217,10 +236,13 @@ def draw(panels: Sequence[Panel], shown: Mapping[str, Sequence[Series]], span: S
 
 def _draw_panel(part: SubFigure, panel: Panel, lines: Sequence[Series], span: Span) -> None:
     names = [line.name for line in lines]
-    num_columns = max(1, min(len(names), _LEGEND_CHARACTERS // (max(map(len, names), default=0) + 6)))
-    num_legend_rows = math.ceil(len(names) / num_columns)
-    axes = part.add_axes((0.13, 0.13 + 0.07 * num_legend_rows, 0.84, 0.74 - 0.07 * num_legend_rows))
-    axes.set_title(panel.title, fontsize=10, loc="left", x=-0.13)
+    width = _LEGEND_CHARACTERS * panel.place.width // 8
+    num_columns = max(1, min(len(names), width // (max(map(len, names), default=0) + 6)))
+    num_legend_rows = min(_MAX_LEGEND_ROWS, math.ceil(len(names) / num_columns))
+    num_named = num_legend_rows * num_columns
+    left = 1.1 / panel.place.width
+    axes = part.add_axes((left, 0.13 + 0.07 * num_legend_rows, 0.97 - left, 0.74 - 0.07 * num_legend_rows))
+    axes.set_title(panel.title, fontsize=10, loc="left", x=-0.9 * left / (0.97 - left))
     colours = [_COLOURS[i % len(_COLOURS)] for i in range(len(lines))]
     if panel.is_stacked and lines:
         heights = [[0.0 if math.isnan(value) else value for value in line.values] for line in lines]
@@ -232,10 +254,10 @@ def _draw_panel(part: SubFigure, panel: Panel, lines: Sequence[Series], span: Sp
         ]
     if lines:
         axes.legend(
-            drawn,
-            names,
+            drawn[:num_named],
+            names[:num_named],
             loc="upper left",
-            bbox_to_anchor=(-0.14, -0.08),
+            bbox_to_anchor=(-left / (0.97 - left), -0.08),
             ncols=num_columns,
             fontsize=7,
             frameon=False,
@@ -246,7 +268,9 @@ def _draw_panel(part: SubFigure, panel: Panel, lines: Sequence[Series], span: Sp
     else:
         axes.text(0.5, 0.5, "No data", transform=axes.transAxes, ha="center", color="#888888")
     axes.set(xlim=(0, span.minutes[-1]), ylim=(0, _top(lines, panel.is_stacked)))
-    axes.yaxis.set_major_locator(MaxNLocator(5))
+    top = axes.get_ylim()[1]
+    in_powers_of_two = MultipleLocator(2.0 ** math.ceil(math.log2(top / 5)))
+    axes.yaxis.set_major_locator(in_powers_of_two if panel.unit == "bytes" else MaxNLocator(5))
     axes.yaxis.set_major_formatter(UNITS[panel.unit]())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda minutes, _: f"{minutes:g} min" if minutes else "0"))
     axes.tick_params(labelsize=7, length=2)
@@ -267,12 +291,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0 drawn, 1 not."""
     parser = argparse.ArgumentParser(prog="python -m deploy.draw_dashboard", description="the dashboard as a picture")
     parser.add_argument("--prometheus", default="http://127.0.0.1:9090", help="its address (default %(default)s)")
-    parser.add_argument("--minutes", type=float, default=10.0, help="how much, up to now (default %(default)g)")
+    parser.add_argument("--minutes", type=float, default=10.0, help="how much, of time (default %(default)g)")
+    parser.add_argument("--minutes-ago", type=float, default=0.0, help="when that ended (default %(default)g)")
     parser.add_argument("--scrape-seconds", type=float, default=5.0, help="its scrape interval (default %(default)g)")
     parser.add_argument("--out", type=Path, default=PICTURE, help="where the picture goes (default %(default)s)")
     arguments = parser.parse_args(argv)
-    now = time.time()
-    span = Span(now - 60 * arguments.minutes, now, arguments.scrape_seconds)
+    end = time.time() - 60 * arguments.minutes_ago
+    span = Span(end - 60 * arguments.minutes, end, arguments.scrape_seconds)
     ask = ask_prometheus(arguments.prometheus)
     try:
         panels = read_panels(json.loads(DASHBOARD.read_text()))

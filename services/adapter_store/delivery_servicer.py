@@ -28,6 +28,8 @@ CHUNK_BYTES = 2**20
 MAX_REQUEST_BYTES = 2 * 2**20
 """Chunks of uploads are about 1 MiB. What comes in at once is held several times, and for each upload."""
 
+CANCELLATION_SECONDS = 0.2
+"""Allowed between the end of a cancelled call's messages and its cancellation."""
 _CHUNK_TAG = pb.FetchAdapterResponse.CHUNK_FIELD_NUMBER << 3 | 2
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -123,8 +125,10 @@ class WeightDelivery:
             message = f"the reader said nothing for {self._stall_seconds:g} s: its lease has ended"
             raise SloraError(Reason.DEADLINE_EXCEEDED, message) from None
         if request is None:
+            # To the iterator above, a cancelled call just ends; that it was cancelled is heard a moment later.
+            await asyncio.sleep(CANCELLATION_SECONDS)
             if context.cancelled():
-                raise asyncio.CancelledError  # to the iterator above, a cancelled call just ends
+                raise asyncio.CancelledError
             raise SloraError(Reason.REQUEST_INVALID, f"the messages ended; expected was {expected}")
         if isinstance(request, DecodeError):
             raise SloraError(Reason.REQUEST_INVALID, f"a message cannot be parsed: {request}")

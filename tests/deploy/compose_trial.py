@@ -21,10 +21,13 @@ from typing import Any
 import pytest
 import yaml
 
+from deploy.draw_dashboard import Span, filled_in
+
 ROOT = Path(__file__).resolve().parents[2]
 PROJECT = "slora-trial"
 READY_SECONDS = 1800.0
 ANSWER_SECONDS = 120.0
+SPAN = Span(0.0, 300.0, scrape_seconds=75.0)  # rates over five minutes
 HTTP = "http://127.0.0.1:8000"
 PIRATE = {"model": "pirate", "prompt": "Question: What is the sun?\nAnswer:", "temperature": 0, "max_tokens": 24}
 
@@ -155,7 +158,7 @@ def test_the_dashboard_has_something_to_show(up: Trial) -> None:
         time.sleep(6.0)  # a scrape is every five seconds
     panels = json.loads((ROOT / "deploy" / "grafana" / "dashboard.json").read_text())["panels"]
     targets = [(panel["title"], target["expr"]) for panel in panels for target in panel.get("targets", [])]
-    shown = {(title, text.replace("$__rate_interval", "5m").replace("$namespace", ".*")) for title, text in targets}
+    shown = {(title, filled_in(text, SPAN)) for title, text in targets}
     full = {title for title, text in shown if query(text)}
     assert {title for title, _ in shown} - full <= {"Sent to another engine", "Calls that failed"}
 

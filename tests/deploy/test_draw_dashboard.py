@@ -77,6 +77,7 @@ def test_an_unknown_variable_is_refused() -> None:
 
 def test_rates_are_over_four_scrapes_or_a_step_more() -> None:
     assert filled_in('rate(a{n=~"$namespace"}[$__rate_interval])', SPAN) == 'rate(a{n=~".*"}[20s])'
+    assert filled_in("increase(a[$__range])", SPAN) == "increase(a[600s])"
     day = Span(0.0, 86_400.0, 15.0)
     assert day.step == 360.0
     assert day.rate_seconds == 375.0

@@ -15,6 +15,7 @@ import yaml
 from prometheus_client import CollectorRegistry, Counter
 from prometheus_client.registry import Collector
 
+from deploy.draw_dashboard import Span, filled_in
 from services.adapter_store.host_cache import CacheFigures
 from services.adapter_store.metrics import StoreMetrics
 from services.common.errors import Reason
@@ -31,6 +32,7 @@ RULES: list[dict[str, Any]] = [
 ]
 DASHBOARD = json.loads((ROOT / "deploy" / "grafana" / "dashboard.json").read_text())
 OPERATIONS = (ROOT / "docs" / "operations.md").read_text()
+SPAN = Span(0.0, 600.0, scrape_seconds=5.0)
 METRIC = re.compile(r"\b(?:slora_|vllm:)\w+")
 
 
@@ -178,7 +180,7 @@ def test_alerts_fire_when_they_should(command: tuple[str, ...]) -> None:
     shutil.which("promtool") is None, reason="the dashboard's queries are NOT READ: promtool is not installed here"
 )
 def test_queries_of_the_dashboard_can_be_read(tmp_path: Path) -> None:
-    shown = [text.replace("$__rate_interval", "5m").replace("$namespace", ".*") for text in dashboard_queries()]
+    shown = [filled_in(text, SPAN) for text in dashboard_queries()]
     rules = [{"record": f"panel:{number}", "expr": text} for number, text in enumerate(shown)]
     (tmp_path / "panels.yml").write_text(yaml.safe_dump({"groups": [{"name": "panels", "rules": rules}]}))
     command = ["promtool", "check", "rules", "panels.yml"]
