@@ -30,6 +30,7 @@ MAX_REQUEST_BYTES = 2 * 2**20
 
 CANCELLATION_SECONDS = 0.2
 """Allowed between the end of a cancelled call's messages and its cancellation."""
+
 _CHUNK_TAG = pb.FetchAdapterResponse.CHUNK_FIELD_NUMBER << 3 | 2
 
 Context = grpc.aio.ServicerContext[Any, Any]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+import time
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,11 @@ from prometheus_client import CollectorRegistry
 from slora.adapter_store.v1 import adapter_store_pb2 as pb
 
 from services.adapter_store.arena import Arena
-from services.adapter_store.delivery_servicer import CHUNK_BYTES, WeightDelivery
+from services.adapter_store.delivery_servicer import CANCELLATION_SECONDS, CHUNK_BYTES, WeightDelivery
 from services.adapter_store.host_cache import HostCache, Pin
 from services.adapter_store.manifest import ElementType, ModulePlacement, PackedLayout, PackedManifest, TargetModule
 from services.adapter_store.metrics import StoreMetrics
+from services.common.errors import SloraError
 
 NUM_CHUNKS, NUM_STREAMS = 6, 32
 DIGEST = "sha256:" + "a" * 64
@@ -26,6 +28,24 @@ class Wire:
 
     def __init__(self) -> None:
         self.begun: list[int] = []
+
+
+class Borrower:
+    """A lease's context whose call ends without a word, and may turn out to have been cancelled."""
+
+    def __init__(self, notice_seconds: float | None) -> None:
+        self._notice_seconds = notice_seconds
+        self._ended_at = 0.0
+
+    async def write(self, _: Any) -> None:
+        pass
+
+    async def messages(self) -> AsyncIterator[pb.ShareAdapterRequest]:
+        yield pb.ShareAdapterRequest(digest=DIGEST)
+        self._ended_at = time.monotonic()
+
+    def cancelled(self) -> bool:
+        return self._notice_seconds is not None and time.monotonic() > self._ended_at + self._notice_seconds
 
 
 class Reader:
@@ -80,6 +100,19 @@ async def rounds_until(condition: Callable[[], bool]) -> None:
             return
         await asyncio.sleep(0)
     raise AssertionError("it did not come about")
+
+
+@pytest.mark.parametrize("notice_seconds", [0.0, CANCELLATION_SECONDS / 2])
+async def test_a_lease_that_is_cancelled_is_no_bad_request(cache: HostCache, notice_seconds: float) -> None:
+    context: Any = Borrower(notice_seconds)
+    with pytest.raises(asyncio.CancelledError):
+        await make_delivery(cache).lend(context.messages(), context)
+
+
+async def test_a_lease_whose_messages_end_early_is_one(cache: HostCache) -> None:
+    context: Any = Borrower(None)
+    with pytest.raises(SloraError, match="the messages ended; expected was copied"):
+        await make_delivery(cache).lend(context.messages(), context)
 
 
 async def test_streams_go_in_turns_and_each_gets_all(cache: HostCache) -> None:
