@@ -48,13 +48,16 @@ def parse_settings(
     return cls(**vars(parser.parse_args(argv)))
 
 
+_GRPC_SCHEMES = ("dns:", "ipv4:", "ipv6:", "unix:", "unix-abstract:", "xds:")
+
+
 def check_peers(option: str, addresses: Iterable[str]) -> None:
-    """Raises AddressError unless each is `host:port`, or a target by another of gRPC's schemes (`unix:…`, `dns:///…`)."""
+    """Raises AddressError unless each is `host:port`, or a target by one of gRPC's schemes (`unix:…`, `dns:///…`)."""
     for address in addresses:
         host, _, port = address.rpartition(":")
-        is_host = bool(host) and (":" not in host or (host.startswith("[") and host.endswith("]")))
+        is_host = bool(host) and "/" not in host and (":" not in host or (host.startswith("[") and host.endswith("]")))
         is_port = port.isascii() and port.isdigit() and 0 < int(port) < 2**16
-        if not (is_host and is_port) and "/" not in address and not address.startswith("unix"):
+        if not (is_host and is_port) and not address.startswith(_GRPC_SCHEMES):
             raise AddressError(f"{option} {address}: a peer is given as host:port, such as localhost:50052")
 
 

@@ -126,7 +126,9 @@ class SpeculativeLoads:
         """
         if self._under_way is not None:
             self._get_on(self._under_way, claimed)
-        elif claimed is not None and not self._others_load() and self._clock() >= self._resumes_at:
+        elif not self._popularity.has_candidates or claimed is None:
+            return
+        elif not self._others_load() and self._clock() >= self._resumes_at:
             self._begin(claimed)
 
     def close(self) -> None:

@@ -52,6 +52,11 @@ class Popularity:
     def __len__(self) -> int:
         return len(self._known)
 
+    @property
+    def has_candidates(self) -> bool:
+        """Whether any may be named; costs nothing where none is, as with a half-life of 0."""
+        return bool(self._absent)
+
     def asked(self, adapter: Adapter, is_resident: bool) -> None:
         """A request for `adapter` came."""
         if not self._half_life:
@@ -80,7 +85,7 @@ class Popularity:
 
     def candidates(self, num_adapters: int) -> list[Candidate]:
         """The most popular absent ones, at most so many, the first first."""
-        if not self._absent:
+        if not self.has_candidates:
             return []
         now = self._clock() / self._half_life
         least = now + math.log2(MIN_COUNT)
