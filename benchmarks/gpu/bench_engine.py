@@ -1,10 +1,11 @@
 """Claim: a thousand adapters at the base model's speed. The engine's core alone, in a closed loop, on an accelerator.
 
 *decode*: B sequences with prompts of 256 tokens, 128 outputs; time a decode step once all are prefilled. *prefill*: 128
-prompts of 256 tokens. *paper_mix*: all requests at once, prompts and outputs uniform in [8, 512], adapters uniform,
-outputs forced to length, at most 256 running. *load*: an adapter in host memory (this process's, or that of a store on
-this host) until it may be used. *churn*: 32 sequences without adapters while a thousand adapters are loaded one after
-another into room for a hundred. Settings: base (no adapters), S1 (rank 8), S2 (ranks 64, 32, 16, 8).
+prompts of 256 tokens. *mixed*: a step of 32 or 128 such sequences in which another prompt is computed. *paper_mix*: all
+requests at once, prompts and outputs uniform in [8, 512], adapters uniform, outputs forced to length, at most 256
+running. *load*: an adapter in host memory (this process's, or that of a store on this host) until it may be used.
+*churn*: 32 sequences without adapters while a thousand adapters are loaded one after another into room for a hundred.
+Settings: base (no adapters), S1 (rank 8), S2 (ranks 64, 32, 16, 8).
 
 Run: python -m benchmarks.gpu.bench_engine [--model llama-7b] [--targets attn] [--quick] [--only decode,prefill,...]
 Only some mixes: --only paper_mix --mixes base:0,S1:5
@@ -42,6 +43,7 @@ from services.engine.messages import Abort, Adapter, Generate, Prefetch, StepRep
 
 PROMPT, OUTPUT = 256, 128
 DECODE_BATCHES = (1, 32, 128)
+MIXED_BATCHES, MIXED_PROMPTS = (32, 128), (64, 512)
 SETTINGS = ("base", "S1", "S2")
 NUM_ROUNDS = 3
 MIX_REQUESTS = 768
@@ -165,6 +167,51 @@ def measure_prefill(bench: Bench) -> Iterator[Row]:
         if setting != "base":
             ratios = [mine / base for mine, base in zip(values[1:], seconds["base"][1:], strict=True)]
             yield bench.model.row("prefill", setting, "seconds_ratio", statistics.median(ratios), **labels)
+
+
+def measure_mixed(bench: Bench) -> Iterator[Row]:
+    """Time a step takes when one prompt is computed in it beside sequences that decode, every fourth step."""
+    draw = random.Random(4)
+    for setting in ("base", "S1"):
+        source = bench.source(setting, 128)
+        driver = CoreDriver(bench.settings, bench.runner, source)
+        driver.run(bench.batch(draw, source.adapters, 128))  # adapters become resident
+        sizes = [size for size in MIXED_BATCHES if size < bench.settings.max_running]
+        for size, length in itertools.product(sizes, MIXED_PROMPTS):
+            values = _mixed_step_ms(bench, driver, draw, source.adapters, size, length)
+            labels = {"batch": size, "distinct": min(size, len(source.adapters)), "prompt": length}
+            yield bench.model.row("mixed", setting, "step_ms", statistics.median(values), **labels)
+        driver.close()
+
+
+def _mixed_step_ms(
+    bench: Bench, driver: CoreDriver, draw: random.Random, adapters: tuple[Adapter, ...], size: int, length: int
+) -> list[float]:
+    """Of the steps in which, besides the `size` sequences, a prompt has its one token."""
+    values: list[float] = []
+    left: set[int] = set()
+    full_steps, before = 0, time.perf_counter()
+
+    def join(one: Generate) -> None:
+        left.add(one.request_id)
+        driver.core.handle(one)
+
+    for one in bench.batch(draw, adapters, size):
+        join(one)
+    while left:
+        report = driver.step()
+        if report is None:
+            continue
+        now = time.perf_counter()
+        if len(report.tokens) == size + 1:
+            values.append(1e3 * (now - before))
+        before = now
+        left -= {token.request_id for token in report.tokens if token.finish is not None}
+        if len(report.tokens) == size == len(left):
+            full_steps += 1
+            if full_steps % 4 == 0:
+                join(request(bench.prompt(draw, length), 1, draw.choice(adapters) if adapters else None))
+    return values
 
 
 def measure_load(bench: Bench, setting: str) -> Iterator[Row]:
@@ -340,6 +387,8 @@ def measure(bench: Bench, only: set[str], quick: bool) -> Iterator[Row]:
             yield from measure_idle_adapters(bench)
     if "prefill" in only:
         yield from measure_prefill(bench)
+    if "mixed" in only:
+        yield from measure_mixed(bench)
     if "load" in only:
         for setting in ("S1", "S2"):
             yield from measure_load(bench, setting)
@@ -352,7 +401,7 @@ def measure(bench: Bench, only: set[str], quick: bool) -> Iterator[Row]:
 def main() -> None:
     """Measures, prints rows, and merges them into the results."""
     parser = model_arguments(__doc__)
-    parser.add_argument("--only", default="decode,prefill,load,churn,paper_mix")
+    parser.add_argument("--only", default="decode,prefill,mixed,load,churn,paper_mix")
     parser.add_argument("--quick", action="store_true", help="few batches, requests and adapters")
     parser.add_argument("--mixes", default=MIXES, help="of paper_mix: setting:adapters, … (default %(default)s)")
     parser.add_argument("--requests", type=int, default=MIX_REQUESTS, help="of each mix (default %(default)s)")

@@ -7,7 +7,7 @@ never read.
 Shapes: q and out `[num_tokens, num_heads, head_dim]`, the chunks' tokens end to end; pages `[num_pages, 2,
 num_kv_heads, tokens_per_page, head_dim]` (see kv_write); block_tables `[num_sequences, >= max_pages]` int32.
 
-`plan_prefill` cuts the chunks into tiles of tokens, once a step for all layers. A program takes a tile and a kv head:
+`cut_tiles` cuts the chunks into tiles of tokens, once a step for all layers. A program takes a tile and a kv head:
 the query heads that share it are rows of one matrix, so that keys and values are read once for all of them. Source:
 FlashAttention-2, Dao 2023, arXiv 2307.08691; chunked prefill, Agrawal et al. 2023, arXiv 2308.16369.
 """
@@ -68,10 +68,10 @@ def tile_tokens(num_heads: int, num_kv_heads: int, dtype: torch.dtype) -> int:
     return max(1, default_tuning(dtype).rows // (num_heads // num_kv_heads))
 
 
-def plan_prefill(spans: Sequence[tuple[int, int, int, int]], block_m: int, device: torch.device) -> PrefillPlan:
-    """What `prefill_attention` needs for a step: a span `(row_begin, row_end, start_position, sequence)` a chunk.
+def cut_tiles(spans: Sequence[tuple[int, int, int, int]], block_m: int) -> list[tuple[int, int, int, int]]:
+    """A step's tiles, as PrefillPlan has them: a span `(row_begin, row_end, start_position, sequence)` a chunk.
 
-    Rows of q that no span covers are left out of the attention. One copy to the device, which the host does not await.
+    Rows of q that no span covers are left out of the attention. A tile of no rows is padding.
     """
     tiles = [
         (row, min(block_m, end - row), start + row - begin, sequence)
@@ -80,7 +80,12 @@ def plan_prefill(spans: Sequence[tuple[int, int, int, int]], block_m: int, devic
     ]
     # The device starts tiles in this order: what takes longest must not start last.
     tiles.sort(key=lambda tile: tile[1] + tile[2], reverse=True)
-    packed = torch.tensor(tiles, dtype=torch.int32, pin_memory=device.type == "cuda").view(-1, 4)
+    return tiles
+
+
+def plan_prefill(spans: Sequence[tuple[int, int, int, int]], block_m: int, device: torch.device) -> PrefillPlan:
+    """`cut_tiles` on the device. One copy, which the host does not await."""
+    packed = torch.tensor(cut_tiles(spans, block_m), dtype=torch.int32, pin_memory=device.type == "cuda").view(-1, 4)
     return PrefillPlan(packed.to(device, non_blocking=True), block_m)
 
 
@@ -165,6 +170,8 @@ def _prefill_kernel(
         query, position, keys, table, diagonal, limit, scale, weighted, maximum, total,
         VALUES, 2 * VALUES, TOKENS_PER_PAGE, HEAD_DIM, BLOCK_D, BLOCK_N, NUM_STAGES, True,
     )  # fmt: skip
+    # A tile of no rows has no weights either.
+    total = tl.maximum(total, 1e-30)
     outputs = out + (q_row * (NUM_KV_HEADS * GROUP) + head)[:, None] * HEAD_DIM + column[None, :]
     tl.store(outputs, (weighted / total[:, None]).to(out.dtype.element_ty), mask=mask)
 

@@ -4,8 +4,9 @@ Semantics: for every token i of a segment of adapter a and each module m of the 
 u[i, ranks of m]`, summed in float32 and rounded once. Other tokens, and modules that an adapter leaves alone, are not
 touched.
 
-Shapes: u of y's type `[num_tokens, ...]` as segment_shrink left it; plan int32 `[3, num_blocks]` from plan_segments;
-pages `[num_pages, page_elems]`, one layer of the pool; y `[num_tokens, sum of out_features]` (any row stride).
+Shapes: u of y's type `[num_tokens, ...]` as segment_shrink left it; plan int32 `[3, num_blocks]`, columns of
+segment_shrink.cut_blocks; pages `[num_pages, page_elems]`, one layer of the pool; y `[num_tokens, sum of out_features]`
+(any row stride).
 
 Source: S-LoRA section 6 (MBGMM), Punica (SGMV, arXiv 2310.18547).
 """
@@ -123,6 +124,8 @@ def _segment_expand_kernel(
     token = tl.load(plan_ptr + block)
     count = tl.load(plan_ptr + num_blocks + block)
     slot = tl.load(plan_ptr + 2 * num_blocks + block)
+    if count == 0:
+        return
     rank, start, first = module_rows(rank_ptr, b_tile_ptr, slot * TABLE_STRIDE + table_offset, module, NUM_MODULES)
     if rank == 0:
         return

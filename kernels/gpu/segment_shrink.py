@@ -3,7 +3,7 @@
 Semantics: for every token i of a segment of adapter a, `u[i, :R] = A[a] x[i]` for the R rows of A of all modules of the
 group, end to end; summed in float32 and rounded to x's type. Other entries of u are left as they are.
 
-Shapes: x `[num_tokens, in_features]` (any row stride); plan int32 `[3, num_blocks]` from plan_segments; pages
+Shapes: x `[num_tokens, in_features]` (any row stride); plan int32 `[3, num_blocks]`, columns of cut_blocks; pages
 `[num_pages, page_elems]`, one layer of the pool; u of x's type `[num_tokens, at least max_total_rank]`, scratch.
 
 Source: S-LoRA section 6 (MBGMM), Punica (SGMV, arXiv 2310.18547).
@@ -48,19 +48,26 @@ _BLOCKS_LARGE_M = SegmentShrinkBlocks(max_ranks=128, num_warps=8, num_stages=3)
 _BLOCKS_FLOAT32 = SegmentShrinkBlocks(max_ranks=16, num_warps=4, num_stages=2)
 
 
-def plan_segments(segments: Sequence[tuple[int, int, int]], block_m: int, device: torch.device) -> torch.Tensor:
-    """Cuts runs of tokens `(begin, end, slot)` into blocks of at most `block_m`: int32 `[3, num_blocks]`.
+def cut_blocks(segments: Sequence[tuple[int, int, int]], block_m: int) -> list[tuple[int, int, int]]:
+    """Cuts runs of tokens `(begin, end, slot)` into blocks of at most `block_m`, none of which spans two runs.
 
-    The rows are a block's first token, its number of tokens, and its adapter's slot; a block never spans two segments.
-    Runs with slot -1 have no blocks. On an accelerator the copy is asynchronous, on the current stream.
+    A block is its first token, its number of tokens, and its adapter's slot. Runs with slot -1 have no blocks; a block
+    of no tokens is padding.
     """
-    blocks = [
+    return [
         (first, min(block_m, end - first), slot)
         for begin, end, slot in segments
         if slot >= 0
         for first in range(begin, end, block_m)
     ]
-    columns = [list(column) for column in zip(*blocks, strict=True)] if blocks else [[], [], []]
+
+
+def plan_segments(segments: Sequence[tuple[int, int, int]], block_m: int, device: torch.device) -> torch.Tensor:
+    """`cut_blocks` on the device, int32 `[3, num_blocks]`.
+
+    On an accelerator the copy is asynchronous, on the current stream.
+    """
+    columns = [list(column) for column in zip(*cut_blocks(segments, block_m), strict=True)] or [[], [], []]
     pinned = device.type == "cuda"
     return torch.tensor(columns, dtype=torch.int32, pin_memory=pinned).to(device, non_blocking=pinned)
 
@@ -135,6 +142,8 @@ def _segment_shrink_kernel(
     token = tl.load(plan_ptr + block)
     count = tl.load(plan_ptr + num_blocks + block)
     slot = tl.load(plan_ptr + 2 * num_blocks + block)
+    if count == 0:
+        return
     total, first = group_rows(rank_ptr, a_tile_ptr, slot * TABLE_STRIDE + table_offset, NUM_MODULES, RANK_PARTS)
     ranks = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     if tl.program_id(0) * BLOCK_R >= total:

@@ -54,7 +54,7 @@ class EngineSettings:
     )
     max_running: int = setting(0, "most sequences that run at once; 0: 64 on a CPU, 256 on an accelerator")
     max_step_tokens: int = setting(0, "most tokens of a step, prefill and decode; 0: 512 on a CPU, 8192 otherwise")
-    admission_batch: int = setting(0, "when full, fill so many places at a time; 0: 1 on a CPU, 8 on an accelerator")
+    admission_batch: int = setting(0, "when full, fill so many places at a time; 0: 1 on a CPU, 4 on an accelerator")
     max_model_len: int = setting(0, "longest sequence in tokens; 0: the checkpoint's")
     max_waiting: int = setting(4096, "most requests in the queue; further ones are refused")
     policy: OrderName = setting("fcfs", "in which order requests are admitted: fcfs, priority or fair")
@@ -151,7 +151,7 @@ class EngineSettings:
             self,
             max_running=self.max_running or (64 if on_cpu else 256),
             max_step_tokens=self.max_step_tokens or (512 if on_cpu else 8192),
-            admission_batch=self.admission_batch or (1 if on_cpu else 8),
+            admission_batch=self.admission_batch or (1 if on_cpu else 4),
         )
 
 

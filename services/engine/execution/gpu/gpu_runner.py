@@ -4,29 +4,31 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
-import numpy as np
 import torch
 
 from kernels.gpu.adapter_tables import MAX_RANK
 from kernels.gpu.decode_attention import make_decode_scratch, num_splits_for
 from kernels.gpu.pick_tokens import pick_tokens
-from kernels.gpu.prefill_attention import plan_prefill, tile_tokens
+from kernels.gpu.prefill_attention import PrefillPlan, tile_tokens
 from kernels.gpu.row_plan import RowPlanner
 from kernels.gpu.row_shrink import num_splits_for as num_shrink_splits
-from kernels.gpu.segment_shrink import DEFAULT_BLOCK_M, plan_segments
+from kernels.gpu.segment_shrink import DEFAULT_BLOCK_M
 from services.engine.config import EngineSettings
 from services.engine.execution.communicator import Communicator, SoleProcess, Traffic
-from services.engine.execution.gpu.adapter_device import GpuAdapterDevice
-from services.engine.execution.gpu.decode_graphs import DecodeGraphs, RowAdapters
+from services.engine.execution.gpu.adapter_device import GpuAdapterDevice, GroupRanks
 from services.engine.execution.gpu.parallel_triton_step import ParallelTritonStep
-from services.engine.execution.gpu.staging import DecodeInputs, PinnedRing, StepSender
-from services.engine.execution.gpu.step_layout import Integers, StepLayout, StepLimits, lay_out
+from services.engine.execution.gpu.staging import PinnedRing, StepInputs
+from services.engine.execution.gpu.step_arrays import StepArrays, arrange, cut_prefills, own_shape, shifted_row
+from services.engine.execution.gpu.step_graphs import CapturedStep, CaptureSizes, StepGraphs, capture_sizes
+from services.engine.execution.gpu.step_layout import StepLayout, StepLimits, lay_out
+from services.engine.execution.gpu.step_shape import StepAdapters, StepShape
 from services.engine.execution.gpu.token_sampler import NOT_FINITE, Logprobs, SampleRow, TokenSampler
 from services.engine.execution.gpu.triton_step import DeviceState, Segments, StepTensors, TritonStep
 from services.engine.execution.pool_size import pool_config
@@ -69,11 +71,13 @@ class GpuRunner:
         settings: EngineSettings,
         checkpoint: Weights | None = None,
         communicator: Communicator | None = None,
+        sizes: CaptureSizes | None = None,
     ) -> None:
-        """Loads the checkpoint, allocates the pool, captures decode steps. Raises CheckpointError or ValueError.
+        """Loads the checkpoint, allocates the pool, captures steps. Raises CheckpointError or ValueError.
 
         checkpoint: where the weights come from, if not from the directory that the settings name. communicator: this
-        process's end where several share the model; the weights are then a part, and all must be made at once.
+        process's end where several share the model; the weights are then a part, and all must be made at once. sizes:
+        of the steps that are captured, if not as `capture_sizes` has it.
         """
         self._device = torch.device(settings.device)
         if self._device.index is not None:
@@ -97,12 +101,15 @@ class GpuRunner:
             self.pool_config.num_pages, self.pool_config.tokens_per_page, self.max_model_len, self.vocab_size
         )
         self._max_batch = min(settings.max_running, settings.max_step_tokens)
-        self._make_buffers(settings, pool)
+        sizes = sizes or capture_sizes(self._max_batch, settings.max_step_tokens, partition.tp_size)
+        self._make_buffers(settings, pool, sizes)
         self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
         self._make_step: Callable[[StepTensors], StepOps] = partial(TritonStep, self._state)
         if partition.tp_size > 1:
             self._make_step = partial(ParallelTritonStep, self._state, self._communicator)
-        self._graphs = DecodeGraphs(self._decode, self._max_batch, self._device, partition.tp_size)
+        self._graphs = StepGraphs(
+            self._compute_captured, sizes, self._max_pages, self._tile_tokens, self._device, partition.tp_size
+        )
         # By sequence: the row of `drawn` that the last step wrote for it.
         self._rows_drawn: dict[int, int] = {}
         with self._on_stream():
@@ -166,27 +173,17 @@ class GpuRunner:
 
     def _compute(self, layout: StepLayout) -> tuple[torch.Tensor, list[SampleRow], list[int]]:
         """The step's logits, their most likely tokens in `drawn`, and whose they are."""
-        decode_slots = set(layout.adapter_slots.tolist()) - {BASE_SLOT}
-        ranks = self.adapter_device.max_ranks(decode_slots)
-        row_groups = frozenset(group for group in Group if ranks[group].total)
-        adapters = RowAdapters(row_groups, max(group.single for group in ranks))
-        size = None if layout.prefills else self._graphs.size_for(layout.num_tokens)
-        if size is not None:
-            self._inputs.send(layout, size)
-            logits = self._graphs.run(size, adapters)
-            row_of = {token_row: token_row for _, token_row in layout.sampled}
-        else:
-            tensors = self._mixed_tensors(layout, adapters)
-            logits = self._decoder.forward(self._make_step(tensors))
-            if len(logits):
-                pick_tokens(logits, self._state.drawn)
-            row_of = {token_row: row for row, (_, token_row) in enumerate(layout.sampled)}
-        rows = [
-            SampleRow(row_of[token_row], token_row, chunk.sample)
-            for chunk, token_row in layout.sampled
-            if chunk.sample is not None
-        ]
-        return logits, rows, [chunk.sequence_id for chunk, _ in layout.sampled]
+        decodes = self._ranks(layout.adapter_slots.tolist())
+        prompts = self._ranks(slot for _, _, slot in layout.segments)
+        cuts = cut_prefills(layout, self._tile_tokens)
+        captured = self._graphs.find(layout, _adapters(map(GroupRanks.join, decodes, prompts)))
+        shape = captured.shape if captured else own_shape(layout, cuts, self._communicator.partition.tp_size > 1)
+        self._inputs.send(arrange(layout, cuts, shape))
+        logits = self._graphs.run(captured) if captured else self._run(shape, _adapters(decodes), prompts)
+        return logits, _sample_rows(layout, shape), [chunk.sequence_id for chunk, _ in layout.sampled]
+
+    def _ranks(self, slots: Iterable[int]) -> tuple[GroupRanks, ...]:
+        return self.adapter_device.max_ranks(set(slots) - {BASE_SLOT})
 
     def _share_drawn(self, rows: list[SampleRow], sequence_ids: list[int]) -> int:
         """Notes where the next step finds what was drawn, and tells the other processes, or hears it from process 0.
@@ -211,69 +208,59 @@ class GpuRunner:
         done.record()
         return buffer[:num_rows], logprobs, done
 
-    def _decode(self, size: int, adapters: RowAdapters) -> torch.Tensor:
-        """A decode step of `size` rows as `self._inputs` has them: what graphs capture."""
-        splits = num_splits_for(size, self._part.num_kv_heads, self._num_sms)
-        step = self._make_step(self._inputs.tensors(size, adapters, splits))
+    def _compute_captured(self, step: CapturedStep) -> torch.Tensor:
+        """What graphs capture: such a step, for adapters whose ranks are as large as that."""
+        groups, bound = step.adapters
+        most = [(GroupRanks(bound * g.num_modules, bound)) for g in self.adapter_device.groups]
+        ranks = tuple(most[group] if group in groups else GroupRanks() for group in Group)
+        return self._run(step.shape, step.adapters, ranks)
+
+    def _run(self, shape: StepShape, decodes: StepAdapters, prompts: tuple[GroupRanks, ...]) -> torch.Tensor:
+        """Computes what lies in the inputs; decodes, prompts: of what kind the adapters of either are at most."""
+        step = self._make_step(self._tensors(shape, decodes, prompts))
         with torch.inference_mode():
             logits = self._decoder.forward(step)
-            pick_tokens(logits, self._state.drawn)
+            if len(logits):
+                pick_tokens(logits, self._state.drawn)
         return logits
 
-    def _mixed_tensors(self, layout: StepLayout, adapters: RowAdapters) -> StepTensors:
-        """The tensors of a step that prefills."""
-        n = layout.num_decode
-        logit_rows = np.array([row for _, row in layout.sampled], dtype=np.int32)
-        token_ids, source, positions, slots, context_lens, adapter_slots, block_tables, rows, *more = self._sender.send(
-            (
-                layout.token_ids,
-                layout.source,
-                layout.positions,
-                layout.slots,
-                layout.positions[:n] + 1,
-                layout.adapter_slots,
-                layout.block_tables,
-                logit_rows,
-                *((_segment_slots(layout),) if self._communicator.partition.tp_size > 1 else ()),
-            )
-        )
-        segments = None
-        if layout.segments:
-            ranks = self.adapter_device.max_ranks({slot for _, _, slot in layout.segments})
-            segments = Segments(plan_segments(layout.segments, DEFAULT_BLOCK_M, self._device), ranks)
+    def _tensors(self, shape: StepShape, decodes: StepAdapters, prompts: tuple[GroupRanks, ...]) -> StepTensors:
+        arrays: StepArrays[torch.Tensor] = StepArrays(*self._inputs.views(shape.arrays))
+        mixed = shape.num_prefill > 0
+        adapted = mixed and any(ranks.total for ranks in prompts)
         return StepTensors(
-            token_ids=token_ids,
-            source=source,
-            positions=positions,
-            slots=slots,
-            num_decode=n,
-            block_tables=block_tables,
-            context_lens=context_lens,
-            num_splits=num_splits_for(max(n, 1), self._part.num_kv_heads, self._num_sms),
-            adapter_slots=adapter_slots,
-            row_groups=adapters.groups,
-            max_row_rank=adapters.max_rank,
-            segment_slots=more[0] if more else None,
-            prefill=plan_prefill(layout.spans, self._prefill_block, self._device) if layout.prefills else None,
-            segments=segments,
-            logit_rows=rows,
+            token_ids=arrays.token_ids,
+            source=arrays.source,
+            positions=arrays.positions,
+            slots=arrays.slots,
+            num_decode=shape.num_decode,
+            block_tables=arrays.block_tables,
+            context_lens=arrays.context_lens,
+            num_splits=num_splits_for(max(shape.num_decode, 1), self._part.num_kv_heads, self._num_sms),
+            adapter_slots=arrays.adapter_slots,
+            row_groups=decodes.groups if shape.num_decode else frozenset(),
+            max_row_rank=decodes.max_rank,
+            segment_slots=arrays.segment_slots if shape.num_segment_slots else None,
+            prefill=PrefillPlan(arrays.tiles, self._tile_tokens) if mixed else None,
+            segments=Segments(arrays.blocks, prompts) if adapted else None,
+            logit_rows=arrays.logit_rows if mixed else None,
         )
 
-    def _make_buffers(self, settings: EngineSettings, pool: Pool) -> None:
+    def _make_buffers(self, settings: EngineSettings, pool: Pool, sizes: CaptureSizes) -> None:
         config, device, max_batch = self._part, self._device, self._max_batch
         tokens_per_page = self.pool_config.tokens_per_page
-        max_pages = -(-self.max_model_len // tokens_per_page)
-        self._prefill_block = tile_tokens(config.num_heads, config.num_kv_heads, config.dtype)
+        self._max_pages = -(-self.max_model_len // tokens_per_page)
+        self._tile_tokens = tile_tokens(config.num_heads, config.num_kv_heads, config.dtype)
         self._num_sms = 1
         if device.type == "cuda":
             self._num_sms = torch.cuda.get_device_properties(device).multi_processor_count
-        sizes = range(1, max_batch + 1)
-        attention_rows = max(size * num_splits_for(size, config.num_kv_heads, self._num_sms) for size in sizes)
+        batches = range(1, max_batch + 1)
+        attention_rows = max(size * num_splits_for(size, config.num_kv_heads, self._num_sms) for size in batches)
         adapters = self.adapter_device
         tile = adapters.tables.tile_elems
         rank_space = max(
             size * num_shrink_splits(size, group, tile) * MAX_RANK * group.num_modules
-            for size in sizes
+            for size in batches
             for group in adapters.groups
         )
         max_tokens = settings.max_step_tokens + max_batch
@@ -292,23 +279,33 @@ class GpuRunner:
             row_planner=RowPlanner(adapters.tables, adapters.groups, max_batch),
             rank_space=torch.empty(rank_space, dtype=torch.float32, device=device),
         )
-        self._inputs = DecodeInputs(max_batch, max_pages, device)
-        # Six fields a token, and block tables of as many sequences as may be in a step; and what aligns them.
-        max_sequences = min(settings.max_step_tokens, max_batch)
-        self._sender = StepSender(7 * max_tokens + max_sequences * max_pages + 64, device)
+        self._inputs = StepInputs(self._most_integers(max_tokens, 2 * max_batch + sizes.max_chunks), device)
         self._results = PinnedRing(max_tokens, device)
         self._sampler = TokenSampler(device)
+
+    def _most_integers(self, max_tokens: int, max_sequences: int) -> int:
+        """Of any step, captured or not: a prompt has its own row in the block tables, beside those of all decodes."""
+        a_token, a_sequence = 5 + 4 / self._tile_tokens + 3 / DEFAULT_BLOCK_M, 3 + 4 + 3 + self._max_pages
+        return math.ceil(a_token * max_tokens) + a_sequence * max_sequences
 
     def _on_stream(self) -> contextlib.AbstractContextManager[object]:
         return contextlib.nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
 
 
-def _segment_slots(layout: StepLayout) -> Integers:
-    """The adapter's slot of every token that is prefilled."""
-    slots = np.full(layout.num_tokens, BASE_SLOT, dtype=np.int32)
-    for begin, end, slot in layout.segments:
-        slots[begin:end] = slot
-    return slots
+def _adapters(ranks: Iterable[GroupRanks]) -> StepAdapters:
+    by_group = dict(zip(Group, ranks, strict=True))
+    groups = frozenset(group for group, most in by_group.items() if most.total)
+    return StepAdapters(groups, max(most.single for most in by_group.values()))
+
+
+def _sample_rows(layout: StepLayout, shape: StepShape) -> list[SampleRow]:
+    """Logits are of every row where there are no prompts, else of the sampled ones in their order."""
+    rows = []
+    for place, (chunk, token_row) in enumerate(layout.sampled):
+        row = shifted_row(token_row, layout, shape)
+        if chunk.sample is not None:
+            rows.append(SampleRow(place if shape.num_prefill else row, row, chunk.sample))
+    return rows
 
 
 def _rope_table(config: ModelConfig, num_positions: int) -> torch.Tensor:

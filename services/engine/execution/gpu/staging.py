@@ -5,14 +5,12 @@ Pinned buffers are used in turn, so that the host fills one while the device may
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 
-import numpy as np
 import torch
 
-from services.engine.execution.gpu.decode_graphs import RowAdapters
-from services.engine.execution.gpu.step_layout import Integers, StepLayout
-from services.engine.execution.gpu.triton_step import StepTensors
+from services.engine.execution.gpu.step_layout import Integers
 
 _ALIGNED = 4  # int32s: kernels are compiled for pointers of 16 bytes
 _NUM_BUFFERS = 3  # one the device reads, one on its way, one being filled
@@ -36,71 +34,39 @@ class PinnedRing:
         return self._buffers[number], event
 
 
-class StepSender:
-    """Sends the integers of any step, to memory of its own."""
+class StepInputs:
+    """A step's integers on the device, end to end, always in the same memory: what captured steps read.
+
+    The next step's overwrite them, in the order of the stream.
+    """
 
     def __init__(self, max_integers: int, device: torch.device) -> None:
-        self._device = device
-        self._ring = PinnedRing(max_integers, device)
-
-    def send(self, arrays: Sequence[Integers]) -> list[torch.Tensor]:
-        """`arrays` on the device, in their shapes, by one copy on the current stream."""
-        buffer, event = self._ring.turn()
-        host, places, end = buffer.numpy(), [], 0
-        for array in arrays:
-            places.append(end)
-            host[end : end + array.size] = array.reshape(-1)
-            end += -(-array.size // _ALIGNED) * _ALIGNED
-        flat = buffer[:end].to(self._device, non_blocking=True)
-        if self._device.type == "cpu":
-            flat = flat.clone()
-        if event is not None:
-            event.record()
-        return [flat[place : place + array.size].view(array.shape) for place, array in zip(places, arrays, strict=True)]
-
-
-class DecodeInputs:
-    """The integers of decode steps, at the same place in every step: what captured graphs read."""
-
-    _NUM_FIELDS = 6
-
-    def __init__(self, max_batch: int, max_pages: int, device: torch.device) -> None:
-        self._max_batch, self._max_pages = max_batch, max_pages
-        size = max_batch * (self._NUM_FIELDS + max_pages)
+        """max_integers: of any step, without the few that align its arrays."""
+        size = max_integers + _ALIGNED * 16
         self._flat = torch.zeros(size, dtype=torch.int32, device=device)
         self._ring = PinnedRing(size, device)
 
-    def tensors(self, batch: int, adapters: RowAdapters, num_splits: int) -> StepTensors:
-        """The first `batch` rows, as the step reads them."""
-        begin = self._NUM_FIELDS * self._max_batch
-        fields = self._flat[:begin].view(self._NUM_FIELDS, self._max_batch)[:, :batch]
-        return StepTensors(
-            token_ids=fields[0],
-            source=fields[1],
-            positions=fields[2],
-            slots=fields[3],
-            num_decode=batch,
-            block_tables=self._flat[begin:].view(self._max_batch, self._max_pages)[:batch],
-            context_lens=fields[4],
-            num_splits=num_splits,
-            adapter_slots=fields[5],
-            row_groups=adapters.groups,
-            max_row_rank=adapters.max_rank,
-        )
-
-    def send(self, layout: StepLayout, batch: int) -> None:
-        """Fills the first `batch` rows; those beyond the layout's become padding."""
+    def send(self, arrays: Sequence[Integers]) -> None:
+        """Writes `arrays` by one copy on the current stream."""
         buffer, event = self._ring.turn()
-        begin, n = self._NUM_FIELDS * self._max_batch, layout.num_tokens
-        host = buffer.numpy()
-        fields = host[:begin].reshape(self._NUM_FIELDS, self._max_batch)
-        fields[:, :batch] = np.array([0, -1, 0, -1, 0, -1], dtype=np.int32)[:, None]
-        rows = (layout.token_ids, layout.source, layout.positions, layout.slots, layout.positions + 1)
-        for field, values in zip(fields, (*rows, layout.adapter_slots), strict=True):
-            field[:n] = values
-        tables = host[begin:].reshape(self._max_batch, self._max_pages)
-        tables[:n, : layout.block_tables.shape[1]] = layout.block_tables
-        end = begin + batch * self._max_pages
+        host, end = buffer.numpy(), 0
+        for array, (begin, size) in zip(arrays, _places([array.shape for array in arrays]), strict=True):
+            end = begin + size
+            host[begin:end] = array.reshape(-1)
         self._flat[:end].copy_(buffer[:end], non_blocking=True)
         if event is not None:
             event.record()
+
+    def views(self, shapes: Sequence[tuple[int, ...]]) -> list[torch.Tensor]:
+        """Where arrays of these shapes lie when they were sent."""
+        places = zip(shapes, _places(shapes), strict=True)
+        return [self._flat[begin : begin + size].view(shape) for shape, (begin, size) in places]
+
+
+def _places(shapes: Sequence[tuple[int, ...]]) -> Iterator[tuple[int, int]]:
+    """Where each array begins, and how many integers it has."""
+    begin = 0
+    for shape in shapes:
+        size = math.prod(shape)
+        yield begin, size
+        begin += -(-size // _ALIGNED) * _ALIGNED

@@ -1,0 +1,175 @@
+"""Steps as captured CUDA graphs: one launch instead of several hundred, which cost the host 15 to 30 ms.
+
+A graph holds the launches of one size and one kind of adapters: what a batch does not have costs it nothing. A step
+runs in the next larger size, what is left over being padding that kernels pass over.
+
+- Decodes alone: by number of sequences and the set of groups that adapters change (none, attention's, all). Where
+  several processes share the model, also by a bound on ranks, since what they send has a fixed size.
+- Decodes with prompts: by both their sizes, in larger steps, and by a bound on ranks, which is what launches for
+  prompts depend on. Beyond the largest size the device takes longer than the host, and such a step is not captured; nor
+  is it where several processes share the model.
+
+Where there is no accelerator (tests in triton's interpreter) the same padded steps run uncaptured.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import time
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from kernels.gpu.adapter_tables import MAX_RANK
+from kernels.gpu.segment_shrink import DEFAULT_BLOCK_M
+from services.engine.execution.gpu.step_layout import StepLayout
+from services.engine.execution.gpu.step_shape import StepAdapters, StepShape
+from services.engine.model.step_ops import Group
+
+logger = logging.getLogger(__name__)
+
+ADAPTED_GROUPS = (frozenset[Group](), frozenset({Group.QKV, Group.OUTPUT}), frozenset(Group))
+"""The sets that are captured; others run in the next larger one."""
+
+PARALLEL_RANK_BOUNDS = (16, 64, MAX_RANK)
+MIXED_RANK_BOUNDS = (64, MAX_RANK)
+"""The bounds that are captured where they make a difference."""
+
+
+@dataclass(frozen=True, slots=True)
+class CaptureSizes:
+    """What is captured, each in rising order."""
+
+    # Sequences of a step of decodes alone.
+    decode: tuple[int, ...]
+    # Sequences that decode beside prompts, and tokens of at most `max_chunks` prompts; without any, none are captured.
+    mixed_decode: tuple[int, ...] = ()
+    prefill: tuple[int, ...] = ()
+    max_chunks: int = 16
+
+
+def capture_sizes(max_batch: int, max_tokens: int, tp_size: int = 1) -> CaptureSizes:
+    """A few more rows than needed cost less than many graphs do: capturing one takes some 50 ms.
+
+    Prompts of 1024 tokens keep an H200 as busy as their launches keep the host.
+    """
+    decode = _up_to(max_batch, (1, 2, 4, *range(8, 64, 8), *range(64, 256, 16), *range(256, max_batch + 32, 32)))
+    if tp_size > 1:
+        return CaptureSizes(decode)
+    mixed = _up_to(max_batch, (8, 32, 64, *range(128, max_batch + 128, 128)))
+    return CaptureSizes(decode, mixed, tuple(size for size in (64, 256, 512, 1024) if size <= max_tokens))
+
+
+def _up_to(most: int, sizes: Sequence[int]) -> tuple[int, ...]:
+    return tuple(sorted({min(size, most) for size in sizes}))
+
+
+class CapturedStep(NamedTuple):
+    """One of the steps that are captured."""
+
+    shape: StepShape
+    adapters: StepAdapters
+
+
+class StepGraphs:
+    """Captured once, at the start; `run` then replays."""
+
+    def __init__(
+        self,
+        compute: Callable[[CapturedStep], torch.Tensor],
+        sizes: CaptureSizes,
+        max_pages: int,
+        tile_tokens: int,
+        device: torch.device,
+        tp_size: int = 1,
+    ) -> None:
+        """compute: such a step from the runner's inputs; its logits. tile_tokens: of attention over prompts."""
+        self._compute, self._sizes, self._device = compute, sizes, device
+        self._max_pages, self._tile_tokens = max_pages, tile_tokens
+        self._decode_kinds = _kinds((MAX_RANK,) if tp_size == 1 else PARALLEL_RANK_BOUNDS)
+        self._mixed_kinds = _kinds(MIXED_RANK_BOUNDS)
+        # With other processes there is a thread that looks after collectives, which a capture need not mind.
+        self._error_mode = "global" if tp_size == 1 else "thread_local"
+        self._graphs: dict[CapturedStep, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
+
+    def capture(self) -> None:
+        """Captures every size on the current stream, the largest first: smaller ones use the same memory again."""
+        if self._device.type != "cuda":
+            return
+        began = time.monotonic()
+        pool = torch.cuda.graph_pool_handle()
+        for step in sorted(self._steps(), key=lambda step: step.shape.num_tokens, reverse=True):
+            self._compute(step)  # compiles kernels, which a capture cannot
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            stream, mode = torch.cuda.current_stream(), self._error_mode
+            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode=mode):
+                logits = self._compute(step)
+            self._graphs[step] = graph, logits
+        seconds = time.monotonic() - began
+        logger.info("captured %d graphs of steps in %.1f s", len(self._graphs), seconds)
+
+    def find(self, layout: StepLayout, adapters: StepAdapters) -> CapturedStep | None:
+        """The least captured step that holds this one; None if none does."""
+        sizes, num_decode = self._sizes, layout.num_decode
+        num_prefill = layout.num_tokens - num_decode
+        if not num_prefill:
+            decode = _next_size(sizes.decode, num_decode)
+            return CapturedStep(self._decode_shape(decode), _least(self._decode_kinds, adapters)) if decode else None
+        decode, prefill = _next_size(sizes.mixed_decode, num_decode), _next_size(sizes.prefill, num_prefill)
+        if not decode or not prefill or len(layout.prefills) > sizes.max_chunks:
+            return None
+        return CapturedStep(self._mixed_shape(decode, prefill), _least(self._mixed_kinds, adapters))
+
+    def run(self, step: CapturedStep) -> torch.Tensor:
+        """The step's logits, valid until the next step."""
+        captured = self._graphs.get(step)
+        if captured is None:
+            return self._compute(step)
+        graph, logits = captured
+        graph.replay()
+        return logits
+
+    def _steps(self) -> list[CapturedStep]:
+        sizes = self._sizes
+        decodes = [self._decode_shape(size) for size in sizes.decode]
+        mixed = [self._mixed_shape(*pair) for pair in itertools.product(sizes.mixed_decode, sizes.prefill)]
+        steps = itertools.chain(
+            itertools.product(decodes, self._decode_kinds), itertools.product(mixed, self._mixed_kinds)
+        )
+        return [CapturedStep(*step) for step in steps]
+
+    def _decode_shape(self, num_decode: int) -> StepShape:
+        return StepShape(num_decode, num_pages=self._max_pages)
+
+    def _mixed_shape(self, num_decode: int, num_prefill: int) -> StepShape:
+        # Each prompt may leave one tile and one block half empty.
+        chunks = self._sizes.max_chunks
+        return StepShape(
+            num_decode,
+            num_prefill,
+            chunks,
+            self._max_pages,
+            num_tiles=num_prefill // self._tile_tokens + chunks,
+            num_blocks=num_prefill // DEFAULT_BLOCK_M + chunks,
+            num_sampled=num_decode + chunks,
+        )
+
+
+def _kinds(rank_bounds: Sequence[int]) -> tuple[StepAdapters, ...]:
+    """From the least to the most."""
+    adapted = (StepAdapters(groups, bound) for groups in ADAPTED_GROUPS[1:] for bound in rank_bounds)
+    return (StepAdapters(ADAPTED_GROUPS[0]), *adapted)
+
+
+def _least(kinds: Sequence[StepAdapters], adapters: StepAdapters) -> StepAdapters:
+    return next(kind for kind in kinds if adapters.fits(kind))
+
+
+def _next_size(sizes: Sequence[int], size: int) -> int | None:
+    place = bisect_left(sizes, size)
+    return sizes[place] if place < len(sizes) else None

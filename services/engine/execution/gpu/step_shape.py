@@ -1,0 +1,54 @@
+"""How large a step is to the device: its own size, or the captured one that it is padded to.
+
+A step's integers lie end to end in one piece of memory; a shape says where each of them begins. So a captured step of a
+shape finds its integers at the same place every time.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from kernels.gpu.adapter_tables import MAX_RANK
+from services.engine.model.step_ops import Group
+
+
+class StepAdapters(NamedTuple):
+    """What the adapters of a step are like: the groups that they change, and their largest rank on a module."""
+
+    groups: frozenset[Group]
+    max_rank: int = MAX_RANK
+
+    def fits(self, held: StepAdapters) -> bool:
+        """Whether such a batch can run in what was captured for `held`."""
+        return self.groups <= held.groups and (self.max_rank <= held.max_rank or not self.groups)
+
+
+class StepShape(NamedTuple):
+    """Sizes of a step's arrays; see services.engine.execution.gpu.step_arrays for what they hold."""
+
+    # Sequences that decode, one token each; then tokens of prompts, and of how many sequences.
+    num_decode: int
+    num_prefill: int = 0
+    num_chunks: int = 0
+    # Columns of the block tables.
+    num_pages: int = 1
+    # Blocks into which prompts are cut for attention and for adapters.
+    num_tiles: int = 0
+    num_blocks: int = 0
+    # Rows whose logits are computed where there are prompts; without any, all rows are.
+    num_sampled: int = 0
+    # Where several processes share the model, the slot of every token that is prefilled.
+    num_segment_slots: int = 0
+
+    @property
+    def num_tokens(self) -> int:
+        """Rows of the step's matrices."""
+        return self.num_decode + self.num_prefill
+
+    @property
+    def arrays(self) -> tuple[tuple[int, ...], ...]:
+        """The shapes of the step's arrays, in the order of `StepArrays`."""
+        tokens, decodes = (self.num_tokens,), (self.num_decode,)
+        tables = (self.num_decode + self.num_chunks, self.num_pages)
+        cuts = (self.num_tiles, 4), (3, self.num_blocks)
+        return (*4 * (tokens,), decodes, decodes, tables, (self.num_sampled,), *cuts, (self.num_segment_slots,))

@@ -1,0 +1,190 @@
+"""A step's integers, padded to a captured size: every token is found again, and nothing else is a token."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from kernels.gpu.adapter_tables import MAX_RANK
+from services.engine.execution.gpu.staging import StepInputs
+from services.engine.execution.gpu.step_arrays import StepArrays, arrange, cut_prefills, own_shape, shifted_row
+from services.engine.execution.gpu.step_graphs import CaptureSizes, StepGraphs, capture_sizes
+from services.engine.execution.gpu.step_layout import Integers, StepLayout, StepLimits, lay_out
+from services.engine.execution.gpu.step_shape import StepAdapters
+from services.engine.messages import SamplingParams
+from services.engine.model.step_ops import Group
+from services.engine.step import BASE_SLOT, SampleRequest, ScheduledChunk, StepPlan
+
+LIMITS = StepLimits(num_pages=400, tokens_per_page=16, max_model_len=256, vocab_size=100)
+MAX_PAGES, TILE_TOKENS = 16, 8
+SIZES = CaptureSizes(decode=(1, 4, 16), mixed_decode=(4, 16), prefill=(16, 64), max_chunks=3)
+NOTHING = StepAdapters(frozenset())
+ATTENTION = frozenset({Group.QKV, Group.OUTPUT})
+
+
+@pytest.fixture
+def rng() -> random.Random:
+    seed = random.SystemRandom().randrange(2**31)
+    print("seed", seed)
+    return random.Random(seed)
+
+
+def graphs(sizes: CaptureSizes = SIZES, tp_size: int = 1) -> StepGraphs:
+    return StepGraphs(lambda _: torch.empty(0), sizes, MAX_PAGES, TILE_TOKENS, torch.device("cpu"), tp_size)
+
+
+def draw_layout(rng: random.Random, num_decode: int, prompts: list[int]) -> StepLayout:
+    """Sequences in random pages, with and without adapters."""
+    pages = rng.sample(range(LIMITS.num_pages), LIMITS.num_pages)
+
+    def chunk(number: int, start: int, length: int) -> ScheduledChunk:
+        ids = [rng.randrange(LIMITS.vocab_size) for _ in range(length)]
+        table = [pages.pop() for _ in range(-(-(start + length) // LIMITS.tokens_per_page))]
+        sample = (
+            SampleRequest(SamplingParams(temperature=0.0), ids, [], 0) if length == 1 or rng.random() < 0.7 else None
+        )
+        return ScheduledChunk(number, ids, start, table, rng.choice([BASE_SLOT, 0, 3]), sample)
+
+    decodes = [chunk(number, rng.randrange(100), 1) for number in range(num_decode)]
+    prefills = [chunk(100 + number, rng.randrange(40), length) for number, length in enumerate(prompts)]
+    return lay_out(StepPlan((*decodes, *prefills)), {}, LIMITS)
+
+
+def random_layout(rng: random.Random) -> StepLayout:
+    prompts = [rng.randint(2, 20) for _ in range(rng.randint(0, 3))]
+    return draw_layout(rng, rng.randint(0 if prompts else 1, 16), prompts)
+
+
+def test_without_padding_arrays_are_the_layouts(rng: random.Random) -> None:
+    for _ in range(20):
+        layout = random_layout(rng)
+        cuts = cut_prefills(layout, TILE_TOKENS)
+        shape = own_shape(layout, cuts, has_segment_slots=True)
+        arrays = arrange(layout, cuts, shape)
+        assert [array.shape for array in arrays] == list(shape.arrays)
+        for name in ("token_ids", "source", "positions", "slots", "adapter_slots", "block_tables"):
+            np.testing.assert_array_equal(getattr(arrays, name), getattr(layout, name))
+        np.testing.assert_array_equal(arrays.context_lens, layout.positions[: layout.num_decode] + 1)
+        if layout.prefills:
+            assert arrays.logit_rows.tolist() == [row for _, row in layout.sampled]
+            for begin, end, slot in layout.segments:
+                assert (arrays.segment_slots[begin:end] == slot).all()
+
+
+def test_in_a_captured_shape_every_token_is_found_again(rng: random.Random) -> None:
+    for _ in range(50):
+        layout = random_layout(rng)
+        cuts = cut_prefills(layout, TILE_TOKENS)
+        captured = graphs().find(layout, NOTHING)
+        assert captured is not None
+        shape = captured.shape
+        arrays = arrange(layout, cuts, shape)
+        assert [array.shape for array in arrays] == list(shape.arrays)
+        rows = [shifted_row(row, layout, shape) for row in range(layout.num_tokens)]
+        for name in ("token_ids", "source", "positions", "slots"):
+            np.testing.assert_array_equal(getattr(arrays, name)[rows], getattr(layout, name))
+        padding = np.delete(np.arange(shape.num_tokens), rows)
+        assert (arrays.slots[padding] == -1).all()
+        assert (arrays.source[padding] == -1).all()
+        check_decodes(layout, arrays)
+        if layout.prefills:
+            check_prompts(layout, arrays, rows, shape.num_decode)
+
+
+def check_decodes(layout: StepLayout, arrays: StepArrays[Integers]) -> None:
+    n = layout.num_decode
+    np.testing.assert_array_equal(arrays.context_lens[:n], layout.positions[:n] + 1)
+    assert (arrays.context_lens[n:] == 0).all()
+    np.testing.assert_array_equal(arrays.adapter_slots[:n], layout.adapter_slots)
+    assert (arrays.adapter_slots[n:] == BASE_SLOT).all()
+    np.testing.assert_array_equal(arrays.block_tables[:n, : layout.block_tables.shape[1]], layout.block_tables[:n])
+
+
+def check_prompts(layout: StepLayout, arrays: StepArrays[Integers], rows: list[int], num_decode: int) -> None:
+    """Tiles and blocks name the same tokens, positions, pages and adapters as before."""
+    attended = {}
+    for first, count, position, sequence in arrays.tiles.tolist():
+        for i in range(count):
+            attended[num_decode + first + i] = (position + i, arrays.block_tables[sequence].tolist())
+    assert sorted(attended) == rows[layout.num_decode :]
+    place = 0
+    for chunk in layout.prefills:
+        for i in range(len(chunk.token_ids)):
+            position, table = attended[rows[layout.num_decode + place]]
+            assert position == chunk.start + i
+            assert table[: len(chunk.block_table)] == list(chunk.block_table)
+            place += 1
+    adapted = {token + i: slot for token, count, slot in arrays.blocks.T.tolist() for i in range(count)}
+    expected = {
+        rows[row]: slot for begin, end, slot in layout.segments if slot != BASE_SLOT for row in range(begin, end)
+    }
+    assert adapted == expected
+    assert arrays.logit_rows[: len(layout.sampled)].tolist() == [rows[row] for _, row in layout.sampled]
+
+
+def test_the_least_captured_step_that_holds_it(rng: random.Random) -> None:
+    held = graphs()
+
+    def found(num_decode: int, prompts: list[int]) -> tuple[int, int] | None:
+        step = held.find(draw_layout(rng, num_decode, prompts), NOTHING)
+        return step and (step.shape.num_decode, step.shape.num_prefill)
+
+    assert found(1, []) == (1, 0)
+    assert found(5, []) == (16, 0)
+    assert found(17, []) is None
+    assert found(0, [2]) == (4, 16)
+    assert found(4, [16]) == (4, 16)
+    assert found(5, [9, 8]) == (16, 64)
+    assert found(17, [2]) is None
+    assert found(1, [65]) is None
+    assert found(1, [2, 2, 2]) == (4, 16)
+    assert found(1, [2, 2, 2, 2]) is None
+    assert graphs(capture_sizes(16, 64, tp_size=2), 2).find(draw_layout(rng, 1, [2]), NOTHING) is None
+
+
+@pytest.mark.parametrize(
+    ("adapters", "held"),
+    [
+        (StepAdapters(frozenset(), 0), StepAdapters(frozenset())),
+        (StepAdapters(frozenset({Group.QKV}), 8), StepAdapters(ATTENTION, 64)),
+        (StepAdapters(ATTENTION, 65), StepAdapters(ATTENTION, MAX_RANK)),
+        (StepAdapters(frozenset({Group.DOWN}), 64), StepAdapters(frozenset(Group), 64)),
+    ],
+)
+def test_adapters_run_in_the_least_kind_that_holds_them(
+    rng: random.Random, adapters: StepAdapters, held: StepAdapters
+) -> None:
+    mixed = graphs().find(draw_layout(rng, 2, [3]), adapters)
+    assert mixed is not None
+    assert mixed.adapters == held
+    decode = graphs().find(draw_layout(rng, 2, []), adapters)
+    assert decode is not None
+    assert decode.adapters.groups == held.groups
+    assert decode.adapters.max_rank == MAX_RANK
+
+
+@pytest.mark.parametrize(("max_batch", "max_tokens"), [(1, 16), (24, 512), (256, 8192), (300, 8192)])
+def test_captured_sizes_reach_the_whole_batch(max_batch: int, max_tokens: int) -> None:
+    sizes = capture_sizes(max_batch, max_tokens)
+    assert sizes.decode[0] == 1
+    assert sizes.decode[-1] == sizes.mixed_decode[-1] == max_batch
+    for rising in (sizes.decode, sizes.mixed_decode, sizes.prefill):
+        assert list(rising) == sorted(set(rising))
+    assert all(size <= max_tokens for size in sizes.prefill)
+
+
+def test_inputs_lie_where_their_shape_says(rng: random.Random) -> None:
+    """Also when another shape was sent in between."""
+    inputs, draw = StepInputs(1000, torch.device("cpu")), np.random.default_rng(rng.randrange(2**31))
+    shapes = [(3, 5), (0,), (7,), (2, 0), (4,)]
+    views = inputs.views(shapes)
+    for _ in range(4):
+        arrays = [draw.integers(1000, size=shape).astype(np.int32) for shape in shapes]
+        inputs.send([np.arange(rng.randint(1, 900), dtype=np.int32)])
+        inputs.send(arrays)
+        for view, array in zip(views, arrays, strict=True):
+            assert view.data_ptr() % 16 == 0 or not array.size
+            np.testing.assert_array_equal(view.numpy(), array)
