@@ -4,14 +4,16 @@ The rows are those of `benchmarks/results/h200.json`, Llama-7B's shape in bfloat
 several batches, without and with adapters; the quiet steps of *churn*, whose sequences are longer; prefill; loads.
 Those of *paper_mix* are left out: they are what `benchmarks.simulate_paper` holds the model to.
 
-A step's time is a sum, as its parts follow one another on the device: the base model's weights, each decode, each token
-that decodes look back on, each token of a prompt, and what LoRA adds to decodes and prompts. In decode each sequence
-reads its own adapter's rows, so that what counts is the bytes of all sequences' adapters, shared or not; rows of
-sequences that share one would tell them apart, but there are none.
+A step's time is a sum, as its parts follow one another on the device: the base model's products, each decode, each
+token that decodes look back on, what a prompt adds to any step, and what LoRA adds to decodes and prompts. The products
+take as long as reading the weights, or as multiplying the step's tokens by them, whichever is longer. In decode each
+sequence reads its own adapter's rows, so that what counts is the bytes of all sequences' adapters, shared or not; rows
+of sequences that share one would tell them apart, but there are none.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -34,11 +36,7 @@ PAGE_BYTES = 2**23
 # What `benchmarks.gpu.bench_engine` measures.
 DECODE_CONTEXT, CHURN_CONTEXT = 256 + 128 / 2, 256 + 768 / 2
 CHURN_BATCH = 32
-PREFILL_TOKENS, PREFILL_STEPS = 128 * 256, 4
-
-PROMPT_LAUNCH: Mapping[str, float] = {"base": 0.025, "S1": 0.036, "S2": 0.036}
-"""Seconds that the host needs to launch a step with prompts in it (ADR 7): no row of the results has such a step with
-so little in it that this shows."""
+PREFILL_TOKENS = 128 * 256
 
 Rows = Iterable[Mapping[str, Any]]
 
@@ -73,18 +71,21 @@ class StepWork:
 class StepModel:
     """Seconds of a step for each thing in it, and of a load.
 
-    `lora_step` is paid by a step in which any decode has an adapter; `prompt_launch` is the least time of a step with a
-    prompt; `beside_load` is the share by which a step is longer while an adapter is loaded.
+    `token` is what the products cost a token of a prompt, or a decode where there are so many that weights are read in
+    less; `prompt_step` is paid by a step with a prompt in it, `lora_step` by one in which any decode has an adapter,
+    `lora_prompt_step` by one in which any prompt has; `beside_load` is the share by which a step is longer while an
+    adapter is loaded.
     """
 
     weights: float
     decode: float
     context_token: float
-    prompt_token: float
+    token: float
+    prompt_step: float
     lora_step: float
     lora_byte: float
+    lora_prompt_step: float
     lora_prompt_token: float
-    prompt_launch: float
     beside_load: float
     load: float
     load_byte: float
@@ -92,17 +93,14 @@ class StepModel:
     def step_seconds(self, work: StepWork) -> float:
         """Of one step."""
         seconds = (
-            self.weights
+            max(self.weights, self.token * (work.num_decodes + work.num_prompt_tokens))
             + self.decode * work.num_decodes
             + self.context_token * work.num_context
-            + self.prompt_token * work.num_prompt_tokens
             + self.lora_byte * work.lora_bytes
             + self.lora_prompt_token * work.num_lora_prompt_tokens
         )
-        if work.lora_bytes:
-            seconds += self.lora_step
-        if work.num_prompt_tokens:
-            seconds = max(seconds, self.prompt_launch)
+        seconds += self.prompt_step * (work.num_prompt_tokens > 0)
+        seconds += self.lora_step * (work.lora_bytes > 0) + self.lora_prompt_step * (work.num_lora_prompt_tokens > 0)
         return seconds * (1 + self.beside_load) if work.is_loading else seconds
 
     def load_seconds(self, num_bytes: int) -> float:
@@ -130,18 +128,20 @@ def fit(rows: Rows, setting: str, way: str) -> StepModel:
     )
     prefill = {name: _value(rows, "prefill", name, "seconds") for name in {"base", setting}}
     load, load_byte = _fit_load(rows, way)
-    return StepModel(
+    model = StepModel(
         weights=weights,
         decode=decode,
         context_token=context_token,
-        prompt_token=(prefill["base"] - PREFILL_STEPS * weights) / PREFILL_TOKENS,
+        token=prefill["base"] / PREFILL_TOKENS,
+        prompt_step=0.0,
         **_fit_decode_lora(rows, setting),
+        lora_prompt_step=0.0,
         lora_prompt_token=(prefill[setting] - prefill["base"]) / PREFILL_TOKENS,
-        prompt_launch=PROMPT_LAUNCH[setting],
         beside_load=0.0 if setting == "base" else _value(rows, "churn", setting, "p50_ratio") - 1,
         load=load,
         load_byte=load_byte,
     )
+    return _fit_prompt_steps(model, rows, setting)
 
 
 def base_steps(rows: Rows) -> list[tuple[int, float, float]]:
@@ -161,6 +161,35 @@ def lora_steps(rows: Rows, setting: str) -> list[tuple[int, int, float]]:
         (row["batch"], sum(adapter_bytes(ranks[i % len(ranks)]) for i in range(row["batch"])), row["value"] / 1e3)
         for row in _find(rows, "decode", setting, "tpot_ms")
     ]
+
+
+def mixed_steps(rows: Rows, setting: str) -> list[tuple[StepWork, float]]:
+    """Steps that were measured with a prompt in them, all with adapters or none; seconds. S1's stand for all ranks'."""
+    measured = "base" if setting == "base" else "S1"
+    return [
+        (_mixed_work(row["batch"], row["prompt"], RANKS[measured]), row["value"] / 1e3)
+        for row in _find(rows, "mixed", measured, "step_ms")
+    ]
+
+
+def _mixed_work(batch: int, prompt: int, ranks: tuple[int, ...]) -> StepWork:
+    lora_bytes = sum(adapter_bytes(ranks[i % len(ranks)]) for i in range(batch)) if ranks else 0
+    return StepWork(batch, round(batch * DECODE_CONTEXT), prompt, lora_bytes, prompt if ranks else 0)
+
+
+def _fit_prompt_steps(model: StepModel, rows: Sequence[Mapping[str, Any]], setting: str) -> StepModel:
+    """What is left of steps with prompts when all else is known, on average."""
+
+    def left(model: StepModel, setting: str) -> float:
+        return float(np.mean([seconds - model.step_seconds(work) for work, seconds in mixed_steps(rows, setting)]))
+
+    model = dataclasses.replace(model, prompt_step=left(model, "base"))
+    if setting == "base":
+        return model
+    # The mixed steps with adapters have S1's.
+    token = (_value(rows, "prefill", "S1", "seconds") - _value(rows, "prefill", "base", "seconds")) / PREFILL_TOKENS
+    of_s1 = dataclasses.replace(model, lora_prompt_token=token, **_fit_decode_lora(rows, "S1"))
+    return dataclasses.replace(model, lora_prompt_step=left(of_s1, setting))
 
 
 def _fit_decode_lora(rows: Sequence[Mapping[str, Any]], setting: str) -> dict[str, float]:

@@ -31,7 +31,7 @@ class EngineShape:
     num_pages: int = 14000
     max_running: int = 256
     max_step_tokens: int = 8192
-    admission_batch: int = 8
+    admission_batch: int = 4
     max_adapters: int = 1024
     ranks: tuple[int, ...] = RANKS["S1"]
     prefix_cache: bool = False

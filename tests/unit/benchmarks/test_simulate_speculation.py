@@ -20,7 +20,7 @@ def pair(scene: Scene, num_pages: int, seed: int = 7) -> tuple[Seen, Seen]:
 
 
 def test_fewer_requests_wait_for_a_load_and_more_is_loaded() -> None:
-    without, speculating = pair(SCENES["rank 8, 5 ms a load"], num_pages=3000)
+    without, speculating = pair(SCENES["rank 8, 5 ms a load"], num_pages=2200)
     assert len(without.ttfts) == len(speculating.ttfts)
     assert float("inf") not in speculating.ttfts, "all were served"
     assert speculating.num_waited < without.num_waited

@@ -14,9 +14,7 @@ from benchmarks.step_model import (
     CHURN_BATCH,
     CHURN_CONTEXT,
     DECODE_CONTEXT,
-    PREFILL_STEPS,
     PREFILL_TOKENS,
-    PROMPT_LAUNCH,
     RANKS,
     StepModel,
     StepWork,
@@ -26,6 +24,7 @@ from benchmarks.step_model import (
     fit,
     lora_steps,
     measured_model,
+    mixed_steps,
 )
 from benchmarks.trace import TraceRequest
 from benchmarks.virtual_engine import Arrival, EngineShape, VirtualEngine
@@ -46,11 +45,13 @@ def draw_model(rng: random.Random, setting: str) -> StepModel:
         weights=rng.uniform(1e-3, 9e-3),
         decode=rng.uniform(1e-6, 2e-5),
         context_token=rng.uniform(5e-8, 4e-7),
-        prompt_token=rng.uniform(1e-5, 4e-5),
+        # Products of 128 decodes are bound by reading the weights, as where rows are measured.
+        token=rng.uniform(2e-6, 7e-6),
+        prompt_step=rng.uniform(1e-4, 2e-3),
         lora_step=rng.uniform(1e-4, 2e-3) * has_lora,
         lora_byte=rng.uniform(1e-13, 6e-13) * has_lora,
+        lora_prompt_step=rng.uniform(1e-4, 2e-3) * has_lora,
         lora_prompt_token=rng.uniform(1e-7, 4e-6) * has_lora,
-        prompt_launch=PROMPT_LAUNCH[setting],
         beside_load=rng.uniform(0.0, 0.3) * has_lora,
         load=rng.uniform(1e-3, 9e-3),
         load_byte=rng.uniform(1e-11, 1e-9),
@@ -68,20 +69,27 @@ def rows_of(model: StepModel, setting: str) -> list[dict[str, Any]]:
         lora_bytes = sum(adapter_bytes(ranks[i % len(ranks)]) for i in range(batch)) if ranks else 0
         return 1e3 * model.step_seconds(StepWork(batch, round(batch * DECODE_CONTEXT), 0, lora_bytes))
 
+    def mixed_ms(setting: str, batch: int) -> float:
+        ranks = RANKS[setting]
+        lora_bytes = sum(adapter_bytes(ranks[i % len(ranks)]) for i in range(batch)) if ranks else 0
+        work = StepWork(batch, round(batch * DECODE_CONTEXT), 64, lora_bytes, 64 if ranks else 0)
+        return 1e3 * model.step_seconds(work)
+
     quiet = 1e3 * model.step_seconds(StepWork(CHURN_BATCH, round(CHURN_BATCH * CHURN_CONTEXT), 0))
-    prefill = PREFILL_STEPS * model.weights + PREFILL_TOKENS * model.prompt_token
-    rows = [
-        row("decode", name, "tpot_ms", decode_ms(name, n), batch=n) for name in {"base", setting} for n in (32, 128)
-    ]
+    prefill = PREFILL_TOKENS * model.token
+    names = {"base"} if setting == "base" else {"base", "S1", setting}
+    rows = [row("decode", name, "tpot_ms", decode_ms(name, n), batch=n) for name in names for n in (32, 128)]
     rows.append(row("decode", setting, "tpot_ms", 99.0, batch=1))  # other kernels: not looked at
     for name in ("S1", "S2"):
         rows.append(row("churn", name, "quiet_p50_ms", quiet))
         rows.append(row("churn", name, "p50_ratio", 1 + model.beside_load))
         size = adapter_bytes(max(RANKS[name]))
         rows.append(row("load", name, "usable_ms", 1e3 * model.load_seconds(size), way="lent", packed_bytes=size))
+    rows += [row("mixed", name, "step_ms", mixed_ms(name, n), batch=n, prompt=64) for name in names for n in (32, 128)]
     rows.append(row("prefill", "base", "seconds", prefill))
-    if setting != "base":
-        rows.append(row("prefill", setting, "seconds", prefill + PREFILL_TOKENS * model.lora_prompt_token))
+    rows += [
+        row("prefill", name, "seconds", prefill + PREFILL_TOKENS * model.lora_prompt_token) for name in names - {"base"}
+    ]
     return rows
 
 
@@ -118,24 +126,30 @@ def test_the_recorded_rows_give_a_model_that_is_close_to_them(setting: str) -> N
     for work, seconds in zip(steps, measured, strict=True):
         if work.num_decodes > 1:
             assert model.step_seconds(work) == pytest.approx(seconds, rel=0.02)
+    for work, seconds in mixed_steps(rows, "S1"):
+        assert measured_model("S1").step_seconds(work) == pytest.approx(seconds, rel=0.06)
     assert min(vars(model).values()) > 0, "everything costs something"
 
 
 def test_a_step_costs_what_is_in_it(rng: random.Random) -> None:
-    model = replace(draw_model(rng, "S2"), prompt_launch=0.0)
-    num_decodes, num_prompt_tokens = rng.randrange(1, 200), rng.randrange(2, 4000)
+    model = draw_model(rng, "S2")
+    num_decodes = rng.randrange(1, 100)
     bare = model.step_seconds(StepWork(num_decodes, 0, 0))
     assert bare == pytest.approx(model.weights + num_decodes * model.decode)
     assert model.step_seconds(StepWork(num_decodes, 0, 0, 10**9)) - bare == pytest.approx(
         model.lora_step + 10**9 * model.lora_byte
     )
-    with_prompt = StepWork(num_decodes, 0, num_prompt_tokens)
-    assert model.step_seconds(with_prompt) - bare == pytest.approx(num_prompt_tokens * model.prompt_token)
-    launched = replace(model, prompt_launch=10.0)
-    assert launched.step_seconds(with_prompt) == 10.0, "the host's launches take longer than the device"
-    assert launched.step_seconds(StepWork(num_decodes, 0, 0)) == bare, "a step without prompts is captured"
-    loading = replace(with_prompt, is_loading=True)
-    assert model.step_seconds(loading) == pytest.approx((1 + model.beside_load) * model.step_seconds(with_prompt))
+    few = StepWork(num_decodes, 0, 2)
+    assert model.step_seconds(few) - bare == pytest.approx(model.prompt_step), "the weights are read anyhow"
+    many = replace(few, num_prompt_tokens=10**5)
+    products = model.token * (num_decodes + 10**5)
+    assert model.step_seconds(many) == pytest.approx(products + num_decodes * model.decode + model.prompt_step)
+    adapted = replace(few, num_lora_prompt_tokens=2)
+    assert model.step_seconds(adapted) - model.step_seconds(few) == pytest.approx(
+        model.lora_prompt_step + 2 * model.lora_prompt_token
+    )
+    loading = replace(many, is_loading=True)
+    assert model.step_seconds(loading) == pytest.approx((1 + model.beside_load) * model.step_seconds(many))
 
 
 def test_virtual_time_is_the_sum_of_the_steps_with_ranks_in_turn(rng: random.Random) -> None:
