@@ -125,7 +125,7 @@ class CoreCollector(Collector):
                 ("step_seconds", "Time spent in steps.", load.step_seconds_total),
                 ("preemptions", "Sequences whose pages were taken away.", load.num_preemptions_total),
                 ("admitted_sequences", "Sequences that began to run.", load.num_admitted_total),
-                ("passed_by", "Times that a sequence was kept from running for its adapter.", load.num_passed_by_total),
+                ("passed_by", "Times that the policy kept a sequence out of a step.", load.num_passed_by_total),
                 (
                     "prefix_cache_queries_tokens",
                     "Tokens of prompts that began to run.",
