@@ -24,7 +24,7 @@ class Headroom(Policy):
     step only while all prompts in it are at most `prompt_tokens`; a longer one is computed in chunks of that. So how
     long others wait for a step does not depend on how much it sends. A client that is alone fills steps as it likes.
 
-    Served lately, not running now: a client whose burst is above its share for a moment is not the one to be kept out.
+    What runs now does not tell who that is: a client whose burst is above its share for a moment is not to be kept out.
     """
 
     fills_last_places = True
