@@ -6,6 +6,7 @@ an H200's (`benchmarks.step_model`). How far that is off is recorded first, agai
 that the fit did not see. docs/simulation.md shows and explains the figures, docs/simulation_tables.md has all of them.
 
 Run: python -m benchmarks.simulate_paper [--seconds 60] [--processes 1]     simulates, records, draws, writes the tables
+     python -m benchmarks.simulate_paper --fairness-only                    of what is recorded only the fairness again
      python -m benchmarks.plot_paper                                        draws what is recorded again
 """
 
@@ -50,8 +51,11 @@ BURSTS_LAST = 3
 ALPHAS = (0.1, 0.3, 0.6, 1.0)
 ALPHA_ADAPTERS = 1000
 ADAPTERS = (5, 20, 100, 200, 500, 1000, 2000, 5000)
-FAIRNESS = (("fcfs", 8), ("fair", 8), ("fair", 2))
+ANY_PROMPTS = "fair, any prompts in a step"
+FAIRNESS = (("fcfs", 8), (ANY_PROMPTS, 8), ("fair", 8), (ANY_PROMPTS, 2))
 """Policies, and how many places a full engine fills at a time."""
+
+FAIRNESS_POLICIES = {**POLICIES, ANY_PROMPTS: replace(POLICIES["fair"], fairness_prompt_tokens=0)}
 
 FAIRNESS_SEEDS = (1, 2, 3)
 FAIRNESS_LASTS = 2
@@ -139,7 +143,7 @@ def simulate_fairness(run: FairnessRun) -> Row:
     """What the nine see."""
     setup = Setup.of("S1")
     setup = replace(setup, engine=replace(setup.engine, admission_batch=run.admission_batch))
-    summary = neighbours(setup, run.shape, run.factor, POLICIES[run.policy], run.seed)
+    summary = neighbours(setup, run.shape, run.factor, FAIRNESS_POLICIES[run.policy], run.seed)
     labels = {"policy": run.policy, "admission_batch": run.admission_batch}
     labels |= {"factor": round(run.factor, 2), "seed": run.seed}
     return {"bench": "simulated_neighbours", "setting": "S1", **labels, **_figures(summary)}
@@ -203,6 +207,16 @@ def model_errors() -> Iterator[Row]:
             yield _error_row(labels, "requests_per_s", predicted, row["value"])
 
 
+def recorded() -> tuple[list[Row], dict[str, float]]:
+    """The rows that are recorded but for those of fairness and claims, and what is sustained. Rows of another commit
+    than the file's say of which."""
+    file = json.loads((RESULTS / "simulation.json").read_text())
+    knees = {row["setting"]: row["requests_per_s"] for row in file["rows"] if row["bench"] == "sustained"}
+    again = ("simulated_neighbours", "claim", "sustained")
+    kept = [row for row in file["rows"] if row["bench"] not in again]
+    return [{"commit": file["commit"], **row} for row in kept], knees
+
+
 def is_core_mix(row: Mapping[str, Any]) -> bool:
     """Whether a measured row is of a closed loop of the engine's core alone."""
     of_core = (row.get("system", "slora"), row.get("through", "core")) == ("slora", "core")
@@ -229,14 +243,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=60.0, help="length of each trace")
     parser.add_argument("--processes", type=int, default=1, help="runs at a time")
+    parser.add_argument("--fairness-only", action="store_true", help="simulate fairness, keep the other recorded rows")
     options = parser.parse_args()
-    rows = [_said(row) for row in model_errors()]
-    knees = {setting: sustainable_rate(Setup.of(setting), NUM_ADAPTERS, options.seconds / 2) for setting in SETTINGS}
     with ProcessPoolExecutor(options.processes) as pool:
-        rows += map(_said, pool.map(simulate, all_runs(knees, options.seconds)))
+        if options.fairness_only:
+            rows, knees = recorded()
+        else:
+            rows = [_said(row) for row in model_errors()]
+            knees = {name: sustainable_rate(Setup.of(name), NUM_ADAPTERS, options.seconds / 2) for name in SETTINGS}
+            rows += map(_said, pool.map(simulate, all_runs(knees, options.seconds)))
         rows += map(_said, pool.map(simulate_fairness, fairness_runs(knees["S1"], options.seconds)))
     rows += map(_said, claims(knees, rows))
-    path = record("simulation", f"python -m benchmarks.simulate_paper --seconds {options.seconds:g}", rows)
+    only = " --fairness-only" if options.fairness_only else ""
+    path = record("simulation", f"python -m benchmarks.simulate_paper --seconds {options.seconds:g}{only}", rows)
     say(f"recorded in {path}")
     draw_all(rows)
     write_tables(rows)

@@ -37,6 +37,10 @@ Context = grpc.aio.ServicerContext[Any, Any]
 FetchPart: TypeAlias = "pb.FetchAdapterResponse | memoryview"
 
 
+class _MessagesEndedError(Exception):
+    """A reader's messages ended where one was expected, which the text names."""
+
+
 class WeightDelivery:
     """Sends what `pin(digest, only_resident, tp_rank, tp_size)` gives, or lends it.
 
@@ -83,7 +87,18 @@ class WeightDelivery:
 
     async def lend(self, requests: AsyncIterator[pb.ShareAdapterRequest | DecodeError], context: Context) -> None:
         """Pins an adapter until its reader says that it has copied it. Returning, and only that, confirms the lease."""
-        request = await self._next_part(requests, "digest", context)
+        try:
+            await self._lend(requests, context)
+        except _MessagesEndedError as ended:
+            # To the iterator a cancelled call just ends; that it was cancelled is heard a moment later, and nothing in
+            # gRPC says sooner which it is. The adapter is pinned no longer, so that nobody waits for this.
+            await asyncio.sleep(CANCELLATION_SECONDS)
+            if context.cancelled():
+                raise asyncio.CancelledError from None
+            raise SloraError(Reason.REQUEST_INVALID, f"the messages ended; expected was {ended}") from None
+
+    async def _lend(self, requests: AsyncIterator[pb.ShareAdapterRequest | DecodeError], context: Context) -> None:
+        request = await self._next_part(requests, "digest")
         outcome = "refused"
         try:
             with (
@@ -95,7 +110,7 @@ class WeightDelivery:
                 manifest = manifest_message(pin.manifest)
                 lent = pb.ShareAdapterResponse(manifest=manifest, arena=self._arena_message, offset=pin.offset)
                 await self._write(context, lent)
-                await self._next_part(requests, "copied", context)
+                await self._next_part(requests, "copied")
                 outcome = "confirmed"
                 self._metrics.shared_bytes.inc(len(pin.content))
                 self._metrics.tiers.on_read(Tier.ARENA, len(pin.content))
@@ -116,7 +131,7 @@ class WeightDelivery:
         return pin
 
     async def _next_part(
-        self, requests: AsyncIterator[pb.ShareAdapterRequest | DecodeError], expected: str, context: Context
+        self, requests: AsyncIterator[pb.ShareAdapterRequest | DecodeError], expected: str
     ) -> pb.ShareAdapterRequest:
         """The reader's next message, which is `expected`."""
         try:
@@ -126,11 +141,7 @@ class WeightDelivery:
             message = f"the reader said nothing for {self._stall_seconds:g} s: its lease has ended"
             raise SloraError(Reason.DEADLINE_EXCEEDED, message) from None
         if request is None:
-            # To the iterator above, a cancelled call just ends; that it was cancelled is heard a moment later.
-            await asyncio.sleep(CANCELLATION_SECONDS)
-            if context.cancelled():
-                raise asyncio.CancelledError
-            raise SloraError(Reason.REQUEST_INVALID, f"the messages ended; expected was {expected}")
+            raise _MessagesEndedError(expected)
         if isinstance(request, DecodeError):
             raise SloraError(Reason.REQUEST_INVALID, f"a message cannot be parsed: {request}")
         part = request.WhichOneof("part")

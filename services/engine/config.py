@@ -64,7 +64,10 @@ class EngineSettings:
     output_price: float = setting(2.0, "fair: what a token of output counts")
     fairness_weights: tuple[str, ...] = setting((), "fair: shares, as tenant=2,other=1; 1 for those not named")
     fairness_headroom: float = setting(
-        0.0625, "fair: share of the places that the client which runs the most may not take"
+        0.0625, "fair: share of the places that the client which was served the most lately may not take"
+    )
+    fairness_prompt_tokens: int = setting(
+        512, "fair: prompt tokens of a step with which the client served most, if it has to wait, may join; 0: any"
     )
     latency_goal_seconds: float = setting(0.0, "drop at once whose first token cannot come in this time; 0: nobody")
     max_adapters_a_batch: int = setting(0, "soft limit on different adapters that run at once; 0: none")
@@ -125,6 +128,7 @@ class EngineSettings:
             output_price=self.output_price,
             client_weights=dict(map(_parse_weight, self.fairness_weights)),
             fairness_headroom=self.fairness_headroom,
+            fairness_prompt_tokens=self.fairness_prompt_tokens,
             latency_goal_seconds=self.latency_goal_seconds,
             max_adapters_a_batch=self.max_adapters_a_batch,
             clustering_patience_seconds=self.clustering_patience_seconds,
@@ -173,6 +177,7 @@ class PolicyConfig:
     output_price: float = 2.0
     client_weights: Mapping[str, float] = field(default_factory=dict)
     fairness_headroom: float = 0.0625
+    fairness_prompt_tokens: int = 512
     latency_goal_seconds: float = 0.0
     max_adapters_a_batch: int = 0
     clustering_patience_seconds: float = 1.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
@@ -60,8 +61,115 @@ class AdapterHistogram(Collector):
         yield family
 
 
+@dataclass(frozen=True)
+class CoreFamily:
+    """A family of metrics that is read from the core's latest report; `value` gives a number, or numbers by `label`."""
+
+    kind: type[GaugeMetricFamily] | type[CounterMetricFamily]
+    name: str
+    documentation: str
+    value: Callable[[CoreLoad], float | Mapping[str, float]]
+    label: str = ""
+
+    def of(self, load: CoreLoad) -> GaugeMetricFamily | CounterMetricFamily:
+        """The family with what a report says."""
+        name, value = f"slora_engine_{self.name}", self.value(load)
+        if not isinstance(value, Mapping):
+            return self.kind(name, self.documentation, value=value)
+        family = self.kind(name, self.documentation, labels=[self.label])
+        for label, number in value.items():
+            family.add_metric([label], number)
+        return family
+
+
+def _pool_pages(load: CoreLoad) -> Mapping[str, float]:
+    return {
+        "kv": load.num_kv_pages - load.num_cached_pages,
+        "cached": load.num_cached_pages,
+        "adapter": load.num_adapter_pages,
+        "free": load.num_free_pages,
+        "evictable": load.num_evictable_pages,
+    }
+
+
+_GAUGE, _COUNTER = GaugeMetricFamily, CounterMetricFamily
+CORE_FAMILIES = (
+    CoreFamily(
+        _GAUGE,
+        "pool_pages",
+        "Pages of the pool: of kv in use, of kv that only the prefix cache keeps (cached), of adapters, free; "
+        "evictable ones are the cached ones and those of idle adapters.",
+        _pool_pages,
+        "state",
+    ),
+    CoreFamily(
+        _COUNTER,
+        "dropped_sequences",
+        "Sequences that the policy gave up before they ran.",
+        lambda load: load.num_dropped_total,
+        "reason",
+    ),
+    CoreFamily(
+        _COUNTER,
+        "speculative_loads",
+        "Loads of popular adapters that nobody waited for: begun, and what became of them: used, unused (evicted "
+        "before a request came), cancelled, failed.",
+        lambda load: load.num_speculative_loads_total,
+        "outcome",
+    ),
+    CoreFamily(_GAUGE, "running_sequences", "Sequences that hold KV pages.", lambda load: load.num_running),
+    CoreFamily(_GAUGE, "waiting_sequences", "Sequences in the queue.", lambda load: load.num_waiting),
+    CoreFamily(
+        _GAUGE,
+        "service_spread",
+        "By how much counters of clients that wait differ under the fair policy, in token prices.",
+        lambda load: load.service_spread,
+    ),
+    CoreFamily(_COUNTER, "steps", "Steps of the core.", lambda load: load.num_steps_total),
+    CoreFamily(_COUNTER, "step_seconds", "Time spent in steps.", lambda load: load.step_seconds_total),
+    CoreFamily(
+        _COUNTER, "preemptions", "Sequences whose pages were taken away.", lambda load: load.num_preemptions_total
+    ),
+    CoreFamily(_COUNTER, "admitted_sequences", "Sequences that began to run.", lambda load: load.num_admitted_total),
+    CoreFamily(
+        _COUNTER,
+        "passed_by",
+        "Times that the policy kept a sequence out of a step.",
+        lambda load: load.num_passed_by_total,
+    ),
+    CoreFamily(
+        _COUNTER,
+        "prefix_cache_queries_tokens",
+        "Tokens of prompts that began to run.",
+        lambda load: load.num_prefix_queried_tokens_total,
+    ),
+    CoreFamily(
+        _COUNTER,
+        "prefix_cache_hits_tokens",
+        "Of those, tokens whose KV was in the prefix cache.",
+        lambda load: load.num_prefix_found_tokens_total,
+    ),
+    CoreFamily(
+        _COUNTER, "adapter_hits", "Sequences whose adapter was resident.", lambda load: load.num_adapter_hits_total
+    ),
+    CoreFamily(
+        _COUNTER,
+        "adapter_misses",
+        "Sequences whose adapter had to be loaded.",
+        lambda load: load.num_adapter_misses_total,
+    ),
+    CoreFamily(
+        _COUNTER,
+        "adapter_load_failures",
+        "Loads of adapters that failed.",
+        lambda load: load.num_adapter_load_failures_total,
+    ),
+)
+"""What the core counts itself."""
+
+
 class CoreCollector(Collector):
-    """What the core counts itself, read from its latest report when somebody asks."""
+    """`CORE_FAMILIES` of the latest report, and whether there is a core, when somebody asks."""
 
     def __init__(
         self, load: Callable[[], CoreLoad], num_resident: Callable[[], int], is_up: Callable[[], bool]
@@ -73,74 +181,9 @@ class CoreCollector(Collector):
     def collect(self) -> Iterator[GaugeMetricFamily | CounterMetricFamily]:
         """Called by the registry, on the thread that serves metrics."""
         load = self._load()
-        pages = GaugeMetricFamily(
-            "slora_engine_pool_pages",
-            "Pages of the pool: of kv in use, of kv that only the prefix cache keeps (cached), of adapters, free; "
-            "evictable ones are the cached ones and those of idle adapters.",
-            labels=["state"],
-        )
-        by_state = {
-            "kv": load.num_kv_pages - load.num_cached_pages,
-            "cached": load.num_cached_pages,
-            "adapter": load.num_adapter_pages,
-            "free": load.num_free_pages,
-            "evictable": load.num_evictable_pages,
-        }
-        for state, count in by_state.items():
-            pages.add_metric([state], count)
-        yield pages
-        dropped = CounterMetricFamily(
-            "slora_engine_dropped_sequences", "Sequences that the policy gave up before they ran.", labels=["reason"]
-        )
-        for reason, count in load.num_dropped_total.items():
-            dropped.add_metric([reason], count)
-        yield dropped
-        speculative = CounterMetricFamily(
-            "slora_engine_speculative_loads",
-            "Loads of popular adapters that nobody waited for: begun, and what became of them: used, unused (evicted "
-            "before a request came), cancelled, failed.",
-            labels=["outcome"],
-        )
-        for outcome, count in load.num_speculative_loads_total.items():
-            speculative.add_metric([outcome], count)
-        yield speculative
-        yield from (
-            GaugeMetricFamily(f"slora_engine_{name}", documentation, value=value)
-            for name, documentation, value in (
-                ("core_up", "1 while a core is ready.", int(self._is_up())),
-                ("resident_adapters", "Adapters in the pool.", self._num_resident()),
-                ("running_sequences", "Sequences that hold KV pages.", load.num_running),
-                ("waiting_sequences", "Sequences in the queue.", load.num_waiting),
-                (
-                    "service_spread",
-                    "By how much counters of clients that wait differ under the fair policy, in token prices.",
-                    load.service_spread,
-                ),
-            )
-        )
-        yield from (
-            CounterMetricFamily(f"slora_engine_{name}", documentation, value=value)
-            for name, documentation, value in (
-                ("steps", "Steps of the core.", load.num_steps_total),
-                ("step_seconds", "Time spent in steps.", load.step_seconds_total),
-                ("preemptions", "Sequences whose pages were taken away.", load.num_preemptions_total),
-                ("admitted_sequences", "Sequences that began to run.", load.num_admitted_total),
-                ("passed_by", "Times that a sequence was kept from running for its adapter.", load.num_passed_by_total),
-                (
-                    "prefix_cache_queries_tokens",
-                    "Tokens of prompts that began to run.",
-                    load.num_prefix_queried_tokens_total,
-                ),
-                (
-                    "prefix_cache_hits_tokens",
-                    "Of those, tokens whose KV was in the prefix cache.",
-                    load.num_prefix_found_tokens_total,
-                ),
-                ("adapter_hits", "Sequences whose adapter was resident.", load.num_adapter_hits_total),
-                ("adapter_misses", "Sequences whose adapter had to be loaded.", load.num_adapter_misses_total),
-                ("adapter_load_failures", "Loads of adapters that failed.", load.num_adapter_load_failures_total),
-            )
-        )
+        yield from (family.of(load) for family in CORE_FAMILIES)
+        yield GaugeMetricFamily("slora_engine_core_up", "1 while a core is ready.", value=int(self._is_up()))
+        yield GaugeMetricFamily("slora_engine_resident_adapters", "Adapters in the pool.", value=self._num_resident())
 
 
 class EngineMetrics:

@@ -77,7 +77,7 @@ class Admission:
                     return None
                 case AdapterState.SIZED if not self._grant_adapter(sequence, wanted):
                     return None
-                case AdapterState.RESIDENT if may_run and self._is_held_back(sequence):
+                case AdapterState.RESIDENT if may_run and not (limit := self._limit(sequence, draft)):
                     num_held_back += 1
                     if num_held_back >= MAX_HELD_BACK:
                         break
@@ -87,7 +87,7 @@ class Admission:
                         return None
                     self._run(sequence)
                     running.add(sequence)
-                    draft.add(sequence)
+                    draft.add_prompt(sequence, limit)
                     continue
             claimed = wanted
         return claimed
@@ -97,8 +97,11 @@ class Admission:
         news.found, self._found = self._found, []
         news.admitted, self._traced = self._traced, []
 
-    def _is_held_back(self, sequence: Sequence) -> bool:
-        return not self._policy.may_run(sequence) or self._kv.awaits(sequence)
+    def _limit(self, sequence: Sequence, draft: StepDraft) -> int:
+        """Tokens of a waiting sequence that may be in the step; 0 if it is held back."""
+        if not self._policy.may_run(sequence) or self._kv.awaits(sequence):
+            return 0
+        return self._policy.prompt_limit(sequence, draft.num_prompt_tokens)
 
     def _begin_loads(self) -> None:
         for sequence in self._queue.window(LOOK_AHEAD):

@@ -71,7 +71,9 @@ class RunningSequences:
         for sequence in prefills:
             # It may have been preempted since.
             if draft.budget and sequence.state is SequenceState.RUNNING:
-                draft.add(sequence)
+                limit = self._policy.prompt_limit(sequence, draft.num_prompt_tokens)
+                if limit:
+                    draft.add_prompt(sequence, limit)
 
     def check_integrity(self, num_running: int) -> None:
         """Raises PageIntegrityError unless they are `num_running`, and KV and steps in flight are as they hold them."""

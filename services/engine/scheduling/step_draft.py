@@ -18,15 +18,24 @@ class StepDraft:
         self._sequences: list[Sequence] = []
         self._drawing: list[Sequence] = []
         self.budget = max_tokens
+        self.num_prompt_tokens = 0
 
     def add(self, sequence: Sequence) -> None:
-        """As much of `sequence` as the budget allows, which is at least one token."""
-        chunk = sequence.chunk(self.budget)
+        """The next token of `sequence`, which decodes; the budget is at least one."""
+        self._add(sequence, 1)
+
+    def add_prompt(self, sequence: Sequence, limit: int) -> None:
+        """As much of `sequence` as the budget and `limit`, at least one token each, allow."""
+        self.num_prompt_tokens += self._add(sequence, min(self.budget, limit))
+
+    def _add(self, sequence: Sequence, max_tokens: int) -> int:
+        chunk = sequence.chunk(max_tokens)
         self._chunks.append(chunk)
         self._sequences.append(sequence)
         if chunk.sample is not None:
             self._drawing.append(sequence)
         self.budget -= len(chunk.token_ids)
+        return len(chunk.token_ids)
 
     def step(self, planned_at: float) -> StepInFlight | None:
         """The step; None if nothing was chosen."""

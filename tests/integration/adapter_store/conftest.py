@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import contextlib
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,9 @@ from services.adapter_store.delivery_servicer import MAX_REQUEST_BYTES, add_to_s
 from services.common.grpc_server import GrpcServer
 from tests.fixtures.adapter_files import make_tensors, write_adapter, write_checkpoint_config
 from tests.fixtures.embedded_servers import RedisServer, S3Server
+from tests.fixtures.guarded_store import World, guarded_store
+from tests.fixtures.lease_store import LeaseStore
+from tests.fixtures.leasing import READER, Engine, line
 from tests.fixtures.store_client import StoreClient
 from tests.fixtures.store_process import StoreProcess
 
@@ -152,3 +157,52 @@ def start_store(
 async def connected(store: StoreProcess) -> AsyncIterator[StoreClient]:
     async with StoreClient(store.await_listening()) as client:
         yield client
+
+
+@pytest.fixture
+def make_store(tmp_path: Path) -> Iterator[Callable[..., LeaseStore]]:
+    stores: list[LeaseStore] = []
+
+    def make(**changes: object) -> LeaseStore:
+        stores.append(LeaseStore(tmp_path, **changes))  # type: ignore[arg-type]
+        return stores[-1]
+
+    yield make
+    for store in stores:
+        store.close()
+
+
+@pytest.fixture
+def make_engine() -> Iterator[Callable[..., Engine]]:
+    engines: list[Engine] = []
+
+    def make(address: str, shares: bool = True) -> Engine:
+        engines.append(Engine(address, shares))
+        return engines[-1]
+
+    yield make
+    for engine in engines:
+        engine.loader.close()
+
+
+@pytest.fixture
+def reader() -> Iterator[Callable[[str, str], subprocess.Popen[str]]]:
+    """Starts readers as processes of their own; each has its lease when it is given."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(address: str, digest: str) -> subprocess.Popen[str]:
+        command = [sys.executable, "-c", READER, address, digest]
+        started.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
+        assert line(started[-1]) == "lent"
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    """A store that asks for credentials, and its callers."""
+    yield from guarded_store(tmp_path_factory.mktemp("world"))

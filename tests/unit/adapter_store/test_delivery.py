@@ -33,19 +33,21 @@ class Wire:
 class Borrower:
     """A lease's context whose call ends without a word, and may turn out to have been cancelled."""
 
-    def __init__(self, notice_seconds: float | None) -> None:
+    def __init__(self, notice_seconds: float | None, num_pinned: Callable[[], int] = lambda: 0) -> None:
         self._notice_seconds = notice_seconds
-        self._ended_at = 0.0
+        self._num_pinned = num_pinned
+        self.num_pinned_when_lent = 0
+        self.ended_at = 0.0
 
     async def write(self, _: Any) -> None:
-        pass
+        self.num_pinned_when_lent = self._num_pinned()
 
     async def messages(self) -> AsyncIterator[pb.ShareAdapterRequest]:
         yield pb.ShareAdapterRequest(digest=DIGEST)
-        self._ended_at = time.monotonic()
+        self.ended_at = time.monotonic()
 
     def cancelled(self) -> bool:
-        return self._notice_seconds is not None and time.monotonic() > self._ended_at + self._notice_seconds
+        return self._notice_seconds is not None and time.monotonic() > self.ended_at + self._notice_seconds
 
 
 class Reader:
@@ -113,6 +115,17 @@ async def test_a_lease_whose_messages_end_early_is_one(cache: HostCache) -> None
     context: Any = Borrower(None)
     with pytest.raises(SloraError, match="the messages ended; expected was copied"):
         await make_delivery(cache).lend(context.messages(), context)
+
+
+async def test_an_adapter_is_not_pinned_until_it_is_known_how_its_lease_ended(cache: HostCache) -> None:
+    context: Any = Borrower(None, lambda: cache.figures().num_pinned)
+    lease = asyncio.create_task(make_delivery(cache).lend(context.messages(), context))
+    await rounds_until(lambda: context.ended_at > 0)
+    assert context.num_pinned_when_lent == 1
+    await rounds_until(lambda: cache.figures().num_pinned == 0)
+    assert not lease.done(), "it waits for a cancellation"
+    with pytest.raises(SloraError, match="expected was copied"):
+        await lease
 
 
 async def test_streams_go_in_turns_and_each_gets_all(cache: HostCache) -> None:

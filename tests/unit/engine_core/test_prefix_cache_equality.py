@@ -19,12 +19,17 @@ from services.engine.adapters.source import AdapterManifest
 from services.engine.config import EngineSettings
 from services.engine.core.engine_core import EngineCore
 from services.engine.execution.model_runner import ModelRunner
+from services.engine.memory.prefix_cache import PrefixCache
 from services.engine.messages import Adapter, Generate, SamplingParams, StepReport, StopParams, TokenEvent
+from services.engine.scheduling.sequence import Sequence
 from tests.fixtures.tiny_models import make_checkpoint
 
 GREEDY = SamplingParams(temperature=0.0, num_logprobs=2)
 TIE = 1e-3
 """Where the two best tokens are closer, rounding may pick either: KV of other steps differs in its last bits."""
+
+TINY_POOL = 80
+"""Pages of four tokens: an adapter or two and a few sequences."""
 
 
 def make_source(runner: ModelRunner, seed: int) -> SyntheticAdapters:
@@ -112,6 +117,79 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@dataclass
+class Pressure:
+    """Counts, in a core, prompts' pages that are evicted from the prefix cache, and what resumed sequences found."""
+
+    num_evicted: int = 0
+    num_resumed: int = 0
+    num_found_again: int = 0
+
+    def watch(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        evict, run = PrefixCache.evict, Sequence.run
+
+        def counting_evict(cache: PrefixCache, num_pages: int) -> None:
+            before = cache.num_idle
+            evict(cache, num_pages)
+            self.num_evicted += before - cache.num_idle
+
+        def counting_run(sequence: Sequence, adapter_slot: int) -> None:
+            self.num_resumed += sequence.has_run
+            self.num_found_again += sequence.has_run and sequence.num_computed > 0
+            run(sequence, adapter_slot)
+
+        monkeypatch.setattr(PrefixCache, "evict", counting_evict)
+        monkeypatch.setattr(Sequence, "run", counting_run)
+
+
+def crowd(draw: random.Random, adapters: tuple[Adapter, ...], vocab_size: int) -> list[Generate]:
+    """Conversations that go on, several with each adapter, under few system prompts: short prompts, long answers, so
+    that all grow at once. A third in `poet` is uploaded again, and requests for the old one still come after it."""
+    systems = [[draw.randrange(3, vocab_size) for _ in range(draw.randint(9, 21))] for _ in range(3)]
+    requests: list[Generate] = []
+    for number in range(36):
+        poet = adapters[0] if number < 12 or draw.random() < 0.2 else adapters[2]
+        adapter = draw.choice([None, poet, poet, adapters[1]])
+        origin = draw.choice(requests).prompt_ids if requests and draw.random() < 0.4 else draw.choice(systems)
+        own = [draw.randrange(3, vocab_size) for _ in range(draw.randint(1, 6))]
+        stop = StopParams(draw.randint(14, 40), ignore_eos=True)
+        requests.append(Generate(number, [*origin[:60], *own], GREEDY, stop, adapter))
+    return requests
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_crowd_in_a_tiny_pool_has_the_answers_of_a_large_one_without_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seed = random.SystemRandom().randrange(1 << 32)
+    print("seed", seed)
+    draw = random.Random(seed)
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "max_position_embeddings": 160}
+    checkpoint = make_checkpoint(tmp_path, draw.choice(["llama", "qwen3"]), seed=seed % 1000, **sizes)
+    given, pressure = {}, Pressure()
+    for prefix_cache, num_pages in ((False, 2000), (True, TINY_POOL)):
+        limits = {"num_pages": num_pages, "tokens_per_page": 4}
+        limits |= {"max_step_tokens": 48, "max_running": 12, "max_adapters": 4}
+        settings = EngineSettings(str(checkpoint), "", prefix_cache=prefix_cache, **limits).for_device()
+        runner = ModelRunner(settings)
+        source = make_source(runner, seed)
+        requests = crowd(random.Random(seed), source.adapters, runner.vocab_size)
+        if prefix_cache:
+            pressure.watch(monkeypatch)
+        given[prefix_cache] = serve(runner, settings, source, requests, seed)
+    calm, crowded = given[False], given[True]
+    print(pressure, "preempted", crowded.num_preemptions, "found", crowded.num_found)
+    assert calm.num_preemptions == calm.num_found == 0
+    assert crowded.num_preemptions >= 5
+    assert pressure.num_resumed >= 5
+    assert pressure.num_found_again >= 2
+    assert pressure.num_evicted >= 100
+    assert crowded.num_found > 0
+    for request in requests:
+        what = f"seed {seed}: request {request.request_id}, {request.adapter}"
+        assert_same(calm.events[request.request_id], crowded.events[request.request_id], what)
 
 
 @pytest.mark.usefixtures("one_thread")

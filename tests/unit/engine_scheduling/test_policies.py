@@ -18,10 +18,11 @@ from services.engine.messages import Generate
 from services.engine.scheduling.policies.clustering import AdapterClustering
 from services.engine.scheduling.policies.combination import Combination, make_policy
 from services.engine.scheduling.policies.early_abort import OVERLOAD, TOO_LATE, EarlyAbort
+from services.engine.scheduling.policies.fair import RECENT_TOKENS, FairOrder
 from services.engine.scheduling.policies.headroom import Headroom
-from services.engine.scheduling.policies.policy import Policy
+from services.engine.scheduling.policies.policy import NO_LIMIT, Policy
 from services.engine.scheduling.policies.priority import PriorityOrder
-from services.engine.scheduling.sequence import Sequence
+from services.engine.scheduling.sequence import Sequence, SequenceState
 from tests.fakes.engine_fakes import adapter, generate
 from tests.fakes.scheduler_harness import Harness
 
@@ -74,7 +75,7 @@ def random_load(harness: Harness, seed: int, **changes: tuple[object, ...]) -> N
 @given(seed=st.integers(0, 1 << 16), depth=st.sampled_from([1, 2]))
 def test_without_differences_every_static_order_is_first_come_first_served(seed: int, depth: int) -> None:
     plans = []
-    for policy in (None, Policy(), PriorityOrder(10), Combination(Policy(), Headroom(5, 0, lambda _: None))):
+    for policy in (None, Policy(), PriorityOrder(10), Combination(Policy(), Headroom(5, 0, FairOrder(lambda _: "")))):
         harness = Harness(num_pages=18, max_running=5, max_in_flight=depth, seed=seed, policy=policy)
         random_load(harness, seed)
         plans.append([[(c.sequence_id, c.start, len(c.token_ids)) for c in plan.chunks] for plan in harness.plans])
@@ -206,38 +207,126 @@ def test_clustered_batches_have_few_adapters_and_nobody_starves() -> None:
     assert len(harness.plans) < 400
 
 
-def test_headroom_is_for_clients_that_run_little() -> None:
-    policy = Headroom(4, 1, lambda sequence: sequence.request.tenant)
-    arrivals = Arrivals(policy)
-    loud = [arrivals.come(tenant="loud") for _ in range(4)]
-    for sequence in loud[:3]:
-        assert policy.may_run(sequence)
-        arrivals.run(sequence)
-    quiet = arrivals.come(tenant="quiet")
-    assert not policy.may_run(loud[3])
-    assert policy.may_run(quiet)
-    policy.ended(loud[0])
-    assert policy.may_run(loud[3])
+@dataclass
+class Fair:
+    """Fair order with headroom, told of everything; clients are tenants."""
+
+    max_running: int
+    headroom: int
+    batch: int = 1
+    prompt_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        self.order = FairOrder(lambda sequence: sequence.request.tenant)
+        self.headroom_policy = Headroom(
+            self.max_running, self.headroom, self.order, self.batch, prompt_tokens=self.prompt_tokens
+        )
+        self.policy = Combination(self.order, self.headroom_policy)
+        self.arrivals = Arrivals(self.policy)
+
+    def come(self, tenant: str, num_sequences: int = 1) -> list[Sequence]:
+        return [self.arrivals.come(tenant=tenant) for _ in range(num_sequences)]
+
+    def run(self, *sequences: Sequence) -> None:
+        for sequence in sequences:
+            assert self.policy.may_run(sequence)
+            self.arrivals.run(sequence)
+
+    def end(self, sequence: Sequence) -> None:
+        self.policy.ended(sequence)
+        sequence.state = SequenceState.ENDED
+
+
+def test_headroom_is_for_clients_that_get_little() -> None:
+    fair = Fair(4, 1)
+    loud = fair.come("loud", 4)
+    fair.run(*loud[:3])
+    (quiet,) = fair.come("quiet")
+    assert not fair.policy.may_run(loud[3])
+    assert fair.policy.may_run(quiet)
+    fair.end(loud[0])
+    assert fair.policy.may_run(loud[3])
+
+
+def test_a_burst_of_a_client_that_got_little_may_take_the_last_places() -> None:
+    fair = Fair(8, 3)
+    loud, quiet = fair.come("loud", 3), fair.come("quiet", 6)
+    fair.run(*loud[:2])
+    for _ in range(50):
+        fair.policy.drew(loud[0])
+    fair.run(*quiet[:3])
+    assert not fair.policy.may_run(loud[2]), "of those before the last places all are taken"
+    fair.run(*quiet[3:])  # though they run more than anybody else
 
 
 def test_before_the_headroom_places_are_filled_several_at_a_time() -> None:
-    policy = Headroom(8, 2, lambda sequence: sequence.request.tenant, batch=3)
-    arrivals = Arrivals(policy)
-    loud = [arrivals.come(tenant="loud") for _ in range(9)]
-    for sequence in loud[:6]:
-        assert policy.may_run(sequence), "until all six places before the last two are taken"
-        arrivals.run(sequence)
+    fair = Fair(8, 2, batch=3)
+    loud = fair.come("loud", 9)
+    fair.run(*loud[:6])
     for ended in loud[:2]:
-        policy.ended(ended)
-        assert not policy.may_run(loud[6])
-        quiet = arrivals.come(tenant="quiet")
-        assert policy.may_run(quiet), "who runs little waits for nobody"
-        policy.ended(quiet)
-    policy.ended(loud[2])
-    for sequence in loud[6:]:
-        assert policy.may_run(sequence), "three are free"
-        arrivals.run(sequence)
-    assert not policy.may_run(arrivals.come(tenant="loud"))
+        fair.end(ended)
+        assert not fair.policy.may_run(loud[6])
+        (quiet,) = fair.come("quiet")
+        assert fair.policy.may_run(quiet), "who gets little waits for nobody"
+        fair.end(quiet)
+    fair.end(loud[2])
+    fair.run(*loud[6:])
+    assert not fair.policy.may_run(*fair.come("loud"))
+
+
+def test_prompts_of_who_was_served_most_and_has_to_wait_join_steps_within_a_limit() -> None:
+    fair = Fair(4, 1, prompt_tokens=5)
+    limit = fair.policy.prompt_limit
+    loud, (quiet,) = fair.come("loud", 6), fair.come("quiet")
+    assert limit(loud[0], 100) == NO_LIMIT, "nobody had to wait yet"
+    fair.run(*loud[:2], quiet)
+    assert not fair.policy.may_run(loud[2])
+    assert limit(loud[2], 0) == limit(loud[2], 3) == 5, "prompts have two tokens each"
+    assert limit(loud[2], 4) == 0
+    assert limit(fair.come("other")[0], 100) == NO_LIMIT
+    fair.end(loud[0])
+    fair.run(loud[2])
+    assert limit(loud[2], 0) == 5, "the rest of its prompt, in the steps to come"
+    assert limit(loud[2], 4) == 0
+    preempted = loud[1]
+    preempted.state = SequenceState.WAITING
+    fair.policy.preempted(preempted)
+    assert limit(preempted, 100) == 5, "it keeps its place before all others"
+    for sequence in loud[3:]:
+        fair.end(sequence)
+    assert limit(loud[2], 100) == NO_LIMIT, "nothing of it waits"
+
+
+def test_who_is_alone_fills_steps() -> None:
+    fair = Fair(4, 1, prompt_tokens=5)
+    loud = fair.come("loud", 6)
+    fair.run(*loud[:3])
+    assert not fair.policy.may_run(loud[3])
+    assert fair.policy.prompt_limit(loud[3], 100) == NO_LIMIT
+    fair.end(loud[0])
+    fair.run(*fair.come("quiet"))
+    assert fair.policy.prompt_limit(loud[3], 100) == 0
+    for _ in range(8 * RECENT_TOKENS):
+        fair.policy.drew(loud[1])
+    assert fair.policy.prompt_limit(loud[3], 100) == NO_LIMIT, "the other came long ago"
+
+
+def test_a_limit_of_prompts_splits_what_a_flood_would_put_into_one_step() -> None:
+    config = PolicyConfig(order="fair", fairness_headroom=0.25, fairness_prompt_tokens=8)
+    harness = Harness(num_pages=200, max_running=8, max_step_tokens=64, policy=make_policy(config, 8), turns_stay=False)
+    for number in range(40):
+        request = generate(number, [1] * (30 if number % 7 == 3 else 4), 6, ignore_eos=True)
+        harness.add(msgspec.structs.replace(request, tenant="loud"))
+    for number in range(40, 52):
+        harness.step()
+        harness.add(msgspec.structs.replace(generate(number, [2] * 12, 2, ignore_eos=True), tenant="quiet"))
+    harness.run()
+    harness.check_answers()
+    loud_tokens = []
+    for plan in harness.plans[2:14]:
+        prompts = [chunk for chunk in plan.chunks if chunk.start < len(harness.requests[chunk.sequence_id].prompt_ids)]
+        loud_tokens.append(sum(len(chunk.token_ids) for chunk in prompts if chunk.sequence_id < 40))
+    assert 0 < max(loud_tokens) <= 8, loud_tokens
 
 
 def test_headroom_gives_the_last_places_where_the_scheduler_would_wait_for_several() -> None:

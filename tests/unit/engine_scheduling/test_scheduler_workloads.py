@@ -174,6 +174,7 @@ class FairMachine(OverlappingMachine):
     policy = PolicyConfig(
         order="fair",
         fairness_headroom=0.3,
+        fairness_prompt_tokens=5,
         latency_goal_seconds=20.0,
         max_adapters_a_batch=1,
         clustering_patience_seconds=5.0,

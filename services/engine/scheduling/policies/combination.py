@@ -33,6 +33,10 @@ class Combination(Policy):
         """If nobody is against it."""
         return all(policy.may_run(sequence) for policy in self._others)
 
+    def prompt_limit(self, sequence: Sequence, num_planned: int) -> int:
+        """The least that anybody says."""
+        return min(policy.prompt_limit(sequence, num_planned) for policy in self._others)
+
     def drops(self, waiting: Seq[Sequence], step_is_full: bool) -> list[Drop]:
         """Whom any of the others drops."""
         return [drop for policy in self._others for drop in policy.drops(waiting, step_is_full)]
@@ -89,9 +93,10 @@ def make_policy(
     """
     order = _order(config)
     others: list[Policy] = []
-    if config.order == "fair" and config.fairness_headroom:
+    if isinstance(order, FairOrder) and config.fairness_headroom:
         headroom = round(max_running * config.fairness_headroom)
-        others.append(Headroom(max_running, headroom, order.group, admission_batch))
+        prompt_tokens = config.fairness_prompt_tokens
+        others.append(Headroom(max_running, headroom, order, admission_batch, prompt_tokens))
     if config.latency_goal_seconds:
         others.append(EarlyAbort(config.latency_goal_seconds, clock, order.group))
     if config.max_adapters_a_batch:

@@ -18,11 +18,12 @@ from __future__ import annotations
 
 import heapq
 from bisect import insort
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from operator import attrgetter
 
 from services.engine.scheduling.policies.policy import Policy
+from services.engine.scheduling.policies.recent_service import RecentService
 from services.engine.scheduling.sequence import Sequence, SequenceState
 
 FRONT = 64
@@ -33,6 +34,9 @@ _FRONT_TURN, _REST_TURN = 1 << 60, 1 << 61
 
 MAX_IDLE_CLIENTS = 10_000
 """Counters of clients without a request; of more than these the lowest are forgotten: they would be lifted anyway."""
+
+RECENT_TOKENS = 16_384
+"""So many tokens ago service counts 1/e in `recent`: those of 64 steps of 256 places, a second or two."""
 
 _ARRIVAL = attrgetter("arrival")
 
@@ -68,6 +72,8 @@ class FairOrder(Policy):
         self._front: list[Sequence] = []
         self._num_admitted = 0
         self._num_turns = 0
+        self.recent = RecentService(RECENT_TOKENS * max(input_price, output_price))
+        """Who was served how much lately, by the same prices and weights."""
 
     def counter(self, client: str) -> float:
         """The service that a client got, as counted: lifted, and divided by its weight."""
@@ -80,7 +86,7 @@ class FairOrder(Policy):
         counters = [client.counter for client in self._waiting.values()]
         return max(counters) - min(counters) if counters else 0.0
 
-    def group(self, sequence: Sequence) -> Hashable:
+    def group(self, sequence: Sequence) -> str:
         """Its client."""
         return self._client_of(sequence)
 
@@ -158,7 +164,9 @@ class FairOrder(Policy):
         return self._input_price * (len(sequence.request.prompt_ids) - sequence.num_computed)
 
     def _charge(self, client: _Client, cost: float) -> None:
-        client.counter += cost / self._weight(client)
+        service = cost / self._weight(client)
+        client.counter += service
+        self.recent.add(client.name, service)
 
     def _weight(self, client: _Client) -> float:
         return self._weights.get(client.name, 1.0)

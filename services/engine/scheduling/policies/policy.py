@@ -1,19 +1,24 @@
 """What a policy decides and what it is told. This one decides nothing: first come, first served.
 
-The scheduler asks three things, all about waiting sequences: in which order they take turns, whether one may begin to
-run now, and who is dropped. Everything else stays the scheduler's, whatever the policy: decodes come before
-prompts, memory is granted by turn and taken back in reverse, one that only waits for bytes is overtaken. So what is
-told at the head of `scheduler.py` on progress holds if a policy keeps two promises: a sequence that has been admitted
-keeps its turn until it ends, and in finite time nobody new comes before one that waits, nor is it kept from running.
+The scheduler asks of waiting sequences in which order they take turns, whether one may begin to run now, and who is
+dropped; and of each prompt how much of it a step may have. Everything else stays the scheduler's, whatever the policy:
+decodes come before prompts, memory is granted by turn and taken back in reverse, one that only waits for bytes is
+overtaken. So what is told at the head of `scheduler.py` on progress holds if a policy keeps three promises: a sequence
+that has been admitted keeps its turn until it ends; in finite time nobody new comes before one that waits, nor is it
+kept from running; and the first prompt of a step is never kept from it, so that the earliest one gets on.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Hashable, Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
 from services.engine.scheduling.sequence import Sequence
+
+NO_LIMIT = sys.maxsize
+"""Of tokens in a step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +46,13 @@ class Policy:
     def may_run(self, sequence: Sequence) -> bool:
         """Whether a sequence whose turn it is, and for which there is memory, runs now; else it is passed by."""
         return True
+
+    def prompt_limit(self, sequence: Sequence, num_planned: int) -> int:
+        """How many tokens of a prompt a step may have at most that has `num_planned` tokens of prompts already.
+
+        0: none in this step; not so if `num_planned` is 0, nor for a waiting one that has run.
+        """
+        return NO_LIMIT
 
     def drops(self, waiting: Seq[Sequence], step_is_full: bool) -> list[Drop]:
         """Whom to give up of those that wait, by turn, after a step was planned. Only such as have never run.

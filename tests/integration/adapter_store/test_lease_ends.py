@@ -1,0 +1,148 @@
+"""Leases that end otherwise than well: readers and stores that are stopped, killed, paused or cancelled."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from benchmarks.arena_store import StoredAdapters, running_arena_store
+from services.common.errors import Reason, SloraError
+from services.engine.adapters.load_job import LoadInstalled
+from services.engine.adapters.mapped_arena import ArenaReader
+from services.engine.adapters.source import FetchCancelled
+from services.engine.adapters.store_client import StoreClient
+from tests.fakes.engine_fakes import FakeDevice
+from tests.fixtures.lease_store import NUM_LAYERS, LeaseStore
+from tests.fixtures.leasing import A, B, Engine, eventually, go_on, soon
+
+
+def test_a_killed_reader_holds_nothing(
+    make_store: Callable[..., LeaseStore], reader: Callable[[str, str], subprocess.Popen[str]]
+) -> None:
+    store = make_store(num_adapters=1)
+    store.add(A, 1)
+    process = reader(store.address, A)
+    assert (store.metric("open_leases"), store.metric("pinned_adapters")) == (1, 1)
+    process.kill()
+    eventually(lambda: store.metric("open_leases") == 0)
+    assert store.metric("pinned_adapters") == 0
+    eventually(lambda: store.metric("leases_total", outcome="abandoned") == 1)
+    store.add(B, 2)
+
+
+def test_a_reader_that_was_stopped_for_too_long_learns_that_its_lease_has_ended(
+    make_store: Callable[..., LeaseStore], reader: Callable[[str, str], subprocess.Popen[str]]
+) -> None:
+    store = make_store(num_adapters=1, stall_seconds=0.5)
+    store.add(A, 1)
+    process = reader(store.address, A)
+    os.kill(process.pid, signal.SIGSTOP)
+    eventually(lambda: store.metric("leases_total", outcome="expired") == 1)
+    store.add(B, 2)
+    store.add(A, 1)  # the same bytes at the same place again: still no lease
+    os.kill(process.pid, signal.SIGCONT)
+    assert go_on(process) == "DEADLINE_EXCEEDED"
+
+
+def test_a_reader_that_was_stopped_for_a_moment_keeps_its_lease(
+    make_store: Callable[..., LeaseStore], reader: Callable[[str, str], subprocess.Popen[str]]
+) -> None:
+    store = make_store()
+    store.add(A, 1)
+    process = reader(store.address, A)
+    os.kill(process.pid, signal.SIGSTOP)
+    time.sleep(0.3)
+    os.kill(process.pid, signal.SIGCONT)
+    assert go_on(process) == "confirmed True"
+
+
+def test_a_store_that_is_killed_and_comes_back_confirms_no_lease_of_before(make_engine: Callable[..., Engine]) -> None:
+    adapters = StoredAdapters(NUM_LAYERS, ((0, 2048, 2048),), (8,), 2, "float32")
+    one, two = adapters.digests()
+    with running_arena_store(adapters) as store:
+        engine = make_engine(store.address)
+        assert isinstance(engine.load(one), LoadInstalled)
+        lease = engine.client.open(two).lease(soon())
+        assert lease is not None
+        before = bytes(lease.content)
+        os.kill(store.pid, signal.SIGKILL)
+    with pytest.raises(SloraError) as lapsed:
+        lease.confirm()
+    assert lapsed.value.reason is Reason.ADAPTER_STORE_UNAVAILABLE
+    with running_arena_store(adapters, int(store.address.rpartition(":")[2])) as again:
+        assert again.arena != store.arena
+        assert not Path(store.arena).exists()
+        assert bytes(lease.content) == bytes(len(before)), "its memory was given back, and nobody faults"
+        with lease:
+            event = engine.load(two)
+        assert isinstance(event, LoadInstalled), event
+        assert event.lent, "out of the new store's arena"
+        assert engine.weights(1) == before
+
+
+def test_a_paused_fetch_lets_go_of_its_lease_and_takes_another(make_store: Callable[..., LeaseStore]) -> None:
+    store = make_store()
+    weights = store.add(A, 1)
+    client = StoreClient([store.address], ArenaReader(FakeDevice(1)))
+    fetch = client.open(A)
+    fetch.manifest(soon())
+    assert store.metric("open_leases") == 1
+    fetch.pause()
+    eventually(lambda: store.metric("open_leases") == 0)
+    lease = fetch.lease(soon())
+    assert lease is not None
+    with lease:
+        assert lease.content == weights
+        lease.confirm()
+    client.close()
+
+
+def test_a_cancelled_fetch_ends_its_lease(make_store: Callable[..., LeaseStore]) -> None:
+    store = make_store()
+    store.add(A, 1)
+    client = StoreClient([store.address], ArenaReader(FakeDevice(1)))
+    fetch = client.open(A)
+    lease = fetch.lease(soon())
+    assert lease is not None
+    fetch.cancel()
+    with pytest.raises(SloraError):
+        lease.confirm()
+    eventually(lambda: store.metric("open_leases") == 0)
+    other = client.open(A)
+    other.cancel()
+    with pytest.raises(FetchCancelled):
+        other.lease(soon())
+    client.close()
+
+
+def test_a_lease_that_ends_before_its_time_leads_to_a_stream(
+    make_store: Callable[..., LeaseStore], make_engine: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when the reader was stopped: other bytes lie there, the digest is wrong, and nobody is blamed."""
+    store = make_store(num_adapters=1, stall_seconds=0.3)
+    weights = store.add(A, 1)
+    engine = make_engine(store.address)
+    write = engine.device.write
+    num_writes = 0
+
+    def slow_write(*what: object) -> None:
+        nonlocal num_writes
+        num_writes += 1
+        if num_writes == 1:
+            eventually(lambda: store.metric("leases_total", outcome="expired") == 1)
+            store.add(B, 2)
+        write(*what)  # type: ignore[arg-type]
+        if num_writes == 1:
+            store.add(A, 1)
+
+    monkeypatch.setattr(engine.device, "write", slow_write)
+    event = engine.load(A)
+    assert isinstance(event, LoadInstalled), event
+    assert not event.lent
+    assert engine.weights() == weights
