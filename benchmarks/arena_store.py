@@ -24,6 +24,7 @@ import numpy as np
 from prometheus_client import CollectorRegistry
 from slora.adapter_store.v1 import adapter_store_pb2_grpc
 
+from services.adapter_store.allocator import tune_allocator
 from services.adapter_store.arena import Arena
 from services.adapter_store.delivery_servicer import CHUNK_BYTES, WeightDelivery, add_to_server
 from services.adapter_store.host_cache import HostCache, Pin
@@ -167,6 +168,7 @@ async def _serve(cache: HostCache, port: int) -> None:
 
 def main(arguments: Sequence[str]) -> None:
     """Serves until SIGTERM."""
+    tune_allocator()
     fields = json.loads(arguments[0])
     modules = tuple((module, inputs, outputs) for module, inputs, outputs in fields["modules"])
     adapters = StoredAdapters(**(fields | {"modules": modules, "ranks": tuple(fields["ranks"])}))

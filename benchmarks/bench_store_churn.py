@@ -165,8 +165,9 @@ class Client:
 
     async def lease(self) -> None:
         """Confirmed, or not."""
+        digest = (await self._get()).digest  # before there is a call: one that nobody ends stays open
         call = self._stub.ShareAdapter(timeout=60)
-        await call.write(pb.ShareAdapterRequest(digest=(await self._get()).digest))
+        await call.write(pb.ShareAdapterRequest(digest=digest))
         if await call.read() is grpc.aio.EOF:
             raise RuntimeError("nothing was lent")
         if self._draw.random() < 0.25:

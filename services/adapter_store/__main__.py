@@ -8,6 +8,7 @@ import sys
 
 from prometheus_client import REGISTRY
 
+from services.adapter_store.allocator import tune_allocator
 from services.adapter_store.arena import Arena
 from services.adapter_store.assembly import as_replica, running_store
 from services.adapter_store.base_model import BaseModel, load_base_model
@@ -56,6 +57,7 @@ def main() -> None:
     """Reads settings and serves; exit status 2 on settings that cannot work."""
     # Listings of S3 are parsed on threads; Python would let each keep the interpreter from the server for 5 ms.
     sys.setswitchinterval(0.0005)
+    tune_allocator()
     configure_logging("adapter-store")
     try:
         settings = parse_settings(AdapterStoreSettings, "adapter-store")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING, TypeVar
@@ -24,6 +24,7 @@ from services.adapter_store.s3_errors import (
     TRANSPORT_ERRORS,
     ObjectChangedError,
     TruncatedError,
+    UnexpectedSizeError,
     explain,
     unavailable,
 )
@@ -90,20 +91,26 @@ class BlobStore:
         self._connecting = asyncio.Lock()
         self._client: S3Client | None = None
 
-    async def read(self, place: ObjectPrefix, name: str, max_bytes: int) -> Blob:
+    async def read(self, place: ObjectPrefix, name: str, max_bytes: int, expected_bytes: int = 0) -> Blob:
         """The object `name` under `place`; ADAPTER_TOO_LARGE if it is larger than `max_bytes`.
 
+        All of it is asked for at once if it is known how large it should be; it may have another size all the same.
         One that is replaced meanwhile is read again, once; ADAPTER_CHANGED if that happens again.
         """
         client = await self._connected()
         shown = f"{place.uri}{name}"
         try:
             async with asyncio.timeout(self._limits.read_seconds):
-                for _ in range(_READS_OF_ONE_VERSION):
+                num_versions = 0
+                while num_versions < _READS_OF_ONE_VERSION:
+                    part_bytes, buffers = self._limits.part_bytes, self._buffers
+                    read = ObjectRead(client, place, name, max_bytes, part_bytes, buffers, expected_bytes)
                     try:
-                        part_bytes, buffers = self._limits.part_bytes, self._buffers
-                        return await self._read(ObjectRead(client, place, name, max_bytes, part_bytes, buffers))
+                        return await self._read(read)
+                    except UnexpectedSizeError:
+                        expected_bytes = 0
                     except ObjectChangedError:
+                        num_versions += 1
                         self._on_retry("changed")
         except TimeoutError:
             unavailable(f"{shown} could not be read within {self._limits.read_seconds:g} s")
@@ -145,8 +152,13 @@ class BlobStore:
             self._client.close()
 
     async def _read(self, read: ObjectRead) -> Blob:
-        """All of an object: the first part, then the others side by side."""
-        await self._fill(read, read.first)
+        """All of an object: the parts that are known side by side, then those that become known."""
+        known = len(read.parts)
+        await self._fill_all(read, read.parts[:known])
+        await self._fill_all(read, read.parts[known:])
+        return Blob(read.content.toreadonly(), _etag(read.etag))
+
+    async def _fill_all(self, read: ObjectRead, parts: Sequence[Part]) -> None:
         # A large object leaves threads to others that are read at the same time.
         places = asyncio.Semaphore(max(self._limits.num_threads // 2, 1))
 
@@ -155,14 +167,13 @@ class BlobStore:
                 await self._fill(read, part)
 
         # No TaskGroup: in Python 3.11 one that fails leaves its task marked as cancelled; gRPC then answers nothing.
-        filling = [asyncio.create_task(fill(part)) for part in read.parts]
+        filling = [asyncio.create_task(fill(part)) for part in parts]
         try:
             await asyncio.gather(*filling)
         finally:
             for task in filling:
                 task.cancel()
             await asyncio.gather(*filling, return_exceptions=True)
-        return Blob(read.content.toreadonly(), _etag(read.etag))
 
     async def _fill(self, read: ObjectRead, part: Part) -> None:
         def fill() -> Awaitable[None]:

@@ -103,7 +103,7 @@ class ColdFetch:
         failure: SloraError | None = None
         for record in {record.source.uri: record for record in records}.values():
             try:
-                files = await self._places.source.read(record.source.uri)
+                files = await self._places.source.read(record.source.uri, (record.config_bytes, record.weights_bytes))
                 _check_listed(files, record)
                 return await self._verify_and_pack(files, record, records)
             except SloraError as error:
@@ -139,7 +139,9 @@ class ColdFetch:
         config, weights, digest = files.config.content, files.weights.content, record.digest
         prepared = await run_to_end(self._threads, lambda: prepare_as(digest, config, weights, self._base))
         with await self._reserve(prepared.layout.packed_bytes) as reservation:
-            manifest = await run_to_end(self._threads, lambda: pack_into(prepared, reservation.view))
+            # Bytes with the digest of the registration have the values that were looked at then.
+            is_new, view = not packed_digest, reservation.view
+            manifest = await run_to_end(self._threads, lambda: pack_into(prepared, view, check_values=is_new))
             if packed_digest and manifest.packed_digest != packed_digest:
                 raise SloraError(
                     Reason.INTERNAL,

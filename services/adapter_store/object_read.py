@@ -1,7 +1,9 @@
 """One S3 object on its way into memory: in ranges, several at a time, all of them of one version of the object.
 
-The first range tells size and ETag. The others name that ETag, and every answer's is compared with it, for not every
-service looks at If-Match. What breaks is asked for again from the byte where it broke.
+The first answer tells size and ETag. Ranges asked for later name that ETag, and every answer's is compared with
+it, for not every service looks at If-Match. What breaks is asked for again from the byte where it broke.
+
+Who expects a size asks for all ranges at once. If the object has another one nothing of it is kept.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ import contextlib
 import http.client
 import re
 import socket
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -22,6 +25,7 @@ from services.adapter_store.read_buffers import ReadBuffers
 from services.adapter_store.s3_errors import (
     ObjectChangedError,
     TruncatedError,
+    UnexpectedSizeError,
     means_changed,
     means_no_such_range,
     unavailable,
@@ -49,34 +53,41 @@ class StoppedError(Exception):
 
 
 class ObjectRead:
-    """Reads the object `name` under `place`: `fill` the first part, then each of `parts`.
+    """Reads the object `name` under `place`: `fill` each of `parts`, which are more when the first was filled.
 
-    `fill` may be called again after it failed, and goes on where it was. It blocks, for threads.
+    With `expected_bytes` there are all of them from the start. `fill` may be called again after it failed, and goes on
+    where it was. It blocks, for threads.
     """
 
     def __init__(
-        self, client: S3Client, place: ObjectPrefix, name: str, max_bytes: int, part_bytes: int, buffers: ReadBuffers
+        self,
+        client: S3Client,
+        place: ObjectPrefix,
+        name: str,
+        max_bytes: int,
+        part_bytes: int,
+        buffers: ReadBuffers,
+        expected_bytes: int = 0,
     ) -> None:
         self.shown = f"{place.uri}{name}"
         self.content = memoryview(b"")
         """The object, once all parts are filled."""
         self.etag = ""
         """As the service writes it, mostly in quotes; known when something was read."""
-        self.first = Part(0, part_bytes)
         self._client = client
         self._bucket, self._key = place.bucket, place.prefix + name
         self._max_bytes = max_bytes
         self._part_bytes = part_bytes
         self._buffers = buffers
         self._size: int | None = None
-        self._parts: list[Part] = [self.first]
+        self._lock = threading.Lock()
+        self._expects_size = 0 < expected_bytes <= max_bytes
+        self.parts = [Part(0, part_bytes)]
+        """What is to be filled, from the start of the object to its end."""
+        if self._expects_size:
+            self._make_room(expected_bytes)
         self._stopped = False
         self._open: set[socket.socket] = set()
-
-    @property
-    def parts(self) -> list[Part]:
-        """What remains behind the first part; known when that was filled."""
-        return self._parts[1:]
 
     def fill(self, part: Part) -> None:
         """Reads the rest of a part; ObjectChangedError if it belongs to another version than the parts before.
@@ -131,6 +142,8 @@ class ObjectRead:
         except botocore.exceptions.ClientError as error:
             if means_no_such_range(error) and self._size is None:  # an empty object has no byte 0
                 return self._client.get_object(Bucket=self._bucket, Key=self._key)
+            if means_no_such_range(error) and self._expects_size:
+                raise UnexpectedSizeError(self.shown) from error
             if means_changed(error) or means_no_such_range(error):
                 raise ObjectChangedError(self.shown) from error
             raise
@@ -141,15 +154,23 @@ class ObjectRead:
             raise TruncatedError("the answer's headers have no length or no ETag")
         ranged = _CONTENT_RANGE.fullmatch(answer.get("ContentRange", ""))
         begin, size = (int(ranged[1]), int(ranged[2])) if ranged else (0, answer["ContentLength"])
-        etag = answer["ETag"]
-        if self._size is None:
-            self._make_room(size, etag, ranged is not None)
-        elif size != self._size or etag != self.etag:
-            raise ObjectChangedError(self.shown)
+        with self._lock:
+            self._compare_version(size, answer["ETag"], ranged is not None)
         if begin != part.position:
             unavailable(f"{self.shown}: the service answers no ranges, and a read must go on at byte {part.position}")
 
-    def _make_room(self, size: int, etag: str, ranged: bool) -> None:
+    def _compare_version(self, size: int, etag: str, ranged: bool) -> None:
+        """The first answer decides which version is read."""
+        if self._expects_size and (size != self._size or (not ranged and len(self.parts) > 1)):
+            raise UnexpectedSizeError(self.shown)
+        if self._size is None:
+            self._check_size(size)
+            self._make_room(size, ranged)
+        elif size != self._size or (self.etag and etag != self.etag):
+            raise ObjectChangedError(self.shown)
+        self.etag = etag
+
+    def _check_size(self, size: int) -> None:
         if size > self._max_bytes:
             raise SloraError(
                 Reason.ADAPTER_TOO_LARGE,
@@ -157,12 +178,16 @@ class ObjectRead:
                 num_bytes=size,
                 max_bytes=self._max_bytes,
             )
-        self._size, self.etag = size, etag
+
+    def _make_room(self, size: int, ranged: bool = True) -> None:
+        """Takes memory, and cuts what lies behind the first part into others."""
+        self._size = size
         self.content = self._buffers.take(size)
+        first = self.parts[0]
         # A service that answered with all there is may not answer ranges at all.
-        self.first.end = min(self._part_bytes, size) if ranged else size
-        rest = size - self.first.end
+        first.end = min(self._part_bytes, size) if ranged else size
+        rest = size - first.end
         # In equal parts, a little larger or smaller than was asked for: a request costs as much as some megabytes.
         num_parts = max(round(rest / self._part_bytes), 1)
-        ends = [self.first.end + rest * number // num_parts for number in range(num_parts + 1)]
-        self._parts += [Part(begin, end) for begin, end in pairwise(ends) if begin < end]
+        ends = [first.end + rest * number // num_parts for number in range(num_parts + 1)]
+        self.parts += [Part(begin, end) for begin, end in pairwise(ends) if begin < end]

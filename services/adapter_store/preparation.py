@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 from collections.abc import Awaitable
 from dataclasses import dataclass
+from functools import lru_cache
 
 from services.adapter_store.base_model import BaseModel
 from services.adapter_store.blob_store import Blob, BlobStore
@@ -13,10 +14,14 @@ from services.adapter_store.identifiers import CONFIG_FILE, WEIGHTS_FILE, Object
 from services.adapter_store.manifest import PackedLayout, PackedManifest
 from services.adapter_store.packing import Bytes, digest_of, pack, plan_layout
 from services.adapter_store.peft_config import MAX_CONFIG_BYTES, parse_lora_config
-from services.adapter_store.safetensors_reader import read_tensor_entries
+from services.adapter_store.safetensors_reader import parse_tensor_entries, read_header
 from services.adapter_store.target_resolution import resolve_targets
 from services.adapter_store.validation import LoraPair, match_tensors
 from services.common.errors import Reason, SloraError
+
+_MAX_KEPT_PLANS = 16
+_MAX_KEPT_BYTES = 2**18
+"""Of texts that a plan is kept for: a thousand tensors. What is parsed out of them takes some times as much."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,14 +70,16 @@ class PreparedAdapter:
     weights: memoryview
 
 
-async def read_files(blob_store: BlobStore, place: ObjectPrefix, max_adapter_bytes: int) -> StoredFiles:
-    """Both files from S3, side by side.
+async def read_files(
+    blob_store: BlobStore, place: ObjectPrefix, max_adapter_bytes: int, expected_bytes: tuple[int, int] = (0, 0)
+) -> StoredFiles:
+    """Both files from S3, side by side. `expected_bytes`: of configuration and weights, as far as they are known.
 
     Errors: SOURCE_NOT_FOUND, ADAPTER_TOO_LARGE, ADAPTER_CHANGED, BLOB_STORE_UNAVAILABLE.
     """
-    weights = asyncio.create_task(blob_store.read(place, WEIGHTS_FILE, max_adapter_bytes))
+    weights = asyncio.create_task(blob_store.read(place, WEIGHTS_FILE, max_adapter_bytes, expected_bytes[1]))
     try:
-        config = await blob_store.read(place, CONFIG_FILE, MAX_CONFIG_BYTES)
+        config = await blob_store.read(place, CONFIG_FILE, MAX_CONFIG_BYTES, expected_bytes[0])
         return StoredFiles(config, await _weights(weights))
     finally:
         weights.cancel()
@@ -101,14 +108,31 @@ def prepare(files: AdapterFiles, base: BaseModel) -> PreparedAdapter:
 
 def prepare_as(digest: str, config: memoryview, weights: memoryview, base: BaseModel) -> PreparedAdapter:
     """The same for the two files' bytes, of an adapter that is known by `digest`; whether it is theirs is not asked."""
-    parsed = parse_lora_config(bytes(config))
-    entries = read_tensor_entries(weights)
+    header = read_header(weights)
+    # One training recipe makes many adapters, and their files differ in their weights only.
+    few = len(config) + len(header) <= _MAX_KEPT_BYTES
+    plan = _plan_or_kept if few else _plan
+    return PreparedAdapter(digest, *plan(bytes(config), header, len(weights), base), weights)
+
+
+def _plan(
+    config: bytes, header: bytes, weights_bytes: int, base: BaseModel
+) -> tuple[PackedLayout, tuple[LoraPair, ...]]:
+    """What depends on configuration, header and size alone: where everything lies, and where it goes."""
+    parsed = parse_lora_config(config)
+    entries = parse_tensor_entries(header, weights_bytes)
     targets = resolve_targets(parsed, base)
     pairs = match_tensors(targets, entries, base)
-    return PreparedAdapter(digest, plan_layout(targets, base), pairs, weights)
+    return plan_layout(targets, base), pairs
 
 
-def pack_into(adapter: PreparedAdapter, out: Bytes) -> PackedManifest:
-    """Packs into `out` (layout.packed_bytes bytes) and describes it; ADAPTER_NOT_FINITE. For a thread."""
-    pack(adapter.pairs, adapter.layout, adapter.weights, out)
+_plan_or_kept = lru_cache(_MAX_KEPT_PLANS)(_plan)
+
+
+def pack_into(adapter: PreparedAdapter, out: Bytes, check_values: bool = True) -> PackedManifest:
+    """Packs into `out` (layout.packed_bytes bytes) and describes it; ADAPTER_NOT_FINITE. For a thread.
+
+    Without `check_values` the caller compares the digest with that of values that were checked.
+    """
+    pack(adapter.pairs, adapter.layout, adapter.weights, out, check_values)
     return PackedManifest(adapter.digest, digest_of(out), adapter.layout)

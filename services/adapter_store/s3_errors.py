@@ -42,6 +42,10 @@ class ObjectChangedError(Exception):
     """An object was replaced while its parts were being read. They are never put together."""
 
 
+class UnexpectedSizeError(Exception):
+    """An object has not the size that was expected, or its service answers no ranges of it."""
+
+
 class TruncatedError(OSError):
     """An answer ended in its headers, or its body before the length that they promised."""
 

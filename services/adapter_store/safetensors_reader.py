@@ -47,16 +47,25 @@ class TensorEntry:
 
 def read_tensor_entries(file: memoryview) -> dict[str, TensorEntry]:
     """The tensors of a whole safetensors file, by name; ADAPTER_FILE_INVALID if it is not a sound one."""
-    header_bytes = _header_length(file)
-    start = _LENGTH_BYTES + header_bytes
-    header = _parse_header(bytes(file[_LENGTH_BYTES:start]))
+    return parse_tensor_entries(read_header(file), len(file))
+
+
+def read_header(file: memoryview) -> bytes:
+    """The header's text; ADAPTER_FILE_INVALID if a file cannot begin like this."""
+    return bytes(file[_LENGTH_BYTES : _LENGTH_BYTES + _header_length(file)])
+
+
+def parse_tensor_entries(text: bytes, file_bytes: int) -> dict[str, TensorEntry]:
+    """The tensors of a file of so many bytes with this header; ADAPTER_FILE_INVALID if there is no such file."""
+    start = _LENGTH_BYTES + len(text)
+    header = _parse_header(text)
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         _refuse("__metadata__ must map strings to strings")
     if len(header) > MAX_TENSORS:
         _refuse(f"it has {len(header)} tensors; at most {MAX_TENSORS} are read")
-    entries = {name: _parse_entry(name, entry, start, len(file)) for name, entry in header.items()}
-    _check_coverage(entries, start, len(file))
+    entries = {name: _parse_entry(name, entry, start, file_bytes) for name, entry in header.items()}
+    _check_coverage(entries, start, file_bytes)
     return entries
 
 

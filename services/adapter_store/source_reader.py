@@ -20,10 +20,11 @@ class SourceReader:
         self._metrics = metrics
         self._max_adapter_bytes = max_adapter_bytes
 
-    async def read(self, uri: str) -> StoredFiles:
-        """The files under `uri`. Errors: SOURCE_URI_INVALID, and those of `read_files`."""
+    async def read(self, uri: str, expected_bytes: tuple[int, int] = (0, 0)) -> StoredFiles:
+        """The files under `uri`. Errors: SOURCE_URI_INVALID, and those of `read_files`, which has `expected_bytes`."""
         with self._metrics.look_up(Tier.S3) as lookup:
-            files = await read_files(self._blob_store, parse_source_uri(uri), self._max_adapter_bytes)
+            place = parse_source_uri(uri)
+            files = await read_files(self._blob_store, place, self._max_adapter_bytes, expected_bytes)
             lookup.is_hit = True
         self._metrics.on_read(Tier.S3, files.num_bytes)
         return files

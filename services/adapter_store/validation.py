@@ -94,6 +94,8 @@ def _take(tensors: dict[tuple[str, str], TensorEntry], path: str, half: str) -> 
 def _check_tensor(entry: TensorEntry, half: str, target: AdaptedModule, base: BaseModel) -> None:
     width = base.in_features(target.module) if half == "A" else base.out_features(target.module)
     expected = (target.rank, width) if half == "A" else (width, target.rank)
+    if entry.shape == expected and entry.dtype in FLOAT_DTYPES:
+        return
     details = {"tensor": entry.name, "expected": list(expected), "got": list(entry.shape)}
     if entry.dtype not in FLOAT_DTYPES:
         raise SloraError(

@@ -59,9 +59,9 @@ class Setup:
         finally:
             await asyncio.to_thread(store.close)
 
-    async def read(self, max_bytes: int = 2**30, **changes: Any) -> Blob:
+    async def read(self, max_bytes: int = 2**30, expected_bytes: int = 0, **changes: Any) -> Blob:
         async with self.store(**changes) as store:
-            return await store.read(PLACE, NAME, max_bytes)
+            return await store.read(PLACE, NAME, max_bytes, expected_bytes)
 
     def check(self, blob: Blob) -> None:
         assert bytes(blob.content) == self.content
@@ -105,6 +105,46 @@ async def test_a_large_object_comes_in_ranges_of_one_version(setup: Setup) -> No
     assert "if-match" not in first.headers
     assert {request.headers["if-match"].strip('"') for request in others} == {blob.etag}
     assert setup.retries == []
+
+
+async def test_of_a_known_size_all_ranges_are_asked_for_at_once(setup: Setup) -> None:
+    held = asyncio.Event()
+    faults = [Fault(held=held) for _ in range(NUM_PARTS)]
+    setup.front.meet("GET", NAME, *faults)
+    reading = asyncio.create_task(setup.read(expected_bytes=SIZE, num_threads=2 * NUM_PARTS))
+    async with asyncio.timeout(10):
+        await asyncio.gather(*(fault.reached.wait() for fault in faults))
+    assert not any("if-match" in request.headers for request in setup.front.requests), "no ETag is known yet"
+    held.set()
+    setup.check(await reading)
+    assert setup.retries == []
+
+
+async def test_an_object_of_another_size_than_expected_is_read_all_the_same(setup: Setup) -> None:
+    async with setup.store() as store:
+        for size in (0, 1, PART, SIZE):
+            setup.content = setup.rng.randbytes(size)
+            setup.put(setup.content)
+            for expected in (1, PART - 1, PART + 1, SIZE - 1, SIZE + 1, 3 * SIZE, 2**40):
+                blob = await store.read(PLACE, NAME, 2**30, expected)
+                assert bytes(blob.content) == setup.content, (size, expected)
+        with pytest.raises(SloraError) as refused:
+            await store.read(PLACE, NAME, SIZE - 1, SIZE - 2)
+        assert refused.value.reason is Reason.ADAPTER_TOO_LARGE
+    assert setup.retries == []
+
+
+async def test_versions_of_the_expected_size_are_never_mixed(setup: Setup) -> None:
+    async with setup.store(**ONE_BY_ONE) as store:
+        for num_good in range(1, NUM_PARTS):
+            setup.retries.clear()
+            setup.front.meet("GET", NAME, *[PASS] * num_good, Fault(before=setup.replace))
+            setup.check(await store.read(PLACE, NAME, 2**30, SIZE))
+            assert setup.retries == ["changed"]
+        setup.front.meet("GET", NAME, *[PASS, Fault(before=setup.replace), *[PASS] * (NUM_PARTS - 2)] * 2)
+        with pytest.raises(SloraError) as refused:
+            await store.read(PLACE, NAME, 2**30, SIZE)
+        assert refused.value.reason is Reason.ADAPTER_CHANGED
 
 
 async def test_every_size_is_read_whole(setup: Setup) -> None:
@@ -248,6 +288,8 @@ async def test_a_service_without_ranges_is_read_in_one(setup: Setup) -> None:
     setup.front.meet("GET", NAME, Fault(answer=head + setup.content))
     setup.check(await setup.read())
     assert len(setup.front.requests) == 1
+    setup.front.meet("GET", NAME, *[Fault(answer=head + setup.content)] * (NUM_PARTS + 1))
+    setup.check(await setup.read(expected_bytes=SIZE, **ONE_BY_ONE))
 
 
 async def test_a_cancelled_read_ends_its_threads(setup: Setup) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable
 from typing import Any
@@ -296,3 +297,15 @@ def test_tensors_at_odd_offsets_are_read_right() -> None:
 
 def with_type(element_type: ElementType) -> BaseModel:
     return BaseModel("tiny", "llama", element_type, 2, 32, 64, 4, 2, 8)
+
+
+def test_a_plan_is_kept_for_the_same_texts_and_for_no_others() -> None:
+    files = adapter_files()
+    first, again = prepare(files, BASE), prepare(adapter_files(), BASE)
+    assert again.layout is first.layout
+    other = dataclasses.replace(BASE, num_layers=1)
+    assert refusal(files, other).reason is BASE_MISMATCH
+    assert prepare(adapter_files(CONFIG | {"lora_alpha": 3}), BASE).pairs != first.pairs
+    longer = dataclasses.replace(files, weights=memoryview(bytes(files.weights) + b"x"))
+    assert refusal(longer).reason is Reason.ADAPTER_FILE_INVALID
+    assert refusal(longer).reason is Reason.ADAPTER_FILE_INVALID, "refusals are not kept"
