@@ -25,9 +25,6 @@ SERVICE_NAME = pb.DESCRIPTOR.services_by_name["AdapterStoreService"].full_name
 # Larger messages are no faster, smaller ones are slower.
 CHUNK_BYTES = 2**20
 
-BEGINS_A_ROUND = 2
-"""Chunks that may be begun in one round of the event loop, of all streams together: see docs/adr/0022."""
-
 MAX_REQUEST_BYTES = 2 * 2**20
 """Chunks of uploads are about 1 MiB. What comes in at once is held several times, and for each upload."""
 
@@ -64,7 +61,7 @@ class WeightDelivery:
         self._arena_message = pb.Arena(arena_id=arena.arena_id, path=str(arena.path), num_bytes=arena.extents.capacity)
         self._metrics = metrics
         self._stall_seconds = stall_seconds
-        self._turns = asyncio.Semaphore(BEGINS_A_ROUND)
+        self._turn = asyncio.Lock()
 
     async def send(self, request: pb.FetchAdapterRequest, context: Context) -> None:
         """Streams the manifest, then chunks as memoryviews, which `serialize_part` knows."""
@@ -153,13 +150,13 @@ class WeightDelivery:
         return request
 
     async def _write_in_turn(self, context: Context, chunk: memoryview) -> None:
-        """Sends a chunk. Of all streams two begin a chunk at a time, and behind each begin lies a round of the loop.
+        """Sends a chunk. Of all streams one begins a chunk at a time, and between two such begins everybody is heard.
 
         To begin a chunk is to copy it. With 64 streams ready, 64 copies would lie before each of the several rounds of
-        the event loop that a lease or a look-up takes. Turns are given in the order of asking: streams that keep up
+        the event loop that a lease or a look-up takes. The lock is given in the order of asking: streams that keep up
         get the same share. One that stands still is waited for outside of it.
         """
-        async with self._turns:
+        async with self._turn:
             writing = asyncio.ensure_future(self._write(context, chunk))
             try:
                 await asyncio.sleep(0)
