@@ -164,6 +164,22 @@ def test_images_hold_what_they_need_and_run_as_nobody_special() -> None:
         assert has_torch == (target == "engine")
 
 
+def test_an_image_is_built_for_one_service() -> None:
+    """Builds run side by side: two that export one name fail where there was none before."""
+    built = [service["image"] for service in SERVICES.values() if "build" in service]
+    assert sorted(built) == sorted({service["image"] for service in SERVICES.values() if "slora-" in service["image"]})
+
+
+def test_every_stage_that_runs_pip_takes_its_options() -> None:
+    """Without BuildKit a stage inherits no argument."""
+    piping = {name: text for name, text in stages().items() if re.search(r"\bpip (install|wheel)\b", text)}
+    assert len(piping) == 6
+    for name, text in piping.items():
+        declared, _, commands = text.partition('ARG PIP_OPTIONS=""\n')
+        assert "RUN" not in declared, name
+        assert all("$PIP_OPTIONS" in run for run in re.findall(r"\bpip (?:install|wheel)[^&]*", commands)), name
+
+
 def ancestors(stage: str) -> Iterator[str]:
     """The stage and those that it is built on."""
     while stage in stages():
