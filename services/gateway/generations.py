@@ -159,6 +159,7 @@ async def _messages(stream: OpenStream, model: ResolvedModel, record: RequestRec
     try:
         if not message.HasField("completion"):
             async for message in stream.rest:
+                stream.on_message()
                 on_message(len(message.token_ids))
                 yield message
                 if message.HasField("completion"):
