@@ -15,8 +15,11 @@ PROMPT_PRESSURE = 0.05
 256 tokens delays the next one by 5 ms, a running sequence by 0.05 ms a step: at 256 places it counts as much as
 thirteen of those."""
 
-MOST_PROMPTS = 4
+MOST_PROMPTS = 3
 """More such requests add nothing: they are a queue, which is counted as one."""
+
+FREE_BELOW = 0.5
+"""Fuller than that, an engine is busy with decodes, and nearly always with prompts of other gateways."""
 
 MAX_SENT = 4096
 """Adapters that were asked for and never came are remembered up to this number."""
@@ -160,8 +163,8 @@ class EngineState:
 
     @property
     def is_free(self) -> bool:
-        """Whether a prompt that comes is computed at once, as far as is known."""
-        return not self.prompts and not self.load.num_waiting
+        """Whether a prompt that comes is computed at once, as far as is known, and few decodes share its steps."""
+        return not self.prompts and not self.load.num_waiting and self.fullness < FREE_BELOW
 
     @property
     def fullness(self) -> float:

@@ -10,8 +10,8 @@ just computing for this gateway), of all engines that can take the request:
    computed there that would be waited for longer than a load takes elsewhere (`LOAD_PRICE`, `prompt_clock`);
 2. likewise one where the adapter is loading: it will hold it soonest;
 3. of the engines that are about as little pressed as the least pressed of all (`NEAR`), the one that the adapter's
-   digest ranks first by rendezvous hashing. Of those that compute no prompt and have no queue, where it is sent there
-   for the sake of a short load.
+   digest ranks first by rendezvous hashing. Where it goes for the sake of a short load: of those that compute no
+   prompt, have no queue and are not half full.
 
 What that comes to:
 

@@ -310,6 +310,10 @@ def test_an_adapter_is_loaded_elsewhere_where_that_takes_less_than_the_prompt_ah
     queued = engine("d", waiting=1)
     clock_learns(queued, 0.036, 0.012)
     assert chosen([holder, queued]) == ("a", "resident"), "there is a queue"
+    half_full = engine("e", running=32)
+    clock_learns(half_full, 0.036, 0.012)
+    holder.load = dataclasses.replace(holder.load, num_running=32)
+    assert chosen([holder, half_full]) == ("a", "resident"), "it is not idle"
 
 
 def test_a_load_that_takes_longer_than_the_prompt_is_not_begun_for_its_sake() -> None:
