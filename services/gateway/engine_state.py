@@ -15,8 +15,9 @@ PROMPT_PRESSURE = 0.05
 256 tokens delays the next one by 5 ms, a running sequence by 0.05 ms a step: at 256 places it counts as much as
 thirteen of those."""
 
-MOST_PROMPTS = 3
-"""More such requests add nothing: they are a queue, which is counted as one."""
+MOST_PROMPT_PRESSURE = 0.1625
+"""More such requests add nothing: they are a queue, which is counted as one. Simulated near the knee, with 0.15 one p99
+was above least-loaded's; with 0.2 adapters were loaded nearly twice as often (docs/routing.md has the figures of this)."""
 
 FREE_BELOW = 0.5
 """Fuller than that, an engine is busy with decodes, and nearly always with prompts of other gateways."""
@@ -185,7 +186,7 @@ class EngineState:
 
         Of the latter only this gateway's are known, but those to the moment: a prompt takes less time than a report.
         """
-        return self.fullness + PROMPT_PRESSURE * min(len(self.prompts), MOST_PROMPTS)
+        return self.fullness + min(PROMPT_PRESSURE * len(self.prompts), MOST_PROMPT_PRESSURE)
 
     def _share_of_pages_in_use(self) -> float:
         num_pages = self.profile.num_pages if self.profile is not None else 0
