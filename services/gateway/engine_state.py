@@ -17,7 +17,7 @@ thirteen of those."""
 
 MOST_PROMPT_PRESSURE = 0.1625
 """More such requests add nothing: they are a queue, which is counted as one. Simulated near the knee, with 0.15 one p99
-was above least-loaded's; with 0.2 adapters were loaded nearly twice as often (docs/routing.md has the figures of this)."""
+was above least-loaded's; with 0.2 adapters were loaded nearly twice as often."""
 
 FREE_BELOW = 0.5
 """Fuller than that, an engine is busy with decodes, and nearly always with prompts of other gateways."""

@@ -30,7 +30,8 @@ from services.engine.config import PoolConfig
 from services.engine.execution.adapter_device import PagedAdapterDevice
 from services.engine.memory.pool import Pool
 from services.engine.messages import Adapter
-from tests.fakes.engine_fakes import FakeDevice, digest_of
+from tests.fakes.fake_device import FakeDevice
+from tests.fakes.fake_model import digest_of
 from tests.fixtures.lease_store import GROUPS, LAYER_ELEMS, NUM_LAYERS, PACKED_BYTES, LeaseStore
 
 A, B = digest_of("a"), digest_of("b")
@@ -40,7 +41,7 @@ import sys, time
 from services.common.errors import SloraError
 from services.engine.adapters.mapped_arena import ArenaReader
 from services.engine.adapters.store_client import StoreClient
-from tests.fakes.engine_fakes import FakeDevice
+from tests.fakes.fake_device import FakeDevice
 
 client = StoreClient([sys.argv[1]], ArenaReader(FakeDevice(1)))
 lease = client.open(sys.argv[2]).lease(time.monotonic() + 20)
@@ -345,7 +346,7 @@ def test_a_reader_without_permission_is_streamed_to(make_store: Callable[..., Le
         "import os, sys, time\n"
         "from services.engine.adapters.mapped_arena import ArenaReader\n"
         "from services.engine.adapters.store_client import StoreClient\n"
-        "from tests.fakes.engine_fakes import FakeDevice\n"
+        "from tests.fakes.fake_device import FakeDevice\n"
         "if not os.getuid(): os.setgid(65534); os.setuid(65534)\n"
         "fetch = StoreClient([sys.argv[1]], ArenaReader(FakeDevice(1))).open(sys.argv[2])\n"
         "until = time.monotonic() + 10\n"
