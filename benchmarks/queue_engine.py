@@ -56,10 +56,12 @@ class _Step:
 
 @dataclass(slots=True)
 class EngineNews:
-    """Who had a first token, who ended, and when to wake the engine again, if that is not arranged yet."""
+    """Who had a first token, who ended, whether a step did, and when to wake the engine again, if that is not arranged
+    yet."""
 
     answered: Sequence[Job] = ()
     ended: Sequence[Job] = ()
+    has_stepped: bool = False
     wake_at: float | None = None
 
 
@@ -130,6 +132,7 @@ class QueueEngine:
             self.changes.append(AdapterChange(digest, True))
         if self._step is not None and self._step.ends_at <= now:
             news.answered, news.ended = self._step.prefilled, self._commit(self._step)
+            news.has_stepped = True
             self._step = None
         if self._step is None:
             self._plan(now)

@@ -17,6 +17,7 @@ from benchmarks.routing_trace import SizedRequest
 from benchmarks.step_model import StepModel, measured_model
 from benchmarks.virtual_engine import EngineShape
 from services.gateway.engine_state import EngineLoad, EngineProfile, EngineState, StateUpdate
+from services.gateway.prompt_clock import Prompt
 from services.gateway.router import Router, Wish
 
 BASE_MODEL = "base"
@@ -56,6 +57,7 @@ class Fleet:
         self._events: list[tuple[float, int, Callable[[float], None]]] = []
         self._order = itertools.count()
         self._sent: dict[Job, EngineState] = {}
+        self._prompts: dict[Job, Prompt] = {}
         self._num_open = 0
 
     def serve(self, trace: Sequence[SizedRequest], num_unmeasured: int) -> FleetRun:
@@ -99,9 +101,9 @@ class Fleet:
         now = job.request.arrival_seconds
         gateway = self._draw.choice(self._gateways)
         state = gateway.choose(job, f"request-{position}", now)
-        state.started(job.digest, now)
-        state.num_unanswered += 1
+        has_it_loaded = state.started(job.digest, now)
         self._sent[job] = state
+        self._prompts[job] = state.asked(job.digest, now, has_it_loaded)
         number = int(state.address)
         self._engines[number].add(job)
         self._wake(number, now)
@@ -110,7 +112,11 @@ class Fleet:
     def _wake(self, number: int, now: float) -> None:
         news = self._engines[number].wake(now)
         for job in news.answered:
-            self._sent[job].num_unanswered -= 1
+            self._sent[job].prompts.answered(self._prompts.pop(job), now)
+        if news.has_stepped:
+            for state in (gateway.states[number] for gateway in self._gateways):
+                if state.num_in_flight > len(state.prompts):
+                    state.prompts.stepped(now)
         for job in news.ended:
             self._sent.pop(job).ended()
         self._num_open -= len(news.ended)

@@ -4,7 +4,7 @@ least-loaded: 16 engines, 5000 adapters, zipf and shifting popularity, far below
 In virtual time: the router is the real one, engines are queues whose times come from rows that were measured on an H200
 (`benchmarks/results/h200.json`). Rows say of which trace, rule and rate; docs/routing.md shows and explains them.
 
-Run: python -m benchmarks.simulate_routing [--seconds 30] [--processes 2]
+Run: python -m benchmarks.simulate_routing [--seconds 60] [--processes 2]
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ def rows_of(case: Case, rate: float, rule: str, summary: RoutingSummary) -> list
 def main() -> None:
     """Simulates everything, prints a line a run, records."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seconds", type=float, default=30.0, help="length of each trace")
+    parser.add_argument("--seconds", type=float, default=60.0, help="length of each trace")
     parser.add_argument("--processes", type=int, default=2, help="runs at a time")
     options = parser.parse_args()
     runs = [(case, rate, rule, SEED) for case in cases(options.seconds) for rate in case.rates for rule in RULES]

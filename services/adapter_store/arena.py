@@ -2,7 +2,8 @@
 
 A file in a tmpfs: an engine on the same host can map it, and a GPU driver can register it as pinned memory. Its pages
 are reserved at the start, so that a full tmpfs is an error then and not a SIGBUS later, and stay warm while reused. A
-lock on the file tells its owner's life: the segment of a store that was killed is removed by the next one to start.
+lock on the file tells its owner's life: the segment of a store that was killed, at whatever time, is removed by the
+next store that starts with that directory, whichever it is.
 
 Readers find the file by its path and know it by the arena's id, which lies behind the arena. They map it to read only,
 and whoever else may do so is decided by the file's mode. What a reader still maps of an arena that is gone costs no
@@ -15,6 +16,7 @@ import contextlib
 import errno
 import fcntl
 import logging
+import math
 import mmap
 import os
 import secrets
@@ -34,6 +36,9 @@ ID_BYTES = 16
 
 ROOM_SECONDS = 10.0
 """How long to wait for the memory of a store that is gone, which its readers' drivers may have pinned."""
+
+NAMELESS_SECONDS = 60.0
+"""A segment without its real name is left alone for so long: its owner may be about to lock it."""
 
 logger = logging.getLogger(__name__)
 
@@ -136,7 +141,9 @@ def _available_memory() -> int:
 def _remove_stale_segments(directory: Path) -> int:
     """Removes segments whose owner is gone: those that nobody holds a lock on. Returns how many."""
     num_removed = 0
-    for path in directory.glob(SEGMENT_PREFIX + "*"):
+    old = time.time() - NAMELESS_SECONDS
+    nameless = (path for path in directory.glob(f".{SEGMENT_PREFIX}*") if _modified_at(path) < old)
+    for path in (*directory.glob(SEGMENT_PREFIX + "*"), *nameless):
         with contextlib.suppress(OSError):  # another user's, or just removed
             # Anybody may put a name into such a directory. Behind a link lies a file that would lose its content.
             fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
@@ -154,6 +161,12 @@ def _remove_stale_segments(directory: Path) -> int:
             finally:
                 os.close(fd)
     return num_removed
+
+
+def _modified_at(path: Path) -> float:
+    with contextlib.suppress(OSError):
+        return path.lstat().st_mtime
+    return math.inf
 
 
 def _is_our_segment(found: os.stat_result) -> bool:

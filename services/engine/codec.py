@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import secrets
+import struct
 from collections.abc import Callable
 
 from slora.engine.v1 import engine_pb2, generation_pb2
@@ -149,10 +150,16 @@ def _in_range(
     bounds += "" if high == math.inf else f" and at most {high:g}"
     raise SloraError(
         Reason.SAMPLING_INVALID,
-        f"sampling.{field} is {value:g}; it is a finite number {bounds}",
+        f"sampling.{field} is {_shortest(value)}; it is a finite number {bounds}",
         field=f"sampling.{field}",
         value=value,
     )
+
+
+def _shortest(value: float) -> str:
+    """A field's 32-bit number in the fewest digits that tell it from others, so that 1.0000001 is not called 1."""
+    texts = (f"{value:.{num_digits}g}" for num_digits in range(1, 10))
+    return next((text for text in texts if struct.pack("f", float(text)) == struct.pack("f", value)), f"{value:g}")
 
 
 def _decode_num_logprobs(request: engine_pb2.GenerateRequest) -> int | None:

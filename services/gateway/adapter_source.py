@@ -14,6 +14,7 @@ from services.gateway.catalogue import AdapterEntry, Catalogue, CatalogueChange,
 logger = logging.getLogger(__name__)
 
 _FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.1, 1.0
+_LOOK_SECONDS = 0.5
 
 
 class AdapterSource(Protocol):
@@ -33,12 +34,17 @@ class AdapterSource(Protocol):
         """
         ...
 
+    async def is_reachable(self) -> bool:
+        """Whether any replica of the store answers now; takes about a second at most. Raises nothing."""
+        ...
+
 
 class CatalogueFeed:
     """Keeps `catalogue` equal to the store's: watches, and resumes after what was seen when the watch breaks."""
 
     def __init__(self, catalogue: Catalogue, source: AdapterSource, on_lost: Callable[[], None] = lambda: None) -> None:
-        """`on_lost` is called each time that the watch breaks."""
+        """`on_lost` is called when the watch is broken and no replica of the store can be reached; once, until it is
+        followed again."""
         self._catalogue = catalogue
         self._source = source
         self._on_lost = on_lost
@@ -46,9 +52,26 @@ class CatalogueFeed:
         self.is_connected = False
         self.is_current = False
         """Whether the catalogue is the store's, as fast as a change travels: the watch is open and all was told."""
+        self._broke = asyncio.Event()
+        self._opened = asyncio.Event()
 
     async def run(self) -> None:
         """Runs until cancelled."""
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._keep_following())
+            group.create_task(self._notice_losses())
+
+    async def _notice_losses(self) -> None:
+        while True:
+            await self._broke.wait()
+            if await self._source.is_reachable():
+                # Another replica, which is followed in a moment; or one that drains, and is away in a moment.
+                await asyncio.sleep(_LOOK_SECONDS)
+            elif self._broke.is_set():
+                self._on_lost()
+                await self._opened.wait()
+
+    async def _keep_following(self) -> None:
         pause = _FIRST_PAUSE_SECONDS
         while True:
             try:
@@ -63,10 +86,10 @@ class CatalogueFeed:
                 # An event that cannot be understood must not end the feed; everything is asked for again.
                 logger.exception("the adapter store's watch failed")
                 self._resume_token = ""
-            was_connected = self.is_connected
+            if self.is_connected:
+                self._opened.clear()
+                self._broke.set()
             self.is_connected = self.is_current = False
-            if was_connected:
-                self._on_lost()
             await asyncio.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
 
@@ -80,6 +103,8 @@ class CatalogueFeed:
             async for event in events:
                 if not self.is_connected:
                     self.is_connected = True
+                    self._broke.clear()
+                    self._opened.set()
                     logger.info("following the adapter store's catalogue")
                 self._catalogue.apply(event)
                 if event.change in (CatalogueChange.SYNCED, CatalogueChange.RESET):

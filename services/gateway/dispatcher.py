@@ -35,6 +35,8 @@ class OpenStream:
 
     first: Any
     rest: Generation
+    on_message: Callable[[], None]
+    """To be called for each message of the rest: it tells that the engine did a step."""
 
 
 def may_go_elsewhere(error: SloraError) -> bool:
@@ -82,15 +84,16 @@ class Dispatcher:
 
     async def _attempt(self, engine: PooledEngine, work: Work, held: contextlib.ExitStack) -> OpenStream:
         with contextlib.ExitStack() as attempt:
-            attempt.enter_context(self._pool.sending(engine, work.wish.digest))
+            has_it_loaded = attempt.enter_context(self._pool.sending(engine, work.wish.digest))
             generation = engine.connection.generate(work.request, work.time_remaining())
             attempt.callback(generation.close)
-            with engine.waiting_for_answer(generation, work.wish.digest):
+            with engine.waiting_for_answer(generation, work.wish.digest, has_it_loaded):
                 first = await anext(generation, None)
-            if first is None:
-                raise SloraError(Reason.INTERNAL, f"engine {engine.state.address} ended the stream without an answer")
+                if first is None:
+                    message = f"engine {engine.state.address} ended the stream without an answer"
+                    raise SloraError(Reason.INTERNAL, message)
             held.push(attempt.pop_all())
-            return OpenStream(first, generation)
+            return OpenStream(first, generation, engine.on_message)
 
     async def _wait_for_engine(
         self, work: Work, tried: set[tuple[str, int]], last: SloraError | None

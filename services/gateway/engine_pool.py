@@ -57,20 +57,27 @@ class PooledEngine:
 
     state: EngineState
     connection: EngineConnection
+    clock: Callable[[], float]
     unanswered: dict[Generation, str | None] = field(default_factory=dict)
     """With the digest of the adapter that each is for."""
 
     @contextlib.contextmanager
-    def waiting_for_answer(self, generation: Generation, digest: str | None) -> Iterator[None]:
+    def waiting_for_answer(self, generation: Generation, digest: str | None, has_it_loaded: bool) -> Iterator[None]:
         """While inside, `generation` is abandoned if the engine falls silent, or cannot get its adapter, and another
         could take it over; and counts as a prompt that the engine is to compute."""
         self.unanswered[generation] = digest
-        self.state.num_unanswered += 1
+        prompt = self.state.asked(digest, self.clock(), has_it_loaded)
         try:
             yield
+            self.state.prompts.answered(prompt, self.clock())
         finally:
             del self.unanswered[generation]
-            self.state.num_unanswered -= 1
+            self.state.prompts.gone(prompt)
+
+    def on_message(self) -> None:
+        """A generation that runs there gave a further message."""
+        if self.state.prompts:
+            self.state.prompts.stepped(self.clock())
 
 
 class EnginePool:
@@ -84,7 +91,7 @@ class EnginePool:
         silence_seconds: float,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._engines = {address: PooledEngine(EngineState(address), connect(address)) for address in addresses}
+        self._engines = {address: PooledEngine(EngineState(address), connect(address), clock) for address in addresses}
         self._router = router
         self._silence_seconds = silence_seconds
         self._clock = clock
@@ -128,11 +135,11 @@ class EnginePool:
         return None if route is None else (self._engines[route.engine.address], route.decision)
 
     @contextlib.contextmanager
-    def sending(self, engine: PooledEngine, digest: str | None) -> Iterator[None]:
-        """While inside, a request counts as running on `engine`."""
-        engine.state.started(digest, self._clock())
+    def sending(self, engine: PooledEngine, digest: str | None) -> Iterator[bool]:
+        """While inside, a request counts as running on `engine`; gives what `EngineState.started` says."""
+        has_it_loaded = engine.state.started(digest, self._clock())
         try:
-            yield
+            yield has_it_loaded
         finally:
             engine.state.ended()
 

@@ -17,7 +17,7 @@ from services.common.errors import Reason, SloraError
 from services.common.request_id import bind_request_id
 from services.common.tracing import current_span, using
 from services.gateway.admission import Admission
-from services.gateway.dispatcher import Dispatcher, OpenStream, Work
+from services.gateway.dispatcher import Dispatcher, OpenStream, Work, may_go_elsewhere
 from services.gateway.metrics import GatewayMetrics
 from services.gateway.models import Models, ResolvedModel
 from services.gateway.request_record import CANCELLED, OK, RequestRecord
@@ -125,10 +125,13 @@ class Generations:
 
     @contextlib.asynccontextmanager
     async def _admitted(self, ask: Ask, record: RequestRecord) -> AsyncIterator[Quota | None]:
-        """Within the tenant's limits; charged in the end for what it used."""
+        """Within the tenant's limits; charged in the end for what it used; nothing if no engine took it."""
         async with self._limiter.admit(ask.tenant, ask.size.num_tokens) as admitted:
             try:
                 yield admitted.quota
+            except SloraError as error:
+                admitted.was_refused = not record.has_begun and may_go_elsewhere(error)
+                raise
             finally:
                 admitted.used_tokens = record.num_tokens_used(ask.size.num_prompt_tokens)
 
@@ -159,6 +162,7 @@ async def _messages(stream: OpenStream, model: ResolvedModel, record: RequestRec
     try:
         if not message.HasField("completion"):
             async for message in stream.rest:
+                stream.on_message()
                 on_message(len(message.token_ids))
                 yield message
                 if message.HasField("completion"):

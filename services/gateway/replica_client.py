@@ -146,6 +146,19 @@ class StoreReplicas:
                 logger.info("another adapter store is asked: %s", error.message, extra={"replica": replica.address})
         raise SloraError(Reason.ADAPTER_STORE_UNAVAILABLE, "the setting adapter_store names no adapter store")
 
+    async def is_any_reachable(self) -> bool:
+        """Whether one of them answers, within a second; all are asked at once."""
+        asking = [asyncio.create_task(_is_reachable(replica)) for replica in self.in_order()]
+        try:
+            for answer in asyncio.as_completed(asking):
+                if await answer:
+                    return True
+            return False
+        finally:
+            for task in asking:
+                task.cancel()
+            await asyncio.gather(*asking, return_exceptions=True)
+
     async def follow(self) -> None:
         """Looks for replicas about once a second. Runs until cancelled."""
         while True:
@@ -191,6 +204,16 @@ class StoreReplicas:
             closing = asyncio.create_task(replica.close())
             self._closing.add(closing)
             closing.add_done_callback(self._closing.discard)
+
+
+async def _is_reachable(replica: StoreReplica) -> bool:
+    request = adapter_store_pb2.ListReplicasRequest()
+    try:
+        with replica.watched(replica.stub.ListReplicas(request, timeout=ANSWER_SECONDS)) as call:
+            await call
+    except SloraError as error:
+        return not _is_away(error)
+    return True
 
 
 def _is_away(error: SloraError) -> bool:

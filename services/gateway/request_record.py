@@ -76,10 +76,15 @@ class RequestRecord:
         """The stream's last message came."""
         self._num_prompt_tokens = num_prompt_tokens
 
+    @property
+    def has_begun(self) -> bool:
+        """Whether a message of the stream came."""
+        return bool(self._first_at)
+
     def num_tokens_used(self, prompt_estimate: int) -> int:
         """Tokens of prompt and completion so far; none before the first message. The engine tells the prompt's number
         at the end only: of a stream that ended before, it is `prompt_estimate`."""
-        return (self._num_prompt_tokens or prompt_estimate) + self._num_tokens if self._first_at else 0
+        return (self._num_prompt_tokens or prompt_estimate) + self._num_tokens if self.has_begun else 0
 
     def finish(self, outcome: str) -> None:
         """The request is over: `ok`, `cancelled` or an error's reason in lower case."""

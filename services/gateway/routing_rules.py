@@ -6,10 +6,12 @@ pool and push out others there. By *pressure* (`EngineState.pressure`: how full 
 just computing for this gateway), of all engines that can take the request:
 
 1. the least pressed one that holds the adapter, unless it is pressed harder than the least pressed of all by more than
-   a margin (`spill_share` of its capacity or `spill_requests` requests, whichever is more);
+   a margin (`spill_share` of its capacity or `spill_requests` requests, whichever is more), or a prompt is just being
+   computed there that would be waited for longer than a load takes elsewhere (`LOAD_PRICE`, `prompt_clock`);
 2. likewise one where the adapter is loading: it will hold it soonest;
 3. of the engines that are about as little pressed as the least pressed of all (`NEAR`), the one that the adapter's
-   digest ranks first by rendezvous hashing.
+   digest ranks first by rendezvous hashing. Where it goes for the sake of a short load: of those that compute no
+   prompt, have no queue and are not half full.
 
 What that comes to:
 
@@ -21,6 +23,9 @@ What that comes to:
   its prompts without an answer count double until they are answered, so that it soon passes an engine to which all
   gateways run. Gateways that see the same idle engines bring each adapter to the same one of them, since a digest ranks
   engines alike everywhere, and different adapters to different ones.
+- *A fleet that idles spends short loads on first tokens.* Nearly always some engine computes no prompt then, and who
+  would wait goes there. Each such load makes one more holder, so that they become rare by themselves. Where all engines
+  are busy, or loads are slow, there are none.
 - *The store is away*: an adapter that some engines hold stays on those, however busy they are.
 - *Engines that come and go* move the adapters that they are first for, and no others.
 
@@ -39,6 +44,12 @@ from services.gateway.router import Router, RoutingRule, Wish
 NEAR = 1 / 8
 """Of the margin: engines that differ by less are alike to an adapter that is at none of them."""
 
+LOAD_PRICE = 1.5
+"""A load must save so many times its own seconds of waiting: it takes room and bandwidth from others."""
+
+Pressed = Sequence[tuple[float, EngineState]]
+"""Engines, each with its pressure."""
+
 
 class AdapterAware:
     """Where the adapter is, while that is not much busier than elsewhere; see the module."""
@@ -56,19 +67,35 @@ class AdapterAware:
             # Elsewhere it would wait until the store is back: longer than in any queue.
             pressed = [(pressure, engine) for pressure, engine in pressed if wish.digest in engine.resident]
             least = min(pressure for pressure, _ in pressed)
-        digest, since = wish.digest, now - self._policy.loading_seconds
         eligible = [(pressure, e) for pressure, e in pressed if pressure <= least + self._margin(e)]
-        holders = [(pressure, e) for pressure, e in eligible if digest in e.resident] or [
-            (pressure, e) for pressure, e in eligible if e.is_loading(digest, since)
+        holders = self._holders(eligible, wish.digest, now)
+        free = [(pressure, e) for pressure, e in eligible if wish.can_be_loaded and e.is_free]
+        prompt = [(pressure, e) for pressure, e in holders if not _would_load_sooner(free, e, wish.digest, now)]
+        if prompt:
+            level = min(pressure for pressure, _ in prompt)
+            return first_by_hash([engine for pressure, engine in prompt if pressure == level], wish.digest)
+        places = free if holders else eligible
+        least = min(pressure for pressure, _ in places)
+        near = [e for pressure, e in places if pressure <= least + NEAR * self._margin(e)]
+        return first_by_hash(near, wish.digest)
+
+    def _holders(self, engines: Pressed, digest: str, now: float) -> Pressed:
+        """Those of `engines` that hold the adapter, or where none does, those where it is loading."""
+        since = now - self._policy.loading_seconds
+        return [(pressure, e) for pressure, e in engines if digest in e.resident] or [
+            (pressure, e) for pressure, e in engines if e.is_loading(digest, since)
         ]
-        if holders:
-            level = min(pressure for pressure, _ in holders)
-            return first_by_hash([engine for pressure, engine in holders if pressure == level], digest)
-        near = [e for pressure, e in eligible if pressure <= least + NEAR * self._margin(e)]
-        return first_by_hash(near, digest)
 
     def _margin(self, engine: EngineState) -> float:
         return max(self._policy.spill_share, self._policy.spill_requests / engine.max_running)
+
+
+def _would_load_sooner(free: Pressed, holder: EngineState, digest: str, now: float) -> bool:
+    """Whether an adapter is loaded at one of `free` in clearly less time than a prompt waits at a `holder` of it."""
+    if digest not in holder.resident:
+        return False
+    seconds = [s for _, engine in free if (s := engine.prompts.load_seconds) is not None]
+    return bool(seconds) and holder.prompts.wait_seconds(now) > LOAD_PRICE * min(seconds)
 
 
 class LeastLoaded:

@@ -96,6 +96,10 @@ class StoreClient:
             replica.avoid()
             raise
 
+    async def is_reachable(self) -> bool:
+        """See `AdapterSource.is_reachable`."""
+        return await self._replicas.is_any_reachable()
+
     async def report_use(self, last_use_seconds: Mapping[str, float]) -> None:
         """See `UseSink.report_use`."""
         request = adapter_store_pb2.ReportAdapterUseRequest()

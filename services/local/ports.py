@@ -1,10 +1,11 @@
-"""Free TCP ports of the loopback interface that stay free while their owner restarts."""
+"""Free TCP ports of the loopback interface that stay free while their owner restarts, or until it starts."""
 
 from __future__ import annotations
 
+import contextlib
 import random
 import socket
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 LOOPBACK = "127.0.0.1"
@@ -23,6 +24,27 @@ def is_free(port: int) -> bool:
         except OSError:
             return False
     return True
+
+
+@contextlib.contextmanager
+def claiming() -> Iterator[Callable[[int], bool]]:
+    """Gives a function that claims a port: False if it is in use, or claimed by another process; else nobody else who
+    asks here gets it while inside.
+
+    Between the look at a port and the start of its server lies the start of all others. A claim is a name that the
+    kernel takes back when its owner dies; like a port it counts in this network alone.
+    """
+    with contextlib.ExitStack() as held:
+
+        def claim(port: int) -> bool:
+            name = held.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
+            try:
+                name.bind(f"\0slora-port-{port}")
+            except OSError:
+                return False
+            return is_free(port)
+
+        yield claim
 
 
 def free_port(taken: Iterable[int] = ()) -> int:

@@ -56,15 +56,15 @@ Options = Mapping[str, object]
 """Settings of a service by name: `{"num_pages": 64}` becomes `--num-pages 64`."""
 
 
-def check_gateway_ports(grpc_port: int, http_port: int) -> None:
-    """Raises BadInput if one of the gateway's ports is taken; 0 is any free one."""
+def check_gateway_ports(grpc_port: int, http_port: int, may_have: Callable[[int], bool] = is_free) -> None:
+    """Raises BadInput if the gateway may not have one of its ports; 0 is any free one."""
     how = {"gRPC": "`make up PORT=N`, or --port N", "HTTP": "`make up HTTP_PORT=N`, or --http-port N"}
-    for api, port in (("gRPC", grpc_port), ("HTTP", http_port)):
-        if port and not is_free(port):
-            hint = f"choose another one for the gateway's {api}: {how[api]}"
-            raise BadInput(f"port {port} of {LOOPBACK} is in use; {hint}")
     if grpc_port and grpc_port == http_port:
         raise BadInput(f"port {grpc_port} cannot be the gateway's for gRPC and for HTTP; choose another for one")
+    for api, port in (("gRPC", grpc_port), ("HTTP", http_port)):
+        if port and not may_have(port):
+            hint = f"choose another one for the gateway's {api}: {how[api]}"
+            raise BadInput(f"port {port} of {LOOPBACK} is in use; {hint}")
 
 
 @dataclass

@@ -8,6 +8,7 @@ import os
 import shlex
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from services.local.adapter_sources import AdapterSource, bring_adapters, count_
 from services.local.checkpoint import BadInput, makes_weights_up, open_checkpoint
 from services.local.narrator import Narrator
 from services.local.pid_file import claimed, stop_running
-from services.local.ports import is_free
+from services.local.ports import claiming
 from services.local.s3_client import S3Place, named_endpoint
 from services.local.stack import LocalStack, Options, check_gateway_ports
 
@@ -46,11 +47,12 @@ class UpRequest:
 
 def run_up(request: UpRequest, narrator: Narrator) -> int:
     """Serves until it is interrupted (Ctrl-C, SIGTERM or `down`); then 0."""
-    with claimed(_pid_path(request.state_dir)):
-        # Before the demo's model is made, which takes a while.
-        check_gateway_ports(request.gateway_port, request.http_port)
+    with claimed(_pid_path(request.state_dir)), claiming() as claim:
+        # Before the demo's model is made, which takes a while; another `up` may be at the same point.
+        check_gateway_ports(request.gateway_port, request.http_port, claim)
+        store_port = _store_port(claim, request.gateway_port, request.http_port)
         try:
-            _serve(request, narrator)
+            _serve(request, store_port, narrator)
         except KeyboardInterrupt:
             narrator.line("stopped")
     return 0
@@ -63,7 +65,7 @@ def run_down(state_dir: Path, narrator: Narrator) -> int:
     return 0
 
 
-def _serve(request: UpRequest, narrator: Narrator) -> None:
+def _serve(request: UpRequest, store_port: int, narrator: Narrator) -> None:
     checkpoint, sources, example_prompt = _what_to_serve(request, narrator)
     in_s3 = next((source.s3_place for source in sources if source.s3_place is not None), None)
     stack = LocalStack(
@@ -72,7 +74,7 @@ def _serve(request: UpRequest, narrator: Narrator) -> None:
         num_engines=request.num_engines,
         gateway_port=request.gateway_port,
         http_port=request.http_port,
-        store_port=_store_port(request.gateway_port, request.http_port),
+        store_port=store_port,
         bucket=in_s3.bucket if in_s3 else _BUCKET,
         # What is uploaded while it runs goes beside the adapters that the user has there.
         store_options={**({"s3_prefix": f"{in_s3.prefix}slora-uploads"} if in_s3 else {}), **request.store_options},
@@ -189,9 +191,9 @@ Ctrl-C or `make down` stops it.
 """
 
 
-def _store_port(*taken: int) -> int:
-    """The port at which the store is looked for; 0, any free one, where somebody else has it."""
-    return STORE_PORT if STORE_PORT not in taken and is_free(STORE_PORT) else 0
+def _store_port(claim: Callable[[int], bool], *taken: int) -> int:
+    """The port at which the store is looked for; 0, any free one, where somebody else has it or is about to."""
+    return STORE_PORT if STORE_PORT not in taken and claim(STORE_PORT) else 0
 
 
 def _short(path: Path) -> str:

@@ -17,14 +17,10 @@ from services.engine.messages import (
     TokenEvent,
 )
 from services.engine.step import StepPlan
-from tests.fakes.engine_fakes import (
-    EOS,
-    FakeRunner,
-    FakeSource,
-    SubmittedStep,
-    expected_output,
-    generate,
-)
+from tests.fakes.fake_device import SubmittedStep
+from tests.fakes.fake_model import EOS, expected_output, generate
+from tests.fakes.fake_runner import FakeRunner
+from tests.fakes.fake_source import FakeSource
 
 MAX_MODEL_LEN = 64
 

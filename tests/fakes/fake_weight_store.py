@@ -15,7 +15,7 @@ from services.common.errors import Reason, SloraError
 from services.common.grpc_errors import to_grpc_status
 from services.common.grpc_server import SERVER_OPTIONS
 from services.common.packed_digest import packed_digest
-from tests.fakes.engine_fakes import digest_of
+from tests.fakes.fake_model import digest_of
 
 DIGEST = digest_of("a")
 CHUNK = 1000

@@ -19,17 +19,11 @@ from services.engine.scheduling.policies.policy import Policy
 from services.engine.scheduling.scheduler import Scheduler
 from services.engine.scheduling.sequence import Sequence, SequenceState
 from services.engine.step import SampledToken, StepPlan
-from tests.fakes.engine_fakes import (
-    EOS,
-    FakeRunner,
-    ScriptedLoader,
-    SubmittedStep,
-    adapter,
-    digest_of,
-    expected_output,
-    generate,
-)
+from tests.fakes.fake_device import SubmittedStep
+from tests.fakes.fake_model import EOS, adapter, digest_of, expected_output, generate
+from tests.fakes.fake_runner import FakeRunner
 from tests.fakes.page_oracle import PageOracle
+from tests.fakes.scripted_loader import ScriptedLoader
 
 
 @dataclass

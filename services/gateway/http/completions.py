@@ -58,7 +58,7 @@ class GenerationEndpoint(Generic[T]):
         try:
             await self._generate(request, state, reply)
         except Exception as error:
-            await reply.fail(to_api_error(_first(error)))
+            await reply.fail(to_api_error(_first(error), request.parameter_names))
         else:
             await reply.end()
 

@@ -50,6 +50,16 @@ NOT_SERVED: Mapping[str, tuple[object, ...]] = {
 """Parameters that are known and not served, with the values that ask for nothing; null always does."""
 
 
+COMPLETION_NAMES: Mapping[str, str] = {
+    "stop_strings": "stop",
+    "num_logprobs": "logprobs",
+    "text": "prompt",
+    "token_ids": "prompt",
+}
+CHAT_NAMES: Mapping[str, str] = {"stop_strings": "stop", "num_logprobs": "top_logprobs", "prompt": "messages"}
+"""What the parameters of each route are called, by the field of the gRPC API."""
+
+
 class StreamOptions(Struct, forbid_unknown_fields=True):
     """`stream_options`."""
 
@@ -134,7 +144,7 @@ def to_completion_request(body: CompletionBody) -> GenerationRequest:
     if body.best_of is not None and body.best_of != (body.n or 1):
         raise invalid("best_of", "best_of is not served: leave it out, or give it the value of n", "unsupported_value")
     max_tokens = DEFAULT_COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
-    return _to_request(body, _to_prompts(body.prompt), max_tokens, body.logprobs)
+    return _to_request(body, _to_prompts(body.prompt), max_tokens, body.logprobs, COMPLETION_NAMES)
 
 
 def to_chat_request(body: ChatBody) -> GenerationRequest:
@@ -146,11 +156,19 @@ def to_chat_request(body: ChatBody) -> GenerationRequest:
         raise invalid("top_logprobs", "top_logprobs needs logprobs to be true")
     max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     num_logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    return _to_request(body, (to_chat(body.messages, body.add_generation_prompt),), max_tokens, num_logprobs)
+    names = CHAT_NAMES
+    if body.max_completion_tokens is not None:
+        names = {**names, "max_tokens": "max_completion_tokens"}
+    chat = to_chat(body.messages, body.add_generation_prompt)
+    return _to_request(body, (chat,), max_tokens, num_logprobs, names)
 
 
 def _to_request(
-    body: _Body, prompts: tuple[Prompt, ...], max_tokens: int | None, num_logprobs: int | None
+    body: _Body,
+    prompts: tuple[Prompt, ...],
+    max_tokens: int | None,
+    num_logprobs: int | None,
+    names: Mapping[str, str],
 ) -> GenerationRequest:
     _refuse_what_is_not_served(body)
     if body.stream_options is not None and not body.stream:
@@ -170,6 +188,7 @@ def _to_request(
         stream=bool(body.stream),
         include_usage=body.stream_options is not None and bool(body.stream_options.include_usage),
         return_token_ids=bool(body.return_token_ids),
+        parameter_names=names,
         priority=body.priority or 0,
     )
 

@@ -45,6 +45,8 @@ class GenerationRequest:
     include_usage: bool = False
     """End a stream with what was used."""
     return_token_ids: bool = False
+    parameter_names: Mapping[str, str] = field(default_factory=dict)
+    """What the caller calls the fields of generations' messages, where that differs."""
     priority: int = 0
     """For engines with priorities: higher is sooner."""
 

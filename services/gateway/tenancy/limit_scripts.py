@@ -82,14 +82,17 @@ return answer
 
 
 def settle_script(clock: str = REDIS_CLOCK) -> str:
-    """tenant, lease id, tokens per minute, tokens that were charged, tokens that were used: ends a generation."""
+    """tenant, lease id, then for requests and for tokens limit per minute, how many were charged, how many used: ends a
+    generation."""
     return f"""{clock}{BUCKETS}
-local tenant, lease, limit = ARGV[2], ARGV[3], tonumber(ARGV[4])
+local tenant, lease = ARGV[2], ARGV[3]
 if redis.call('ZREM', key('leases', tenant), lease) == 0 then return 0 end
-if limit > 0 then
-  local charged = share(math.min(tonumber(ARGV[5]), limit), limit)
-  fill('tokens', tenant, full_at('tokens', tenant) - charged + share(tonumber(ARGV[6]), limit))
+local function settle(name, limit, charged, used)
+  if limit == 0 then return end
+  fill(name, tenant, full_at(name, tenant) - share(math.min(charged, limit), limit) + share(used, limit))
 end
+settle('requests', tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6]))
+settle('tokens', tonumber(ARGV[7]), tonumber(ARGV[8]), tonumber(ARGV[9]))
 return 1
 """
 

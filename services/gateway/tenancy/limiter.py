@@ -1,8 +1,8 @@
 """How much a tenant may use now: requests and tokens a minute, generations at a time, over all gateways.
 
 Tokens are reserved when a generation is let in (prompt and as many new ones as it may make) and settled when it ends:
-what it did not use is given back, what it used beyond is a debt. A generation holds a lease while it runs. Its gateway
-renews it; the leases of one that was killed end by themselves.
+what it did not use is given back, what it used beyond is a debt. One that no engine took is no request either.
+A generation holds a lease while it runs. Its gateway renews it; the leases of one that was killed end by themselves.
 """
 
 from __future__ import annotations
@@ -64,6 +64,8 @@ class Admitted:
     """Behind it; None without limits."""
     used_tokens: int = 0
     """Of prompt and completion; to be set before it ends."""
+    was_refused: bool = False
+    """No engine took it, for a reason that is not the caller's: it does not count as a request."""
 
 
 class Limiter(Protocol):
@@ -122,6 +124,7 @@ class RedisLimiter:
             raise
         except BaseException:
             # The answer of Redis was lost, or nobody waits for it any more: it may have let it in.
+            admitted.was_refused = True
             await self._end(lease, admitted)
             raise
         self._held.add(lease)
@@ -176,17 +179,17 @@ class RedisLimiter:
 
     async def _end(self, lease: _Lease, admitted: Admitted) -> None:
         """Settles, also if the caller's task is cancelled. Awaited, so that who asks again finds the place free."""
-        ending = asyncio.create_task(self._settle(lease, admitted.used_tokens))
+        ending = asyncio.create_task(self._settle(lease, admitted))
         self._ending.add(ending)
         ending.add_done_callback(self._ending.discard)
         await asyncio.shield(ending)
 
-    async def _settle(self, lease: _Lease, used_tokens: int) -> None:
-        tokens_per_minute = lease.tenant.limits.tokens_per_minute
+    async def _settle(self, lease: _Lease, admitted: Admitted) -> None:
+        limits = lease.tenant.limits
+        requests = (limits.requests_per_minute, 1, 0 if admitted.was_refused else 1)
+        tokens = (limits.tokens_per_minute, lease.tokens, admitted.used_tokens)
         try:
-            await self._redis.run(
-                _SETTLE, lease.tenant.name, lease.lease_id, tokens_per_minute, lease.tokens, used_tokens
-            )
+            await self._redis.run(_SETTLE, lease.tenant.name, lease.lease_id, *requests, *tokens)
         except SloraError as error:
             logger.warning("a generation's end could not be settled; its lease ends by itself: %s", error.message)
 

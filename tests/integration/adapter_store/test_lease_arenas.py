@@ -57,7 +57,7 @@ def test_a_reader_without_permission_is_streamed_to(make_store: Callable[..., Le
         "import os, sys, time\n"
         "from services.engine.adapters.mapped_arena import ArenaReader\n"
         "from services.engine.adapters.store_client import StoreClient\n"
-        "from tests.fakes.engine_fakes import FakeDevice\n"
+        "from tests.fakes.fake_device import FakeDevice\n"
         "if not os.getuid(): os.setgid(65534); os.setuid(65534)\n"
         "fetch = StoreClient([sys.argv[1]], ArenaReader(FakeDevice(1))).open(sys.argv[2])\n"
         "until = time.monotonic() + 10\n"

@@ -17,7 +17,7 @@ from services.engine.adapters.load_job import LoadInstalled
 from services.engine.adapters.mapped_arena import ArenaReader
 from services.engine.adapters.source import FetchCancelled
 from services.engine.adapters.store_client import StoreClient
-from tests.fakes.engine_fakes import FakeDevice
+from tests.fakes.fake_device import FakeDevice
 from tests.fixtures.lease_store import NUM_LAYERS, LeaseStore
 from tests.fixtures.leasing import A, B, Engine, eventually, go_on, soon
 

@@ -15,7 +15,7 @@ from services.common.errors import Reason, SloraError
 from services.engine.adapters.load_job import LoadInstalled, LoadSized
 from services.engine.adapters.mapped_arena import ArenaReader
 from services.engine.adapters.store_client import StoreClient
-from tests.fakes.engine_fakes import FakeDevice
+from tests.fakes.fake_device import FakeDevice
 from tests.fixtures.lease_store import PACKED_BYTES, LeaseStore
 from tests.fixtures.leasing import A, B, Engine, eventually, soon
 

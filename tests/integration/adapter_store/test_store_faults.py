@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import signal
 import time
 import urllib.request
 from collections.abc import Awaitable, Callable, Iterator
@@ -16,6 +17,7 @@ import pytest
 import redis.asyncio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from slora.adapter_store.v1 import adapter_store_pb2 as pb
 
 from services.adapter_store.arena import SEGMENT_PREFIX
 from services.common.errors import Reason
@@ -91,6 +93,33 @@ def read_metrics(port: int) -> str:
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
         text: str = answer.read().decode()
     return text
+
+
+async def test_the_arena_of_a_store_that_is_killed_while_it_drains_goes_with_the_next_that_starts(
+    start_store: StartStore, tmp_path: Path, make_adapter: MakeAdapter
+) -> None:
+    """The next one is of another base model's name and another catalogue: what counts is the directory."""
+    draining = start_store(drain_seconds=60.0)
+    async with connected(draining) as client:
+        directory = make_adapter(1)
+        adapter = (await retried(lambda: client.upload("a", directory))).adapter
+        lease = client.stub.ShareAdapter(timeout=60)
+        await lease.write(pb.ShareAdapterRequest(digest=adapter.digest))
+        lent = await lease.read()
+        watch = aiter(client.watch())
+        await anext(watch)
+        draining.process.send_signal(signal.SIGTERM)
+        with refused(Reason.DRAINING):
+            while True:
+                await anext(watch)
+        left = arenas(tmp_path)
+        assert left == [Path(lent.arena.path).name], "it drains: whoever has a lease may copy"
+        draining.kill()
+        lease.cancel()
+    assert arenas(tmp_path) == left
+    other = start_store(base_model="another", catalogue_prefix="another")
+    other.await_listening()
+    assert arenas(tmp_path) == [Path(other.listening["arena"]).name] != left
 
 
 async def test_a_cold_restart_loses_nothing_that_was_acknowledged(

@@ -21,7 +21,7 @@ from services.common.rendezvous import ranked
 from services.engine.adapters.mapped_arena import ArenaReader
 from services.engine.adapters.source import Delivery
 from services.engine.adapters.store_client import StoreClient as EngineStoreClient
-from tests.fakes.engine_fakes import FakeDevice
+from tests.fakes.fake_device import FakeDevice
 from tests.fixtures.adapter_files import Tensors, adapter_files, tensor_name, write_adapter, write_checkpoint_config
 from tests.fixtures.embedded_servers import RedisServer, S3Server, free_port
 from tests.fixtures.store_client import StoreClient, eventually, refused, upload_parts

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncIterator
 
 import pytest
@@ -23,6 +24,7 @@ class Shop:
         self.stores = [FakeAdapterStore(), FakeAdapterStore()]
         self.catalogue = Catalogue()
         self.num_failovers = 0
+        self.num_losses = 0
         self.client: StoreClient
 
     def add(self, name: str) -> None:
@@ -43,6 +45,9 @@ class Shop:
     def count(self) -> None:
         self.num_failovers += 1
 
+    def lose(self) -> None:
+        self.num_losses += 1
+
 
 @pytest.fixture
 async def shop() -> AsyncIterator[Shop]:
@@ -52,7 +57,7 @@ async def shop() -> AsyncIterator[Shop]:
     shop.add("poet")
     shop.name(*shop.stores)
     shop.client = StoreClient([shop.stores[0].address], shop.count)
-    feed = CatalogueFeed(shop.catalogue, shop.client)
+    feed = CatalogueFeed(shop.catalogue, shop.client, shop.lose)
     tasks = [asyncio.create_task(task) for task in (shop.client.follow_replicas(), feed.run())]
     await eventually("the catalogue is complete", lambda: shop.catalogue.is_complete, 20)
     yield shop
@@ -74,6 +79,31 @@ async def test_one_that_dies_leaves_no_gap_in_the_watch_and_no_question_open(sho
     assert found.digest == digest_of("late@1")
     await eventually("the change is known", lambda: shop.catalogue.find("late") is not None, 20)
     assert other.watch_tokens == ["1:1"], "resumed where the other one was"
+    assert shop.num_losses == 0
+
+
+async def test_the_store_is_lost_with_its_last_replica(shop: Shop) -> None:
+    watched, other = await shop.watched()
+    await watched.stop()
+    await eventually("the other is watched", lambda: other.watch_tokens, 20)
+    assert shop.num_losses == 0
+    await other.stop()
+    await eventually("it is lost", lambda: shop.num_losses == 1, 20)
+    assert not await shop.client.is_reachable()
+    await other.start()
+    await eventually("it is back", lambda: len(other.watch_tokens) == 2, 20)
+    assert await shop.client.is_reachable()
+    assert shop.num_losses == 1
+
+
+async def test_one_that_hangs_is_out_of_reach(shop: Shop) -> None:
+    for store in shop.stores:
+        store.answer_seconds = 60.0
+    began = time.monotonic()
+    assert not await shop.client.is_reachable()
+    assert time.monotonic() - began < 5, "both are asked at once"
+    shop.stores[1].answer_seconds = 0.0
+    assert await shop.client.is_reachable()
 
 
 async def test_one_that_hangs_is_left_in_time_and_its_watch_when_it_is_no_longer_named(shop: Shop) -> None:

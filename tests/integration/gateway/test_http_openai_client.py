@@ -262,6 +262,22 @@ async def test_errors_before_the_first_token(fleet_of: FleetFactory, connect: Co
         assert error.response.headers.get("retry-after") == ("1" if status in (429, 503) else None)
 
 
+@pytest.mark.parametrize("stream", [False, True])
+async def test_an_engines_complaint_names_the_callers_parameter(
+    fleet_of: FleetFactory, connect: Connect, stream: bool
+) -> None:
+    complaint = refuse(Reason.LOGPROBS_INVALID, "num_logprobs is 21; it is at most 20", field="num_logprobs")
+    client = connect(await fleet_of(1, script=complaint))
+    with pytest.raises(openai.BadRequestError, match="- top_logprobs is 21; it is at most 20") as caught:
+        await client.chat.completions.create(
+            model="base", messages=HELLO, logprobs=True, top_logprobs=21, stream=stream
+        )
+    assert caught.value.param == "top_logprobs"
+    with pytest.raises(openai.BadRequestError, match="- logprobs is 21; it is at most 20") as caught:
+        await client.completions.create(model="base", prompt="x", logprobs=21, stream=stream)
+    assert caught.value.param == "logprobs"
+
+
 async def test_unknown_models_and_arguments(fleet_of: FleetFactory, connect: Connect) -> None:
     client = connect(await fleet_of(1))
     with pytest.raises(openai.NotFoundError) as missing:

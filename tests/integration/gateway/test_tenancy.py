@@ -25,7 +25,7 @@ from services.common.settings import AddressError
 from services.tenancy.directory import TenantDirectory
 from services.tenancy.tenancy_redis import TenancyRedis
 from tests.fakes.fake_adapter_store import FakeAdapterStore
-from tests.fakes.fake_engine import FakeEngine, hang
+from tests.fakes.fake_engine import FakeEngine, fail_after, hang, refuse
 from tests.fixtures.embedded_servers import RedisServer
 from tests.integration.gateway.conftest import Fleet, FleetFactory, eventually
 from tests.integration.gateway.test_gateway_process import GatewayProcess
@@ -267,6 +267,33 @@ async def test_over_its_rate_a_tenant_is_told_when_to_come_back(
     assert (headers["x-ratelimit-limit-requests"], headers["x-ratelimit-remaining-requests"]) == ("3", "0")
     await ask(fleet, other)
     assert fleet.value("refusals_total", reason="request_rate_exceeded") == 2
+
+
+@pytest.mark.parametrize("reason", [Reason.ENGINE_CORE_DEAD, Reason.DRAINING, Reason.QUEUE_FULL])
+async def test_what_no_engine_could_take_is_no_request(
+    fleet_of: FleetFactory, desk: Desk, redis_url: str, reason: Reason
+) -> None:
+    fleet = await fleet_of(2, script=refuse(reason), tenancy_redis=redis_url, engine_wait_seconds=0.2)
+    key = await desk.key(requests_per_minute=1)
+    for _ in range(3):
+        assert (await fleet.refusal(ask(fleet, key))).reason is reason
+    for engine in fleet.engines:
+        engine.script = FakeEngine().script
+    assert len(await ask(fleet, key)) == 4
+    assert (await fleet.refusal(ask(fleet, key))).reason is Reason.REQUEST_RATE_EXCEEDED
+
+
+async def test_the_callers_own_mistakes_and_what_had_begun_are_requests(
+    fleet_of: FleetFactory, desk: Desk, redis_url: str
+) -> None:
+    fleet = await fleet_of(1, tenancy_redis=redis_url)
+    key = await desk.key(requests_per_minute=3)
+    assert (await fleet.refusal(ask(fleet, key, model="nobody"))).reason is Reason.MODEL_NOT_FOUND
+    fleet.engines[0].script = refuse(Reason.SAMPLING_INVALID)
+    assert (await fleet.refusal(ask(fleet, key))).reason is Reason.SAMPLING_INVALID
+    fleet.engines[0].script = fail_after(2, Reason.ENGINE_CORE_DEAD)
+    assert (await fleet.refusal(ask(fleet, key))).reason is Reason.ENGINE_CORE_DEAD
+    assert (await fleet.refusal(ask(fleet, key))).reason is Reason.REQUEST_RATE_EXCEEDED
 
 
 async def test_tokens_are_reserved_then_settled(fleet_of: FleetFactory, desk: Desk, redis_url: str) -> None:

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,18 @@ def test_a_killed_owners_segment_is_removed_and_a_living_ones_kept(tmp_path: Pat
     assert segments(tmp_path) == sorted([living.path.name, fresh.path.name])
     living.close()
     fresh.close()
+
+
+def test_what_a_store_left_before_it_had_a_name_is_removed_once_it_is_old(tmp_path: Path) -> None:
+    fresh, old, locked = (tmp_path / f".{SEGMENT_PREFIX}1-{number}" for number in range(3))
+    for path in (fresh, old, locked):
+        path.touch()
+    for path in (old, locked):
+        os.utime(path, (time.time() - 120, time.time() - 120))
+    with locked.open("rb+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        Arena(4096, str(tmp_path)).close()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [fresh.name, locked.name]
 
 
 @pytest.mark.parametrize("how", ["a link", "another name", "a pipe", "a folder", "another user's"])

@@ -30,7 +30,7 @@ from services.engine.adapters.source import AdapterManifest
 from services.engine.adapters.store_client import StoreFetch
 from services.engine.config import PoolConfig
 from services.engine.execution.adapter_checks import AdapterChecks
-from tests.fakes.engine_fakes import digest_of
+from tests.fakes.fake_model import digest_of
 
 DIGEST = digest_of("a")
 REFUSED = {Reason.ADAPTER_INCOMPATIBLE, Reason.ADAPTER_CHANGED}

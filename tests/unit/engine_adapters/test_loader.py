@@ -13,7 +13,9 @@ from services.engine.adapters import loader as loader_module
 from services.engine.adapters.load_job import Grant, LoadEnded, LoadEvent, LoadInstalled, LoadJob, LoadSized
 from services.engine.adapters.loader import NUM_LOADER_THREADS, AdapterLoader
 from services.engine.messages import Adapter
-from tests.fakes.engine_fakes import FakeDevice, FakeLease, FakeSource, digest_of
+from tests.fakes.fake_device import FakeDevice
+from tests.fakes.fake_model import digest_of
+from tests.fakes.fake_source import FakeLease, FakeSource
 
 PAGE_ELEMS = 32
 NUM_PAGES = 40

@@ -10,7 +10,9 @@ from services.common.errors import Reason, SloraError
 from services.engine.adapters.residency import AdapterState, Residency
 from services.engine.memory.page_allocator import PageAllocator, PageIntegrityError, PageOwner
 from services.engine.messages import Adapter
-from tests.fakes.engine_fakes import FakeDevice, ScriptedLoader, digest_of
+from tests.fakes.fake_device import FakeDevice
+from tests.fakes.fake_model import digest_of
+from tests.fakes.scripted_loader import ScriptedLoader
 
 PAGE_ELEMS = 32
 

@@ -19,7 +19,7 @@ from services.engine.adapters.layout import AdapterLayout, ModulePlacement, Targ
 from services.engine.adapters.source import FetchCancelled
 from services.engine.adapters.store_client import StoreClient
 from services.engine.messages import Origin
-from tests.fakes.engine_fakes import digest_of
+from tests.fakes.fake_model import digest_of
 from tests.fakes.fake_weight_store import CHUNK, DIGEST, SEED, UNAVAILABLE, FakeStore, iter_then_hang, served
 
 

@@ -7,10 +7,7 @@ from services.engine.messages import (
     Prefetch,
 )
 from tests.fakes.core_world import Make, both_depths, long
-from tests.fakes.engine_fakes import (
-    adapter,
-    generate,
-)
+from tests.fakes.fake_model import adapter, generate
 
 
 @both_depths

@@ -7,10 +7,7 @@ from services.engine.messages import (
     Abort,
 )
 from tests.fakes.core_world import MAX_MODEL_LEN, Make, both_depths, long
-from tests.fakes.engine_fakes import (
-    expected_output,
-    generate,
-)
+from tests.fakes.fake_model import expected_output, generate
 
 
 @both_depths

@@ -13,10 +13,7 @@ from services.engine.messages import (
 )
 from services.engine.step import StepPlan
 from tests.fakes.core_world import MAX_MODEL_LEN, Make, World, both_depths, long
-from tests.fakes.engine_fakes import (
-    expected_output,
-    generate,
-)
+from tests.fakes.fake_model import expected_output, generate
 
 
 @both_depths

@@ -13,9 +13,7 @@ from services.engine.messages import (
     Origin,
 )
 from tests.fakes.core_world import World, both_depths
-from tests.fakes.engine_fakes import (
-    generate,
-)
+from tests.fakes.fake_model import generate
 
 
 def traced(request: Generate, number: int) -> Generate:

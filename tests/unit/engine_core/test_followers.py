@@ -21,7 +21,10 @@ from services.engine.core.launch import FAULT_EXIT_CODE
 from services.engine.core.parallel_runner import ParallelRunner
 from services.engine.messages import LENGTH, Abort, Generate, StepReport
 from services.engine.step import BASE_SLOT, StepPlan
-from tests.fakes.engine_fakes import FakeDevice, FakeRunner, FakeSource, adapter, generate
+from tests.fakes.fake_device import FakeDevice
+from tests.fakes.fake_model import adapter, generate
+from tests.fakes.fake_runner import FakeRunner
+from tests.fakes.fake_source import FakeSource
 
 PATIENCE = 20.0
 NUM_PAGES = 12

@@ -57,6 +57,12 @@ BAD: dict[str, tuple[dict[str, Any], Reason, str]] = {
     "top_p 0": ({"sampling": {"top_p": 0}}, Reason.SAMPLING_INVALID, "top_p is 0.*above 0 and at most 1"),
     "top_p above 1": ({"sampling": {"top_p": 1.25}}, Reason.SAMPLING_INVALID, "top_p is 1.25"),
     "top_p NaN": ({"sampling": {"top_p": math.nan}}, Reason.SAMPLING_INVALID, "top_p is nan"),
+    "top_p hardly above 1": ({"sampling": {"top_p": 1.0000001}}, Reason.SAMPLING_INVALID, "top_p is 1.0000001;"),
+    "temperature hardly below 0": (
+        {"sampling": {"temperature": -1e-7}},
+        Reason.SAMPLING_INVALID,
+        "temperature is -1e-07; .* at least 0",
+    ),
     "negative min_p": (
         {"sampling": {"min_p": -0.5}},
         Reason.SAMPLING_INVALID,

@@ -8,7 +8,7 @@ from services.common.errors import Reason, SloraError
 from services.engine.adapters.residency import AdapterState
 from services.engine.memory.page_allocator import PageOwner
 from services.engine.scheduling.prefetches import MAX_UNDER_WAY
-from tests.fakes.engine_fakes import digest_of
+from tests.fakes.fake_model import digest_of
 from tests.fakes.scheduler_harness import Harness, instant, long
 
 # Aborts and prefetches.

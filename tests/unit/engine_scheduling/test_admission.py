@@ -5,7 +5,7 @@ from __future__ import annotations
 from services.common.errors import Reason, SloraError
 from services.engine.adapters.residency import AdapterState
 from services.engine.scheduling import admission as admission_module
-from tests.fakes.engine_fakes import digest_of
+from tests.fakes.fake_model import digest_of
 from tests.fakes.scheduler_harness import Harness, chunks, instant, long
 
 # Admission by pages.

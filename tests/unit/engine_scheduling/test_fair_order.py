@@ -14,7 +14,7 @@ from services.engine.messages import Generate
 from services.engine.scheduling.policies import fair as fair_module
 from services.engine.scheduling.policies.fair import FairOrder
 from services.engine.scheduling.sequence import Sequence
-from tests.fakes.engine_fakes import generate
+from tests.fakes.fake_model import generate
 from tests.fakes.scheduler_harness import Harness
 
 

@@ -6,7 +6,8 @@ import pytest
 
 from services.engine.messages import SamplingParams
 from services.engine.step import BASE_SLOT, SampleRequest, ScheduledChunk, StepPlan
-from tests.fakes.engine_fakes import FakeRunner, digest_of, layout_of
+from tests.fakes.fake_model import digest_of, layout_of
+from tests.fakes.fake_runner import FakeRunner
 from tests.fixtures.installing import install
 
 

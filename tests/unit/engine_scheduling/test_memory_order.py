@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from services.engine.adapters.residency import AdapterState
-from tests.fakes.engine_fakes import digest_of
+from tests.fakes.fake_model import digest_of
 from tests.fakes.scheduler_harness import Harness, instant, long
 
 # Adapters share the pool.

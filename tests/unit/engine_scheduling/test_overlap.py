@@ -9,7 +9,7 @@ from services.engine.memory.page_allocator import PageIntegrityError
 from services.engine.messages import TokenEvent
 from services.engine.scheduling.sequence import SequenceState
 from services.engine.step import PENDING_TOKEN, SampledToken, SampleRequest, StepPlan
-from tests.fakes.engine_fakes import EOS, digest_of, generate
+from tests.fakes.fake_model import EOS, digest_of, generate
 from tests.fakes.scheduler_harness import Harness, long
 
 FAILED = SloraError(Reason.INTERNAL, "the step failed")

@@ -23,7 +23,7 @@ from services.engine.scheduling.policies.headroom import Headroom
 from services.engine.scheduling.policies.policy import NO_LIMIT, Policy
 from services.engine.scheduling.policies.priority import PriorityOrder
 from services.engine.scheduling.sequence import Sequence, SequenceState
-from tests.fakes.engine_fakes import adapter, generate
+from tests.fakes.fake_model import adapter, generate
 from tests.fakes.scheduler_harness import Harness
 
 

@@ -12,7 +12,7 @@ from services.engine.scheduling.policies.combination import make_policy
 from services.engine.scheduling.policies.fair import FairOrder
 from services.engine.scheduling.reload_costs import ReloadCosts
 from services.engine.step import SampledToken, ScheduledChunk, StepPlan
-from tests.fakes.engine_fakes import digest_of, generate
+from tests.fakes.fake_model import digest_of, generate
 from tests.fakes.scheduler_harness import Harness
 
 SYSTEM = list(range(1, 13))  # three pages

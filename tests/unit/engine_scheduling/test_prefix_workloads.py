@@ -17,7 +17,7 @@ from hypothesis.stateful import rule
 from services.common.errors import Reason, SloraError
 from services.engine.messages import Generate
 from services.engine.step import SampledToken
-from tests.fakes.engine_fakes import VOCAB_SIZE, generate
+from tests.fakes.fake_model import VOCAB_SIZE, generate
 from tests.fakes.scheduler_harness import Harness
 from tests.unit.engine_scheduling.test_scheduler_workloads import NAMES, OverlappingMachine, SchedulerMachine
 

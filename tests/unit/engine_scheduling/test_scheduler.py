@@ -7,7 +7,7 @@ import pytest
 from services.common.errors import Reason, SloraError
 from services.engine.memory.page_allocator import PageIntegrityError
 from services.engine.step import SampledToken
-from tests.fakes.engine_fakes import adapter, generate
+from tests.fakes.fake_model import adapter, generate
 from tests.fakes.scheduler_harness import Harness, chunks, instant, long
 
 # Order within a step.

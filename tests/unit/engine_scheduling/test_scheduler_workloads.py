@@ -24,7 +24,7 @@ from services.engine.scheduling import speculative_loads as speculative_loads_mo
 from services.engine.scheduling.policies import popularity as popularity_module
 from services.engine.scheduling.policies.combination import make_policy
 from services.engine.step import SampledToken, StepPlan
-from tests.fakes.engine_fakes import VOCAB_SIZE, digest_of, generate
+from tests.fakes.fake_model import VOCAB_SIZE, digest_of, generate
 from tests.fakes.scheduler_harness import Harness
 
 NAMES = [f"a{i}" for i in range(6)]

@@ -7,7 +7,7 @@ import pytest
 from services.common.errors import Reason, SloraError
 from services.engine.scheduling.sequence import Finish, Sequence, check_request
 from services.engine.step import BASE_SLOT
-from tests.fakes.engine_fakes import generate
+from tests.fakes.fake_model import generate
 
 EOS_IDS = frozenset({0, 9})
 

@@ -9,7 +9,7 @@ import pytest
 from services.common.errors import Reason, SloraError
 from services.engine.adapters.residency import AdapterState
 from services.engine.scheduling.speculative_loads import LONGEST_PAUSE_SECONDS
-from tests.fakes.engine_fakes import digest_of
+from tests.fakes.fake_model import digest_of
 from tests.fakes.scheduler_harness import Harness, instant, long
 
 AWAY = SloraError(Reason.ADAPTER_NOT_FOUND, "it was deleted")

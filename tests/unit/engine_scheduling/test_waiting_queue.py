@@ -6,7 +6,7 @@ import random
 
 from services.engine.scheduling.sequence import Sequence
 from services.engine.scheduling.waiting_queue import WaitingQueue
-from tests.fakes.engine_fakes import digest_of, generate
+from tests.fakes.fake_model import digest_of, generate
 
 SEED = random.SystemRandom().randrange(1 << 32)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import random
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 
 import pytest
 from hypothesis import given
@@ -162,6 +162,12 @@ class ScriptedSource:
         self._watches = list(watches)
         self.tokens: list[str] = []
         self.drained = asyncio.Event()
+        self.is_up = True
+        self.num_looks = 0
+
+    async def is_reachable(self) -> bool:
+        self.num_looks += 1
+        return self.is_up
 
     async def find(self, adapter_id: str, timeout: float | None) -> AdapterEntry | None:
         raise AssertionError("not asked")
@@ -226,3 +232,79 @@ def test_thousands_of_names_stay_sorted() -> None:
         catalogue.apply(deleted(name))
     assert [a.name for a in catalogue.newest_after("")] == sorted(names[2500:])
     assert [a.name for a in catalogue.newest_after("n3")] == sorted(name for name in names[2500:] if name > "n3")
+
+
+class BreakingSource(ScriptedSource):
+    """Each watch breaks, or opens, when the test says so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.breaks: asyncio.Queue[None] = asyncio.Queue()
+        self.may_open = asyncio.Event()
+        self.may_open.set()
+        self.num_opened = 0
+
+    async def watch(self, resume_token: str) -> AsyncGenerator[CatalogueEvent, None]:
+        await self.may_open.wait()
+        self.num_opened += 1
+        yield SYNCED
+        await self.breaks.get()
+        raise SloraError(Reason.ADAPTER_STORE_UNAVAILABLE, "gone")
+
+
+@pytest.fixture
+async def breaking() -> AsyncIterator[tuple[BreakingSource, list[str]]]:
+    """A source that is followed, and what was told of losses."""
+    source, lost = BreakingSource(), list[str]()
+    running = asyncio.create_task(CatalogueFeed(Catalogue(), source, lambda: lost.append("lost")).run())
+    await until(lambda: source.num_opened == 1)
+    yield source, lost
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    for _ in range(2000):
+        if condition():
+            return
+        await asyncio.sleep(0.005)
+    raise AssertionError("not within 10 s")
+
+
+async def test_a_watch_that_breaks_is_no_loss_while_another_replica_answers(
+    breaking: tuple[BreakingSource, list[str]],
+) -> None:
+    source, lost = breaking
+    for number in (1, 2):
+        source.breaks.put_nowait(None)
+        await until(lambda number=number: source.num_opened == number + 1)  # type: ignore[misc]
+    await until(lambda: source.num_looks >= 1)
+    assert not lost
+
+
+async def test_with_no_replica_left_the_store_is_lost_once_until_it_is_followed_again(
+    breaking: tuple[BreakingSource, list[str]],
+) -> None:
+    source, lost = breaking
+    for number in (1, 2):
+        source.may_open.clear()
+        source.is_up = False
+        source.breaks.put_nowait(None)
+        await until(lambda number=number: len(lost) == number)  # type: ignore[misc]
+        await asyncio.sleep(0.3)
+        assert len(lost) == number
+        source.is_up = True
+        source.may_open.set()
+        await until(lambda number=number: source.num_opened == number + 1)  # type: ignore[misc]
+
+
+async def test_a_store_that_goes_only_after_its_watch_broke_is_noticed(
+    breaking: tuple[BreakingSource, list[str]],
+) -> None:
+    source, lost = breaking
+    source.may_open.clear()
+    source.breaks.put_nowait(None)
+    await until(lambda: source.num_looks == 1)
+    assert not lost
+    source.is_up = False
+    await until(lambda: lost == ["lost"])

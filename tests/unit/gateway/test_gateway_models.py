@@ -41,6 +41,9 @@ class Source:
         raise AssertionError("not watched")
         yield
 
+    async def is_reachable(self) -> bool:
+        raise AssertionError("not watched")
+
 
 def pool_of(*base_models: str | None, resident: Sequence[str] = ()) -> EnginePool:
     """Engines with these base models; None is an engine that was never heard of."""

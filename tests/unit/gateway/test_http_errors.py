@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
+from slora.engine.v1 import engine_pb2
 
 from services.common.errors import Reason, SloraError, Status
+from services.engine.codec import decode_generate
+from services.engine.frontend.request import ModelLimits, core_request
 from services.gateway.http.errors import CODES, ApiError, http_status, to_api_error
+from services.gateway.http.parameters import CHAT_NAMES, COMPLETION_NAMES
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -54,12 +59,84 @@ def test_what_clients_rely_on(reason: Reason, status: int, code: str, kind: str)
 
 
 @pytest.mark.parametrize(
-    ("field", "param"),
-    [("sampling.top_p", "top_p"), ("stopping.stop_strings", "stop"), ("num_logprobs", "logprobs"), ("", None)],
+    ("field", "names", "param"),
+    [
+        ("sampling.top_p", COMPLETION_NAMES, "top_p"),
+        ("stopping.stop_strings", COMPLETION_NAMES, "stop"),
+        ("num_logprobs", COMPLETION_NAMES, "logprobs"),
+        ("num_logprobs", CHAT_NAMES, "top_logprobs"),
+        ("prompt.token_ids", COMPLETION_NAMES, "prompt"),
+        ("", COMPLETION_NAMES, None),
+    ],
 )
-def test_the_parameter_has_the_callers_name(field: str, param: str | None) -> None:
+def test_the_parameter_has_the_callers_name(field: str, names: Mapping[str, str], param: str | None) -> None:
     error = SloraError(Reason.SAMPLING_INVALID, "x", **({"field": field} if field else {}))
-    assert to_api_error(error).param == param
+    assert to_api_error(error, names).param == param
+
+
+@pytest.mark.parametrize(("names", "param"), [(COMPLETION_NAMES, "prompt"), (CHAT_NAMES, "messages")])
+@pytest.mark.parametrize("reason", [Reason.PROMPT_TOO_LONG, Reason.PROMPT_EMPTY])
+def test_what_is_wrong_with_the_prompt_is_put_down_to_it(reason: Reason, names: Mapping[str, str], param: str) -> None:
+    error = to_api_error(SloraError(reason, "the prompt has 600 tokens"), names)
+    assert (error.param, error.message) == (param, "the prompt has 600 tokens")
+
+
+def refused_by_the_engine(**fields: object) -> SloraError:
+    """What a real engine says to a request with these fields."""
+    request = engine_pb2.GenerateRequest(request_id="r", **fields)  # type: ignore[arg-type]
+    if "prompt" not in fields:
+        request.prompt.token_ids.ids.append(1)
+    with pytest.raises(SloraError) as refused:
+        core_request(decode_generate(request), 1, list(request.prompt.token_ids.ids), ModelLimits(600, 256))
+    return refused.value
+
+
+CHAT_NAMES_NEW = {**CHAT_NAMES, "max_tokens": "max_completion_tokens"}
+
+
+@pytest.mark.parametrize(
+    ("fields", "names", "param", "message"),
+    [
+        ({"sampling": {"top_p": 1.0000001}}, CHAT_NAMES, "top_p", "top_p is 1.0000001; it is a finite number above 0"),
+        ({"stopping": {"max_tokens": 0}}, COMPLETION_NAMES, "max_tokens", "max_tokens is 0; it is at least 1"),
+        (
+            {"stopping": {"max_tokens": 3, "min_tokens": 4}},
+            CHAT_NAMES_NEW,
+            "min_tokens",
+            "min_tokens is 4, more than max_completion_tokens, which is 3",
+        ),
+        ({"stopping": {"max_tokens": 0}}, CHAT_NAMES_NEW, "max_completion_tokens", "max_completion_tokens is 0"),
+        ({"num_logprobs": 21}, COMPLETION_NAMES, "logprobs", "logprobs is 21; it is at most 20"),
+        ({"num_logprobs": 21}, CHAT_NAMES, "top_logprobs", "top_logprobs is 21; it is at most 20"),
+        ({"stopping": {"stop_strings": [""]}}, CHAT_NAMES, "stop", "a stop string is empty"),
+        ({"prompt": {"text": ""}}, COMPLETION_NAMES, "prompt", "prompt is empty; give at least one token"),
+        (
+            {"prompt": {"token_ids": {"ids": [600]}}},
+            COMPLETION_NAMES,
+            "prompt",
+            "token 600 at position 0 of prompt is not in the vocabulary",
+        ),
+        (
+            {"stopping": {"stop_token_ids": [700]}},
+            COMPLETION_NAMES,
+            "stop_token_ids",
+            "token 700 at position 0 of stop_token_ids",
+        ),
+    ],
+    ids=str,
+)
+def test_messages_use_the_callers_names(
+    fields: dict[str, object], names: Mapping[str, str], param: str, message: str
+) -> None:
+    error = to_api_error(refused_by_the_engine(**fields), names)
+    assert error.param == param
+    assert error.message.startswith(message)
+
+
+def test_words_that_others_wrote_are_left_alone() -> None:
+    message = "the checkpoint's chat template refuses these messages: sampling.num_logprobs"
+    error = SloraError(Reason.CHAT_INVALID, message, field="messages")
+    assert to_api_error(error, CHAT_NAMES).message == message
 
 
 def test_what_went_wrong_inside_is_not_told(caplog: pytest.LogCaptureFixture) -> None:

@@ -14,6 +14,8 @@ from services.gateway.codec import to_engine_request
 from services.gateway.http import bodies, codec
 from services.gateway.http.errors import ApiError
 from services.gateway.http.parameters import (
+    CHAT_NAMES,
+    COMPLETION_NAMES,
     NOT_SERVED,
     ChatBody,
     CompletionBody,
@@ -50,11 +52,17 @@ def decode(decoder: msgspec.json.Decoder[Any], body: bytes) -> Any:
         raise bodies._as_api_error(str(error)) from None
 
 
+def test_the_limit_is_called_by_the_name_that_was_given() -> None:
+    assert "max_tokens" not in chat(max_tokens=3).parameter_names
+    assert chat(max_completion_tokens=3).parameter_names["max_tokens"] == "max_completion_tokens"
+    assert chat(max_completion_tokens=3).parameter_names["stop_strings"] == "stop"
+
+
 def test_defaults_are_openais() -> None:
     request = completion()
-    assert request == GenerationRequest("m", ("p",), stopping={"max_tokens": 16})
+    assert request == GenerationRequest("m", ("p",), stopping={"max_tokens": 16}, parameter_names=COMPLETION_NAMES)
     request = chat()
-    assert request == GenerationRequest("m", (Chat((ChatMessage("user", "Hello"),)),))
+    assert request == GenerationRequest("m", (Chat((ChatMessage("user", "Hello"),)),), parameter_names=CHAT_NAMES)
 
 
 def test_everything_that_is_served_reaches_the_engine() -> None:

@@ -210,13 +210,16 @@ def test_an_engine_that_is_late_with_its_report_is_the_last_resort() -> None:
 
 def test_prompts_without_an_answer_press_an_engine_until_they_are_answered() -> None:
     busy, idle = engine("a", max_running=256), engine("b", max_running=256)
-    busy.num_unanswered = 2
+    prompts = [busy.asked(None, NOW, has_it_loaded=False) for _ in range(2)]
     assert chosen([busy, idle], None) == ("b", "base")
     assert busy.pressure > busy.fullness == idle.pressure == 0.0
-    busy.num_unanswered = 4
+    prompts += [busy.asked(None, NOW, has_it_loaded=False) for _ in range(2)]
     most = busy.pressure
-    busy.num_unanswered = 400
+    prompts += [busy.asked(None, NOW, has_it_loaded=False) for _ in range(40)]
     assert busy.pressure == most, "beyond a few they are a queue, and counted as one"
+    for prompt in prompts:
+        busy.prompts.answered(prompt, NOW)
+    assert busy.pressure == 0.0
 
 
 def test_a_popular_adapter_spreads_in_proportion_to_its_demand() -> None:
@@ -271,6 +274,65 @@ def test_what_was_sent_and_never_came_is_forgotten_in_the_end() -> None:
     assert state.is_loading("digest-10", NOW - 1)
 
 
+def clock_learns(state: EngineState, prompt_seconds: float, load_seconds: float) -> None:
+    """`state` has seen a prompt computed, and an adapter loaded."""
+    known = state.asked(None, NOW - 50, has_it_loaded=False)
+    state.prompts.stepped(NOW - 50)
+    state.prompts.answered(known, NOW - 50 + prompt_seconds)
+    loaded = state.asked("other", NOW - 50, has_it_loaded=True)
+    state.prompts.answered(loaded, NOW - 50 + load_seconds + prompt_seconds)
+
+
+def computing(state: EngineState, since: float) -> EngineState:
+    """`state`, where prompts take 36 ms and loads 12 ms, and one was begun `since` seconds ago."""
+    clock_learns(state, 0.036, 0.012)
+    state.asked(None, NOW - since - 0.001, has_it_loaded=False)
+    state.prompts.stepped(NOW - since)
+    return state
+
+
+@pytest.mark.parametrize(
+    ("since", "expected"),
+    [
+        pytest.param(0.002, ("b", "spill"), id="just begun: a load is shorter"),
+        pytest.param(0.030, ("a", "resident"), id="nearly done: it is waited for"),
+    ],
+)
+def test_an_adapter_is_loaded_elsewhere_where_that_takes_less_than_the_prompt_ahead_of_it(
+    since: float, expected: tuple[str, str]
+) -> None:
+    holder, free = computing(engine("a", resident=("x",)), since), engine("b")
+    assert chosen([holder, free]) == ("a", "resident"), "how long a load takes there is not known yet"
+    clock_learns(free, 0.036, 0.012)
+    assert chosen([holder, free]) == expected
+    busy = computing(engine("c"), 0.0)
+    assert chosen([holder, busy]) == ("a", "resident"), "a prompt is computed there, too"
+    queued = engine("d", waiting=1)
+    clock_learns(queued, 0.036, 0.012)
+    assert chosen([holder, queued]) == ("a", "resident"), "there is a queue"
+    half_full = engine("e", running=32)
+    clock_learns(half_full, 0.036, 0.012)
+    holder.load = dataclasses.replace(holder.load, num_running=32)
+    assert chosen([holder, half_full]) == ("a", "resident"), "it is not idle"
+
+
+def test_a_load_that_takes_longer_than_the_prompt_is_not_begun_for_its_sake() -> None:
+    holder, free = computing(engine("a", resident=("x",)), 0.0), engine("b")
+    clock_learns(free, 0.036, 0.067)
+    assert chosen([holder, free]) == ("a", "resident")
+
+
+def test_another_holder_is_better_than_a_load_and_one_that_loads_it_is_waited_for() -> None:
+    holder, free = computing(engine("a", resident=("x",)), 0.0), engine("b")
+    clock_learns(free, 0.036, 0.012)
+    assert chosen([holder, free, engine("c", running=3, resident=("x",))]) == ("c", "resident")
+    loading = engine("d")
+    clock_learns(loading, 0.036, 0.012)
+    loading.started("x", NOW)
+    loading.asked("x", NOW, has_it_loaded=True)
+    assert chosen([loading, free]) == ("d", "loading"), "its request is computed with the one that has it loaded"
+
+
 @st.composite
 def fleets(draw: st.DrawFn) -> list[EngineState]:
     digests = st.lists(st.sampled_from("xyz"), unique=True).map(tuple)
@@ -288,7 +350,10 @@ def fleets(draw: st.DrawFn) -> list[EngineState]:
         )
         for digest in draw(digests):
             state.started(digest, NOW - draw(st.floats(0, 20)))
-        state.num_unanswered = draw(st.integers(0, 6))
+        for _ in range(draw(st.integers(0, 6))):
+            state.asked(None, NOW - draw(st.floats(0, 0.1)), has_it_loaded=False)
+        if draw(st.booleans()):
+            clock_learns(state, draw(st.floats(0, 0.1)), draw(st.floats(0, 0.1)))
         state.heard_at = NOW - draw(st.floats(0, 2.5))
         state.loading = frozenset(draw(digests)) - state.resident
         if draw(st.integers(0, 4)) == 0:

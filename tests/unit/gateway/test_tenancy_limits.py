@@ -55,8 +55,9 @@ class Scripts:
         answer: list[Any] = self._admit(args=["{t}", self._tenant, lease, LEASE, *limits, now])
         return answer
 
-    def settle(self, now: int, lease: str, charged: int, used: int) -> int:
-        return int(self._settle(args=["{t}", self._tenant, lease, self._tokens, charged, used, now]))
+    def settle(self, now: int, lease: str, charged: int, used: int, num_requests: int = 1) -> int:
+        counts = (self._requests, 1, num_requests, self._tokens, charged, used)
+        return int(self._settle(args=["{t}", self._tenant, lease, *counts, now]))
 
 
 costs = st.integers(0, 70)
@@ -116,6 +117,20 @@ def test_what_is_refused_for_one_limit_takes_nothing_of_another(client: Any) -> 
     assert (refused[0], refused[2], refused[4]) == ("concurrency", 9, 90)
     assert scripts.admit(START, 99)[0] == "tokens", "the limit that asks for the longest wait is told"
     assert scripts.admit(START + LEASE + 1, 10)[0] == "", "the lease of one that is never heard of ends"
+
+
+@settings(max_examples=40, deadline=None)
+@given(limit=st.integers(1, 60), num_taken=st.integers(0, 5), gap=gaps)
+def test_a_request_that_was_not_taken_is_given_back_once(client: Any, limit: int, num_taken: int, gap: int) -> None:
+    """Another tenant never asked it: what both have left is the same at each time."""
+    asked, did_not = Scripts(client, requests=limit), Scripts(client, requests=limit)
+    for _ in range(min(num_taken, limit - 1)):
+        assert [s.admit(START)[0] for s in (asked, did_not)] == ["", ""]
+    assert not asked.admit(START, lease="refused")[0]
+    assert asked.settle(START + gap, "refused", 0, 0, num_requests=0) == 1
+    assert asked.settle(START + gap, "refused", 0, 0, num_requests=0) == 0, "only once"
+    now = max(START + gap, START + MINUTE) if gap > MINUTE else START + gap
+    assert asked.admit(now) == did_not.admit(now)
 
 
 def test_asking_twice_for_one_lease_takes_once(client: Any) -> None:

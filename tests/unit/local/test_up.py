@@ -8,6 +8,8 @@ import json
 import re
 import shlex
 import socket
+import subprocess
+import sys
 import textwrap
 from pathlib import Path
 
@@ -18,8 +20,9 @@ from slora.gateway.v1 import inference_pb2
 from slora_client.command.adapters import DEFAULT_STORE
 
 from services.local import up
+from services.local.checkpoint import BadInput
 from services.local.narrator import Narrator
-from services.local.ports import LOOPBACK, free_port
+from services.local.ports import LOOPBACK, claiming, free_port
 from services.local.s3_client import S3Place
 from services.local.stack import LocalStack
 from services.local.up import how_to_call
@@ -112,12 +115,57 @@ def test_the_store_is_where_it_is_looked_for_if_the_port_is_free(
 ) -> None:
     port = free_port()
     monkeypatch.setattr(up, "STORE_PORT", port)
-    assert up._store_port(0, 8000) == port
-    assert up._store_port(port, 8000) == 0  # it was given to the gateway
+    with claiming() as claim:
+        assert up._store_port(claim, port, 8000) == 0  # it was given to the gateway
+        assert up._store_port(claim, 0, 8000) == port
     stack = LocalStack(tmp_path / "state", write_hollow_checkpoint(tmp_path / "tiny"), store_port=port)
     assert stack.store_address == f"{LOOPBACK}:{port}"
-    with socket.create_server((LOOPBACK, port)):
-        assert up._store_port(0, 8000) == 0
+    with socket.create_server((LOOPBACK, port)), claiming() as claim:
+        assert up._store_port(claim, 0, 8000) == 0
+
+
+def test_two_ups_at_once_do_not_choose_the_same_ports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second one looks when the first has looked, and has started nothing yet."""
+    grpc, http, store = free_port(), free_port(), free_port()
+    monkeypatch.setattr(up, "STORE_PORT", store)
+    given: list[int] = []
+
+    def serve(request: up.UpRequest, store_port: int, narrator: Narrator) -> None:
+        given.append(store_port)
+        if len(given) == 1:
+            second = up.UpRequest(tmp_path / "second", gateway_port=grpc, http_port=free_port())
+            with pytest.raises(BadInput, match=rf"port {grpc} of .* is in use; .*gRPC: `make up PORT=N`, or --port N"):
+                up.run_up(second, narrator)
+            second = up.UpRequest(tmp_path / "second", gateway_port=0, http_port=http)
+            with pytest.raises(BadInput, match=rf"port {http} of .*HTTP: `make up HTTP_PORT=N`, or --http-port N"):
+                up.run_up(second, narrator)
+            assert up.run_up(up.UpRequest(tmp_path / "second", gateway_port=0, http_port=0), narrator) == 0
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(up, "_serve", serve)
+    first = up.UpRequest(tmp_path / "first", gateway_port=grpc, http_port=http)
+    assert up.run_up(first, Narrator(Console(file=io.StringIO()))) == 0
+    assert given == [store, 0]
+    with claiming() as claim:
+        assert [claim(port) for port in (grpc, http, store)] == [True, True, True], "given back when it ended"
+
+
+def test_a_claim_ends_with_its_owner(tmp_path: Path) -> None:
+    port = free_port()
+    program = (
+        f"from services.local.ports import claiming\n"
+        f"with claiming() as claim:\n    print(claim({port}), claim({port}), flush=True)\n    input()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as owner:
+        assert owner.stdout is not None
+        assert owner.stdout.readline() == "True False\n"
+        with claiming() as claim:
+            assert not claim(port)
+            owner.kill()
+            owner.wait()
+            assert claim(port)
 
 
 def test_up_puts_the_store_where_the_command_looks() -> None:
