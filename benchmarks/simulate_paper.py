@@ -35,7 +35,7 @@ from benchmarks.simulate_policies import (
 )
 from benchmarks.step_model import StepWork, base_steps, lora_steps, measured_model
 from benchmarks.trace import TraceShape, draw_mix
-from benchmarks.virtual_engine import Arrival
+from benchmarks.virtual_engine import Arrival, EngineShape
 from services.engine.config import PolicyConfig
 
 SETTINGS = ("S1", "S2")
@@ -52,10 +52,16 @@ ALPHAS = (0.1, 0.3, 0.6, 1.0)
 ALPHA_ADAPTERS = 1000
 ADAPTERS = (5, 20, 100, 200, 500, 1000, 2000, 5000)
 ANY_PROMPTS = "fair, any prompts in a step"
-FAIRNESS = (("fcfs", 8), (ANY_PROMPTS, 8), ("fair", 8), (ANY_PROMPTS, 2))
+HALF_KEPT = "fair, half of the places kept"
+PLACES_AT_A_TIME = EngineShape().admission_batch
+FAIRNESS = tuple((policy, PLACES_AT_A_TIME) for policy in ("fcfs", ANY_PROMPTS, "fair", HALF_KEPT))
 """Policies, and how many places a full engine fills at a time."""
 
-FAIRNESS_POLICIES = {**POLICIES, ANY_PROMPTS: replace(POLICIES["fair"], fairness_prompt_tokens=0)}
+FAIRNESS_POLICIES = {
+    **POLICIES,
+    ANY_PROMPTS: replace(POLICIES["fair"], fairness_prompt_tokens=0),
+    HALF_KEPT: replace(POLICIES["fair"], fairness_headroom=0.5),
+}
 
 FAIRNESS_SEEDS = (1, 2, 3)
 FAIRNESS_LASTS = 2
@@ -166,7 +172,7 @@ def claims(knees: dict[str, float], rows: Sequence[Row]) -> list[Row]:
     for row in rows:
         if row["bench"] == "simulated_trace" and (row["figure"], row["load"]) == ("rate", BEYOND):
             share = float(str(row["attainment"])) / min(1.0, 1 / BEYOND)
-            labels = {"setting": row["setting"], "policy": row["policy"], "admission_batch": 8}
+            labels = {"setting": row["setting"], "policy": row["policy"], "admission_batch": PLACES_AT_A_TIME}
             found.append({"bench": "claim", **labels, "metric": "attainment_of_ideal", "value": round(share, 4)})
     for policy, batch in FAIRNESS:
         p99 = {factor: _mean_p99(rows, policy, batch, factor) for factor in (1.0, round(FILLING, 2), 10.0)}
@@ -220,7 +226,7 @@ def recorded() -> tuple[list[Row], dict[str, float]]:
 def is_core_mix(row: Mapping[str, Any]) -> bool:
     """Whether a measured row is of a closed loop of the engine's core alone."""
     of_core = (row.get("system", "slora"), row.get("through", "core")) == ("slora", "core")
-    return of_core and bool(row["metric"] == "requests_per_s")
+    return of_core and row["metric"] == "requests_per_s" and row["bench"] in ("paper_mix", "peft")
 
 
 def closed_loop_rate(setting: str, num_adapters: int, num_requests: int) -> float:

@@ -78,7 +78,10 @@ class Frontend(CoreListener):
             if generation is None:
                 self.refused(request.request_id, request.adapter, outcome)
             else:
-                self._end(generation, outcome)
+                # A gateway cancels its call when it has read the last message, which may be heard before that one's
+                # writing is over.
+                finished = generation.completion if outcome == "cancelled" else None
+                self._end(generation, finished.finish_reason.value if finished else outcome)
 
     async def _start(self, request: GenerationRequest, started_at: float) -> Generation:
         self._check_open()

@@ -87,7 +87,7 @@ def test_what_is_recorded_keeps_what_was_claimed_and_is_drawn(tmp_path: Path) ->
     for row in rows:
         if row.get("metric") == "attainment_of_ideal" and "early abort" in row["policy"]:
             assert row["value"] >= 0.85
-        if row.get("metric") == "p99_of_10x_over_1x" and row["policy"] == "fair":
+        if row.get("metric") == "p99_of_10x_over_filling" and row["policy"] == "fair":
             assert row["value"] <= 1.1
     pictures = draw_all(rows, tmp_path)
     assert len(pictures) == 5

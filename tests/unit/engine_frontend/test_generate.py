@@ -14,6 +14,7 @@ from slora.engine.v1 import engine_pb2, generation_pb2
 
 from services.common.errors import Reason, SloraError
 from services.common.grpc_errors import from_rpc_error
+from services.engine.codec import decode_generate
 from services.engine.messages import Abort, Adapter, Generate, RequestFailed, TokenEvent
 from services.engine.servicer import EngineServicer
 
@@ -281,6 +282,25 @@ async def test_an_unknown_reason_is_internal(engine: Any) -> None:
     sent = await engine.core.take(Generate)
     engine.core.report(failures=[RequestFailed(sent.request_id, "NO_SUCH_REASON", "odd")])
     assert (await status_of(call)).reason is Reason.INTERNAL
+
+
+async def test_a_call_cancelled_behind_its_last_message_has_finished(
+    engine: Any, sample: Callable[[str], float]
+) -> None:
+    """As gateways do: they have read all that they want, and the engine may not have ended the call yet."""
+
+    async def read_and_be_cancelled() -> None:
+        async with engine.frontend.generate(decode_generate(request())) as generation:
+            sent = await engine.core.take(Generate)
+            engine.core.report(TokenEvent(sent.request_id, 300, finish="length"))
+            assert (await generation.next()).completion is not None
+            raise asyncio.CancelledError
+
+    with pytest.raises(asyncio.CancelledError):
+        await read_and_be_cancelled()
+    assert engine.core.sent == [], "there is nothing to abort"
+    assert sample('slora_engine_requests_total{adapter="base",outcome="length"}') == 1
+    assert sample('slora_engine_requests_total{adapter="base",outcome="cancelled"}') == 0
 
 
 async def test_cancel_aborts_at_once(engine: Any, sample: Callable[[str], float]) -> None:
