@@ -58,10 +58,10 @@ def draw_all(rows: Rows, images: Path = IMAGES) -> list[Path]:
 
 
 def _draw_model(rows: Rows) -> Figure:
-    """What was measured, and what the model says, of each closed loop of the card that measured all of them."""
+    """What was measured, and what the model says, of each closed loop of the mixes' own benchmark."""
     figure = Figure(figsize=(8, 3.4), dpi=130, layout="constrained")
     axes = figure.subplots()
-    mixes = [row for row in rows if row["bench"] == "model_mix" and row["card"] == "of the mixes"]
+    mixes = [row for row in rows if row["bench"] == "model_mix" and row["measured_for"] == "paper_mix"]
     base = next(row for row in mixes if row["setting"] == "base")
     axes.axhline(base["measured"], color="#555555", linewidth=1)
     axes.axhline(base["value"], color="#555555", linewidth=1, linestyle="--")
@@ -179,9 +179,9 @@ def write_tables(rows: Rows, path: Path = TABLES) -> None:
 
 def _mix_table(rows: Rows) -> str:
     found = [row for row in rows if row["bench"] == "model_mix"]
-    heads = ["adapters", "number", "requests", "card", "measured, requests/s", "model", "error"]
+    heads = ["adapters", "number", "requests", "measured for", "measured, requests/s", "model", "error"]
     return _table(
-        heads, [[_name(row), row["adapters"], row["requests"], row["card"], *_compared(row)] for row in found]
+        heads, [[_name(row), row["adapters"], row["requests"], row["measured_for"], *_compared(row)] for row in found]
     )
 
 

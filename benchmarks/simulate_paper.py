@@ -208,7 +208,8 @@ def model_errors() -> Iterator[Row]:
         if is_core_mix(row):
             setting, adapters, requests = row["setting"], row["adapters"], row["requests"]
             labels = {"bench": "model_mix", "setting": setting, "adapters": adapters, "requests": requests}
-            labels["card"] = "of the mixes" if "through" not in row and row["bench"] == "paper_mix" else "of decode"
+            # Beside a benchmark's own mixes: the core's part in a comparison with the services, or with PEFT.
+            labels["measured_for"] = "services" if "through" in row else row["bench"]
             predicted = closed_loop_rate(setting, adapters, requests)
             yield _error_row(labels, "requests_per_s", predicted, row["value"])
 

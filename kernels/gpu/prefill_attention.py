@@ -84,9 +84,9 @@ def cut_tiles(spans: Sequence[tuple[int, int, int, int]], block_m: int) -> list[
 
 
 def plan_prefill(spans: Sequence[tuple[int, int, int, int]], block_m: int, device: torch.device) -> PrefillPlan:
-    """`cut_tiles` on the device. One copy, which the host does not await."""
-    packed = torch.tensor(cut_tiles(spans, block_m), dtype=torch.int32, pin_memory=device.type == "cuda").view(-1, 4)
-    return PrefillPlan(packed.to(device, non_blocking=True), block_m)
+    """`cut_tiles` on the device, for a launch by itself: a step sends its tiles with all its other integers."""
+    tiles = torch.tensor(cut_tiles(spans, block_m), dtype=torch.int32, device=device)
+    return PrefillPlan(tiles.view(-1, 4), block_m)
 
 
 @triton.jit

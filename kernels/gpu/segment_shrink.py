@@ -63,13 +63,10 @@ def cut_blocks(segments: Sequence[tuple[int, int, int]], block_m: int) -> list[t
 
 
 def plan_segments(segments: Sequence[tuple[int, int, int]], block_m: int, device: torch.device) -> torch.Tensor:
-    """`cut_blocks` on the device, int32 `[3, num_blocks]`.
-
-    On an accelerator the copy is asynchronous, on the current stream.
-    """
-    columns = [list(column) for column in zip(*cut_blocks(segments, block_m), strict=True)] or [[], [], []]
-    pinned = device.type == "cuda"
-    return torch.tensor(columns, dtype=torch.int32, pin_memory=pinned).to(device, non_blocking=pinned)
+    """`cut_blocks` on the device, int32 `[3, num_blocks]`, for a launch by itself: a step sends its blocks with all its
+    other integers."""
+    blocks = torch.tensor(cut_blocks(segments, block_m), dtype=torch.int32, device=device)
+    return blocks.view(-1, 3).T.contiguous()
 
 
 def segment_shrink(

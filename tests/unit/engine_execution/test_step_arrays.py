@@ -13,7 +13,7 @@ from services.engine.execution.gpu.staging import StepInputs
 from services.engine.execution.gpu.step_arrays import StepArrays, arrange, cut_prefills, own_shape, shifted_row
 from services.engine.execution.gpu.step_graphs import CaptureSizes, StepGraphs, capture_sizes
 from services.engine.execution.gpu.step_layout import Integers, StepLayout, StepLimits, lay_out
-from services.engine.execution.gpu.step_shape import StepAdapters
+from services.engine.execution.gpu.step_shape import StepAdapters, most_integers
 from services.engine.messages import SamplingParams
 from services.engine.model.step_ops import Group
 from services.engine.step import BASE_SLOT, SampleRequest, ScheduledChunk, StepPlan
@@ -174,6 +174,18 @@ def test_captured_sizes_reach_the_whole_batch(max_batch: int, max_tokens: int) -
     for rising in (sizes.decode, sizes.mixed_decode, sizes.prefill):
         assert list(rising) == sorted(set(rising))
     assert all(size <= max_tokens for size in sizes.prefill)
+
+
+def test_no_step_has_more_integers_than_there_is_room_for(rng: random.Random) -> None:
+    for _ in range(50):
+        layout = random_layout(rng)
+        cuts = cut_prefills(layout, TILE_TOKENS)
+        captured = graphs().find(layout, NOTHING)
+        assert captured is not None
+        for shape in (captured.shape, own_shape(layout, cuts, has_segment_slots=True)):
+            num_integers = sum(array.size for array in arrange(layout, cuts, shape))
+            max_sequences = shape.num_decode + shape.num_chunks
+            assert num_integers <= most_integers(shape.num_tokens, max_sequences, shape.num_pages, TILE_TOKENS)
 
 
 def test_inputs_lie_where_their_shape_says(rng: random.Random) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +18,6 @@ from kernels.gpu.pick_tokens import pick_tokens
 from kernels.gpu.prefill_attention import PrefillPlan, tile_tokens
 from kernels.gpu.row_plan import RowPlanner
 from kernels.gpu.row_shrink import num_splits_for as num_shrink_splits
-from kernels.gpu.segment_shrink import DEFAULT_BLOCK_M
 from services.engine.config import EngineSettings
 from services.engine.execution.communicator import Communicator, SoleProcess, Traffic
 from services.engine.execution.gpu.adapter_device import GpuAdapterDevice, GroupRanks
@@ -28,7 +26,7 @@ from services.engine.execution.gpu.staging import PinnedRing, StepInputs
 from services.engine.execution.gpu.step_arrays import StepArrays, arrange, cut_prefills, own_shape, shifted_row
 from services.engine.execution.gpu.step_graphs import CapturedStep, CaptureSizes, StepGraphs, capture_sizes
 from services.engine.execution.gpu.step_layout import StepLayout, StepLimits, lay_out
-from services.engine.execution.gpu.step_shape import StepAdapters, StepShape
+from services.engine.execution.gpu.step_shape import StepAdapters, StepShape, most_integers
 from services.engine.execution.gpu.token_sampler import NOT_FINITE, Logprobs, SampleRow, TokenSampler
 from services.engine.execution.gpu.triton_step import DeviceState, Segments, StepTensors, TritonStep
 from services.engine.execution.pool_size import pool_config
@@ -279,14 +277,10 @@ class GpuRunner:
             row_planner=RowPlanner(adapters.tables, adapters.groups, max_batch),
             rank_space=torch.empty(rank_space, dtype=torch.float32, device=device),
         )
-        self._inputs = StepInputs(self._most_integers(max_tokens, 2 * max_batch + sizes.max_chunks), device)
+        most = most_integers(max_tokens, 2 * max_batch + sizes.max_chunks, self._max_pages, self._tile_tokens)
+        self._inputs = StepInputs(most, device)
         self._results = PinnedRing(max_tokens, device)
         self._sampler = TokenSampler(device)
-
-    def _most_integers(self, max_tokens: int, max_sequences: int) -> int:
-        """Of any step, captured or not: a prompt has its own row in the block tables, beside those of all decodes."""
-        a_token, a_sequence = 5 + 4 / self._tile_tokens + 3 / DEFAULT_BLOCK_M, 3 + 4 + 3 + self._max_pages
-        return math.ceil(a_token * max_tokens) + a_sequence * max_sequences
 
     def _on_stream(self) -> contextlib.AbstractContextManager[object]:
         return contextlib.nullcontext() if self._stream is None else torch.cuda.stream(self._stream)

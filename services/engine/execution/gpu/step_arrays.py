@@ -63,14 +63,14 @@ def own_shape(layout: StepLayout, cuts: PrefillCuts, has_segment_slots: bool) ->
     """The shape without any padding."""
     mixed = bool(layout.prefills)
     return StepShape(
-        layout.num_decode,
-        layout.num_tokens - layout.num_decode,
-        len(layout.prefills),
-        layout.block_tables.shape[1],
-        len(cuts.tiles),
-        len(cuts.blocks),
-        len(layout.sampled) if mixed else 0,
-        layout.num_tokens if mixed and has_segment_slots else 0,
+        num_decode=layout.num_decode,
+        num_prefill=layout.num_tokens - layout.num_decode,
+        num_chunks=len(layout.prefills),
+        num_pages=layout.block_tables.shape[1],
+        num_tiles=len(cuts.tiles),
+        num_blocks=len(cuts.blocks),
+        num_sampled=len(layout.sampled) if mixed else 0,
+        num_segment_slots=layout.num_tokens if mixed and has_segment_slots else 0,
     )
 
 

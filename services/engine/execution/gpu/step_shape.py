@@ -6,9 +6,11 @@ shape finds its integers at the same place every time.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 from kernels.gpu.adapter_tables import MAX_RANK
+from kernels.gpu.segment_shrink import DEFAULT_BLOCK_M
 from services.engine.model.step_ops import Group
 
 
@@ -52,3 +54,13 @@ class StepShape(NamedTuple):
         tables = (self.num_decode + self.num_chunks, self.num_pages)
         cuts = (self.num_tiles, 4), (3, self.num_blocks)
         return (*4 * (tokens,), decodes, decodes, tables, (self.num_sampled,), *cuts, (self.num_segment_slots,))
+
+
+def most_integers(max_tokens: int, max_sequences: int, max_pages: int, tile_tokens: int) -> int:
+    """Of the arrays of any step, captured or not; a prompt counts as a sequence beside those that decode.
+
+    Each prompt may leave one tile and one block half empty.
+    """
+    a_token = 5 + 4 / tile_tokens + 3 / DEFAULT_BLOCK_M
+    a_sequence = 3 + 4 + 3 + max_pages
+    return math.ceil(a_token * max_tokens) + a_sequence * max_sequences
