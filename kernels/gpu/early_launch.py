@@ -12,8 +12,8 @@ begin as the last programs of the kernel ahead end, if that is an ordinary one, 
 
 This is right, in any order of these kernels, because
 - adapters that a step names were installed before the step was submitted, and stay until it has ended;
-- slots come by a copy ahead of the step's first kernel, which is an ordinary one; only kernels let others begin early,
-  so no kernel of the step, early or not, begins before that copy has ended;
+- slots come by a kernel (host_read) that does not let others begin early, and the one behind it is an ordinary one, so
+  no kernel of the step, early or not, begins before the slots are there;
 - what kernels.gpu.row_plan asks for keeps the plan whole.
 All else comes after the wait, and a wait is for everything ahead: each program of a kernel that starts early waits for
 the kernel ahead before it ends, also one without work, so that kernel's end implies the end of all before it. Hence

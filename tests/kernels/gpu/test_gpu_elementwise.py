@@ -10,6 +10,7 @@ import torch
 from kernels import reference
 from kernels.gpu.add_rms_norm import add_rms_norm
 from kernels.gpu.draw_tokens import draw_tokens
+from kernels.gpu.host_read import read_host
 from kernels.gpu.pick_tokens import pick_tokens, resolve_tokens
 from kernels.gpu.rope_kv_write import rope_kv_write
 from kernels.gpu.silu_mul import silu_mul
@@ -161,3 +162,17 @@ def test_draw_tokens(rng: random.Random, device: torch.device, vocab_size: int) 
     assert num_decided > num_rows // 2
     missing = ({*range(num_rows + 1)} - {*rows}).pop()
     assert int(out[missing]) == -7
+
+
+@pytest.mark.parametrize("num_words", [0, 1, 511, 512, 5000])
+@pytest.mark.parametrize("kind", [torch.int32, torch.float32])
+def test_read_host(device: torch.device, rng: random.Random, num_words: int, kind: torch.dtype) -> None:
+    """Where a buffer begins does not matter; nothing behind the target is written."""
+    begin = rng.randrange(8)
+    host = torch.randint(-(2**31), 2**31 - 1, (begin + num_words + 8,), dtype=torch.int32).view(kind)
+    host = host.pin_memory() if device.type == "cuda" else host
+    target = torch.full((num_words + 8,), 7, dtype=torch.int32, device=device).view(kind)
+    read_host(host[begin : begin + num_words], target[:num_words])
+    out = target.view(torch.int32).cpu()
+    assert torch.equal(out[:num_words], host.view(torch.int32)[begin : begin + num_words])
+    assert (out[num_words:] == 7).all()

@@ -92,7 +92,7 @@ def test_a_copy_keeps_its_memory_pinned(memory: memoryview) -> None:
 
 
 @pytest.mark.parametrize("registered", [True, False])
-@pytest.mark.parametrize(("begin", "layer_elems"), [(0, 1024), (2048, 1100), (4000, 1024), (6, 8)])
+@pytest.mark.parametrize(("begin", "layer_elems"), [(0, 1024), (2048, 1100), (4000, 1024), (6, 8), (2, 777)])
 def test_copies_are_right_wherever_pieces_end(
     memory: memoryview, registered: bool, begin: int, layer_elems: int
 ) -> None:

@@ -1,6 +1,7 @@
-"""The step's one exchange with the host: its integers go over in one copy, its tokens come back in one.
+"""The step's one exchange with the host: its integers go over in one read, its tokens come back in one copy.
 
-Pinned buffers are used in turn, so that the host fills one while the device may still read another.
+Pinned buffers are used in turn, so that the host fills one while the device may still read another. What goes over is
+read by a kernel, since a copy would wait for the adapters that are being loaded (kernels.gpu.host_read).
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from kernels.gpu.host_read import read_host
 from services.engine.execution.gpu.step_layout import Integers
 
 _ALIGNED = 4  # int32s: kernels are compiled for pointers of 16 bytes
@@ -26,7 +28,7 @@ class PinnedRing:
         self._next = 0
 
     def turn(self) -> tuple[torch.Tensor, torch.cuda.Event | None]:
-        """A buffer, and the event to record behind the copy that uses it."""
+        """A buffer, and the event to record behind what uses it."""
         number, self._next = self._next, (self._next + 1) % _NUM_BUFFERS
         event = self._events[number]
         if event is not None:
@@ -47,13 +49,13 @@ class StepInputs:
         self._ring = PinnedRing(size, device)
 
     def send(self, arrays: Sequence[Integers]) -> None:
-        """Writes `arrays` by one copy on the current stream."""
+        """Writes `arrays` in one read on the current stream."""
         buffer, event = self._ring.turn()
         host, end = buffer.numpy(), 0
         for array, (begin, size) in zip(arrays, _places([array.shape for array in arrays]), strict=True):
             end = begin + size
             host[begin:end] = array.reshape(-1)
-        self._flat[:end].copy_(buffer[:end], non_blocking=True)
+        read_host(buffer[:end], self._flat[:end])
         if event is not None:
             event.record()
 
@@ -61,6 +63,36 @@ class StepInputs:
         """Where arrays of these shapes lie when they were sent."""
         places = zip(shapes, _places(shapes), strict=True)
         return [self._flat[begin : begin + size].view(shape) for shape, (begin, size) in places]
+
+
+class SmallSends:
+    """Arrays of elements of 4 or 8 bytes that a step needs besides, few and small; kept while the device reads them."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        # By step, as many as buffers elsewhere: what was sent, and when it has been read.
+        self._sent: list[list[torch.Tensor]] = [[] for _ in range(_NUM_BUFFERS)]
+        self._read = [torch.cuda.Event() if device.type == "cuda" else None for _ in range(_NUM_BUFFERS)]
+        self._turn = 0
+
+    def send(self, values: torch.Tensor) -> torch.Tensor:
+        """`values`, contiguous, on the device."""
+        if self._device.type == "cpu":
+            return values
+        pinned = values.pin_memory()
+        self._sent[self._turn].append(pinned)
+        on_device = torch.empty_like(pinned, device=self._device)
+        read_host(pinned.view(-1).view(torch.int32), on_device.view(-1).view(torch.int32))
+        return on_device
+
+    def end_step(self) -> None:
+        """Everything of the step was sent."""
+        if (event := self._read[self._turn]) is not None:
+            event.record()
+        self._turn = (self._turn + 1) % _NUM_BUFFERS
+        if (event := self._read[self._turn]) is not None:
+            event.synchronize()
+        self._sent[self._turn].clear()
 
 
 def _places(shapes: Sequence[tuple[int, ...]]) -> Iterator[tuple[int, int]]:

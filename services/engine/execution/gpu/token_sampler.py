@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from kernels.gpu.draw_tokens import draw_tokens
+from services.engine.execution.gpu.staging import SmallSends
 from services.engine.execution.random_numbers import uniforms
 from services.engine.messages import SamplingParams
 from services.engine.step import SampleRequest
@@ -49,6 +50,7 @@ class TokenSampler:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
+        self._sends = SmallSends(device)
 
     def draw(
         self, logits: torch.Tensor, rows: Sequence[SampleRow], tokens: torch.Tensor, drawn: torch.Tensor
@@ -61,7 +63,9 @@ class TokenSampler:
         changed = [r for r in rows if _changes_scores(r.request) or r.request.params.temperature > 0]
         if changed:
             self._draw_changed(logits, changed, tokens, drawn)
-        return self._logprobs(logits, [r for r in rows if r.request.params.num_logprobs is not None], drawn)
+        logprobs = self._logprobs(logits, [r for r in rows if r.request.params.num_logprobs is not None], drawn)
+        self._sends.end_step()
+        return logprobs
 
     def _draw_changed(
         self, logits: torch.Tensor, rows: list[SampleRow], tokens: torch.Tensor, drawn: torch.Tensor
@@ -94,7 +98,7 @@ class TokenSampler:
             dtype=torch.float32,
         )
         uniform = torch.from_numpy(uniforms([p.seed for p in params], [r.place for r in requests]))
-        draw_tokens(scores, self._ints(rows), self._send(table), self._send(uniform), picked)
+        draw_tokens(scores, self._ints(rows), self._sends.send(table), self._sends.send(uniform), picked)
 
     def _penalize(self, scores: torch.Tensor, rows: list[SampleRow], tokens: torch.Tensor) -> None:
         """Penalties, then forbidden ids, on the rows that have them."""
@@ -106,7 +110,7 @@ class TokenSampler:
         forbidden = [(i, token) for i, r in enumerate(rows) for token in r.request.forbidden_ids]
         if forbidden:
             places = self._ints([i for i, _ in forbidden]), self._ints([token for _, token in forbidden])
-            scores.index_put_(places, torch.tensor(-math.inf, device=scores.device))
+            scores.index_put_(places, torch.full((), -math.inf, device=scores.device))
 
     def _penalties(self, rows: list[SampleRow], scores: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         params = [r.request.params for r in rows]
@@ -129,7 +133,7 @@ class TokenSampler:
         owners = np.repeat(np.arange(len(id_lists)), [len(ids) for ids in id_lists])
         ids = np.concatenate([np.asarray(ids, dtype=np.int64) for ids in id_lists])
         counts = torch.zeros((len(id_lists), vocab_size), dtype=torch.float32, device=self._device)
-        places = self._send(torch.from_numpy(owners)), self._send(torch.from_numpy(ids))
+        places = self._sends.send(torch.from_numpy(owners)), self._sends.send(torch.from_numpy(ids))
         return counts.index_put_(places, torch.ones((), device=self._device), accumulate=True)
 
     def _logprobs(self, logits: torch.Tensor, rows: list[SampleRow], drawn: torch.Tensor) -> Logprobs | None:
@@ -148,15 +152,10 @@ class TokenSampler:
         )
 
     def _ints(self, values: list[int]) -> torch.Tensor:
-        return self._send(torch.tensor(values, dtype=torch.int64))
+        return self._sends.send(torch.tensor(values, dtype=torch.int64))
 
     def _floats(self, values: list[float]) -> torch.Tensor:
-        return self._send(torch.tensor(values, dtype=torch.float32)).unsqueeze(1)
-
-    def _send(self, values: torch.Tensor) -> torch.Tensor:
-        if self._device.type == "cpu":
-            return values
-        return values.pin_memory().to(self._device, non_blocking=True)
+        return self._sends.send(torch.tensor(values, dtype=torch.float32)).unsqueeze(1)
 
     def _fetch(self, values: torch.Tensor) -> torch.Tensor:
         if self._device.type == "cpu":
