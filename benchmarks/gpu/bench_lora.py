@@ -160,8 +160,10 @@ def time_graph(body: Callable[[], None], replays: int = 15) -> float:
 class RowLora:
     """LoRA of decoded tokens: what a step launches."""
 
-    def __init__(self, tables: GpuAdapterTables, groups: Sequence[LoraGroup], max_batch: int) -> None:
-        self._tables, self._groups = tables, groups
+    def __init__(
+        self, tables: GpuAdapterTables, groups: Sequence[LoraGroup], max_batch: int, max_rank: int = MAX_RANK
+    ) -> None:
+        self._tables, self._groups, self._max_rank = tables, groups, max_rank
         self._planner = RowPlanner(tables, groups, max_batch)
         self._u = torch.full((32 * max_batch * 3 * MAX_RANK,), float("nan"), device=DEVICE)
 
@@ -183,11 +185,11 @@ class RowLora:
                 if plan is not None and parts != "expand":
                     planned_shrink(x[g], plan, layer, g, pages, u[g])
                 elif not isinstance(shrink, PlannedBlocks) and parts != "expand":
-                    row_shrink(x[g], slots, layer, pages, tables, group, u[g], shrink)
+                    row_shrink(x[g], slots, layer, pages, tables, group, u[g], self._max_rank, shrink)
                 if parts != "shrink" and plan is not None:
-                    planned_expand(u[g], plan, layer, g, pages, y[g], expand)
+                    planned_expand(u[g], plan, layer, g, pages, y[g], self._max_rank, expand)
                 elif parts != "shrink":
-                    row_expand(u[g], slots, layer, pages, tables, group, y[g], expand)
+                    row_expand(u[g], slots, layer, pages, tables, group, y[g], self._max_rank, expand)
 
 
 class DecodeStep:
@@ -203,7 +205,7 @@ class DecodeStep:
         self.slots = torch.arange(batch * rounds, dtype=torch.int32, device=DEVICE).view(rounds, batch)
         self.x = [_random(batch, group.in_features) for group in groups]
         self.y = [_random(batch, sum(group.out_features)) for group in groups]
-        self.lora = RowLora(tables, groups, batch)
+        self.lora = RowLora(tables, groups, batch, max(ranks))
 
     def time(
         self, shrink: AnyShrinkBlocks | None = None, expand: ExpandBlocks | None = None, parts: str = "both"
@@ -275,7 +277,7 @@ def _prefill_shape(pool: AdapterPool, shape: ModelShape, mix: str, sweep: bool) 
     ranks = DecodeCase(shape, "attn", mix, count).ranks(count)
     tables = place_adapters(pages.shape[1], shape.page_elems, groups, ranks)
     segments = [(i * SEGMENT_TOKENS, (i + 1) * SEGMENT_TOKENS, i) for i in range(count)]
-    u = torch.zeros(PREFILL_TOKENS, 3 * 256, dtype=torch.bfloat16, device=DEVICE)
+    u = torch.zeros(1, PREFILL_TOKENS, 3 * 256, dtype=torch.bfloat16, device=DEVICE)
     ms, num_bytes = 0.0, 0.0
     for group in groups:
         x, y = _random(PREFILL_TOKENS, group.in_features), _random(PREFILL_TOKENS, sum(group.out_features))
@@ -337,7 +339,7 @@ def run_check() -> None:
     bounds = {slot: [place for place, token in enumerate(order) if slots[token] == slot] for slot in set(slots)}
     segments = [(places[0], places[-1] + 1, slot) for slot, places in bounds.items()]
     out, x = y[order].clone(), x[order]
-    half = torch.full((len(slots), 600), float("nan"), device=DEVICE, dtype=torch.bfloat16)
+    half = torch.full((1, len(slots), 600), float("nan"), device=DEVICE, dtype=torch.bfloat16)
     plan = plan_segments(segments, 64, DEVICE)
     segment_shrink(x, plan, 5, pages, tables, group, half, 600)
     segment_expand(half, plan, 5, pages, tables, group, out, 600)

@@ -25,6 +25,9 @@ import triton.language as tl
 
 MAX_RANK = 256
 MAX_GROUP_MODULES = 3
+# Decoded tokens' work is cut differently where no adapter of a step has a larger rank on any module: with larger ranks
+# how long a kernel takes is decided by its longest programs, with these by how many it has.
+FEW_RANKS = 16
 
 
 class TableLayout(NamedTuple):

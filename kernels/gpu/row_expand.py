@@ -25,6 +25,8 @@ import triton
 import triton.language as tl
 
 from kernels.gpu.adapter_tables import (
+    FEW_RANKS,
+    MAX_RANK,
     GpuAdapterTables,
     Launch,
     LoraGroup,
@@ -52,16 +54,23 @@ class ExpandBlocks:
     early: bool = True
 
 
-# By the largest batch it holds for: a small batch needs many small programs to keep every SM loading. 32 layers of
-# Llama-7B's attention on one H200, rank 8: at 1 token 0.186 ms in these blocks, at 32 tokens 0.29 (8 tiles no other).
-# Between them half of the second, so that 8 tokens have a program an SM.
-_BLOCKS_BY_BATCH = ((4, ExpandBlocks(1, 8, 1)), (16, ExpandBlocks(2, 8, 1)), (63, ExpandBlocks(4, 8, 2)))
-# There too, 128 tokens, by plan: 0.366 ms at rank 8 and 1.249 with ranks 64 to 8 (1.40 in the order in which tokens
-# come). Blocks of 8 rows took 0.409 and 1.178; asking for later rows ahead of time (L2 prefetch) 1.48.
-_BLOCKS_OF_LARGE_BATCH = ExpandBlocks(4, 4, 2)
-# Where all programs run at once, the longest of them says how long: fewer and larger steps. Of that, o alone: 0.125 and
-# 0.369 ms, with blocks of 4 rows 0.124 and 0.431 (q k v: 0.314 and 0.836; 0.266 and 0.804).
+# Up to FEW_RANKS, by the largest batch it holds for: a small batch needs many small programs to keep every SM loading.
+# 32 layers of Llama-7B's attention on one H200, rank 8: at 1 token 0.186 ms in these blocks, at 32 tokens 0.29 (8 tiles
+# no other). Between them half of the second, so that 8 tokens have a program an SM.
+_BLOCKS_BY_BATCH = ((4, ExpandBlocks(1, 8, 1)), (16, ExpandBlocks(2, 8, 1)))
+# Beyond, by the number of programs: where all run at once, the longest of them says how long, and fewer and larger
+# steps are better. There too, 32 layers of o and of q k v at 128 tokens: 0.126 and 0.321 ms, with blocks of 4 rows
+# 0.124 and 0.270, with ranks 64 to 8 0.374 and 0.837, 0.425 and 0.811.
 _BLOCKS_OF_ONE_WAVE, _MOST_PROGRAMS_OF_ONE_WAVE = ExpandBlocks(4, 8, 2), 1056
+_BLOCKS_OF_MANY_PROGRAMS = ExpandBlocks(4, 4, 2)
+# With larger ranks the longest programs want to be short ones, as long as the launch has not too many of them. There,
+# ranks 64 to 8: o at 1 token 0.199 ms in blocks of 8 rows and 0.088 in 32; o at 128 tokens 0.321 in 1 tile, q k v at 64
+# tokens 0.426 in 2 tiles (0.473 in 1, 0.627 in 4 of 4 rows).
+_BLOCKS_OF_FEW_TOKENS, _FEW_TOKENS = ExpandBlocks(1, 32, 2), 8
+_BLOCKS_BY_PROGRAMS = ((1400, ExpandBlocks(1, 8, 1)), (2112, ExpandBlocks(2, 8, 1)))
+# Programs that add up more parts of u than this should not be many: down at 32 tokens takes 0.255 ms in 4 tiles, in 1
+# tile 0.318.
+_MOST_SPLITS_OF_SMALL_PROGRAMS = 16
 
 
 def row_expand(
@@ -72,10 +81,12 @@ def row_expand(
     tables: GpuAdapterTables,
     group: LoraGroup,
     y: torch.Tensor,
+    max_rank: int = MAX_RANK,
     blocks: ExpandBlocks | None = None,
 ) -> None:
-    """Adds what the adapters say to `y` (module docstring)."""
+    """Adds what the adapters say to `y` (module docstring). max_rank: no adapter has a larger one on a module."""
     layout = tables.layout
+    blocks = blocks or _blocks_for(u.shape[0], u.shape[1], group, layout.tile_elems, max_rank)
     grid, constants = _launch(u.shape, group, layout, pages.shape[1], blocks)
     _row_expand_kernel[grid](
         u, slots, slots, pages, tables.page_table, tables.rank, tables.lora_b_tile, y,
@@ -90,10 +101,12 @@ def planned_expand(
     group: int,
     pages: torch.Tensor,
     y: torch.Tensor,
+    max_rank: int = MAX_RANK,
     blocks: ExpandBlocks | None = None,
 ) -> None:
-    """Adds what the adapters say to `y` for the plan's `group` (module docstring)."""
+    """`row_expand` for the plan's `group`."""
     tables, modules, layout = plan.tables, plan.groups[group], plan.tables.layout
+    blocks = blocks or _blocks_for(u.shape[0], u.shape[1], modules, layout.tile_elems, max_rank)
     grid, constants = _launch(u.shape, modules, layout, pages.shape[1], blocks)
     _row_expand_kernel[grid](
         u, plan.slots, plan.order, pages, tables.page_table, tables.rank, tables.lora_b_tile, y,
@@ -103,14 +116,23 @@ def planned_expand(
 
 
 @functools.cache
+def _blocks_for(num_splits: int, batch: int, group: LoraGroup, tile_elems: int, max_rank: int) -> ExpandBlocks:
+    programs = batch * group.num_out_blocks(tile_elems, _BLOCKS_OF_ONE_WAVE.tiles)
+    large = _BLOCKS_OF_ONE_WAVE if programs <= _MOST_PROGRAMS_OF_ONE_WAVE else _BLOCKS_OF_MANY_PROGRAMS
+    if max_rank <= FEW_RANKS:
+        return next((blocks for limit, blocks in _BLOCKS_BY_BATCH if batch <= limit), large)
+    if batch <= _FEW_TOKENS:
+        return _BLOCKS_OF_FEW_TOKENS
+    if num_splits > _MOST_SPLITS_OF_SMALL_PROGRAMS:
+        return large
+    return next((blocks for limit, blocks in _BLOCKS_BY_PROGRAMS if programs <= limit), large)
+
+
+@functools.cache
 def _launch(
-    u_shape: tuple[int, int, int], group: LoraGroup, layout: TableLayout, page_elems: int, blocks: ExpandBlocks | None
+    u_shape: tuple[int, int, int], group: LoraGroup, layout: TableLayout, page_elems: int, blocks: ExpandBlocks
 ) -> Launch:
     num_splits, batch, u_stride = u_shape
-    if blocks is None:
-        programs = batch * group.num_out_blocks(layout.tile_elems, _BLOCKS_OF_ONE_WAVE.tiles)
-        large = _BLOCKS_OF_ONE_WAVE if programs <= _MOST_PROGRAMS_OF_ONE_WAVE else _BLOCKS_OF_LARGE_BATCH
-        blocks = next((blocks for limit, blocks in _BLOCKS_BY_BATCH if batch <= limit), large)
     gdc = has_early_launch(layout.device)
     constants = layout.constants(group, page_elems) | group.out_constants(layout.tile_elems)
     constants |= {

@@ -17,6 +17,7 @@ Source: S-LoRA section 6 (MBGMV), Punica (BGMV, arXiv 2310.18547).
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +25,8 @@ import triton
 import triton.language as tl
 
 from kernels.gpu.adapter_tables import (
+    FEW_RANKS,
+    MAX_RANK,
     GpuAdapterTables,
     Launch,
     LoraGroup,
@@ -53,10 +56,13 @@ class ShrinkBlocks:
     early: bool = True
 
 
-# By the largest batch it holds for. At 1 token all rows of q k v of rank 8 in one block: one wait for memory. At 32 and
-# 128 tokens 8 rows, which are one block at rank 8 of o; blocks of 16 or 32 rows took 1.4 to 2 times as long there.
-_BLOCKS_BY_BATCH = ((4, ShrinkBlocks(rows=32, num_warps=4)),)
-_BLOCKS_OF_LARGE_BATCH = ShrinkBlocks(rows=8, num_warps=2)
+# Up to FEW_RANKS: all rows of a group of rank 8 in one block, one wait for memory, while tokens are few. 32 layers of
+# Llama-7B on one H200, rank 8, q k v in 8 rows a block and in 32: 0.078 and 0.055 ms at 8 tokens, 0.118 and 0.097 at
+# 32, 0.140 and 0.146 at 48 (in 16 rows 0.116); o in 8 rows 0.039 at 16 tokens, in 32 rows 0.056.
+_ROWS_A_MODULE, _MOST_ROWS, _MOST_ROWS_OF_LARGE_BATCH, _LARGE_BATCH = 8, 32, 16, 33
+# Larger ranks, by the largest batch it holds for. There too, ranks 64 to 8, q k v in 8, 32 and 64 rows: 0.477, 0.198
+# and 0.153 ms at 16 tokens, 0.553, 0.255 and 0.346 at 32.
+_BLOCKS_OF_MANY_RANKS = ((16, ShrinkBlocks(rows=64, num_warps=8)), (math.inf, ShrinkBlocks(rows=32, num_warps=8)))
 
 
 @functools.cache
@@ -76,10 +82,12 @@ def row_shrink(
     tables: GpuAdapterTables,
     group: LoraGroup,
     u: torch.Tensor,
+    max_rank: int = MAX_RANK,
     blocks: ShrinkBlocks | None = None,
 ) -> None:
-    """Writes each token's part of `u` (module docstring)."""
+    """Writes each token's part of `u` (module docstring). max_rank: no adapter has a larger one on a module."""
     layout = tables.layout
+    blocks = blocks or _blocks_for(u.shape[1], group.num_modules, max_rank)
     grid, constants = _launch(u.shape, group, layout, pages.shape[1], blocks)
     _row_shrink_kernel[grid](
         x, slots, pages, tables.page_table, tables.rank, tables.lora_a_tile, u,
@@ -88,12 +96,19 @@ def row_shrink(
 
 
 @functools.cache
+def _blocks_for(batch: int, num_modules: int, max_rank: int) -> ShrinkBlocks:
+    if max_rank > FEW_RANKS:
+        return next(blocks for limit, blocks in _BLOCKS_OF_MANY_RANKS if batch <= limit)
+    most = _MOST_ROWS if batch < _LARGE_BATCH else _MOST_ROWS_OF_LARGE_BATCH
+    rows = min(most, int(triton.next_power_of_2(_ROWS_A_MODULE * num_modules)))
+    return ShrinkBlocks(rows, num_warps=4 if rows > _ROWS_A_MODULE else 2)
+
+
+@functools.cache
 def _launch(
-    u_shape: tuple[int, int, int], group: LoraGroup, layout: TableLayout, page_elems: int, blocks: ShrinkBlocks | None
+    u_shape: tuple[int, int, int], group: LoraGroup, layout: TableLayout, page_elems: int, blocks: ShrinkBlocks
 ) -> Launch:
     num_splits, batch, u_stride = u_shape
-    if blocks is None:
-        blocks = next((blocks for limit, blocks in _BLOCKS_BY_BATCH if batch <= limit), _BLOCKS_OF_LARGE_BATCH)
     in_tiles = group.in_features // layout.tile_elems
     tiles_per_split = -(-in_tiles // num_splits)
     gdc = has_early_launch(layout.device)

@@ -1,10 +1,10 @@
 """LoRA's second half for prefill on the accelerator: a run of tokens of one adapter multiplies by its B (SGMV).
 
 Semantics: for every token i of a segment of adapter a and each module m of the group, `y[i, columns of m] += B[a, m]^T
-u[i, ranks of m]`, summed in float32 and rounded once. Other tokens, and modules that an adapter leaves alone, are not
-touched.
+v[ranks of m]`, where v is the sum over s of u[s, i], rounded to y's type; summed in float32 and rounded once. Other
+tokens, and modules that an adapter leaves alone, are not touched.
 
-Shapes: u of y's type `[num_tokens, ...]` as segment_shrink left it; plan int32 `[3, num_blocks]`, columns of
+Shapes: u `[num_splits, num_tokens, ...]` as segment_shrink left it; plan int32 `[3, num_blocks]`, columns of
 segment_shrink.cut_blocks; pages `[num_pages, page_elems]`, one layer of the pool; y `[num_tokens, sum of out_features]`
 (any row stride).
 
@@ -49,6 +49,8 @@ class SegmentExpandBlocks:
 # 0.045).
 _BLOCKS = SegmentExpandBlocks(tiles=4, max_ranks=128, num_warps=4)
 _BLOCKS_MANY = SegmentExpandBlocks(tiles=8, max_ranks=128, num_warps=4)
+# Few tokens keep few programs busy, if those are not small.
+_BLOCKS_OF_FEW_TOKENS, _FEW_BLOCKS = SegmentExpandBlocks(tiles=1, max_ranks=128, num_warps=4), 32
 # Programs from which there are many: between the 512 of o and the 1536 of q k v.
 _MANY_PROGRAMS = 1024
 # float32 has no tensor cores here: small blocks compile and run as plain multiplications.
@@ -81,12 +83,12 @@ def segment_expand(
     max_rank = min(MAX_RANK, max_total_rank) if max_rank is None else max_rank
     if blocks is None:
         many = num_blocks * _num_out_blocks(group, layout.tile_elems, _BLOCKS_MANY.tiles) >= _MANY_PROGRAMS
-        half_blocks = _BLOCKS_MANY if many else _BLOCKS
+        half_blocks = _BLOCKS_OF_FEW_TOKENS if num_blocks <= _FEW_BLOCKS else _BLOCKS_MANY if many else _BLOCKS
         blocks = _BLOCKS_FLOAT32 if y.dtype == torch.float32 else half_blocks
-    constants = _constants(max_rank, block_m, group, layout, pages.shape[1], blocks)
+    constants = _constants(max_rank, block_m, u.shape[0], group, layout, pages.shape[1], blocks)
     _segment_expand_kernel[_num_out_blocks(group, layout.tile_elems, blocks.tiles), num_blocks](
-        u, plan, pages, tables.page_table, tables.rank, tables.lora_b_tile, y,
-        y.stride(0), layer * layout.layer_stride + group.first_module, u.stride(0), **constants,
+        u, plan, pages, tables.page_table, tables.rank, tables.lora_b_tile, y, y.stride(0),
+        layer * layout.layer_stride + group.first_module, u.stride(1), u.stride(0), **constants,
     )  # fmt: skip
 
 
@@ -97,11 +99,18 @@ def _num_out_blocks(group: LoraGroup, tile_elems: int, tiles: int) -> int:
 
 @functools.cache
 def _constants(
-    max_rank: int, block_m: int, group: LoraGroup, layout: TableLayout, page_elems: int, blocks: SegmentExpandBlocks
+    max_rank: int,
+    block_m: int,
+    num_splits: int,
+    group: LoraGroup,
+    layout: TableLayout,
+    page_elems: int,
+    blocks: SegmentExpandBlocks,
 ) -> dict[str, Any]:
     block_ranks = min(blocks.max_ranks, max(16, triton.next_power_of_2(max_rank)))
     constants = layout.constants(group, page_elems) | group.out_constants(layout.tile_elems)
     return constants | {
+        "NUM_SPLITS": num_splits,
         "BLOCK_M": block_m,
         "BLOCK_T": blocks.tiles,
         "BLOCK_R": block_ranks,
@@ -111,12 +120,14 @@ def _constants(
     }
 
 
-@triton.jit(do_not_specialize=["table_offset", "u_stride"])
+@triton.jit(do_not_specialize=["table_offset", "u_stride", "split_stride"])
 def _segment_expand_kernel(
-    u_ptr, plan_ptr, pages_ptr, page_table_ptr, rank_ptr, b_tile_ptr, y_ptr, y_stride, table_offset, u_stride,
+    u_ptr, plan_ptr, pages_ptr, page_table_ptr, rank_ptr, b_tile_ptr, y_ptr,
+    y_stride, table_offset, u_stride, split_stride,
     NUM_MODULES: tl.constexpr, TILE: tl.constexpr, PAGE_TILES: tl.constexpr, TABLE_STRIDE: tl.constexpr,
     PAGE_TABLE_STRIDE: tl.constexpr, TILES_0: tl.constexpr, TILES_1: tl.constexpr, TILES_2: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, ONE_BLOCK: tl.constexpr,
+    NUM_SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr,
+    ONE_BLOCK: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(1)
     num_blocks = tl.num_programs(1)
@@ -139,22 +150,32 @@ def _segment_expand_kernel(
     u_pointers = u_ptr + token.to(tl.int64) * u_stride + start + rows[:, None] * u_stride + ranks[None, :]
     y_pointers = y_ptr + token.to(tl.int64) * y_stride + column * TILE + rows[:, None] * y_stride + columns[None, :]
     # Nearly always all ranks, and read once for all tiles.
-    u = tl.load(u_pointers, mask=has_row[:, None] & (ranks < rank)[None, :], other=0.0)
+    has_rank = ranks < rank
+    u = _sum_of_parts(u_pointers, has_row[:, None] & has_rank[None, :], split_stride, NUM_SPLITS)
+    u = u.to(y_ptr.dtype.element_ty)
     for own in range(place, tl.minimum(place + BLOCK_T, width)):
         # On its way while the product is made.
         base = tl.load(y_pointers + own * TILE, mask=has_row[:, None], other=0.0)
         sums = tl.zeros([BLOCK_M, TILE], dtype=tl.float32)
         tile = first + ranks * width + own
-        lora_b = _rows_of_one_tile(pages_ptr, page_table_ptr, tile, ranks < rank, PAGE_TILES, TILE)
+        lora_b = _rows_of_one_tile(pages_ptr, page_table_ptr, tile, has_rank, PAGE_TILES, TILE)
         sums = tl.dot(u, lora_b, sums, input_precision="ieee")
         if not ONE_BLOCK:
             for begin in range(BLOCK_R, rank, BLOCK_R):
-                has_rank = begin + ranks < rank
-                lora_b = _rows_of_one_tile(pages_ptr, page_table_ptr, tile + begin * width, has_rank, PAGE_TILES, TILE)
-                more = tl.load(u_pointers + begin, mask=has_row[:, None] & has_rank[None, :], other=0.0)
-                sums = tl.dot(more, lora_b, sums, input_precision="ieee")
+                has_more = begin + ranks < rank
+                lora_b = _rows_of_one_tile(pages_ptr, page_table_ptr, tile + begin * width, has_more, PAGE_TILES, TILE)
+                more = _sum_of_parts(u_pointers + begin, has_row[:, None] & has_more[None, :], split_stride, NUM_SPLITS)
+                sums = tl.dot(more.to(y_ptr.dtype.element_ty), lora_b, sums, input_precision="ieee")
         sums += base.to(tl.float32)
         tl.store(y_pointers + own * TILE, sums.to(y_ptr.dtype.element_ty), mask=has_row[:, None])
+
+
+@triton.jit
+def _sum_of_parts(pointers, mask, stride, NUM_SPLITS: tl.constexpr):
+    total = tl.load(pointers, mask=mask, other=0.0)
+    for split in tl.static_range(1, NUM_SPLITS):
+        total += tl.load(pointers + split * stride, mask=mask, other=0.0)
+    return total
 
 
 @triton.jit

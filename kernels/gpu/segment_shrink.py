@@ -1,10 +1,12 @@
 """LoRA's first half for prefill on the accelerator: a run of tokens of one adapter multiplies by its A (SGMV).
 
-Semantics: for every token i of a segment of adapter a, `u[i, :R] = A[a] x[i]` for the R rows of A of all modules of the
-group, end to end; summed in float32 and rounded to x's type. Other entries of u are left as they are.
+Semantics: for every token i of a segment of adapter a, `u[s, i, :R] = A[a] x[i]` over the s-th part of in_features, for
+the R rows of A of all modules of the group, end to end; the parts are summed by segment_expand. Summed in float32, and
+rounded to u's type. Other entries of u are left as they are.
 
 Shapes: x `[num_tokens, in_features]` (any row stride); plan int32 `[3, num_blocks]`, columns of cut_blocks; pages
-`[num_pages, page_elems]`, one layer of the pool; u of x's type `[num_tokens, at least max_total_rank]`, scratch.
+`[num_pages, page_elems]`, one layer of the pool; u `[num_splits, num_tokens, at least max_total_rank]`, contiguous
+scratch: of x's type if num_splits is 1, else float32.
 
 Source: S-LoRA section 6 (MBGMM), Punica (SGMV, arXiv 2310.18547).
 """
@@ -48,6 +50,16 @@ _BLOCKS_LARGE_M = SegmentShrinkBlocks(max_ranks=128, num_warps=8, num_stages=3)
 _BLOCKS_FLOAT32 = SegmentShrinkBlocks(max_ranks=16, num_warps=4, num_stages=2)
 
 
+# A program of few tokens loops over in_features while most of the device is idle. So these are cut, up to so many
+# blocks of tokens, into so many parts; each costs segment_expand a read.
+_SPLITS_BY_BLOCKS = ((20, 8), (32, 4))
+
+
+def num_segment_splits(num_blocks: int) -> int:
+    """Into how many parts in_features is cut for a plan of `num_blocks`."""
+    return next((splits for limit, splits in _SPLITS_BY_BLOCKS if num_blocks <= limit), 1)
+
+
 def cut_blocks(segments: Sequence[tuple[int, int, int]], block_m: int) -> list[tuple[int, int, int]]:
     """Cuts runs of tokens `(begin, end, slot)` into blocks of at most `block_m`, none of which spans two runs.
 
@@ -89,11 +101,12 @@ def segment_shrink(
     if num_blocks == 0 or max_total_rank == 0:
         return
     layout = tables.layout
-    programs, constants = _launch(x.dtype, max_total_rank, block_m, group, layout, pages.shape[1], blocks)
+    splits = u.shape[0]
+    programs, constants = _launch(x.dtype, max_total_rank, block_m, splits, group, layout, pages.shape[1], blocks)
     # Programs of the same tokens run side by side: x comes from memory once, for the others from the cache.
-    _segment_shrink_kernel[programs, num_blocks](
-        x, plan, pages, tables.page_table, tables.rank, tables.lora_a_tile, u,
-        x.stride(0), layer * layout.layer_stride + group.first_module, u.stride(0), **constants,
+    _segment_shrink_kernel[programs, num_blocks, splits](
+        x, plan, pages, tables.page_table, tables.rank, tables.lora_a_tile, u, x.stride(0),
+        layer * layout.layer_stride + group.first_module, u.stride(1), u.stride(0), **constants,
     )  # fmt: skip
 
 
@@ -102,6 +115,7 @@ def _launch(
     dtype: torch.dtype,
     max_total_rank: int,
     block_m: int,
+    num_splits: int,
     group: LoraGroup,
     layout: TableLayout,
     page_elems: int,
@@ -117,6 +131,7 @@ def _launch(
     constants = layout.constants(group, page_elems) | {
         "RANK_PARTS": group.rank_parts,
         "IN_TILES": in_tiles,
+        "OWN_TILES": -(-in_tiles // num_splits),
         "TWO_PAGES": in_tiles * layout.tile_elems <= page_elems,
         "BLOCK_M": block_m,
         "BLOCK_R": block_ranks,
@@ -126,15 +141,17 @@ def _launch(
     return -(-max_total_rank // block_ranks), constants
 
 
-@triton.jit(do_not_specialize=["table_offset", "u_stride"])
+@triton.jit(do_not_specialize=["table_offset", "u_stride", "split_stride"])
 def _segment_shrink_kernel(
-    x_ptr, plan_ptr, pages_ptr, page_table_ptr, rank_ptr, a_tile_ptr, u_ptr, x_stride, table_offset, u_stride,
+    x_ptr, plan_ptr, pages_ptr, page_table_ptr, rank_ptr, a_tile_ptr, u_ptr,
+    x_stride, table_offset, u_stride, split_stride,
     NUM_MODULES: tl.constexpr, RANK_PARTS: tl.constexpr,
     TILE: tl.constexpr, PAGE_TILES: tl.constexpr, TABLE_STRIDE: tl.constexpr,
-    PAGE_TABLE_STRIDE: tl.constexpr, IN_TILES: tl.constexpr, TWO_PAGES: tl.constexpr,
+    PAGE_TABLE_STRIDE: tl.constexpr, IN_TILES: tl.constexpr, OWN_TILES: tl.constexpr, TWO_PAGES: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(1)
+    split = tl.program_id(2)
     num_blocks = tl.num_programs(1)
     token = tl.load(plan_ptr + block)
     count = tl.load(plan_ptr + num_blocks + block)
@@ -159,7 +176,7 @@ def _segment_shrink_kernel(
     # Only where the block begins can be far from the tensor's start: within it 32 bits do, and save registers.
     x_pointers = x_ptr + token.to(tl.int64) * x_stride + rows[:, None] * x_stride + columns[None, :]
     sums = tl.zeros([BLOCK_M, BLOCK_R], dtype=tl.float32)
-    for place in range(IN_TILES):
+    for place in range(split * OWN_TILES, tl.minimum((split + 1) * OWN_TILES, IN_TILES)):
         tile = begin + place
         if TWO_PAGES:
             own = tl.where(tile // PAGE_TILES == begin // PAGE_TILES, page, next_page)
@@ -169,5 +186,6 @@ def _segment_shrink_kernel(
         lora_a = tl.load(pages_ptr + elements[:, None] + columns[None, :], mask=has_rank[:, None], other=0.0)
         x = tl.load(x_pointers + place * TILE, mask=has_row[:, None], other=0.0)
         sums = tl.dot(x, tl.trans(lora_a), sums, input_precision="ieee")
-    u_pointers = u_ptr + token.to(tl.int64) * u_stride + rows[:, None] * u_stride + ranks[None, :]
+    u_ptr += split.to(tl.int64) * split_stride + token.to(tl.int64) * u_stride
+    u_pointers = u_ptr + rows[:, None] * u_stride + ranks[None, :]
     tl.store(u_pointers, sums.to(u_ptr.dtype.element_ty), mask=has_row[:, None] & has_rank[None, :])

@@ -59,7 +59,7 @@ def test_parts_joined(rng: random.Random, device: torch.device, way: str, tp_siz
         mine = held_by(case, tp_rank, tp_size)
         if way == "segments":
             part = torch.zeros(len(slots), width, device=device)
-            segment_shrink(x, segments, LAYER, mine.pages, mine.tables, mine.group, part, width, BLOCK_M)
+            segment_shrink(x, segments, LAYER, mine.pages, mine.tables, mine.group, part.unsqueeze(0), width, BLOCK_M)
             parts.append(part)
             continue
         u = torch.zeros(num_splits_for(len(slots), GROUP, TILE), len(slots), 256, device=device)
@@ -74,7 +74,8 @@ def test_parts_joined(rng: random.Random, device: torch.device, way: str, tp_siz
     out = y.clone()
     if way == "segments":
         total = case.max_total_rank()
-        segment_expand(joined, segments, LAYER, case.pages, case.tables, GROUP, out, total, BLOCK_M)
+        u = joined.unsqueeze(0)
+        segment_expand(u, segments, LAYER, case.pages, case.tables, GROUP, out, total, BLOCK_M)
     else:
         row_expand(joined.unsqueeze(0), token_slots, LAYER, case.pages, case.tables, GROUP, out)
     assert_as_good_as_torch(case, x, y, slots, out)

@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 
-from kernels.gpu.adapter_tables import LoraGroup
+from kernels.gpu.adapter_tables import FEW_RANKS, MAX_RANK, LoraGroup
 from kernels.gpu.planned_shrink import planned_shrink
 from kernels.gpu.row_expand import ExpandBlocks, planned_expand, row_expand
 from kernels.gpu.row_plan import PLAN_FROM_BATCH, PlannedBlocks, RowPlanner
@@ -50,21 +50,23 @@ def run(
     num_splits: int,
     blocks: Blocks = BY_BATCH,
     from_batch: int = PLAN_FROM_BATCH,
+    know_rank: bool = False,
 ) -> torch.Tensor:
     device = x.device
     (shrink, expand), tables, group = blocks, case.tables, case.group
+    max_rank = case.max_rank() if know_rank else MAX_RANK
     slot_tensor = torch.tensor(slots, dtype=torch.int32, device=device)
     u = torch.full((num_splits, len(slots), group.num_modules * 256), float("nan"), device=device)
     out = y.clone()
     # The group is the second of two: the other's items must not matter.
     planner = RowPlanner(tables, [LoraGroup(2, 16, (16, 16)), group], len(slots) + 1, from_batch)
     if not isinstance(shrink, PlannedBlocks) and (shrink is not None or not planner.needs_plan(len(slots))):
-        row_shrink(x, slot_tensor, LAYER, case.pages, tables, group, u, shrink)
-        row_expand(u, slot_tensor, LAYER, case.pages, tables, group, out, expand)
+        row_shrink(x, slot_tensor, LAYER, case.pages, tables, group, u, max_rank, shrink)
+        row_expand(u, slot_tensor, LAYER, case.pages, tables, group, out, max_rank, expand)
         return out
     plan = planner.plan(slot_tensor) if shrink is None else planner.plan(slot_tensor, shrink)
     planned_shrink(x, plan, LAYER, 1, case.pages, u)
-    planned_expand(u, plan, LAYER, 1, case.pages, out, expand)
+    planned_expand(u, plan, LAYER, 1, case.pages, out, max_rank, expand)
     return out
 
 
@@ -90,6 +92,27 @@ def test_matches_the_reference(
     for shrink, expand in (rng.choice(BLOCKS[:3]), rng.choice(BLOCKS[3:])):
         out = run(case, x, y, slots, rng.choice([1, 2, 3]), (shrink, expand))
         assert_as_good_as_torch(case, x, y, slots, out)
+
+
+@pytest.mark.parametrize("most", [FEW_RANKS, 64])
+@pytest.mark.parametrize(("batch", "from_batch"), [(3, 64), (9, 64), (17, 64), (33, 64), (18, 4)])
+def test_blocks_for_any_batch_and_rank(
+    rng: random.Random,
+    batch: int,
+    from_batch: int,
+    most: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> None:
+    """Whatever the kernels choose by themselves."""
+    group = rng.choice(GROUPS)
+    ranks = [random_ranks(rng, group, [rank for rank in RANKS if rank <= most]) for _ in range(4)]
+    case = random_case(rng, group, [*ranks, {group.first_module: most}], 16, 9, dtype, device)
+    slots = random_slots(rng, len(ranks), batch, "uniform")
+    x, y = inputs(case, slots, dtype, device)
+    num_splits = rng.choice([num_splits_for(batch, group, 16), 17])
+    out = run(case, x, y, slots, num_splits, from_batch=from_batch, know_rank=True)
+    assert_as_good_as_torch(case, x, y, slots, out)
 
 
 @pytest.mark.parametrize("batch", [3, 4, 7])

@@ -49,6 +49,7 @@ def run(
     blocks: Blocks = (None, None),
     *,
     know_rank: bool = False,
+    num_splits: int = 1,
 ) -> tuple[torch.Tensor, torch.Tensor, list[int], torch.Tensor]:
     """x and y as columns of wider tensors, as fused projections give them, the slots, and y with the adapters."""
     slots = [-1] * num_tokens
@@ -57,7 +58,8 @@ def run(
     x = torch.randn(num_tokens, case.group.in_features + 32).to(dtype).to(device)[:, 16:-16]
     y = poisoned((num_tokens, sum(case.group.out_features) + 16), slots, dtype, device)[:, :-16]
     total = case.max_total_rank()
-    u = torch.full((num_tokens, max(1, total)), float("nan"), dtype=dtype, device=device)
+    space = num_splits, num_tokens, max(1, total)
+    u = torch.full(space, float("nan"), dtype=dtype if num_splits == 1 else torch.float32, device=device)
     plan = plan_segments(segments, BLOCK_M, device)
     out = y.clone()
     segment_shrink(x, plan, LAYER, case.pages, case.tables, case.group, u, total, BLOCK_M, blocks[0])
@@ -78,7 +80,10 @@ def test_matches_the_reference(
     case = random_case(rng, group, ranks, 16, rng.choice([4, 64]), dtype, device)
     segments, num_tokens = random_segments(rng, [0, 1, 2] if popularity == "distinct" else [1, 1, 1])
     blocks = rng.choice([(None, None), SMALL])
-    x, y, slots, out = run(case, segments, num_tokens, dtype, device, blocks, know_rank=rng.random() < 0.5)
+    know_rank, num_splits = rng.random() < 0.5, rng.choice([1, 2, 4, 8])
+    x, y, slots, out = run(
+        case, segments, num_tokens, dtype, device, blocks, know_rank=know_rank, num_splits=num_splits
+    )
     assert_as_good_as_torch(case, x, y, slots, out)
 
 
@@ -87,7 +92,7 @@ def test_large_ranks(rng: random.Random, rank: int, dtype: torch.dtype, device: 
     group = LoraGroup(0, 32, (32, 16, 16))
     case = random_case(rng, group, [{0: rank, 1: rank, 2: rank}, {1: 1}], 16, 8, dtype, device)
     segments = [(1, 4, 1), (4, 9, 0)]
-    x, y, slots, out = run(case, segments, 10, dtype, device, know_rank=rank > 17)
+    x, y, slots, out = run(case, segments, 10, dtype, device, know_rank=rank > 17, num_splits=rng.choice([1, 3]))
     assert_as_good_as_torch(case, x, y, slots, out)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from kernels.gpu.adapter_tables import MAX_RANK
+from kernels.gpu.adapter_tables import FEW_RANKS, MAX_RANK
 from services.engine.execution.gpu.staging import StepInputs
 from services.engine.execution.gpu.step_arrays import StepArrays, arrange, cut_prefills, own_shape, shifted_row
 from services.engine.execution.gpu.step_graphs import CaptureSizes, StepGraphs, capture_sizes
@@ -149,7 +149,8 @@ def test_the_least_captured_step_that_holds_it(rng: random.Random) -> None:
     ("adapters", "held"),
     [
         (StepAdapters(frozenset(), 0), StepAdapters(frozenset())),
-        (StepAdapters(frozenset({Group.QKV}), 8), StepAdapters(ATTENTION, 64)),
+        (StepAdapters(frozenset({Group.QKV}), FEW_RANKS), StepAdapters(ATTENTION, FEW_RANKS)),
+        (StepAdapters(frozenset({Group.QKV}), FEW_RANKS + 1), StepAdapters(ATTENTION, 64)),
         (StepAdapters(ATTENTION, 65), StepAdapters(ATTENTION, MAX_RANK)),
         (StepAdapters(frozenset({Group.DOWN}), 64), StepAdapters(frozenset(Group), 64)),
     ],
@@ -163,7 +164,7 @@ def test_adapters_run_in_the_least_kind_that_holds_them(
     decode = graphs().find(draw_layout(rng, 2, []), adapters)
     assert decode is not None
     assert decode.adapters.groups == held.groups
-    assert decode.adapters.max_rank == MAX_RANK
+    assert decode.adapters.max_rank == (FEW_RANKS if held.max_rank == FEW_RANKS else MAX_RANK)
 
 
 @pytest.mark.parametrize(("max_batch", "max_tokens"), [(1, 16), (24, 512), (256, 8192), (300, 8192)])

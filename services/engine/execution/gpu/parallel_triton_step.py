@@ -77,7 +77,7 @@ class ParallelTritonStep(TritonStep):
             sent[:num_row_elems].view(-1, row_width).copy_(u.sum(0))
         if segments is not None and segment_width:
             tables, pages = state.adapters.tables, state.layers[layer]
-            u = sent[num_row_elems:].view(-1, segment_width)
+            u = sent[num_row_elems:].view(1, -1, segment_width)
             segment_shrink(x, segments.plan, layer, pages, tables, modules, u, segment_width)
         if group in SUMMED_GROUPS:
             pending = self._communicator.begin_all_reduce(sent, Traffic.LORA)
@@ -99,7 +99,9 @@ class ParallelTritonStep(TritonStep):
             parts = arrived[:, ranks.num_row_elems :].view(len(arrived), -1, ranks.segment_width)
             most = step.segments.max_ranks[group]
             u = self._joined(layer, group, parts, step.segment_slots, most.total, y.dtype)
-            segment_expand(u, step.segments.plan, layer, pages, tables, modules, y, most.total, max_rank=most.single)
+            segment_expand(
+                u.unsqueeze(0), step.segments.plan, layer, pages, tables, modules, y, most.total, max_rank=most.single
+            )
 
     def _joined(
         self, layer: int, group: Group, parts: torch.Tensor, slots: torch.Tensor, width: int, dtype: torch.dtype

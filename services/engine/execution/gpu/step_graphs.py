@@ -3,11 +3,12 @@
 A graph holds the launches of one size and one kind of adapters: what a batch does not have costs it nothing. A step
 runs in the next larger size, what is left over being padding that kernels pass over.
 
-- Decodes alone: by number of sequences and the set of groups that adapters change (none, attention's, all). Where
-  several processes share the model, also by a bound on ranks, since what they send has a fixed size.
-- Decodes with prompts: by both their sizes, in larger steps, and by a bound on ranks, which is what launches for
-  prompts depend on. Beyond the largest size the device takes longer than the host, and such a step is not captured; nor
-  is it where several processes share the model.
+- Decodes alone: by number of sequences, the set of groups that adapters change (none, attention's, all) and a bound on
+  ranks, by which kernels cut their work. Where several processes share the model, by more such bounds, since what they
+  send has a fixed size.
+- Decodes with prompts: by both their sizes, in larger steps, and as above; launches for prompts depend on ranks too.
+  Beyond the largest size the device takes longer than the host, and such a step is not captured; nor is it where
+  several processes share the model.
 
 Where there is no accelerator (tests in triton's interpreter) the same padded steps run uncaptured.
 """
@@ -24,7 +25,7 @@ from typing import NamedTuple
 
 import torch
 
-from kernels.gpu.adapter_tables import MAX_RANK
+from kernels.gpu.adapter_tables import FEW_RANKS, MAX_RANK
 from kernels.gpu.segment_shrink import DEFAULT_BLOCK_M
 from services.engine.execution.gpu.step_layout import StepLayout
 from services.engine.execution.gpu.step_shape import StepAdapters, StepShape
@@ -35,9 +36,9 @@ logger = logging.getLogger(__name__)
 ADAPTED_GROUPS = (frozenset[Group](), frozenset({Group.QKV, Group.OUTPUT}), frozenset(Group))
 """The sets that are captured; others run in the next larger one."""
 
-PARALLEL_RANK_BOUNDS = (16, 64, MAX_RANK)
-MIXED_RANK_BOUNDS = (64, MAX_RANK)
-"""The bounds that are captured where they make a difference."""
+DECODE_RANK_BOUNDS = (FEW_RANKS, MAX_RANK)
+MIXED_RANK_BOUNDS = PARALLEL_RANK_BOUNDS = (FEW_RANKS, 64, MAX_RANK)
+"""The bounds that are captured: where they make a difference."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +91,7 @@ class StepGraphs:
         """compute: such a step from the runner's inputs; its logits. tile_tokens: of attention over prompts."""
         self._compute, self._sizes, self._device = compute, sizes, device
         self._max_pages, self._tile_tokens = max_pages, tile_tokens
-        self._decode_kinds = _kinds((MAX_RANK,) if tp_size == 1 else PARALLEL_RANK_BOUNDS)
+        self._decode_kinds = _kinds(DECODE_RANK_BOUNDS if tp_size == 1 else PARALLEL_RANK_BOUNDS)
         self._mixed_kinds = _kinds(MIXED_RANK_BOUNDS)
         # With other processes there is a thread that looks after collectives, which a capture need not mind.
         self._error_mode = "global" if tp_size == 1 else "thread_local"

@@ -19,7 +19,7 @@ from kernels.gpu.row_plan import RowPlan, RowPlanner
 from kernels.gpu.row_product import row_product
 from kernels.gpu.row_shrink import num_splits_for, row_shrink
 from kernels.gpu.segment_expand import segment_expand
-from kernels.gpu.segment_shrink import segment_shrink
+from kernels.gpu.segment_shrink import num_segment_splits, segment_shrink
 from kernels.gpu.silu_mul import silu_mul
 from services.engine.execution.gpu.adapter_device import GpuAdapterDevice, GroupRanks
 from services.engine.memory.pool import Pool
@@ -57,9 +57,10 @@ class StepTensors:
     segments: Segments | None = None
     # [num_sampled]; None: every token's logits are wanted.
     logit_rows: torch.Tensor | None = None
-    # Where several processes share the model: no module of a decoded token's adapter has a larger rank; and the
-    # adapter's slot of every token that is prefilled, -1 for the others ([num_tokens]), where segments are present.
+    # No module of a decoded token's adapter has a larger rank.
     max_row_rank: int = MAX_RANK
+    # Where several processes share the model and segments are present: the adapter's slot of every token that is
+    # prefilled, -1 for the others ([num_tokens]).
     segment_slots: torch.Tensor | None = None
 
 
@@ -154,33 +155,34 @@ class TritonStep:
         self._expand_rows(layer, group, self._shrink_rows(layer, group, x), y)
 
     def _shrink_rows(self, layer: int, group: Group, x: torch.Tensor) -> torch.Tensor:
-        state, slots, plan = self._state, self._step.adapter_slots, self._row_plan
+        state, slots, max_rank, plan = self._state, self._step.adapter_slots, self._step.max_row_rank, self._row_plan
         tables, modules, pages = state.adapters.tables, state.adapters.groups[group], state.layers[layer]
         u = self._row_spaces.get(group)
         if u is None:
             shape = (num_splits_for(len(slots), modules, tables.tile_elems), len(slots), MAX_RANK * modules.num_modules)
             u = self._row_spaces[group] = state.rank_space[: math.prod(shape)].view(shape)
         if plan is None:
-            row_shrink(x, slots, layer, pages, tables, modules, u)
+            row_shrink(x, slots, layer, pages, tables, modules, u, max_rank)
         else:
             planned_shrink(x, plan, layer, group, pages, u)
         return u
 
     def _expand_rows(self, layer: int, group: Group, u: torch.Tensor, y: torch.Tensor) -> None:
-        state, slots, plan = self._state, self._step.adapter_slots, self._row_plan
+        state, slots, max_rank, plan = self._state, self._step.adapter_slots, self._step.max_row_rank, self._row_plan
         tables, modules, pages = state.adapters.tables, state.adapters.groups[group], state.layers[layer]
         if plan is None:
-            row_expand(u, slots, layer, pages, tables, modules, y)
+            row_expand(u, slots, layer, pages, tables, modules, y, max_rank)
         else:
-            planned_expand(u, plan, layer, group, pages, y)
+            planned_expand(u, plan, layer, group, pages, y, max_rank)
 
     def _add_segments(self, layer: int, group: Group, x: torch.Tensor, segments: Segments, y: torch.Tensor) -> None:
         state, plan, ranks = self._state, segments.plan, segments.max_ranks[group]
         tables, modules, pages = state.adapters.tables, state.adapters.groups[group], state.layers[layer]
         u = self._segment_spaces.get(group)
         if u is None:
-            shape = (len(x), -(-ranks.total // 16) * 16)
-            u = self._segment_spaces[group] = torch.empty(shape, dtype=x.dtype, device=x.device)
+            shape = num_segment_splits(plan.shape[1]), len(x), -(-ranks.total // 16) * 16
+            dtype = x.dtype if shape[0] == 1 else torch.float32
+            u = self._segment_spaces[group] = torch.empty(shape, dtype=dtype, device=x.device)
         segment_shrink(x, plan, layer, pages, tables, modules, u, ranks.total)
         segment_expand(u, plan, layer, pages, tables, modules, y, ranks.total, max_rank=ranks.single)
 
