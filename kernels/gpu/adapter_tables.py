@@ -191,4 +191,7 @@ def load_tiles(pages_ptr, page, tile, mask, PAGE_TILES: tl.constexpr, TILE: tl.c
     # Said only to order the dimensions for the compiler, which otherwise takes m before n or n before m as it pleases
     # (it differs by version); vectors are along TILE whatever is said of n.
     pointers = tl.max_contiguous(pointers, (1, 2, TILE))
-    return tl.load(pointers, mask=mask[:, :, None], other=0.0)
+    # Read once, or by neighbours at the same time: first to leave the cache, so that activations stay. 128 tokens with
+    # as many adapters, 32 layers of Llama-7B's attention on one H200: 0.696 ms at rank 8 and 2.075 with ranks 64 to 8,
+    # else 0.775 and 2.207.
+    return tl.load(pointers, mask=mask[:, :, None], other=0.0, eviction_policy="evict_first")
