@@ -88,16 +88,21 @@ class Bench:
         ]
 
 
-def measure_device(bench: Bench) -> Iterator[Row]:
-    """What the card itself does: two of a kind differ by some percent, and so do all figures below."""
-    if bench.model.device != "cuda":
+def measure_device(model: BenchModel) -> Iterator[Row]:
+    """What the card itself does: two of a kind differ by some percent, and so do all figures below.
+
+    Measured before a model takes all of its memory.
+    """
+    if model.device != "cuda":
         return
     source = torch.empty(2**31, dtype=torch.uint8, device="cuda")
     target, square = torch.empty_like(source), torch.randn(8192, 8192, dtype=torch.bfloat16, device="cuda")
     seconds = _median_seconds(functools.partial(target.copy_, source))
-    yield bench.model.row("device", "base", "copy_tb_per_s", 2 * source.numel() / seconds / 1e12)
+    yield model.row("device", "base", "copy_tb_per_s", 2 * source.numel() / seconds / 1e12)
     seconds = _median_seconds(functools.partial(torch.mm, square, square))
-    yield bench.model.row("device", "base", "product_tflop_per_s", 2 * 8192**3 / seconds / 1e12)
+    yield model.row("device", "base", "product_tflop_per_s", 2 * 8192**3 / seconds / 1e12)
+    del source, target, square
+    torch.cuda.empty_cache()
 
 
 def _median_seconds(work: Callable[[], torch.Tensor]) -> float:
@@ -380,7 +385,6 @@ def measure_mixes(bench: Bench, mixes: str, num_requests: int) -> Iterator[Row]:
 def measure(bench: Bench, only: set[str], quick: bool) -> Iterator[Row]:
     """Everything that was asked for but the mixes, base first."""
     sizes = (1, 32) if quick else DECODE_BATCHES
-    yield from measure_device(bench)
     if "decode" in only:
         yield from measure_decode(bench, sizes)
         if not quick:
@@ -408,9 +412,10 @@ def main() -> None:
     arguments = parser.parse_args()
     model, only = chosen_model(arguments), set(arguments.only.split(","))
     sys.setswitchinterval(SWITCH_SECONDS)
+    rows = list(measure_device(model))
     with tempfile.TemporaryDirectory() as scratch:
         bench = Bench.open(model, Path(scratch))
-        rows = list(measure(bench, only, arguments.quick))
+        rows += measure(bench, only, arguments.quick)
         if "paper_mix" in only:
             mixes, requests = ("base:0,S1:5,S2:5", 64) if arguments.quick else (arguments.mixes, arguments.requests)
             rows += measure_mixes(bench, mixes, requests)
