@@ -33,7 +33,7 @@ from benchmarks.simulate_policies import (
     serve,
     sustainable_rate,
 )
-from benchmarks.step_model import StepWork, base_steps, lora_steps, measured_model
+from benchmarks.step_model import WORKLOAD, StepWork, base_steps, lora_steps, measured_model
 from benchmarks.trace import TraceShape, draw_mix
 from benchmarks.virtual_engine import Arrival, EngineShape
 from services.engine.config import PolicyConfig
@@ -227,7 +227,8 @@ def recorded() -> tuple[list[Row], dict[str, float]]:
 def is_core_mix(row: Mapping[str, Any]) -> bool:
     """Whether a measured row is of a closed loop of the engine's core alone."""
     of_core = (row.get("system", "slora"), row.get("through", "core")) == ("slora", "core")
-    return of_core and row["metric"] == "requests_per_s" and row["bench"] in ("paper_mix", "peft")
+    is_rate = row["metric"] == "requests_per_s" and row["bench"] in ("paper_mix", "peft")
+    return of_core and is_rate and WORKLOAD.items() <= row.items()
 
 
 def closed_loop_rate(setting: str, num_adapters: int, num_requests: int) -> float:
