@@ -78,7 +78,7 @@ def test_in_a_captured_shape_every_token_is_found_again(rng: random.Random) -> N
     for _ in range(50):
         layout = random_layout(rng)
         cuts = cut_prefills(layout, TILE_TOKENS)
-        captured = graphs().find(layout, NOTHING)
+        captured = graphs(tp_size=rng.choice([1, 2])).find(layout, NOTHING)
         assert captured is not None
         shape = captured.shape
         arrays = arrange(layout, cuts, shape)
@@ -123,6 +123,9 @@ def check_prompts(layout: StepLayout, arrays: StepArrays[Integers], rows: list[i
     }
     assert adapted == expected
     assert arrays.logit_rows[: len(layout.sampled)].tolist() == [rows[row] for _, row in layout.sampled]
+    if len(arrays.segment_slots):
+        slots = {row: slot for row, slot in enumerate(arrays.segment_slots.tolist()) if slot != BASE_SLOT}
+        assert slots == expected
 
 
 def test_the_least_captured_step_that_holds_it(rng: random.Random) -> None:
@@ -142,7 +145,10 @@ def test_the_least_captured_step_that_holds_it(rng: random.Random) -> None:
     assert found(1, [65]) is None
     assert found(1, [2, 2, 2]) == (4, 16)
     assert found(1, [2, 2, 2, 2]) is None
-    assert graphs(capture_sizes(16, 64, tp_size=2), 2).find(draw_layout(rng, 1, [2]), NOTHING) is None
+    assert all(step.shape.num_segment_slots == 0 for step in held._steps())
+    shared = graphs(tp_size=2).find(draw_layout(rng, 1, [2]), NOTHING)
+    assert shared is not None
+    assert shared.shape.num_segment_slots == shared.shape.num_tokens
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ from services.engine.model.partition import Partition
 from tests.fixtures.adapter_kinds import ATTENTION, KINDS, MLP, peft_model
 from tests.fixtures.adapter_packer import pack_adapter
 from tests.fixtures.process_group import ProcessGroups
+from tests.fixtures.runner_driver import SMALL_SIZES
 from tests.fixtures.shard_packer import pack_shard
 from tests.fixtures.sharded_runs import Ask, Outcome, PackedAdapter, refuse, run_model
 from tests.fixtures.tiny_models import FAMILIES, make_checkpoint
@@ -123,7 +125,8 @@ def test_the_accelerators_path(tmp_path: Path, rng: random.Random, groups: dict[
     ]
     settings = settings_for(checkpoint, num_pages=300, max_running=8, max_step_tokens=64)
     wanted = run_model(SoleProcess(), settings, shards(model, names, 1), asks, seed)
-    outcomes = groups[2].call(run_model, settings, shards(model, names, 2), asks, seed, GpuRunner)
+    padded = functools.partial(GpuRunner, sizes=SMALL_SIZES)
+    outcomes = groups[2].call(run_model, settings, shards(model, names, 2), asks, seed, padded)
     for outcome in outcomes:
         assert_same(outcome, wanted, asks)
         assert said(outcome) == said(outcomes[0]), "processes differ in their bits"

@@ -99,7 +99,7 @@ class GpuRunner:
             self.pool_config.num_pages, self.pool_config.tokens_per_page, self.max_model_len, self.vocab_size
         )
         self._max_batch = min(settings.max_running, settings.max_step_tokens)
-        sizes = sizes or capture_sizes(self._max_batch, settings.max_step_tokens, partition.tp_size)
+        sizes = sizes or capture_sizes(self._max_batch, settings.max_step_tokens)
         self._make_buffers(settings, pool, sizes)
         self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
         self._make_step: Callable[[StepTensors], StepOps] = partial(TritonStep, self._state)

@@ -93,7 +93,7 @@ def arrange(layout: StepLayout, cuts: PrefillCuts, shape: StepShape) -> StepArra
         tables,
         _logit_rows(layout, shape),
         *_shifted_cuts(layout, cuts, shape),
-        _segment_slots(layout) if shape.num_segment_slots else np.empty(0, dtype=np.int32),
+        _segment_slots(layout, shape),
     )
 
 
@@ -144,9 +144,11 @@ def _shifted_cuts(layout: StepLayout, cuts: PrefillCuts, shape: StepShape) -> tu
     return tiles, blocks
 
 
-def _segment_slots(layout: StepLayout) -> Integers:
+def _segment_slots(layout: StepLayout, shape: StepShape) -> Integers:
     """The adapter's slot of every token that is prefilled."""
-    slots = np.full(layout.num_tokens, BASE_SLOT, dtype=np.int32)
-    for begin, end, slot in layout.segments:
-        slots[begin:end] = slot
+    slots = np.full(shape.num_segment_slots, BASE_SLOT, dtype=np.int32)
+    if shape.num_segment_slots:
+        shift = shape.num_decode - layout.num_decode
+        for begin, end, slot in layout.segments:
+            slots[begin + shift : end + shift] = slot
     return slots

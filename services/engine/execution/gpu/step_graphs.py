@@ -7,8 +7,7 @@ runs in the next larger size, what is left over being padding that kernels pass 
   ranks, by which kernels cut their work. Where several processes share the model, by more such bounds, since what they
   send has a fixed size.
 - Decodes with prompts: by both their sizes, in larger steps, and as above; launches for prompts depend on ranks too.
-  Beyond the largest size the device takes longer than the host, and such a step is not captured; nor is it where
-  several processes share the model.
+  Beyond the largest size the device takes longer than the host, and such a step is not captured.
 
 Where there is no accelerator (tests in triton's interpreter) the same padded steps run uncaptured.
 """
@@ -53,14 +52,12 @@ class CaptureSizes:
     max_chunks: int = 16
 
 
-def capture_sizes(max_batch: int, max_tokens: int, tp_size: int = 1) -> CaptureSizes:
+def capture_sizes(max_batch: int, max_tokens: int) -> CaptureSizes:
     """A few more rows than needed cost less than many graphs do: capturing one takes some 50 ms.
 
     Prompts of 1024 tokens keep an H200 as busy as their launches keep the host.
     """
     decode = _up_to(max_batch, (1, 2, 4, *range(8, 64, 8), *range(64, 256, 16), *range(256, max_batch + 32, 32)))
-    if tp_size > 1:
-        return CaptureSizes(decode)
     mixed = _up_to(max_batch, (8, 32, 64, *range(128, max_batch + 128, 128)))
     return CaptureSizes(decode, mixed, tuple(size for size in (64, 256, 512, 1024) if size <= max_tokens))
 
@@ -93,6 +90,7 @@ class StepGraphs:
         self._max_pages, self._tile_tokens = max_pages, tile_tokens
         self._decode_kinds = _kinds(DECODE_RANK_BOUNDS if tp_size == 1 else PARALLEL_RANK_BOUNDS)
         self._mixed_kinds = _kinds(MIXED_RANK_BOUNDS)
+        self._is_shared = tp_size > 1
         # With other processes there is a thread that looks after collectives, which a capture need not mind.
         self._error_mode = "global" if tp_size == 1 else "thread_local"
         self._graphs: dict[CapturedStep, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
@@ -158,6 +156,7 @@ class StepGraphs:
             num_tiles=num_prefill // self._tile_tokens + chunks,
             num_blocks=num_prefill // DEFAULT_BLOCK_M + chunks,
             num_sampled=num_decode + chunks,
+            num_segment_slots=num_decode + num_prefill if self._is_shared else 0,
         )
 
 
