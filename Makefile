@@ -48,6 +48,7 @@ test: setup ## Run every test that needs no accelerator
 
 test-gpu: setup ## Run the tests of the accelerator's kernels and runner, on an accelerator
 	python -m pytest tests/kernels/gpu tests/unit/engine_execution/test_gpu_runner.py tests/gpu
+	python -m tests.gpu.sanitize
 
 test-compose: setup ## Bring docker-compose.yml up on a Docker engine and ask it; takes long, says so where none runs
 	python -m pytest -v -s tests/deploy/compose_trial.py
