@@ -177,7 +177,7 @@ def measure_prefill(bench: Bench) -> Iterator[Row]:
 def measure_mixed(bench: Bench) -> Iterator[Row]:
     """Time a step takes when one prompt is computed in it beside sequences that decode, every fourth step."""
     draw = random.Random(4)
-    for setting in ("base", "S1"):
+    for setting in SETTINGS:
         source = bench.source(setting, 128)
         driver = CoreDriver(bench.settings, bench.runner, source)
         driver.run(bench.batch(draw, source.adapters, 128))  # adapters become resident
