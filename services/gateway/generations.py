@@ -13,7 +13,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import Any
 
-from services.common.errors import Reason, SloraError
+from services.common.errors import FieldError, Reason, SloraError
 from services.common.request_id import bind_request_id
 from services.common.tracing import current_span, using
 from services.gateway.admission import Admission
@@ -176,8 +176,8 @@ async def _messages(stream: OpenStream, model: ResolvedModel, record: RequestRec
 
 def _checked_request_id(request_id: str) -> str:
     if len(request_id) > MAX_REQUEST_ID_CHARS:
-        message = f"request_id has {len(request_id)} characters; at most {MAX_REQUEST_ID_CHARS} are allowed"
-        raise SloraError(Reason.REQUEST_INVALID, message, field="request_id", limit=MAX_REQUEST_ID_CHARS)
+        complaint = f"has {len(request_id)} characters; at most {MAX_REQUEST_ID_CHARS} are allowed"
+        raise FieldError(Reason.REQUEST_INVALID, "request_id", complaint, limit=MAX_REQUEST_ID_CHARS)
     return request_id or uuid.uuid4().hex
 
 

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from services.common.errors import Reason, SloraError
+from services.common.errors import FieldError, Reason, SloraError
 from services.gateway.adapter_source import AdapterSource
 from services.gateway.catalogue import AdapterEntry, Catalogue
 from services.gateway.engine_pool import EnginePool
@@ -98,8 +98,8 @@ class Models:
         another UNAVAILABLE reason (the store cannot tell), ENGINE_UNAVAILABLE (no engine was heard of yet).
         """
         if not model:
-            message = "model is required: a base model's name, an adapter's name or name@version"
-            raise SloraError(Reason.REQUEST_INVALID, message, field="model")
+            complaint = "is required: a base model's name, an adapter's name or name@version"
+            raise FieldError(Reason.REQUEST_INVALID, "model", complaint)
         base_models = self._pool.base_models()
         if model in base_models:
             return ResolvedModel(model, None)

@@ -8,9 +8,11 @@ from typing import Any, cast
 import grpc
 import pytest
 from google.rpc import error_details_pb2, status_pb2
+from grpc_status import rpc_status
 
-from services.common.errors import Reason, SloraError
-from services.common.grpc_errors import abort, from_store_error, to_grpc_status
+from services.common.errors import FieldError, Reason, SloraError
+from services.common.grpc_errors import abort, from_rpc_error, from_store_error, to_grpc_status
+from tests.fixtures.ended_call import EndedCall
 
 
 def decoded(status: grpc.Status) -> tuple[status_pb2.Status, error_details_pb2.ErrorInfo]:
@@ -56,31 +58,42 @@ def test_when_to_retry_is_said_in_the_standard_way_too() -> None:
     assert info.metadata["retry_after_seconds"] == "2.500", "and so that a gateway passes it on"
 
 
-class Answer(grpc.RpcError):
-    """A call that ended so."""
+def test_a_field_is_named_apart_from_what_is_wrong_with_it() -> None:
+    error = FieldError(Reason.SAMPLING_INVALID, "sampling.top_p", "is 2; it is at most 1", value=2)
+    whole, info = decoded(to_grpc_status(error))
+    bad = error_details_pb2.BadRequest()
+    assert whole.details[1].Unpack(bad)
+    assert whole.message == "sampling.top_p is 2; it is at most 1"
+    assert [(v.field, v.description) for v in bad.field_violations] == [("sampling.top_p", "is 2; it is at most 1")]
+    assert dict(info.metadata) == {"field": "sampling.top_p", "value": "2"}
 
-    def __init__(self, error: SloraError) -> None:
-        self._status = to_grpc_status(error)
 
-    def code(self) -> grpc.StatusCode:
-        return self._status.code
+def test_an_error_of_a_field_is_one_again_at_the_other_end() -> None:
+    error = FieldError(Reason.SAMPLING_INVALID, "sampling.top_p", "is 2; it is at most 1", value=2)
+    found = from_rpc_error(EndedCall(to_grpc_status(error)), unavailable=Reason.ENGINE_UNAVAILABLE)
+    assert isinstance(found, FieldError)
+    assert (found.reason, found.field, found.complaint) == (error.reason, error.field, error.complaint)
+    assert (found.message, found.metadata) == (error.message, error.metadata)
 
-    def details(self) -> str:
-        return str(self._status.details)
 
-    def trailing_metadata(self) -> object:
-        return self._status.trailing_metadata
+def test_a_violation_that_names_nothing_is_no_error_of_a_field() -> None:
+    status = to_grpc_status(SloraError(Reason.SAMPLING_INVALID, "no token can be drawn"))
+    whole, _ = decoded(status)
+    whole.details.add().Pack(error_details_pb2.BadRequest())
+    found = from_rpc_error(EndedCall(rpc_status.to_status(whole)), unavailable=Reason.ENGINE_UNAVAILABLE)
+    assert (type(found), found.message) == (SloraError, "no token can be drawn")
 
 
 @pytest.mark.parametrize("reason", [Reason.API_KEY_MISSING, Reason.API_KEY_INVALID, Reason.NOT_PERMITTED])
 def test_a_store_that_refuses_the_services_own_credentials_is_away(reason: Reason) -> None:
-    error = from_store_error(Answer(SloraError(reason, "the token is not valid")))
+    error = from_store_error(EndedCall(to_grpc_status(SloraError(reason, "the token is not valid"))))
     assert error.reason is Reason.ADAPTER_STORE_UNAVAILABLE
     assert "the token is not valid; see --store-token-file" in error.message
 
 
 def test_other_errors_of_the_store_are_its_own() -> None:
-    error = from_store_error(Answer(SloraError(Reason.ADAPTER_NOT_FOUND, "no such adapter", adapter_id="x")))
+    status = to_grpc_status(SloraError(Reason.ADAPTER_NOT_FOUND, "no such adapter", adapter_id="x"))
+    error = from_store_error(EndedCall(status))
     assert (error.reason, error.metadata) == (Reason.ADAPTER_NOT_FOUND, {"adapter_id": "x"})
 
 
