@@ -13,11 +13,11 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import Any
 
-from services.common.errors import FieldError, Reason, SloraError
+from services.common.errors import FieldError, Reason, SloraError, Status
 from services.common.request_id import bind_request_id
 from services.common.tracing import current_span, using
 from services.gateway.admission import Admission
-from services.gateway.dispatcher import Dispatcher, OpenStream, Work, may_go_elsewhere
+from services.gateway.dispatcher import Dispatcher, OpenStream, Work
 from services.gateway.metrics import GatewayMetrics
 from services.gateway.models import Models, ResolvedModel
 from services.gateway.request_record import CANCELLED, OK, RequestRecord
@@ -26,6 +26,8 @@ from services.gateway.tenancy.limiter import Limiter, Quota
 from services.tenancy.tenants import ANONYMOUS, Tenant
 
 MAX_REQUEST_ID_CHARS = 128
+
+_OWED = frozenset({Status.UNAVAILABLE, Status.RESOURCE_EXHAUSTED, Status.DATA_LOSS, Status.INTERNAL})
 
 
 def no_deadline() -> None:
@@ -125,12 +127,13 @@ class Generations:
 
     @contextlib.asynccontextmanager
     async def _admitted(self, ask: Ask, record: RequestRecord) -> AsyncIterator[Quota | None]:
-        """Within the tenant's limits; charged in the end for what it used; nothing if no engine took it."""
+        """Within the tenant's limits; charged in the end for what it used, and for nothing where the service owed it an
+        answer and did not begin one."""
         async with self._limiter.admit(ask.tenant, ask.size.num_tokens) as admitted:
             try:
                 yield admitted.quota
-            except SloraError as error:
-                admitted.was_refused = not record.has_begun and may_go_elsewhere(error)
+            except Exception as error:
+                admitted.was_refused = not record.has_begun and not _is_callers_mistake(error)
                 raise
             finally:
                 admitted.used_tokens = record.num_tokens_used(ask.size.num_prompt_tokens)
@@ -172,6 +175,14 @@ async def _messages(stream: OpenStream, model: ResolvedModel, record: RequestRec
     except SloraError as error:
         raise _as_callers_error(error, model) from None
     record.on_completion(message.completion.usage.num_prompt_tokens)
+
+
+def _is_callers_mistake(error: Exception) -> bool:
+    """Whether another service of this kind, with all at hand, would have refused the request too: an unknown model, a
+    field out of its range, too little time. Else it was owed an answer."""
+    if not isinstance(error, SloraError):
+        return False
+    return error.reason is Reason.REQUEST_TOO_LARGE or error.reason.status not in _OWED
 
 
 def _checked_request_id(request_id: str) -> str:

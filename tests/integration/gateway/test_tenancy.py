@@ -269,7 +269,17 @@ async def test_over_its_rate_a_tenant_is_told_when_to_come_back(
     assert fleet.value("refusals_total", reason="request_rate_exceeded") == 2
 
 
-@pytest.mark.parametrize("reason", [Reason.ENGINE_CORE_DEAD, Reason.DRAINING, Reason.QUEUE_FULL])
+OWED = (
+    Reason.ENGINE_CORE_DEAD,
+    Reason.DRAINING,
+    Reason.QUEUE_FULL,
+    Reason.HOST_CACHE_FULL,
+    Reason.ADAPTER_CHANGED,
+    Reason.INTERNAL,
+)
+
+
+@pytest.mark.parametrize("reason", OWED)
 async def test_what_no_engine_could_take_is_no_request(
     fleet_of: FleetFactory, desk: Desk, redis_url: str, reason: Reason
 ) -> None:
@@ -294,6 +304,37 @@ async def test_the_callers_own_mistakes_and_what_had_begun_are_requests(
     fleet.engines[0].script = fail_after(2, Reason.ENGINE_CORE_DEAD)
     assert (await fleet.refusal(ask(fleet, key))).reason is Reason.ENGINE_CORE_DEAD
     assert (await fleet.refusal(ask(fleet, key))).reason is Reason.REQUEST_RATE_EXCEEDED
+
+
+@pytest.mark.parametrize("num_choices", [1, 3])
+async def test_an_unknown_model_over_http_is_one_request(
+    fleet_of: FleetFactory, desk: Desk, redis_url: str, num_choices: int
+) -> None:
+    fleet = await fleet_of(1, tenancy_redis=redis_url)
+    async with http(fleet, await desk.key(requests_per_minute=2)) as client:
+        for _ in range(2):
+            with pytest.raises(openai.NotFoundError) as refused:
+                await client.completions.create(model="nobody", prompt="x", n=num_choices)
+            assert refused.value.code == "model_not_found"
+        with pytest.raises(openai.RateLimitError):
+            await client.completions.create(model="base", prompt="x")
+    assert fleet.value("requests_total", model="unresolved", outcome="model_not_found") == 2
+
+
+async def test_what_could_not_be_read_and_what_a_limit_refused_is_no_request(
+    fleet_of: FleetFactory, desk: Desk, redis_url: str
+) -> None:
+    fleet = await fleet_of(1, tenancy_redis=redis_url)
+    key = await desk.key(requests_per_minute=2, tokens_per_minute=50)
+    async with http(fleet, key) as client:
+        for _ in range(3):
+            with pytest.raises(openai.BadRequestError):
+                await client.completions.create(model="base", prompt="x", extra_body={"nonsense": 1})
+    await ask(fleet, key, num_tokens=40)
+    for _ in range(3):
+        assert (await fleet.refusal(ask(fleet, key, num_tokens=40))).reason is Reason.TOKEN_RATE_EXCEEDED
+    await ask(fleet, key, num_tokens=1)
+    assert (await fleet.refusal(ask(fleet, key, num_tokens=1))).reason is Reason.REQUEST_RATE_EXCEEDED
 
 
 async def test_tokens_are_reserved_then_settled(fleet_of: FleetFactory, desk: Desk, redis_url: str) -> None:
