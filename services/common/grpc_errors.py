@@ -7,6 +7,7 @@ known when to come back. What is wrong with a field is in `google.rpc.BadRequest
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import math
 from collections.abc import Iterable
@@ -14,7 +15,7 @@ from typing import Any, TypeVar, cast
 
 import grpc
 from google.protobuf import any_pb2
-from google.protobuf.message import Message
+from google.protobuf.message import DecodeError, Message
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
@@ -23,9 +24,12 @@ from services.common.tracing import SERVER_FAULTS, current_span
 
 DOMAIN = "slora"
 
-# A status travels in headers, which gRPC takes up to some 8 KiB of: what a caller sent may be part of it.
-MAX_MESSAGE_CHARACTERS = 1000
-MAX_METADATA_CHARACTERS = 250
+# A status travels in headers, of which gRPC takes 8 KiB, the message twice: what a caller sent may be part of it.
+MAX_MESSAGE_BYTES = 2000
+MAX_DETAIL_BYTES = 250
+
+_PLAIN = frozenset(range(0x20, 0x7F)) - {ord("%")}
+"""Bytes that take one in a header; gRPC spells the others with three."""
 
 M = TypeVar("M", bound=Message)
 
@@ -34,8 +38,8 @@ logger = logging.getLogger(__name__)
 
 def to_grpc_status(error: SloraError) -> grpc.Status:
     """The status, with details, that `error` travels as."""
-    message = _clipped(error.message, MAX_MESSAGE_CHARACTERS)
-    metadata = {key: _clipped(value, MAX_METADATA_CHARACTERS) for key, value in error.metadata.items()}
+    message = _clipped(error.message, MAX_MESSAGE_BYTES)
+    metadata = {key: _clipped(value, MAX_DETAIL_BYTES) for key, value in error.metadata.items()}
     details = [_packed(error_details_pb2.ErrorInfo(reason=error.reason.name, domain=DOMAIN, metadata=metadata))]
     if isinstance(error, FieldError):
         details.append(_packed(_to_bad_request(error)))
@@ -55,7 +59,7 @@ def _packed(message: Message) -> any_pb2.Any:
 
 def _to_bad_request(error: FieldError) -> Message:
     request = error_details_pb2.BadRequest()
-    request.field_violations.add(field=error.field, description=_clipped(error.complaint, MAX_METADATA_CHARACTERS))
+    request.field_violations.add(field=error.field, description=_clipped(error.complaint, MAX_DETAIL_BYTES))
     return cast(Message, request)
 
 
@@ -66,7 +70,16 @@ def _to_retry_info(seconds: float) -> Message:
 
 
 def _clipped(text: str, size: int) -> str:
-    return text if len(text) <= size else f"{text[: size - 1]}…"
+    """`text`, or as much of its beginning as takes at most `size` bytes of a header with an ellipsis behind it."""
+    if len(text) <= size and _bytes_sent(text) <= size:
+        return text
+    room = size - _bytes_sent("…")
+    lengths = itertools.accumulate(map(_bytes_sent, text[:size]))
+    return text[: sum(length <= room for length in lengths)] + "…"
+
+
+def _bytes_sent(text: str) -> int:
+    return sum(1 if byte in _PLAIN else 3 for byte in text.encode())
 
 
 async def abort(context: grpc.aio.ServicerContext[Any, Any], error: BaseException) -> None:
@@ -88,7 +101,11 @@ def from_rpc_error(error: grpc.RpcError, unavailable: Reason) -> SloraError:
 
     Works for both grpc.RpcError of the synchronous API and grpc.aio.AioRpcError.
     """
-    status = rpc_status.from_call(error)
+    try:
+        status = rpc_status.from_call(error)
+    except (ValueError, DecodeError):
+        # Details that are not of this status: gRPC itself ended the call otherwise, on its way or here.
+        status = None
     details = () if status is None else status.details
     info = _unpacked(details, error_details_pb2.ErrorInfo)
     if info is not None and info.domain == DOMAIN and info.reason in Reason.__members__:

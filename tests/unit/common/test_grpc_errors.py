@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from typing import Any, cast
 
 import grpc
@@ -38,9 +39,64 @@ def test_a_status_says_reason_message_and_metadata() -> None:
 def test_what_a_caller_sent_does_not_make_it_too_large() -> None:
     status = to_grpc_status(SloraError(Reason.ADAPTER_DIGEST_INVALID, "ä" * 100_000, adapter_id="ü" * 100_000))
     whole, info = decoded(status)
-    assert len(status.details.encode()) + whole.ByteSize() < 6000
     assert whole.message.endswith("ä…")
     assert info.metadata["adapter_id"].endswith("ü…")
+
+
+ALPHABETS = ("a", "aä日🙂\n%", "日本語", "🙂", "\0\x7f\n%")
+
+
+@pytest.mark.parametrize("alphabet", ALPHABETS)
+@pytest.mark.parametrize("num_characters", [0, 1, 80, 300, 2000, 50_000])
+async def test_whatever_is_in_an_error_it_arrives(alphabet: str, num_characters: int) -> None:
+    """What is too much for gRPC's headers would end the call with another status, or a 500 at the gateway."""
+    text = "".join(random.choices(alphabet, k=num_characters))
+    metadata = dict.fromkeys(("adapter_id", "versions", "aliases", "limit", "value"), text)
+    error = FieldError(Reason.CHAT_INVALID, "prompt.chat.messages", f"has {text}", **metadata, retry_after_seconds="2")
+    server = grpc.aio.server()
+    server.add_generic_rpc_handlers([Refusing(error)])
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    try:
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await channel.unary_unary("/any/Call")(b"", timeout=20)
+        found = from_rpc_error(caught.value, unavailable=Reason.ENGINE_UNAVAILABLE)
+        assert (found.reason, found.metadata["field"]) == (Reason.CHAT_INVALID, "prompt.chat.messages")
+        shown = found.message.removeprefix("prompt.chat.messages has ").removesuffix("…")
+        assert text.startswith(shown)
+        assert shown == text or len(shown) > 15
+        assert found.metadata["value"].removesuffix("…") == text[: len(found.metadata["value"].removesuffix("…"))]
+    finally:
+        await server.stop(0)
+
+
+class Refusing(grpc.GenericRpcHandler):
+    """Ends every call with the same error."""
+
+    def __init__(self, error: SloraError) -> None:
+        self._error = error
+
+    def service(self, handler_call_details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler:
+        async def refuse(request: bytes, context: grpc.aio.ServicerContext[bytes, bytes]) -> bytes:
+            await abort(context, self._error)
+            raise AssertionError("abort raises")
+
+        return grpc.unary_unary_rpc_method_handler(refuse)
+
+
+def test_details_of_another_status_are_left_alone() -> None:
+    """As where headers were too large for whoever reads them: gRPC puts its own code beside our details."""
+
+    class Mixed(EndedCall):
+        def code(self) -> grpc.StatusCode:
+            return grpc.StatusCode.RESOURCE_EXHAUSTED
+
+        def details(self) -> str:
+            return "Stream removed"
+
+    error = from_rpc_error(Mixed(to_grpc_status(SloraError(Reason.CHAT_INVALID, "x"))), Reason.ENGINE_UNAVAILABLE)
+    assert (error.reason, error.message) == (Reason.REQUEST_TOO_LARGE, "Stream removed")
 
 
 def test_a_full_queue_says_when_to_come_back() -> None:
