@@ -60,6 +60,9 @@ class Ask:
     """Seconds until the caller's deadline; None without one."""
     is_gone: Callable[[], bool] = lambda: False
     """Whether the caller is known to have left."""
+    is_let_down: Callable[[], bool] = lambda: False
+    """Whether the service failed the request that this is one choice of: then its cancellation is no doing of the
+    caller's."""
     tenant: Tenant = ANONYMOUS
     """Who asks: whose adapters, whose limits."""
     size: Size = Size()
@@ -132,8 +135,11 @@ class Generations:
         async with self._limiter.admit(ask.tenant, ask.size.num_tokens) as admitted:
             try:
                 yield admitted.quota
+            except asyncio.CancelledError:
+                admitted.was_refused = not record.has_begun and ask.is_let_down()
+                raise
             except Exception as error:
-                admitted.was_refused = not record.has_begun and not _is_callers_mistake(error)
+                admitted.was_refused = not record.has_begun and not is_callers_mistake(error)
                 raise
             finally:
                 admitted.used_tokens = record.num_tokens_used(ask.size.num_prompt_tokens)
@@ -177,7 +183,7 @@ async def _messages(stream: OpenStream, model: ResolvedModel, record: RequestRec
     record.on_completion(message.completion.usage.num_prompt_tokens)
 
 
-def _is_callers_mistake(error: Exception) -> bool:
+def is_callers_mistake(error: Exception) -> bool:
     """Whether another service of this kind, with all at hand, would have refused the request too: an unknown model, a
     field out of its range, too little time. Else it was owed an answer."""
     if not isinstance(error, SloraError):

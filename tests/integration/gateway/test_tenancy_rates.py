@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from typing import Any
 
 import grpc
 import openai
@@ -12,7 +13,7 @@ import redis.asyncio
 
 from services.common.errors import Reason
 from services.common.grpc_errors import from_rpc_error
-from tests.fakes.fake_engine import FakeEngine, fail_after, hang, refuse
+from tests.fakes.fake_engine import FakeEngine, Received, fail_after, hang, refuse
 from tests.fixtures.embedded_servers import RedisServer
 from tests.integration.gateway.conftest import FleetFactory, eventually
 from tests.integration.gateway.tenancy_desk import Desk, ask, generate, http, retry_delay
@@ -76,6 +77,27 @@ async def test_the_callers_own_mistakes_and_what_had_begun_are_requests(
     fleet.engines[0].script = fail_after(2, Reason.ENGINE_CORE_DEAD)
     assert (await fleet.refusal(ask(fleet, key))).reason is Reason.ENGINE_CORE_DEAD
     assert (await fleet.refusal(ask(fleet, key))).reason is Reason.REQUEST_RATE_EXCEEDED
+
+
+async def test_no_choice_counts_where_the_service_failed_one(
+    fleet_of: FleetFactory, desk: Desk, redis_url: str
+) -> None:
+    """The first that fails ends the others, of which some wait for their engine."""
+    failing: list[str] = []
+
+    async def fail_the_first(engine: FakeEngine, received: Received, context: Any) -> None:
+        failing.append(received.request.request_id)
+        await (refuse(Reason.INTERNAL) if len(failing) == 3 else hang)(engine, received, context)
+
+    fleet = await fleet_of(1, script=fail_the_first, tenancy_redis=redis_url)
+    async with http(fleet, await desk.key(requests_per_minute=3)) as client:
+        for _ in range(2):
+            with pytest.raises(openai.InternalServerError):
+                await client.completions.create(model="base", prompt="x", n=3)
+            await eventually("nothing runs on", lambda: fleet.value("in_flight_requests") == 0)
+            failing.clear()
+        fleet.engines[0].script = FakeEngine().script
+        assert len((await client.completions.create(model="base", prompt="x", n=3)).choices) == 3
 
 
 @pytest.mark.parametrize("num_choices", [1, 3])
