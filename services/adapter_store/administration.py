@@ -11,7 +11,7 @@ from services.adapter_store.identifiers import check_alias, check_labels, check_
 from services.adapter_store.journal import Journal
 from services.adapter_store.manifest import AdapterRecord
 from services.adapter_store.pin_keeper import PinKeeper
-from services.common.errors import Reason, SloraError
+from services.common.errors import FieldError, Reason, SloraError
 
 
 class Administration:
@@ -28,7 +28,7 @@ class Administration:
         check_name(name)
         check_alias(alias)
         if not version:
-            raise SloraError(Reason.REQUEST_INVALID, "version is required: 1 or more", field="version")
+            raise FieldError(Reason.REQUEST_INVALID, "version", "is required: 1 or more")
         record = await self._marks.set_alias(name, alias, version, expected)
         await self._journal.copy(name)
         return record

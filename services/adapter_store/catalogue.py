@@ -25,7 +25,7 @@ from services.adapter_store.record_json import (
     index_member,
     split_member,
 )
-from services.common.errors import Reason, SloraError
+from services.common.errors import FieldError, Reason, SloraError
 
 DEFAULT_PAGE_SIZE = 100
 MAX_PAGE_SIZE = 1000
@@ -220,21 +220,18 @@ def member_of(record: AdapterRecord) -> str:
 def page_start(page_size: int, page_token: str, name_prefix: str, tenant: str | None) -> tuple[int, str]:
     """How many records a page has at most, and the index member that it begins behind. PAGE_INVALID."""
     if not 0 <= page_size <= MAX_PAGE_SIZE:
-        message = f"page_size is {page_size}; it must be 1 to {MAX_PAGE_SIZE}, or 0"
-        raise SloraError(Reason.PAGE_INVALID, message, field="page_size")
+        complaint = f"is {page_size}; it must be 1 to {MAX_PAGE_SIZE}, or 0"
+        raise FieldError(Reason.PAGE_INVALID, "page_size", complaint)
     page_size = page_size or DEFAULT_PAGE_SIZE
     if not page_token:
         return page_size, ""
     try:
         token = PageToken.decode(page_token)
     except ValueError:
-        raise SloraError(
-            Reason.PAGE_INVALID, "page_token is not one that was given out; begin with an empty one", field="page_token"
-        ) from None
+        complaint = "is not one that was given out; begin with an empty one"
+        raise FieldError(Reason.PAGE_INVALID, "page_token", complaint) from None
     if (token.name_prefix, token.tenant) != (name_prefix, tenant):
-        raise SloraError(
-            Reason.PAGE_INVALID, "page_token was given out for another name_prefix or tenant", field="page_token"
-        )
+        raise FieldError(Reason.PAGE_INVALID, "page_token", "was given out for another name_prefix or tenant")
     return page_size, token.after
 
 

@@ -20,7 +20,7 @@ from services.adapter_store.inspection import Inspection
 from services.adapter_store.manifest import AdapterRecord
 from services.adapter_store.servicer import AdapterStoreServicer, paced
 from services.adapter_store.sync import SyncReport
-from services.common.errors import Reason, SloraError
+from services.common.errors import FieldError, Reason, SloraError
 from services.common.grpc_errors import abort
 from services.common.grpc_server import authorization_of
 
@@ -136,8 +136,8 @@ class CatalogueServicer(AdapterStoreServicer):
     async def _sync(self, request: pb.SyncAdaptersRequest) -> SyncReport:
         source_uri = request.source_uri or self._store.settings.sync_uri
         if not source_uri:
-            message = "source_uri is required: this store syncs no prefix by itself (its setting sync_uri is empty)"
-            raise SloraError(Reason.SOURCE_URI_INVALID, message, field="source_uri")
+            complaint = "is required: this store syncs no prefix by itself (its setting sync_uri is empty)"
+            raise FieldError(Reason.SOURCE_URI_INVALID, "source_uri", complaint)
         return await self._store.sync.sync(source_uri, request.tenant, request.allow_empty)
 
     async def _inspect(self, requests: AsyncIterator[pb.ValidateAdapterRequest]) -> Inspection:

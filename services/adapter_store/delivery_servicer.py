@@ -17,7 +17,7 @@ from services.adapter_store.host_cache import Pin
 from services.adapter_store.manifest_codec import manifest_message
 from services.adapter_store.metrics import StoreMetrics
 from services.adapter_store.tier_metrics import Tier
-from services.common.errors import Reason, SloraError
+from services.common.errors import FieldError, Reason, SloraError
 from services.common.tracing import current_span
 
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["AdapterStoreService"].full_name
@@ -69,12 +69,8 @@ class WeightDelivery:
         with await self._found(request, only_resident=False) as pin, in_flight:
             size = len(pin.content)
             if request.offset > size:
-                raise SloraError(
-                    Reason.REQUEST_INVALID,
-                    f"offset is {request.offset}; the packed weights have {size} bytes",
-                    field="offset",
-                    packed_bytes=size,
-                )
+                complaint = f"is {request.offset}; the packed weights have {size} bytes"
+                raise FieldError(Reason.REQUEST_INVALID, "offset", complaint, packed_bytes=size)
             manifest = manifest_message(pin.manifest)
             await self._write(context, pb.FetchAdapterResponse(manifest=manifest, arena_id=self._arena.arena_id))
             for begin in range(request.offset, size, CHUNK_BYTES):

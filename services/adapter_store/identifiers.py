@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from services.common.errors import Reason, SloraError
+from services.common.errors import FieldError, Reason, SloraError
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -125,12 +125,8 @@ def too_many_labels(count: int) -> SloraError:
 def check_tenant(tenant: str) -> str:
     """`tenant` if it is printable and at most 128 characters, else REQUEST_INVALID."""
     if len(tenant) > MAX_TENANT_CHARS or not tenant.isprintable():
-        raise SloraError(
-            Reason.REQUEST_INVALID,
-            f"tenant must be at most {MAX_TENANT_CHARS} printable characters",
-            field="tenant",
-            num_chars=len(tenant),
-        )
+        complaint = f"must be at most {MAX_TENANT_CHARS} printable characters"
+        raise FieldError(Reason.REQUEST_INVALID, "tenant", complaint, num_chars=len(tenant))
     return tenant
 
 

@@ -132,10 +132,24 @@ class SloraError(Exception):
     `google.rpc.RetryInfo`. What a stranger's file put into either can always be written as UTF-8.
     """
 
-    def __init__(self, reason: Reason, message: str, **metadata: object) -> None:
+    def __init__(self, reason: Reason, message: str, /, **metadata: object) -> None:
         self.reason = reason
         self.message = _writable(message)
         super().__init__(self.message)
         self.metadata = {key: _writable(str(value)) for key, value in metadata.items()}
         known = _seconds(self.metadata.get(RETRY_AFTER))
         self.retry_after_seconds = _RETRY_SECONDS.get(reason) if known is None else known
+
+
+class FieldError(SloraError):
+    """An error that says what is wrong with a field of the request, whatever the caller calls it.
+
+    `field` is its path in the gRPC API, such as `sampling.top_p`; `complaint` goes on behind a name of it and names no
+    field itself: `is 2; it is at most 1`. `message` has the path before it. A rim whose callers know the field by
+    another name writes that instead. Both travel as `google.rpc.BadRequest`.
+    """
+
+    def __init__(self, reason: Reason, field: str, complaint: str, /, **metadata: object) -> None:
+        super().__init__(reason, f"{field} {complaint}", **{**metadata, "field": field})
+        self.field = field
+        self.complaint = _writable(complaint)

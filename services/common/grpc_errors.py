@@ -1,39 +1,48 @@
 """The one place where errors become gRPC statuses, and statuses from a peer become errors again.
 
 A status carries `google.rpc.ErrorInfo{reason, domain, metadata}` in its details, and `google.rpc.RetryInfo` where it is
-known when to come back.
+known when to come back. What is wrong with a field is in `google.rpc.BadRequest`, apart from the field's name.
 """
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import math
-from typing import Any, cast
+from collections.abc import Iterable
+from typing import Any, TypeVar, cast
 
 import grpc
 from google.protobuf import any_pb2
-from google.protobuf.message import Message
+from google.protobuf.message import DecodeError, Message
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
-from services.common.errors import Reason, SloraError, Status
+from services.common.errors import FieldError, Reason, SloraError, Status
 from services.common.tracing import SERVER_FAULTS, current_span
 
 DOMAIN = "slora"
 
-# A status travels in headers, which gRPC takes up to some 8 KiB of: what a caller sent may be part of it.
-MAX_MESSAGE_CHARACTERS = 1000
-MAX_METADATA_CHARACTERS = 250
+# A status travels in headers, of which gRPC takes 8 KiB, the message twice: what a caller sent may be part of it.
+MAX_MESSAGE_BYTES = 2000
+MAX_DETAIL_BYTES = 250
+
+_PLAIN = frozenset(range(0x20, 0x7F)) - {ord("%")}
+"""Bytes that take one in a header; gRPC spells the others with three."""
+
+M = TypeVar("M", bound=Message)
 
 logger = logging.getLogger(__name__)
 
 
 def to_grpc_status(error: SloraError) -> grpc.Status:
     """The status, with details, that `error` travels as."""
-    message = _clipped(error.message, MAX_MESSAGE_CHARACTERS)
-    metadata = {key: _clipped(value, MAX_METADATA_CHARACTERS) for key, value in error.metadata.items()}
+    message = _clipped(error.message, MAX_MESSAGE_BYTES)
+    metadata = {key: _clipped(value, MAX_DETAIL_BYTES) for key, value in error.metadata.items()}
     details = [_packed(error_details_pb2.ErrorInfo(reason=error.reason.name, domain=DOMAIN, metadata=metadata))]
+    if isinstance(error, FieldError):
+        details.append(_packed(_to_bad_request(error)))
     if error.retry_after_seconds is not None:
         details.append(_packed(_to_retry_info(error.retry_after_seconds)))
     status = rpc_status.to_status(
@@ -48,6 +57,12 @@ def _packed(message: Message) -> any_pb2.Any:
     return detail
 
 
+def _to_bad_request(error: FieldError) -> Message:
+    request = error_details_pb2.BadRequest()
+    request.field_violations.add(field=error.field, description=_clipped(error.complaint, MAX_DETAIL_BYTES))
+    return cast(Message, request)
+
+
 def _to_retry_info(seconds: float) -> Message:
     info = error_details_pb2.RetryInfo()
     info.retry_delay.FromMicroseconds(math.ceil(seconds * 1_000_000))
@@ -55,7 +70,16 @@ def _to_retry_info(seconds: float) -> Message:
 
 
 def _clipped(text: str, size: int) -> str:
-    return text if len(text) <= size else f"{text[: size - 1]}…"
+    """`text`, or as much of its beginning as takes at most `size` bytes of a header with an ellipsis behind it."""
+    if len(text) <= size and _bytes_sent(text) <= size:
+        return text
+    room = size - _bytes_sent("…")
+    lengths = itertools.accumulate(map(_bytes_sent, text[:size]))
+    return text[: sum(length <= room for length in lengths)] + "…"
+
+
+def _bytes_sent(text: str) -> int:
+    return sum(1 if byte in _PLAIN else 3 for byte in text.encode())
 
 
 async def abort(context: grpc.aio.ServicerContext[Any, Any], error: BaseException) -> None:
@@ -77,14 +101,35 @@ def from_rpc_error(error: grpc.RpcError, unavailable: Reason) -> SloraError:
 
     Works for both grpc.RpcError of the synchronous API and grpc.aio.AioRpcError.
     """
-    status = rpc_status.from_call(error)
-    for detail in status.details if status is not None else ():
-        info = error_details_pb2.ErrorInfo()
-        if detail.Is(info.DESCRIPTOR) and detail.Unpack(info) and info.domain == DOMAIN:
-            reason = Reason.__members__.get(info.reason)
-            if reason is not None:
-                return SloraError(reason, status.message, **dict(info.metadata))
+    try:
+        status = rpc_status.from_call(error)
+    except (ValueError, DecodeError):
+        # Details that are not of this status: gRPC itself ended the call otherwise, on its way or here.
+        status = None
+    details = () if status is None else status.details
+    info = _unpacked(details, error_details_pb2.ErrorInfo)
+    if info is not None and info.domain == DOMAIN and info.reason in Reason.__members__:
+        bad = _unpacked(details, error_details_pb2.BadRequest)
+        return _error_of(Reason[info.reason], status.message, dict(info.metadata), bad)
     return SloraError(_reason_of_bare_code(error.code(), unavailable), error.details() or str(error.code()))
+
+
+def _error_of(
+    reason: Reason, message: str, metadata: dict[str, str], bad: error_details_pb2.BadRequest | None
+) -> SloraError:
+    if bad is None or not bad.field_violations:
+        return SloraError(reason, message, **metadata)
+    violation = bad.field_violations[0]
+    return FieldError(reason, violation.field, violation.description, **metadata)
+
+
+def _unpacked(details: Iterable[any_pb2.Any], kind: type[M]) -> M | None:
+    """The first of `details` that is a `kind`, if it can be read."""
+    for detail in details:
+        message = kind()
+        if detail.Unpack(message):  # False for what is of another kind
+            return message
+    return None
 
 
 def from_store_error(error: grpc.RpcError) -> SloraError:

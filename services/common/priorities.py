@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from services.common.errors import Reason, SloraError
+from services.common.errors import FieldError, Reason
 
 MIN_PRIORITY, MAX_PRIORITY = -10, 10
 
@@ -11,5 +11,5 @@ def checked_priority(priority: int) -> int:
     """`priority`, which a request can have. Raises REQUEST_INVALID."""
     if MIN_PRIORITY <= priority <= MAX_PRIORITY:
         return priority
-    message = f"priority is {priority}; it is in [{MIN_PRIORITY}, {MAX_PRIORITY}]"
-    raise SloraError(Reason.REQUEST_INVALID, message, field="priority", value=priority)
+    complaint = f"is {priority}; it is in [{MIN_PRIORITY}, {MAX_PRIORITY}]"
+    raise FieldError(Reason.REQUEST_INVALID, "priority", complaint, value=priority)

@@ -10,11 +10,11 @@ from collections.abc import Callable
 
 from slora.engine.v1 import engine_pb2, generation_pb2
 
-from services.common.errors import Reason, SloraError
+from services.common.errors import FieldError, Reason
 from services.common.priorities import checked_priority
 from services.engine.frontend.engine_state import StateChange
 from services.engine.frontend.generation import Completion, Delta, FinishReason
-from services.engine.frontend.request import Chat, ChatMessage, GenerationRequest
+from services.engine.frontend.request import CHAT_MESSAGES, Chat, ChatMessage, GenerationRequest
 from services.engine.messages import Adapter, SamplingParams, TokenEvent
 
 MAX_REQUEST_ID_CHARACTERS = 128
@@ -57,20 +57,20 @@ def decode_generate(request: engine_pb2.GenerateRequest) -> GenerationRequest:
 def decode_prefetch(request: engine_pb2.PrefetchAdapterRequest) -> Adapter:
     """The adapter to load; raises SloraError if it is missing or malformed."""
     if not request.HasField("adapter"):
-        raise SloraError(Reason.REQUEST_INVALID, "adapter is required", field="adapter")
+        raise FieldError(Reason.REQUEST_INVALID, "adapter", "is required")
     return decode_adapter(request.adapter)
 
 
 def decode_adapter(ref: engine_pb2.AdapterRef) -> Adapter:
     """An adapter's name and digest; raises ADAPTER_NAME_INVALID or ADAPTER_DIGEST_INVALID."""
     if not ref.adapter_id:
-        raise SloraError(Reason.ADAPTER_NAME_INVALID, "adapter.adapter_id is required", field="adapter.adapter_id")
+        raise FieldError(Reason.ADAPTER_NAME_INVALID, "adapter.adapter_id", "is required")
     if not _DIGEST.fullmatch(ref.digest):
-        what = f"{ref.digest[:80]!r} is no digest" if ref.digest else "adapter.digest is required"
-        raise SloraError(
+        what = f"is {ref.digest[:80]!r}" if ref.digest else "is required"
+        raise FieldError(
             Reason.ADAPTER_DIGEST_INVALID,
+            "adapter.digest",
             f"{what}: it is `sha256:` and 64 lower-case hexadecimal digits",
-            field="adapter.digest",
             adapter_id=ref.adapter_id,
         )
     return Adapter(ref.adapter_id, ref.digest)
@@ -78,10 +78,10 @@ def decode_adapter(ref: engine_pb2.AdapterRef) -> Adapter:
 
 def _decode_request_id(request_id: str) -> str:
     if not 1 <= len(request_id) <= MAX_REQUEST_ID_CHARACTERS:
-        raise SloraError(
+        raise FieldError(
             Reason.REQUEST_INVALID,
-            f"request_id has {len(request_id)} characters; it takes 1 to {MAX_REQUEST_ID_CHARACTERS}",
-            field="request_id",
+            "request_id",
+            f"has {len(request_id)} characters; it takes 1 to {MAX_REQUEST_ID_CHARACTERS}",
         )
     return request_id
 
@@ -89,34 +89,31 @@ def _decode_request_id(request_id: str) -> str:
 def _decode_tenant(tenant: str) -> str:
     if len(tenant) <= MAX_TENANT_CHARACTERS:
         return tenant
-    message = f"tenant has {len(tenant)} characters; at most {MAX_TENANT_CHARACTERS} are taken"
-    raise SloraError(Reason.REQUEST_INVALID, message, field="tenant")
+    complaint = f"has {len(tenant)} characters; at most {MAX_TENANT_CHARACTERS} are taken"
+    raise FieldError(Reason.REQUEST_INVALID, "tenant", complaint)
 
 
 def _decode_prompt(request: engine_pb2.GenerateRequest) -> str | Chat | list[int]:
     kind = request.prompt.WhichOneof("content")
     if kind is None:
-        message = "prompt is required: set prompt.text, prompt.token_ids or prompt.chat"
-        raise SloraError(Reason.PROMPT_MISSING, message, field="prompt")
+        raise FieldError(Reason.PROMPT_MISSING, "prompt", "is required: set its text, its token_ids or its chat")
     if kind == "chat":
         return _decode_chat(request.prompt.chat)
     prompt = request.prompt.text if kind == "text" else list(request.prompt.token_ids.ids)
     if not prompt:
-        raise SloraError(
-            Reason.PROMPT_EMPTY, f"prompt.{kind} is empty; give at least one token", field=f"prompt.{kind}"
-        )
+        raise FieldError(Reason.PROMPT_EMPTY, f"prompt.{kind}", "is empty; give at least one token")
     return prompt
 
 
 def _decode_chat(chat: generation_pb2.Chat) -> Chat:
     if not chat.messages:
-        raise SloraError(Reason.CHAT_INVALID, "prompt.chat has no messages; give at least one", field="messages")
+        raise FieldError(Reason.CHAT_INVALID, CHAT_MESSAGES, "is empty; give at least one message")
     for number, message in enumerate(chat.messages):
         if not 1 <= len(message.role) <= MAX_ROLE_CHARACTERS or len(message.name) > MAX_ROLE_CHARACTERS:
-            complaint = (
-                f"message {number}: its role has 1 to {MAX_ROLE_CHARACTERS} characters, its name at most so many"
+            ranges = f"a role has 1 to {MAX_ROLE_CHARACTERS} characters, a name at most so many"
+            raise FieldError(
+                Reason.CHAT_INVALID, CHAT_MESSAGES, f"has a wrong message {number}: {ranges}", position=number
             )
-            raise SloraError(Reason.CHAT_INVALID, complaint, field="messages", position=number)
     messages = (ChatMessage(m.role, m.content, m.name if m.HasField("name") else None) for m in chat.messages)
     with_prompt = chat.add_generation_prompt or not chat.HasField("add_generation_prompt")
     return Chat(tuple(messages), with_prompt)
@@ -148,12 +145,8 @@ def _in_range(
         return value
     bounds = f"{'above' if above else 'at least'} {low:g}"
     bounds += "" if high == math.inf else f" and at most {high:g}"
-    raise SloraError(
-        Reason.SAMPLING_INVALID,
-        f"sampling.{field} is {_shortest(value)}; it is a finite number {bounds}",
-        field=f"sampling.{field}",
-        value=value,
-    )
+    complaint = f"is {_shortest(value)}; it is a finite number {bounds}"
+    raise FieldError(Reason.SAMPLING_INVALID, f"sampling.{field}", complaint, value=value)
 
 
 def _shortest(value: float) -> str:
@@ -166,12 +159,8 @@ def _decode_num_logprobs(request: engine_pb2.GenerateRequest) -> int | None:
     if not request.HasField("num_logprobs"):
         return None
     if request.num_logprobs > MAX_LOGPROBS:
-        raise SloraError(
-            Reason.LOGPROBS_INVALID,
-            f"num_logprobs is {request.num_logprobs}; it is at most {MAX_LOGPROBS}",
-            field="num_logprobs",
-            value=request.num_logprobs,
-        )
+        complaint = f"is {request.num_logprobs}; it is at most {MAX_LOGPROBS}"
+        raise FieldError(Reason.LOGPROBS_INVALID, "num_logprobs", complaint, value=request.num_logprobs)
     return request.num_logprobs
 
 
@@ -180,20 +169,20 @@ def _check_stopping(stopping: generation_pb2.StoppingCriteria, max_tokens: int |
     complaint = field = ""
     longest = max((len(stop) for stop in stopping.stop_strings), default=0)
     if max_tokens == 0:
-        field, complaint = "max_tokens", "max_tokens is 0; it is at least 1, or absent for as many as fit"
+        field, complaint = "max_tokens", "is 0; it is at least 1, or absent for as many as fit"
     elif max_tokens is not None and stopping.min_tokens > max_tokens:
         field = "min_tokens"
-        complaint = f"min_tokens is {stopping.min_tokens}, more than max_tokens, which is {max_tokens}"
+        complaint = f"is {stopping.min_tokens}, but at most {max_tokens} tokens are to be made"
     elif len(stopping.stop_strings) > MAX_STOP_STRINGS:
         field = "stop_strings"
-        complaint = f"there are {len(stopping.stop_strings)} stop strings; at most {MAX_STOP_STRINGS} are taken"
+        complaint = f"has {len(stopping.stop_strings)} strings; at most {MAX_STOP_STRINGS} are taken"
     elif not all(stopping.stop_strings):
-        field, complaint = "stop_strings", "a stop string is empty; it has at least one character"
+        field, complaint = "stop_strings", "has an empty string; each has at least one character"
     elif longest > MAX_STOP_STRING_CHARACTERS:
         field = "stop_strings"
-        complaint = f"a stop string has {longest} characters; at most {MAX_STOP_STRING_CHARACTERS} are taken"
+        complaint = f"has a string of {longest} characters; at most {MAX_STOP_STRING_CHARACTERS} are taken"
     if complaint:
-        raise SloraError(Reason.STOPPING_INVALID, f"stopping: {complaint}", field=f"stopping.{field}")
+        raise FieldError(Reason.STOPPING_INVALID, f"stopping.{field}", complaint)
 
 
 # What goes out -------------------------------------------------------------------------------------------------------

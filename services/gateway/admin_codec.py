@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from slora.gateway.v1 import admin_pb2
 
-from services.common.errors import Reason, SloraError
+from services.common.errors import FieldError, Reason
 from services.tenancy.directory import KeyRecord
 from services.tenancy.tenants import Tenant
 
@@ -60,5 +60,5 @@ def from_position_token(token: str) -> str:
     try:
         return base64.b64decode(token + "=" * (-len(token) % 4), altchars=b"-_", validate=True).decode()
     except (binascii.Error, ValueError):
-        message = "page_token is not one that was given out; begin again with an empty one"
-        raise SloraError(Reason.PAGE_INVALID, message, field="page_token") from None
+        complaint = "is not one that was given out; begin again with an empty one"
+        raise FieldError(Reason.PAGE_INVALID, "page_token", complaint) from None

@@ -8,7 +8,7 @@ import binascii
 from slora.engine.v1 import engine_pb2
 from slora.gateway.v1 import inference_pb2
 
-from services.common.errors import Reason, SloraError
+from services.common.errors import FieldError, Reason
 from services.gateway.generations import Size
 from services.gateway.models import ListedModel, ListPosition, ResolvedModel
 from services.tenancy.tenants import Tenant
@@ -26,8 +26,7 @@ def to_engine_request(
     """What is asked of an engine; what the caller left out stays left out. A key's tenant goes before what the caller
     says of itself, and bounds its priority. Raises PROMPT_MISSING, NOT_PERMITTED, REQUEST_INVALID."""
     if request.prompt.WhichOneof("content") is None:
-        message = "prompt is required: set its text, its token_ids or its chat"
-        raise SloraError(Reason.PROMPT_MISSING, message, field="prompt")
+        raise FieldError(Reason.PROMPT_MISSING, "prompt", "is required: set its text, its token_ids or its chat")
     result = engine_pb2.GenerateRequest(
         request_id=request_id,
         prompt=request.prompt,
@@ -85,8 +84,8 @@ def to_model(listed: ListedModel) -> inference_pb2.Model:
 def to_page_size(page_size: int) -> int:
     """The page size meant by a request. Raises PAGE_INVALID."""
     if not 0 <= page_size <= MAX_PAGE_SIZE:
-        message = f"page_size is {page_size}; it must be in [1, {MAX_PAGE_SIZE}], or 0 for {DEFAULT_PAGE_SIZE}"
-        raise SloraError(Reason.PAGE_INVALID, message, field="page_size", value=page_size)
+        complaint = f"is {page_size}; it must be in [1, {MAX_PAGE_SIZE}], or 0 for {DEFAULT_PAGE_SIZE}"
+        raise FieldError(Reason.PAGE_INVALID, "page_size", complaint, value=page_size)
     return page_size or DEFAULT_PAGE_SIZE
 
 
@@ -106,5 +105,5 @@ def from_page_token(token: str) -> ListPosition | None:
         raw = base64.b64decode(token + "=" * (-len(token) % 4), altchars=b"-_", validate=True)
         return ListPosition(_POSITION_KINDS[raw[:2]], raw[2:].decode())
     except (binascii.Error, ValueError, KeyError):
-        message = "page_token is not one that was given out; begin again with an empty one"
-        raise SloraError(Reason.PAGE_INVALID, message, field="page_token") from None
+        complaint = "is not one that was given out; begin again with an empty one"
+        raise FieldError(Reason.PAGE_INVALID, "page_token", complaint) from None

@@ -39,7 +39,7 @@ class OpenStream:
     """To be called for each message of the rest: it tells that the engine did a step."""
 
 
-def may_go_elsewhere(error: SloraError) -> bool:
+def _may_go_elsewhere(error: SloraError) -> bool:
     """Whether another engine may answer what one refused with `error` before its first message."""
     return error.reason.status is Status.UNAVAILABLE or error.reason in (Reason.QUEUE_FULL, Reason.OVERLOADED)
 
@@ -74,7 +74,7 @@ class Dispatcher:
             except SloraError as error:
                 if error.reason in _ENGINE_GONE:
                     self._pool.failed(engine)
-                if not may_go_elsewhere(error):
+                if not _may_go_elsewhere(error):
                     raise
                 if error.reason is Reason.ADAPTER_STORE_UNAVAILABLE:
                     # What one engine could not load, another could load no better.

@@ -13,11 +13,11 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import Any
 
-from services.common.errors import Reason, SloraError
+from services.common.errors import FieldError, Reason, SloraError, Status
 from services.common.request_id import bind_request_id
 from services.common.tracing import current_span, using
 from services.gateway.admission import Admission
-from services.gateway.dispatcher import Dispatcher, OpenStream, Work, may_go_elsewhere
+from services.gateway.dispatcher import Dispatcher, OpenStream, Work
 from services.gateway.metrics import GatewayMetrics
 from services.gateway.models import Models, ResolvedModel
 from services.gateway.request_record import CANCELLED, OK, RequestRecord
@@ -26,6 +26,8 @@ from services.gateway.tenancy.limiter import Limiter, Quota
 from services.tenancy.tenants import ANONYMOUS, Tenant
 
 MAX_REQUEST_ID_CHARS = 128
+
+_OWED = frozenset({Status.UNAVAILABLE, Status.RESOURCE_EXHAUSTED, Status.DATA_LOSS, Status.INTERNAL})
 
 
 def no_deadline() -> None:
@@ -58,6 +60,9 @@ class Ask:
     """Seconds until the caller's deadline; None without one."""
     is_gone: Callable[[], bool] = lambda: False
     """Whether the caller is known to have left."""
+    is_let_down: Callable[[], bool] = lambda: False
+    """Whether the service failed the request that this is one choice of: then its cancellation is no doing of the
+    caller's."""
     tenant: Tenant = ANONYMOUS
     """Who asks: whose adapters, whose limits."""
     size: Size = Size()
@@ -125,12 +130,16 @@ class Generations:
 
     @contextlib.asynccontextmanager
     async def _admitted(self, ask: Ask, record: RequestRecord) -> AsyncIterator[Quota | None]:
-        """Within the tenant's limits; charged in the end for what it used; nothing if no engine took it."""
+        """Within the tenant's limits; charged in the end for what it used, and for nothing where the service owed it an
+        answer and did not begin one."""
         async with self._limiter.admit(ask.tenant, ask.size.num_tokens) as admitted:
             try:
                 yield admitted.quota
-            except SloraError as error:
-                admitted.was_refused = not record.has_begun and may_go_elsewhere(error)
+            except asyncio.CancelledError:
+                admitted.was_refused = not record.has_begun and ask.is_let_down()
+                raise
+            except Exception as error:
+                admitted.was_refused = not record.has_begun and not is_callers_mistake(error)
                 raise
             finally:
                 admitted.used_tokens = record.num_tokens_used(ask.size.num_prompt_tokens)
@@ -174,10 +183,18 @@ async def _messages(stream: OpenStream, model: ResolvedModel, record: RequestRec
     record.on_completion(message.completion.usage.num_prompt_tokens)
 
 
+def is_callers_mistake(error: Exception) -> bool:
+    """Whether another service of this kind, with all at hand, would have refused the request too: an unknown model, a
+    field out of its range, too little time. Else it was owed an answer."""
+    if not isinstance(error, SloraError):
+        return False
+    return error.reason is Reason.REQUEST_TOO_LARGE or error.reason.status not in _OWED
+
+
 def _checked_request_id(request_id: str) -> str:
     if len(request_id) > MAX_REQUEST_ID_CHARS:
-        message = f"request_id has {len(request_id)} characters; at most {MAX_REQUEST_ID_CHARS} are allowed"
-        raise SloraError(Reason.REQUEST_INVALID, message, field="request_id", limit=MAX_REQUEST_ID_CHARS)
+        complaint = f"has {len(request_id)} characters; at most {MAX_REQUEST_ID_CHARS} are allowed"
+        raise FieldError(Reason.REQUEST_INVALID, "request_id", complaint, limit=MAX_REQUEST_ID_CHARS)
     return request_id or uuid.uuid4().hex
 
 

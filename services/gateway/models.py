@@ -7,13 +7,15 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from services.common.errors import Reason, SloraError
+from services.common.errors import FieldError, Reason, SloraError
 from services.gateway.adapter_source import AdapterSource
 from services.gateway.catalogue import AdapterEntry, Catalogue
 from services.gateway.engine_pool import EnginePool
 from services.tenancy.tenants import ANONYMOUS, Tenant
 
 _NAME_SHOWN = 128
+_LONGEST_ID = 192
+"""Characters of `name@alias` at most, by the adapter store's rules."""
 _MOST_VERSIONS_NAMED = 10
 
 # How long a request for a known name waits for the store while its watch is not open, and for how long none does
@@ -98,16 +100,15 @@ class Models:
         another UNAVAILABLE reason (the store cannot tell), ENGINE_UNAVAILABLE (no engine was heard of yet).
         """
         if not model:
-            message = "model is required: a base model's name, an adapter's name or name@version"
-            raise SloraError(Reason.REQUEST_INVALID, message, field="model")
+            complaint = "is required: a base model's name, an adapter's name or name@version"
+            raise FieldError(Reason.REQUEST_INVALID, "model", complaint)
         base_models = self._pool.base_models()
         if model in base_models:
             return ResolvedModel(model, None)
-        if not tenant.may_use(model.partition("@")[0]):
-            raise _not_offered(model)
-        adapter = _seen(self._catalogue.find(model), tenant)
-        if adapter is None or not self._is_current():
-            adapter = _seen(await self._ask(model, adapter, time_remaining()), tenant)
+        adapter = None
+        # A longer one is neither held against a tenant's patterns nor sent to the store: megabytes would take seconds.
+        if len(model) <= _LONGEST_ID:
+            adapter = await self._find(model, time_remaining, tenant)
             base_models = self._pool.base_models()
         if not base_models:
             raise SloraError(Reason.ENGINE_UNAVAILABLE, "no engine has been reached yet; retry later")
@@ -123,6 +124,18 @@ class Models:
             )
         self._note_use(adapter.adapter_id)
         return ResolvedModel(adapter.base_model, adapter)
+
+    async def _find(
+        self, model: str, time_remaining: Callable[[], float | None], tenant: Tenant
+    ) -> AdapterEntry | None:
+        """The adapter that `model` means to `tenant`, None if there is none. Raises MODEL_NOT_FOUND for a name that its
+        patterns do not cover."""
+        if not tenant.may_use(model.partition("@")[0]):
+            raise _not_offered(model)
+        adapter = _seen(self._catalogue.find(model), tenant)
+        if adapter is None or not self._is_current():
+            adapter = _seen(await self._ask(model, adapter, time_remaining()), tenant)
+        return adapter
 
     async def _ask(self, model: str, known: AdapterEntry | None, remaining: float | None) -> AdapterEntry | None:
         """What the store says that `model` means; for a known one soon, or what is known."""

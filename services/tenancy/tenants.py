@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from services.common.errors import Reason, SloraError
+from services.common.errors import FieldError, Reason, SloraError
 from services.common.priorities import MAX_PRIORITY, MIN_PRIORITY, checked_priority
 
 MAX_REQUESTS_PER_MINUTE = 1_000_000
@@ -66,9 +66,9 @@ class Tenant:
         """
         if checked_priority(priority) <= self.max_priority:
             return priority
-        message = f"priority is {priority}; requests of tenant {self.name!r} may have at most {self.max_priority}"
-        raise SloraError(
-            Reason.NOT_PERMITTED, message, field="priority", value=priority, limit=self.max_priority, tenant=self.name
+        complaint = f"is {priority}; requests of tenant {self.name!r} may have at most {self.max_priority}"
+        raise FieldError(
+            Reason.NOT_PERMITTED, "priority", complaint, value=priority, limit=self.max_priority, tenant=self.name
         )
 
 
@@ -87,16 +87,16 @@ def checked_name(name: str) -> str:
 def check_limit(field: str, value: int, highest: int) -> None:
     """Raises TENANT_INVALID unless `value` is a limit."""
     if not 0 <= value <= highest:
-        message = f"{field} is {value}; it must be in [0, {highest}], where 0 is no limit"
-        raise SloraError(Reason.TENANT_INVALID, message, field=field, limit=highest)
+        complaint = f"is {value}; it must be in [0, {highest}], where 0 is no limit"
+        raise FieldError(Reason.TENANT_INVALID, field, complaint, limit=highest)
 
 
 def checked_max_priority(priority: int) -> int:
     """`priority`, which can be `Tenant.max_priority`. Raises TENANT_INVALID."""
     if MIN_PRIORITY <= priority <= MAX_PRIORITY:
         return priority
-    message = f"max_priority is {priority}; it must be in [{MIN_PRIORITY}, {MAX_PRIORITY}]"
-    raise SloraError(Reason.TENANT_INVALID, message, field="max_priority", value=priority)
+    complaint = f"is {priority}; it must be in [{MIN_PRIORITY}, {MAX_PRIORITY}]"
+    raise FieldError(Reason.TENANT_INVALID, "max_priority", complaint, value=priority)
 
 
 def checked_patterns(patterns: Sequence[str]) -> tuple[str, ...]:

@@ -210,6 +210,22 @@ def test_bad_adapter(name: str, stack: LocalStack, client: SloraClient, checkpoi
     assert never_served.value.reason == "MODEL_NOT_FOUND"
 
 
+@pytest.mark.usefixtures("still_right")
+def test_an_adapter_that_overflows_is_put_down_to_whoever_trained_it(
+    stack: LocalStack, client: SloraClient, checkpoint: Path, tmp_path: Path
+) -> None:
+    """Each weight is finite; what is computed with them is not. Nobody who runs the engines is to be called for it."""
+    directory = write_random_adapter(tmp_path / "adapter", checkpoint, rank=2, seed=1)
+    _tensors(lambda tensors: tensors.update({key: torch.full_like(t, 1e38) for key, t in tensors.items()}))(directory)
+    with AdapterClient(stack.store_address) as store:
+        adapter = store.upload("overflowing", directory, timeout=30)
+        with pytest.raises(SloraRequestError) as caught:
+            client.generate("overflowing", [5, 6], timeout=30)
+        store.delete("overflowing")
+    assert (caught.value.code, caught.value.reason) == ("FAILED_PRECONDITION", "ADAPTER_NOT_FINITE")
+    assert caught.value.metadata["adapter_id"] == adapter.adapter_id
+
+
 def test_rank_over_the_limit(stack: LocalStack, checkpoint: Path, tmp_path: Path) -> None:
     directory = write_random_adapter(tmp_path / "adapter", checkpoint, rank=257, seed=1)
     with AdapterClient(stack.store_address) as store, pytest.raises(SloraRequestError) as caught:

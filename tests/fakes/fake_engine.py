@@ -83,9 +83,14 @@ def answer_messages(request: engine_pb2.GenerateRequest) -> list[engine_pb2.Gene
 
 def refuse(reason: Reason, message: str = "refused by the test", **metadata: object) -> Script:
     """Ends every generation at once with an error."""
+    return refuse_with(SloraError(reason, message, **metadata))
+
+
+def refuse_with(error: SloraError) -> Script:
+    """Ends every generation at once with `error`."""
 
     async def script(engine: FakeEngine, received: Received, context: Context) -> None:
-        await abort(context, SloraError(reason, message, **metadata))
+        await abort(context, error)
 
     return script
 

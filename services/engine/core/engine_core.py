@@ -282,6 +282,7 @@ class EngineCore:
             raise SloraError(
                 Reason.TOKEN_OUT_OF_VOCABULARY,
                 f"token ids {min(ids)} to {max(ids)} are not all in [0, {self._runner.vocab_size})",
+                field="prompt",
                 vocab_size=self._runner.vocab_size,
             )
 

@@ -16,7 +16,7 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from services.common.errors import Reason, SloraError
-from services.engine.frontend.request import Chat
+from services.engine.frontend.request import CHAT_MESSAGES, Chat
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +68,7 @@ class ChatTemplate:
             )
         except Exception as error:  # whatever the template's expressions raise
             message = f"the checkpoint's chat template refuses these messages: {error}"
-            raise SloraError(Reason.CHAT_INVALID, message, field="messages") from None
+            raise SloraError(Reason.CHAT_INVALID, message, field=CHAT_MESSAGES) from None
 
 
 class NoTemplate:
@@ -79,7 +79,7 @@ class NoTemplate:
 
     def render(self, chat: Chat) -> str:
         """Raises CHAT_TEMPLATE_MISSING."""
-        raise SloraError(Reason.CHAT_TEMPLATE_MISSING, self._why, field="messages")
+        raise SloraError(Reason.CHAT_TEMPLATE_MISSING, self._why, field=CHAT_MESSAGES)
 
 
 def load_chat_template(

@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from services.common.errors import Reason, SloraError
+from services.common.errors import FieldError, Reason, SloraError
 from services.engine.messages import Adapter, Generate, Origin, SamplingParams, StopParams
+
+PROMPT, CHAT_MESSAGES, STOP_TOKEN_IDS = "prompt", "prompt.chat.messages", "stopping.stop_token_ids"
+"""Fields of the request, as errors name them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,16 +71,17 @@ def core_request(
 
     Raises PROMPT_EMPTY, PROMPT_TOO_LONG, TOKEN_OUT_OF_VOCABULARY.
     """
-    check_ids(prompt_ids, "prompt", limits)
-    check_ids(request.stop_token_ids, "stop_token_ids", limits)
+    check_ids(prompt_ids, PROMPT, limits)
+    check_ids(request.stop_token_ids, STOP_TOKEN_IDS, limits)
     if not prompt_ids:
-        raise SloraError(Reason.PROMPT_EMPTY, "the prompt holds no token; give at least one")
+        raise SloraError(Reason.PROMPT_EMPTY, "the prompt holds no token; give at least one", field=PROMPT)
     room = limits.max_model_len - len(prompt_ids)
     if room < 1:
         raise SloraError(
             Reason.PROMPT_TOO_LONG,
             f"the prompt has {len(prompt_ids)} tokens, but prompt and output together have room for "
             f"{limits.max_model_len}: at most {limits.max_model_len - 1} prompt tokens can be taken",
+            field=PROMPT,
             num_prompt_tokens=len(prompt_ids),
             max_model_len=limits.max_model_len,
         )
@@ -100,11 +104,11 @@ def check_ids(token_ids: Sequence[int], field: str, limits: ModelLimits) -> None
     if not token_ids or max(token_ids) < limits.vocab_size:
         return
     position = next(n for n, token_id in enumerate(token_ids) if token_id >= limits.vocab_size)
-    raise SloraError(
+    raise FieldError(
         Reason.TOKEN_OUT_OF_VOCABULARY,
-        f"token {token_ids[position]} at position {position} of {field} is not in the vocabulary: ids are below "
+        field,
+        f"has token {token_ids[position]} at position {position}, which is not in the vocabulary: ids are below "
         f"{limits.vocab_size}",
-        field=field,
         position=position,
         token_id=token_ids[position],
         vocab_size=limits.vocab_size,

@@ -1,8 +1,9 @@
-"""What requests are told that the engine does not take or gives up for want of room or time."""
+"""What requests are told that the engine does not take or gives up."""
 
 from __future__ import annotations
 
 from services.common.errors import RETRY_AFTER, Reason, SloraError
+from services.engine.messages import Adapter
 
 Failures = list[tuple[int, SloraError]]
 """Requests to be ended, by id, each with the error."""
@@ -19,6 +20,15 @@ def overloaded(retry_after_seconds: float) -> SloraError:
     """Dropped, because its first token could not come in time."""
     message = f"more requests wait than can be served in time; try again in {retry_after_seconds:.1f} s"
     return SloraError(Reason.OVERLOADED, message, **{RETRY_AFTER: f"{retry_after_seconds:.3f}"})
+
+
+def not_drawn(error: SloraError, adapter: Adapter | None) -> SloraError:
+    """No token could be drawn. Logits that are not finite are put down to the adapter where there is one: whoever
+    trained it can mend that, and it is no fault of the engine."""
+    if adapter is None or error.reason is not Reason.INTERNAL:
+        return error
+    message = f"adapter {adapter.adapter_id}: {error.message}"
+    return SloraError(Reason.ADAPTER_NOT_FINITE, message, adapter_id=adapter.adapter_id)
 
 
 def too_large(kv_pages: int, adapter_pages: int, num_pages: int) -> SloraError:

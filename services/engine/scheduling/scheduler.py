@@ -61,7 +61,7 @@ from services.engine.scheduling.memory_order import MemoryOrder
 from services.engine.scheduling.policies.policy import Policy
 from services.engine.scheduling.policies.popularity import Popularity
 from services.engine.scheduling.prefetches import Prefetches
-from services.engine.scheduling.refusals import Failures, overloaded, queue_full
+from services.engine.scheduling.refusals import Failures, not_drawn, overloaded, queue_full
 from services.engine.scheduling.reload_costs import ReloadCosts
 from services.engine.scheduling.running_sequences import RunningSequences
 from services.engine.scheduling.sequence import Sequence, SequenceState, check_request
@@ -263,7 +263,7 @@ class Scheduler:
             sequence.num_pending -= 1
             if token.error is not None:
                 self.kv.distrust(sequence)
-                self.fail([sequence.request_id], token.error)
+                self.fail([sequence.request_id], not_drawn(token.error, sequence.request.adapter))
             else:
                 drawn[sequence] = token
         self._share(step)

@@ -35,17 +35,18 @@ def check_request(request: Generate, max_model_len: int) -> None:
     """Raises SloraError unless the request has a prompt, wants output, and the model's length has room for both."""
     num_prompt_tokens = len(request.prompt_ids)
     if num_prompt_tokens == 0:
-        raise SloraError(Reason.PROMPT_EMPTY, "the prompt has no tokens; send at least one")
+        raise SloraError(Reason.PROMPT_EMPTY, "the prompt has no tokens; send at least one", field="prompt")
     if num_prompt_tokens >= max_model_len:
         raise SloraError(
             Reason.PROMPT_TOO_LONG,
             f"a prompt of {num_prompt_tokens} tokens leaves no room for output within {max_model_len} tokens",
+            field="prompt",
             num_prompt_tokens=num_prompt_tokens,
             max_model_len=max_model_len,
         )
     if request.stop.max_tokens < 1:
-        message = f"max_tokens is at least 1, not {request.stop.max_tokens}"
-        raise SloraError(Reason.STOPPING_INVALID, message, field="max_tokens")
+        message = f"at least 1 token is to be made, not {request.stop.max_tokens}"
+        raise SloraError(Reason.STOPPING_INVALID, message, field="stopping.max_tokens")
 
 
 @dataclass(slots=True, eq=False)

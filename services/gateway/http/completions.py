@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections.abc import Callable, Coroutine
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NoReturn, TypeVar
 
 import msgspec
 from starlette.requests import Request
 from starlette.types import Message, Receive, Scope, Send
 
-from services.gateway.generations import Ask, Generations, no_deadline
+from services.common.errors import SloraError
+from services.gateway.generations import Ask, Generations, is_callers_mistake, no_deadline
 from services.gateway.http.bodies import read_body
 from services.gateway.http.codec import ask_of, to_chunk
 from services.gateway.http.errors import to_api_error
@@ -18,7 +20,7 @@ from services.gateway.http.formats import Format
 from services.gateway.http.rate_limits import rate_limit_headers
 from services.gateway.http.replies import EventStreamReply, Reply, WholeReply
 from services.gateway.http.requests import GenerationRequest
-from services.gateway.models import Models
+from services.gateway.models import Models, ResolvedModel
 from services.tenancy.tenants import Tenant
 
 T = TypeVar("T")
@@ -71,11 +73,28 @@ class GenerationEndpoint(Generic[T]):
             await self._choose(ask, 0, reply, headers)
             return
         # All choices are one version's, also if the name gets a new one meanwhile.
-        model = (await self._models.resolve(request.model, no_deadline, tenant)).public_id
+        try:
+            model = (await self._models.resolve(request.model, no_deadline, tenant)).public_id
+        except SloraError as error:
+            # For metrics, log and limits it is one request, as with a single choice.
+            await self._choose(
+                _ask_refused(ask_of(request, 0, request.model, request_id, tenant), error), 0, reply, headers
+            )
+            raise
+        failures: list[Exception] = []
+
+        async def choose(index: int) -> None:
+            ask = ask_of(request, index, model, f"{request_id}-{index}", tenant)
+            ask = dataclasses.replace(ask, is_let_down=lambda: bool(failures) and not is_callers_mistake(failures[0]))
+            try:
+                await self._choose(ask, index, reply, headers)
+            except Exception as error:
+                failures.append(error)
+                raise
+
         async with asyncio.TaskGroup() as group:
             for index in range(request.num_generations):
-                ask = ask_of(request, index, model, f"{request_id}-{index}", tenant)
-                group.create_task(self._choose(ask, index, reply, headers))
+                group.create_task(choose(index))
 
     async def _choose(self, ask: Ask, index: int, reply: Reply, headers: dict[str, str]) -> None:
         async with self._generations.open(ask) as answer:
@@ -84,6 +103,15 @@ class GenerationEndpoint(Generic[T]):
             model = answer.model.public_id
             async for message in answer.messages:
                 await reply.add(index, model, to_chunk(message))
+
+
+def _ask_refused(ask: Ask, error: SloraError) -> Ask:
+    """`ask`, which ends in `error` before an engine gets it."""
+
+    def refuse(request_id: str, model: ResolvedModel) -> NoReturn:
+        raise error
+
+    return dataclasses.replace(ask, to_engine_request=refuse)
 
 
 def _first(error: BaseException) -> BaseException:

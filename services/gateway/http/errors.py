@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import logging
 import math
-import re
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from services.common.errors import Reason, SloraError, Status
+from services.common.errors import FieldError, Reason, SloraError, Status
 from services.gateway.http.rate_limits import rate_limit_headers
 from services.gateway.tenancy.limiter import OverLimitError
 
@@ -58,23 +57,6 @@ CODES: Mapping[Reason, str] = {
 
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
-_OF_THE_PROMPT = frozenset({Reason.PROMPT_EMPTY, Reason.PROMPT_TOO_LONG})
-"""They need no field to say what they are about."""
-
-_MESSAGES_ABOUT_FIELDS = frozenset(
-    {
-        Reason.SAMPLING_INVALID,
-        Reason.STOPPING_INVALID,
-        Reason.LOGPROBS_INVALID,
-        Reason.PROMPT_EMPTY,
-        Reason.TOKEN_OUT_OF_VOCABULARY,
-    }
-)
-"""Their words are slora's own, with nothing in them that a caller or a checkpoint wrote."""
-
-_FIELD = re.compile(r"\b(?:(?:sampling|stopping|prompt)\.(?P<inner>\w+)|(?P<outer>[a-z]+_[a-z_]+))\b")
-"""As those messages name fields."""
-
 NO_NAMES: Mapping[str, str] = MappingProxyType({})
 
 _MESSAGE_SHOWN, _PARAM_SHOWN = 1000, 128
@@ -118,7 +100,8 @@ def http_status(reason: Reason) -> int:
 def to_api_error(error: BaseException, names: Mapping[str, str] = NO_NAMES) -> ApiError:
     """What `error` is over HTTP; one that nobody meant for a caller is logged and becomes INTERNAL.
 
-    `names` are those of the caller's parameters, by the field of the gRPC API that each is put into, where they differ.
+    `names` are those of the caller's parameters, by the last part of the path that the gRPC API has for each, where
+    they differ.
     """
     if isinstance(error, ApiError):
         return error
@@ -127,7 +110,9 @@ def to_api_error(error: BaseException, names: Mapping[str, str] = NO_NAMES) -> A
         error = SloraError(Reason.INTERNAL, f"internal error: {type(error).__name__}; the server's log has more")
     reason, status = error.reason, http_status(error.reason)
     code = CODES.get(reason, reason.name.lower())
-    return ApiError(status, _in_words_of(error, names), code, _parameter(error, names), _headers(status, error))
+    param = _parameter(error, names)
+    message = f"{param} {error.complaint}" if isinstance(error, FieldError) else error.message
+    return ApiError(status, message, code, param, _headers(status, error))
 
 
 def _headers(status: int, error: SloraError) -> dict[str, str]:
@@ -148,18 +133,4 @@ def _parameter(error: SloraError, names: Mapping[str, str]) -> str | None:
     if error.reason is Reason.MODEL_NOT_FOUND:
         return "model"
     field = error.metadata.get("field", "").rpartition(".")[2]
-    if not field and error.reason in _OF_THE_PROMPT:
-        field = "prompt"
     return names.get(field, field) or None
-
-
-def _in_words_of(error: SloraError, names: Mapping[str, str]) -> str:
-    """The message, with the fields that it speaks of called what the caller called them."""
-    if error.reason not in _MESSAGES_ABOUT_FIELDS:
-        return error.message
-    return _FIELD.sub(lambda found: _renamed(found, names), error.message.removeprefix("stopping: "))
-
-
-def _renamed(found: re.Match[str], names: Mapping[str, str]) -> str:
-    field = found["inner"] or found["outer"]
-    return names.get(field, field)

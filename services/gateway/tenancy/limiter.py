@@ -1,7 +1,8 @@
 """How much a tenant may use now: requests and tokens a minute, generations at a time, over all gateways.
 
 Tokens are reserved when a generation is let in (prompt and as many new ones as it may make) and settled when it ends:
-what it did not use is given back, what it used beyond is a debt. One that no engine took is no request either.
+what it did not use is given back, what it used beyond is a debt. One that the service owed an answer and did not begin
+is no request either; one that its caller should not have made is.
 A generation holds a lease while it runs. Its gateway renews it; the leases of one that was killed end by themselves.
 """
 
@@ -65,7 +66,7 @@ class Admitted:
     used_tokens: int = 0
     """Of prompt and completion; to be set before it ends."""
     was_refused: bool = False
-    """No engine took it, for a reason that is not the caller's: it does not count as a request."""
+    """It ended before its first message, for a reason that is not the caller's: it does not count as a request."""
 
 
 class Limiter(Protocol):

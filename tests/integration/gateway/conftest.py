@@ -20,6 +20,7 @@ from services.gateway.config import GatewaySettings
 from services.gateway.gateway import Gateway
 from tests.fakes.fake_adapter_store import FakeAdapterStore
 from tests.fakes.fake_engine import FakeEngine, expected_tokens
+from tests.integration.gateway.tenancy_desk import Desk
 
 PROMPT = "tell me"
 
@@ -142,3 +143,11 @@ async def fleet_of() -> AsyncIterator[FleetFactory]:
     yield make
     for fleet in fleets:
         await fleet.close()
+
+
+@pytest.fixture
+async def desk(redis_url: str) -> AsyncIterator[Desk]:
+    """Where tests make tenants and keys."""
+    made = Desk(redis_url)
+    yield made
+    await made.redis.close()

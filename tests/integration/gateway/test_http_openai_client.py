@@ -10,8 +10,17 @@ import openai
 import pytest
 from openai import AsyncOpenAI, OpenAI
 
-from services.common.errors import Reason
-from tests.fakes.fake_engine import FakeEngine, Received, answer_messages, expected_tokens, fail_after, hang, refuse
+from services.common.errors import FieldError, Reason
+from tests.fakes.fake_engine import (
+    FakeEngine,
+    Received,
+    answer_messages,
+    expected_tokens,
+    fail_after,
+    hang,
+    refuse,
+    refuse_with,
+)
 from tests.integration.gateway.conftest import Fleet, FleetFactory, eventually
 
 HELLO: Any = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}]
@@ -266,8 +275,9 @@ async def test_errors_before_the_first_token(fleet_of: FleetFactory, connect: Co
 async def test_an_engines_complaint_names_the_callers_parameter(
     fleet_of: FleetFactory, connect: Connect, stream: bool
 ) -> None:
-    complaint = refuse(Reason.LOGPROBS_INVALID, "num_logprobs is 21; it is at most 20", field="num_logprobs")
-    client = connect(await fleet_of(1, script=complaint))
+    complaint = FieldError(Reason.LOGPROBS_INVALID, "num_logprobs", "is 21; it is at most 20")
+    fleet = await fleet_of(1, script=refuse_with(complaint))
+    client = connect(fleet)
     with pytest.raises(openai.BadRequestError, match="- top_logprobs is 21; it is at most 20") as caught:
         await client.chat.completions.create(
             model="base", messages=HELLO, logprobs=True, top_logprobs=21, stream=stream
@@ -276,6 +286,10 @@ async def test_an_engines_complaint_names_the_callers_parameter(
     with pytest.raises(openai.BadRequestError, match="- logprobs is 21; it is at most 20") as caught:
         await client.completions.create(model="base", prompt="x", logprobs=21, stream=stream)
     assert caught.value.param == "logprobs"
+    over_grpc = await fleet.refusal(fleet.ask(num_logprobs=21))
+    assert isinstance(over_grpc, FieldError)
+    assert over_grpc.message == "num_logprobs is 21; it is at most 20"
+    assert (over_grpc.field, over_grpc.complaint) == (complaint.field, complaint.complaint)
 
 
 async def test_unknown_models_and_arguments(fleet_of: FleetFactory, connect: Connect) -> None:

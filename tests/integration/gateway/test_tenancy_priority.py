@@ -17,7 +17,7 @@ from services.common.grpc_errors import from_rpc_error
 from services.tenancy.directory import TenantDirectory
 from services.tenancy.tenancy_redis import TenancyRedis
 from tests.integration.gateway.conftest import Fleet, FleetFactory
-from tests.integration.gateway.test_tenancy import http, whole
+from tests.integration.gateway.tenancy_desk import http, whole
 
 PREFIX = "slora:tenancy"
 CHAT: Any = [{"role": "user", "content": "hello"}]

@@ -35,8 +35,8 @@ BAD: dict[str, tuple[dict[str, Any], Reason, str]] = {
     "priority too high": ({"priority": 11}, Reason.REQUEST_INVALID, r"priority is 11; it is in \[-10, 10\]"),
     "priority too low": ({"priority": -11}, Reason.REQUEST_INVALID, "priority is -11"),
     "long tenant": ({"tenant": "é" * 129}, Reason.REQUEST_INVALID, "129 characters"),
-    "no prompt": ({"prompt": None}, Reason.PROMPT_MISSING, "prompt.text, prompt.token_ids or prompt.chat"),
-    "unset prompt": ({"prompt": {}}, Reason.PROMPT_MISSING, "prompt.text, prompt.token_ids or prompt.chat"),
+    "no prompt": ({"prompt": None}, Reason.PROMPT_MISSING, "prompt is required: set its text"),
+    "unset prompt": ({"prompt": {}}, Reason.PROMPT_MISSING, "prompt is required: set its text"),
     "empty text": ({"prompt": {"text": ""}}, Reason.PROMPT_EMPTY, "prompt.text"),
     "empty ids": ({"prompt": {"token_ids": {}}}, Reason.PROMPT_EMPTY, "prompt.token_ids"),
     "long ids": ({"prompt": {"token_ids": {"ids": [1] * 256}}}, Reason.PROMPT_TOO_LONG, "256 tokens.*at most 255"),
@@ -44,7 +44,7 @@ BAD: dict[str, tuple[dict[str, Any], Reason, str]] = {
     "id out of vocabulary": (
         {"prompt": {"token_ids": {"ids": [1, 600, 601]}}},
         Reason.TOKEN_OUT_OF_VOCABULARY,
-        "token 600 at position 1 of prompt.*below 600",
+        "prompt has token 600 at position 1.*below 600",
     ),
     "huge id": (
         {"prompt": {"token_ids": {"ids": [2**32 - 1]}}},
@@ -79,15 +79,19 @@ BAD: dict[str, tuple[dict[str, Any], Reason, str]] = {
     "min above max": (
         {"stopping": {"max_tokens": 3, "min_tokens": 4}},
         Reason.STOPPING_INVALID,
-        "min_tokens is 4, more than max_tokens, which is 3",
+        "stopping.min_tokens is 4, but at most 3 tokens",
     ),
-    "17 stop strings": ({"stopping": {"stop_strings": ["x"] * 17}}, Reason.STOPPING_INVALID, "17 stop strings"),
-    "empty stop string": ({"stopping": {"stop_strings": ["x", ""]}}, Reason.STOPPING_INVALID, "is empty"),
+    "17 stop strings": (
+        {"stopping": {"stop_strings": ["x"] * 17}},
+        Reason.STOPPING_INVALID,
+        "stop_strings has 17 strings",
+    ),
+    "empty stop string": ({"stopping": {"stop_strings": ["x", ""]}}, Reason.STOPPING_INVALID, "an empty string"),
     "long stop string": ({"stopping": {"stop_strings": ["x" * 257]}}, Reason.STOPPING_INVALID, "257 characters"),
     "stop id out of vocabulary": (
         {"stopping": {"stop_token_ids": [3, 600]}},
         Reason.TOKEN_OUT_OF_VOCABULARY,
-        "token 600 at position 1 of stop_token_ids",
+        "stopping.stop_token_ids has token 600 at position 1",
     ),
     "21 logprobs": ({"num_logprobs": 21}, Reason.LOGPROBS_INVALID, "num_logprobs is 21.*at most 20"),
     "adapter without name": ({"adapter": {"digest": DIGEST}}, Reason.ADAPTER_NAME_INVALID, "adapter_id is required"),
@@ -95,17 +99,17 @@ BAD: dict[str, tuple[dict[str, Any], Reason, str]] = {
     "short digest": (
         {"adapter": {"adapter_id": "a@1", "digest": DIGEST[:-1]}},
         Reason.ADAPTER_DIGEST_INVALID,
-        "is no digest.*64 lower-case",
+        "adapter.digest is .*64 lower-case",
     ),
     "upper-case digest": (
         {"adapter": {"adapter_id": "a@1", "digest": DIGEST.upper()}},
         Reason.ADAPTER_DIGEST_INVALID,
-        "is no digest",
+        "adapter.digest is '",
     ),
     "digest with a line end": (
         {"adapter": {"adapter_id": "a@1", "digest": DIGEST + "\n"}},
         Reason.ADAPTER_DIGEST_INVALID,
-        "is no digest",
+        "adapter.digest is '",
     ),
 }
 

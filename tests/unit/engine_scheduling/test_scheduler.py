@@ -94,9 +94,20 @@ def test_max_running_holds_others_back_until_one_ends() -> None:
 # Outcomes.
 
 
-def test_a_runners_error_for_one_sequence_fails_only_that_one() -> None:
-    h = Harness()
-    h.add(long(1, 2, 4))
+@pytest.mark.parametrize(
+    ("adapter", "failure"),
+    [
+        (None, ("INTERNAL", "logits are not finite")),
+        ("a", ("ADAPTER_NOT_FINITE", "adapter a@1: logits are not finite")),
+    ],
+    ids=str,
+)
+def test_a_runners_error_for_one_sequence_fails_only_that_one(adapter: str | None, failure: tuple[str, str]) -> None:
+    h = instant(Harness())
+    h.adapters(a=2)
+    h.prefetch(9, "a")
+    h.run()
+    h.add(long(1, 2, 4, adapter))
     h.add(long(2, 2, 4))
     plan = h.plan()
     assert plan is not None
@@ -105,7 +116,7 @@ def test_a_runners_error_for_one_sequence_fails_only_that_one() -> None:
     h.commit(plan, tokens)
     assert h.tokens == {2: [tokens[1].token_id]}
     h.hear()
-    assert (h.failures[1].reason, h.failures[1].message) == ("INTERNAL", "logits are not finite")
+    assert (h.failures[1].reason, h.failures[1].message) == failure
     h.run()
     h.check_answers()
     h.check_empty()

@@ -16,7 +16,7 @@ from services.gateway.engine_pool import EnginePool
 from services.gateway.engine_state import EngineLoad, EngineProfile, StateUpdate
 from services.gateway.models import ListPosition, Models
 from services.gateway.routing_rules import make_router
-from services.tenancy.tenants import Tenant
+from services.tenancy.tenants import ANONYMOUS, Tenant
 
 
 def entry(name: str, version: int = 1, base_model: str = "base") -> AdapterEntry:
@@ -107,6 +107,30 @@ async def test_refusals() -> None:
     for word in ("'nobody'", "'base'", "2 adapters", "ListModels"):
         assert word in unknown.message
     assert len((await refusal(known, "n" * 10_000)).message) < 500
+
+
+@pytest.mark.parametrize("tenant", [ANONYMOUS, Tenant("team", adapters=("*a*a*a*b",))], ids=["anonymous", "team"])
+async def test_what_is_longer_than_any_adapters_name_is_looked_up_nowhere(tenant: Tenant) -> None:
+    source = Source()
+    long_base = "b" * 300
+    known = models(pool_of(long_base), catalogue_of(), source)
+    for model in ("a" * 193, "a" * 190 + "@10", "aé" * 7_000_000):
+        with pytest.raises(SloraError) as refused:
+            await known.resolve(model, no_deadline, tenant)
+        assert refused.value.reason is Reason.MODEL_NOT_FOUND
+        assert len(refused.value.message) < 1000
+    assert (await known.resolve(long_base, no_deadline, tenant)).public_id == long_base
+    assert not source.timeouts, "the store was not asked"
+    with pytest.raises(SloraError) as refused:
+        await models(pool_of(None), catalogue_of(), source).resolve(long_base, no_deadline, tenant)
+    assert refused.value.reason is Reason.ENGINE_UNAVAILABLE, "it may be the name of a base model"
+
+
+@pytest.mark.parametrize("model", ["n" * 128 + "@" + "a" * 63, "n" * 128])
+async def test_the_longest_names_are_looked_up(model: str) -> None:
+    source = Source()
+    assert (await refusal(models(pool_of("base"), catalogue_of(), source), model)).reason is Reason.MODEL_NOT_FOUND
+    assert source.timeouts == [5.0]
 
 
 async def test_with_the_store_away_the_known_work_and_the_unknown_are_not_denied() -> None:

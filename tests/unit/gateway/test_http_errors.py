@@ -9,11 +9,13 @@ from pathlib import Path
 import pytest
 from slora.engine.v1 import engine_pb2
 
-from services.common.errors import Reason, SloraError, Status
+from services.common.errors import FieldError, Reason, SloraError, Status
+from services.common.grpc_errors import from_rpc_error, to_grpc_status
 from services.engine.codec import decode_generate
 from services.engine.frontend.request import ModelLimits, core_request
 from services.gateway.http.errors import CODES, ApiError, http_status, to_api_error
 from services.gateway.http.parameters import CHAT_NAMES, COMPLETION_NAMES
+from tests.fixtures.ended_call import EndedCall
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -77,18 +79,18 @@ def test_the_parameter_has_the_callers_name(field: str, names: Mapping[str, str]
 @pytest.mark.parametrize(("names", "param"), [(COMPLETION_NAMES, "prompt"), (CHAT_NAMES, "messages")])
 @pytest.mark.parametrize("reason", [Reason.PROMPT_TOO_LONG, Reason.PROMPT_EMPTY])
 def test_what_is_wrong_with_the_prompt_is_put_down_to_it(reason: Reason, names: Mapping[str, str], param: str) -> None:
-    error = to_api_error(SloraError(reason, "the prompt has 600 tokens"), names)
+    error = to_api_error(SloraError(reason, "the prompt has 600 tokens", field="prompt"), names)
     assert (error.param, error.message) == (param, "the prompt has 600 tokens")
 
 
 def refused_by_the_engine(**fields: object) -> SloraError:
-    """What a real engine says to a request with these fields."""
+    """What a real engine says to a request with these fields, as it arrives at a gateway."""
     request = engine_pb2.GenerateRequest(request_id="r", **fields)  # type: ignore[arg-type]
     if "prompt" not in fields:
         request.prompt.token_ids.ids.append(1)
     with pytest.raises(SloraError) as refused:
         core_request(decode_generate(request), 1, list(request.prompt.token_ids.ids), ModelLimits(600, 256))
-    return refused.value
+    return from_rpc_error(EndedCall(to_grpc_status(refused.value)), unavailable=Reason.ENGINE_UNAVAILABLE)
 
 
 CHAT_NAMES_NEW = {**CHAT_NAMES, "max_tokens": "max_completion_tokens"}
@@ -103,24 +105,27 @@ CHAT_NAMES_NEW = {**CHAT_NAMES, "max_tokens": "max_completion_tokens"}
             {"stopping": {"max_tokens": 3, "min_tokens": 4}},
             CHAT_NAMES_NEW,
             "min_tokens",
-            "min_tokens is 4, more than max_completion_tokens, which is 3",
+            "min_tokens is 4, but at most 3 tokens are to be made",
         ),
         ({"stopping": {"max_tokens": 0}}, CHAT_NAMES_NEW, "max_completion_tokens", "max_completion_tokens is 0"),
         ({"num_logprobs": 21}, COMPLETION_NAMES, "logprobs", "logprobs is 21; it is at most 20"),
         ({"num_logprobs": 21}, CHAT_NAMES, "top_logprobs", "top_logprobs is 21; it is at most 20"),
-        ({"stopping": {"stop_strings": [""]}}, CHAT_NAMES, "stop", "a stop string is empty"),
+        ({"stopping": {"stop_strings": [""]}}, CHAT_NAMES, "stop", "stop has an empty string"),
+        ({"stopping": {"stop_strings": "s" * 17}}, COMPLETION_NAMES, "stop", "stop has 17 strings; at most 16"),
+        ({"stopping": {"stop_strings": ["x" * 257]}}, CHAT_NAMES, "stop", "stop has a string of 257 characters"),
+        ({"prompt": {"chat": {}}}, CHAT_NAMES, "messages", "messages is empty; give at least one message"),
         ({"prompt": {"text": ""}}, COMPLETION_NAMES, "prompt", "prompt is empty; give at least one token"),
         (
             {"prompt": {"token_ids": {"ids": [600]}}},
             COMPLETION_NAMES,
             "prompt",
-            "token 600 at position 0 of prompt is not in the vocabulary",
+            "prompt has token 600 at position 0, which is not in the vocabulary",
         ),
         (
             {"stopping": {"stop_token_ids": [700]}},
             COMPLETION_NAMES,
             "stop_token_ids",
-            "token 700 at position 0 of stop_token_ids",
+            "stop_token_ids has token 700 at position 0",
         ),
     ],
     ids=str,
@@ -128,15 +133,21 @@ CHAT_NAMES_NEW = {**CHAT_NAMES, "max_tokens": "max_completion_tokens"}
 def test_messages_use_the_callers_names(
     fields: dict[str, object], names: Mapping[str, str], param: str, message: str
 ) -> None:
-    error = to_api_error(refused_by_the_engine(**fields), names)
+    refused = refused_by_the_engine(**fields)
+    error = to_api_error(refused, names)
     assert error.param == param
     assert error.message.startswith(message)
+    path = refused.metadata["field"]
+    assert refused.message == path + error.message.removeprefix(param), "over gRPC the same, behind the field's path"
+    assert path.rpartition(".")[2] == param or path not in error.message
 
 
 def test_words_that_others_wrote_are_left_alone() -> None:
     message = "the checkpoint's chat template refuses these messages: sampling.num_logprobs"
-    error = SloraError(Reason.CHAT_INVALID, message, field="messages")
-    assert to_api_error(error, CHAT_NAMES).message == message
+    error = to_api_error(SloraError(Reason.CHAT_INVALID, message, field="prompt.chat.messages"), CHAT_NAMES)
+    assert (error.message, error.param) == (message, "messages")
+    error = to_api_error(FieldError(Reason.REQUEST_INVALID, "stop_strings", "is not num_logprobs"), CHAT_NAMES)
+    assert error.message == "stop is not num_logprobs"
 
 
 def test_what_went_wrong_inside_is_not_told(caplog: pytest.LogCaptureFixture) -> None:
