@@ -5,8 +5,8 @@ which owns all pages, grants them and a slot on its own thread, in arrival order
 pages, out of the store's memory or from its stream, verified, and entered at the slot. A job that waits long for its
 grant holds no thread and no connection, so that loads which wait for memory never keep others from being loaded.
 
-Weights are digested while they are copied into the pages, where nobody looks at them before they are entered. A lease
-of what the store lends is confirmed after both, and only then is the digest looked at: under a lease that did not last,
+Weights are digested while they are copied into the pages, where nobody looks at them before they are entered. Whether a
+lease of what the store lends has lasted is looked at after both, and only then at the digest: under one that did not,
 other bytes may have lain there, and the weights are streamed instead.
 """
 
@@ -188,10 +188,8 @@ class AdapterLoader:
         """Copies what is lent into the granted pages; False if the lease ended early, and the copy is worth nothing."""
         with lease:
             digest = self._copy(job, manifest, grant, self._readable(lease.content, buffer))
-            try:
-                lease.confirm()
-            except SloraError as error:
-                logger.info("a lease ended early, the adapter is streamed: %s", error.message)
+            if not lease.lasts():
+                logger.info("a lease ended early, the adapter is streamed", extra={"digest": job.adapter.digest})
                 return False
         if digest != manifest.packed_digest:
             raise _changed(job, "the bytes that were lent do not have the manifest's digest")

@@ -141,7 +141,7 @@ def test_failures_after_the_grant(world: World, fault: dict[str, object], reason
 
 
 @pytest.mark.parametrize("direct", [True, False])
-def test_what_is_lent_is_confirmed_and_not_streamed(world: World, direct: bool) -> None:
+def test_what_is_lent_is_copied_and_not_streamed(world: World, direct: bool) -> None:
     """A device that does not read it where it lies is given a copy."""
     world.device.is_direct = direct
     lease = FakeLease()
@@ -149,7 +149,7 @@ def test_what_is_lent_is_confirmed_and_not_streamed(world: World, direct: bool) 
     event = world.load("a", slot=7)
     assert isinstance(event, LoadInstalled), event
     assert event.lent
-    assert (lease.num_confirmed, lease.is_open) == (1, False)
+    assert (lease.num_looks, lease.is_open) == (1, False)
     assert world.device.weights[digest_of("a")] == world.source.weights(digest_of("a"))
     assert 7 in world.device.installed
 
