@@ -13,13 +13,14 @@ other bytes may have lain there, and the weights are streamed instead.
 from __future__ import annotations
 
 import collections
+import contextlib
 import logging
 import os
 import queue
 import threading
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 import numpy as np
 
@@ -134,11 +135,9 @@ class AdapterLoader:
     def _carry(self, job: LoadJob, buffer: _HostBuffer) -> LoadEvent | None:
         """Takes a job as far as it goes; None if it waits for its grant."""
         try:
-            manifest = self._size(job)
-            grant = self._await_grant(job)
-            if grant is None:
-                return None
-            return self._load(job, manifest, grant, buffer)
+            return self._load(job, buffer)
+        except _Parked:
+            return None
         except FetchCancelled:
             return LoadEnded(job, None)
         except SloraError as error:
@@ -148,55 +147,63 @@ class AdapterLoader:
             message = f"loading adapter {job.adapter.adapter_id} failed: {type(error).__name__}"
             return LoadEnded(job, SloraError(Reason.INTERNAL, message, adapter_id=job.adapter.adapter_id))
 
-    def _size(self, job: LoadJob) -> AdapterManifest:
+    def _load(self, job: LoadJob, buffer: _HostBuffer) -> LoadInstalled:
         manifest = job.fetch.manifest(job.deadline)
         if not job.sized:
             if manifest.layout.digest != job.adapter.digest:
                 raise _changed(job, f"the store sent {manifest.layout.digest} for {job.adapter.digest}")
             self._device.check(manifest.layout)
-            job.sized = True
-            job.stop_clock()
-            self._post(LoadSized(job, manifest.layout.num_pages(self._page_elems)))
-        return manifest
-
-    def _await_grant(self, job: LoadJob) -> Grant | None:
-        grant = job.wait_for_grant(GRANT_GRACE_SECONDS)
-        if grant is None and not job.cancelled:
-            job.fetch.pause()
-            if job.park():
-                return None
-            grant = job.wait_for_grant(0.0)
-        if grant is None or job.cancelled:
-            raise FetchCancelled
-        return grant
-
-    def _load(self, job: LoadJob, manifest: AdapterManifest, grant: Grant, buffer: _HostBuffer) -> LoadInstalled:
-        num_pages = manifest.layout.num_pages(self._page_elems)
-        if num_pages != len(grant.pages):
-            raise _changed(job, f"it takes {num_pages} pages and was known with {len(grant.pages)}")
         lease = job.fetch.lease(job.deadline)
-        lent = lease is not None and self._copy_lent(job, manifest, grant, buffer, lease)
-        if not lent:
-            self._copy_streamed(job, manifest, grant, buffer)
+        grant = None if lease is None else self._copy_lent(job, manifest, buffer, lease)
+        lent = grant is not None
+        if grant is None:
+            grant = self._copy_streamed(job, manifest, buffer)
         with self._device_lock:
             self._device.enter(grant.slot, manifest.layout, grant.pages)
         return LoadInstalled(job, job.load_seconds, manifest.packed_bytes, lent, job.fetch.delivery)
 
+    def _tell_size(self, job: LoadJob, manifest: AdapterManifest) -> None:
+        """Asks the core for pages, once."""
+        if not job.sized:
+            job.sized = True
+            job.stop_clock()
+            self._post(LoadSized(job, manifest.layout.num_pages(self._page_elems)))
+
+    def _await_grant(self, job: LoadJob, manifest: AdapterManifest) -> Grant:
+        grant = job.wait_for_grant(GRANT_GRACE_SECONDS)
+        if grant is None and not job.cancelled:
+            job.fetch.pause()
+            if job.park():
+                raise _Parked
+            grant = job.wait_for_grant(0.0)
+        if grant is None or job.cancelled:
+            raise FetchCancelled
+        num_pages = manifest.layout.num_pages(self._page_elems)
+        if num_pages != len(grant.pages):
+            raise _changed(job, f"it takes {num_pages} pages and was known with {len(grant.pages)}")
+        return grant
+
     def _copy_lent(
-        self, job: LoadJob, manifest: AdapterManifest, grant: Grant, buffer: _HostBuffer, lease: WeightsLease
-    ) -> bool:
-        """Copies what is lent into the granted pages; False if the lease ended early, and the copy is worth nothing."""
-        with lease:
-            digest = self._copy(job, manifest, grant, self._readable(lease.content, buffer))
+        self, job: LoadJob, manifest: AdapterManifest, buffer: _HostBuffer, lease: WeightsLease
+    ) -> Grant | None:
+        """Copies what is lent into the pages of the grant; None if the lease ended early: the copy is worth nothing."""
+        # The core may take a step until it grants pages: the digest does not wait for them.
+        with lease, self._digesting(lease.content) as digest:
+            self._tell_size(job, manifest)
+            grant = self._await_grant(job, manifest)
+            self._write(job, manifest, grant, self._readable(lease.content, buffer))
+            found = digest.result()
             if not lease.lasts():
                 logger.info("a lease ended early, the adapter is streamed", extra={"digest": job.adapter.digest})
-                return False
-        if digest != manifest.packed_digest:
+                return None
+        if found != manifest.packed_digest:
             raise _changed(job, "the bytes that were lent do not have the manifest's digest")
-        return True
+        return grant
 
-    def _copy_streamed(self, job: LoadJob, manifest: AdapterManifest, grant: Grant, buffer: _HostBuffer) -> None:
-        """Copies what the source sends into the granted pages."""
+    def _copy_streamed(self, job: LoadJob, manifest: AdapterManifest, buffer: _HostBuffer) -> Grant:
+        """Copies what the source sends into the pages of the grant."""
+        self._tell_size(job, manifest)
+        grant = self._await_grant(job, manifest)
         weights = buffer.view(manifest.packed_bytes)
         received = 0
         for chunk in job.fetch.chunks(job.deadline):
@@ -207,20 +214,26 @@ class AdapterLoader:
             received = end
         if received != manifest.packed_bytes:
             raise _changed(job, f"{received} of its {manifest.packed_bytes} bytes were sent")
-        if self._copy(job, manifest, grant, weights) != manifest.packed_digest:
-            raise _changed(job, "the bytes that were sent do not have the manifest's digest")
+        with self._digesting(weights) as digest:
+            self._write(job, manifest, grant, weights)
+            if digest.result() != manifest.packed_digest:
+                raise _changed(job, "the bytes that were sent do not have the manifest's digest")
+        return grant
 
-    def _copy(self, job: LoadJob, manifest: AdapterManifest, grant: Grant, weights: memoryview) -> str:
-        """Copies `weights` into the granted pages; their digest, which is computed meanwhile."""
+    def _write(self, job: LoadJob, manifest: AdapterManifest, grant: Grant, weights: memoryview) -> None:
+        with self._device_lock:
+            if job.cancelled:
+                raise FetchCancelled
+            self._device.write(manifest.layout, grant.pages, weights)
+
+    @contextlib.contextmanager
+    def _digesting(self, weights: memoryview) -> Iterator[Future[str]]:
+        """The digest of `weights`, computed meanwhile. Nobody looks at them any more when this has ended."""
         digest = self._helpers.submit(packed_digest, weights)
         try:
-            with self._device_lock:
-                if job.cancelled:
-                    raise FetchCancelled
-                self._device.write(manifest.layout, grant.pages, weights)
+            yield digest
         finally:
-            wait([digest])  # nobody looks at the bytes when this has ended
-        return digest.result()
+            wait([digest])
 
     def _readable(self, content: memoryview, buffer: _HostBuffer) -> memoryview:
         """`content`, or a copy of it where the device reads faster."""
@@ -230,6 +243,10 @@ class AdapterLoader:
         pieces = [slice(begin, begin + COPY_BYTES) for begin in range(0, len(content), COPY_BYTES)]
         wait([self._helpers.submit(_copy_bytes, content[piece], copy[piece]) for piece in pieces])
         return copy
+
+
+class _Parked(Exception):  # noqa: N818 - nobody's fault
+    """The job waits for its grant without a thread."""
 
 
 class _HostBuffer:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 
 from kernels.lora_plan import AdapterTables, ModuleGroup
@@ -78,17 +79,18 @@ class PagedAdapterDevice:
         if self._alike[slot] is not None:
             raise ValueError(f"adapter slot {slot} is taken")
         tables = self.tables
-        rows = torch.zeros(3, layout.num_layers, len(TargetModule), dtype=torch.int64)
+        # numpy: of so few numbers each operation of torch would take longer than all of numpy's.
+        rows = np.zeros((3, layout.num_layers, len(TargetModule)), np.int64)
         first: dict[tuple[ModulePlacement, ...], int] = {}
         alike: list[int] = []
         for run in layout.runs():
             alike += [first.setdefault(run.placements, run.begin)] * (run.end - run.begin)
-            for place in run.placements:
-                row = torch.tensor((place.rank, place.lora_a_offset, place.lora_b_offset))
-                rows[:, run.begin : run.end, place.module] = row.unsqueeze(1)
+            modules = [place.module for place in run.placements]
+            places = [(place.rank, place.lora_a_offset, place.lora_b_offset) for place in run.placements]
+            rows[:, run.begin : run.end, modules] = np.array(places, np.int64).reshape(-1, 3).T[:, None]
         tables.page_table[slot, : len(pages)] = torch.tensor(pages, dtype=torch.int64)
         tables.tile_elems[slot] = self._tile_elems(layout)
-        tables.rank[slot], tables.lora_a_offset[slot], tables.lora_b_offset[slot] = rows
+        tables.rank[slot], tables.lora_a_offset[slot], tables.lora_b_offset[slot] = torch.from_numpy(rows)
         self._generations[slot] += 1
         self._alike[slot] = tuple(alike)
 
