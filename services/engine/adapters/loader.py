@@ -121,46 +121,38 @@ class AdapterLoader:
     def _work(self) -> None:
         buffer = _HostBuffer(self._device.host_buffer)
         while (job := self._jobs.get()) is not None:
-            if not job.begin():
-                continue
-            bind_request_id(job.own.request_id)
-            event = self._carry(job, buffer)
-            if event is not None:
-                self._post(event)
+            if job.begin():
+                bind_request_id(job.own.request_id)
+                self._carry(job, buffer)
 
     def _post(self, event: LoadEvent) -> None:
         self._events.append(event)
         self._wake()
 
-    def _carry(self, job: LoadJob, buffer: _HostBuffer) -> LoadEvent | None:
-        """Takes a job as far as it goes; None if it waits for its grant."""
-        try:
-            return self._load(job, buffer)
-        except _Parked:
-            return None
-        except FetchCancelled:
-            return LoadEnded(job, None)
-        except SloraError as error:
-            return LoadEnded(job, None if job.cancelled else error)
-        except Exception as error:
-            logger.exception("loading adapter %s failed unexpectedly", job.adapter.adapter_id)
-            message = f"loading adapter {job.adapter.adapter_id} failed: {type(error).__name__}"
-            return LoadEnded(job, SloraError(Reason.INTERNAL, message, adapter_id=job.adapter.adapter_id))
+    def _carry(self, job: LoadJob, buffer: _HostBuffer) -> None:
+        """Takes a job as far as it goes: to its last event, or to where it waits for its grant."""
+        with contextlib.suppress(_Parked):
+            try:
+                self._load(job, buffer)
+            except FetchCancelled:
+                self._post(LoadEnded(job, None))
+            except SloraError as error:
+                self._post(LoadEnded(job, None if job.cancelled else error))
+            except Exception as error:
+                logger.exception("loading adapter %s failed unexpectedly", job.adapter.adapter_id)
+                message = f"loading adapter {job.adapter.adapter_id} failed: {type(error).__name__}"
+                failure = SloraError(Reason.INTERNAL, message, adapter_id=job.adapter.adapter_id)
+                self._post(LoadEnded(job, failure))
 
-    def _load(self, job: LoadJob, buffer: _HostBuffer) -> LoadInstalled:
+    def _load(self, job: LoadJob, buffer: _HostBuffer) -> None:
         manifest = job.fetch.manifest(job.deadline)
         if not job.sized:
             if manifest.layout.digest != job.adapter.digest:
                 raise _changed(job, f"the store sent {manifest.layout.digest} for {job.adapter.digest}")
             self._device.check(manifest.layout)
         lease = job.fetch.lease(job.deadline)
-        grant = None if lease is None else self._copy_lent(job, manifest, buffer, lease)
-        lent = grant is not None
-        if grant is None:
-            grant = self._copy_streamed(job, manifest, buffer)
-        with self._device_lock:
-            self._device.enter(grant.slot, manifest.layout, grant.pages)
-        return LoadInstalled(job, job.load_seconds, manifest.packed_bytes, lent, job.fetch.delivery)
+        if lease is None or not self._load_lent(job, manifest, buffer, lease):
+            self._load_streamed(job, manifest, buffer)
 
     def _tell_size(self, job: LoadJob, manifest: AdapterManifest) -> None:
         """Asks the core for pages, once."""
@@ -183,10 +175,8 @@ class AdapterLoader:
             raise _changed(job, f"it takes {num_pages} pages and was known with {len(grant.pages)}")
         return grant
 
-    def _copy_lent(
-        self, job: LoadJob, manifest: AdapterManifest, buffer: _HostBuffer, lease: WeightsLease
-    ) -> Grant | None:
-        """Copies what is lent into the pages of the grant; None if the lease ended early: the copy is worth nothing."""
+    def _load_lent(self, job: LoadJob, manifest: AdapterManifest, buffer: _HostBuffer, lease: WeightsLease) -> bool:
+        """Loads what is lent; False if the lease ended early: then the copy is worth nothing."""
         # The core may take a step until it grants pages: the digest does not wait for them.
         with lease, self._digesting(lease.content) as digest:
             self._tell_size(job, manifest)
@@ -195,13 +185,15 @@ class AdapterLoader:
             found = digest.result()
             if not lease.lasts():
                 logger.info("a lease ended early, the adapter is streamed", extra={"digest": job.adapter.digest})
-                return None
-        if found != manifest.packed_digest:
-            raise _changed(job, "the bytes that were lent do not have the manifest's digest")
-        return grant
+                return False
+            if found != manifest.packed_digest:
+                raise _changed(job, "the bytes that were lent do not have the manifest's digest")
+            # Before the lease is given back: that takes as long as all of this.
+            self._install(job, manifest, grant, lent=True)
+        return True
 
-    def _copy_streamed(self, job: LoadJob, manifest: AdapterManifest, buffer: _HostBuffer) -> Grant:
-        """Copies what the source sends into the pages of the grant."""
+    def _load_streamed(self, job: LoadJob, manifest: AdapterManifest, buffer: _HostBuffer) -> None:
+        """Loads what the source sends."""
         self._tell_size(job, manifest)
         grant = self._await_grant(job, manifest)
         weights = buffer.view(manifest.packed_bytes)
@@ -218,7 +210,12 @@ class AdapterLoader:
             self._write(job, manifest, grant, weights)
             if digest.result() != manifest.packed_digest:
                 raise _changed(job, "the bytes that were sent do not have the manifest's digest")
-        return grant
+        self._install(job, manifest, grant, lent=False)
+
+    def _install(self, job: LoadJob, manifest: AdapterManifest, grant: Grant, lent: bool) -> None:
+        with self._device_lock:
+            self._device.enter(grant.slot, manifest.layout, grant.pages)
+        self._post(LoadInstalled(job, job.load_seconds, manifest.packed_bytes, lent, job.fetch.delivery))
 
     def _write(self, job: LoadJob, manifest: AdapterManifest, grant: Grant, weights: memoryview) -> None:
         with self._device_lock:
