@@ -21,6 +21,7 @@ class FakeLease:
     def __init__(self, lapses: bool = False) -> None:
         self.lapses = lapses
         self.is_open = False
+        self.ended = threading.Event()
         self.num_looks = 0
 
     def open(self, weights: bytes, corrupt: bool) -> None:
@@ -38,6 +39,7 @@ class FakeLease:
 
     def __exit__(self, *_: object) -> None:
         self.is_open = False
+        self.ended.set()
 
 
 @dataclass

@@ -21,6 +21,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from typing import ParamSpec, TypeVar
 
 import numpy as np
 
@@ -33,6 +34,9 @@ from services.engine.adapters.source import AdapterManifest, AdapterSource, Fetc
 from services.engine.messages import NOBODY, Adapter, Origin
 
 logger = logging.getLogger(__name__)
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 NUM_LOADER_THREADS = 8
 """Loads at once. A few keep the link busy while others wait for the store to read from S3; each thread keeps a host
@@ -73,7 +77,7 @@ class AdapterLoader:
         self._jobs: queue.SimpleQueue[LoadJob | None] = queue.SimpleQueue()
         self._events: collections.deque[LoadEvent] = collections.deque()
         self._device_lock = threading.Lock()
-        # Each load has one digest under way at most: none waits behind copies.
+        # Each load has one of them write its pages: none waits behind copies.
         self._helpers = ThreadPoolExecutor(NUM_LOADER_THREADS + NUM_COPYING_THREADS, "adapter-loader-helper")
         self._threads = [
             threading.Thread(target=self._work, name=f"adapter-loader-{i}", daemon=True)
@@ -131,18 +135,18 @@ class AdapterLoader:
 
     def _carry(self, job: LoadJob, buffer: _HostBuffer) -> None:
         """Takes a job as far as it goes: to its last event, or to where it waits for its grant."""
-        with contextlib.suppress(_Parked):
-            try:
-                self._load(job, buffer)
-            except FetchCancelled:
-                self._post(LoadEnded(job, None))
-            except SloraError as error:
-                self._post(LoadEnded(job, None if job.cancelled else error))
-            except Exception as error:
-                logger.exception("loading adapter %s failed unexpectedly", job.adapter.adapter_id)
-                message = f"loading adapter {job.adapter.adapter_id} failed: {type(error).__name__}"
-                failure = SloraError(Reason.INTERNAL, message, adapter_id=job.adapter.adapter_id)
-                self._post(LoadEnded(job, failure))
+        try:
+            self._load(job, buffer)
+        except _Parked:
+            pass  # somebody goes on with it when its grant is there
+        except FetchCancelled:
+            self._post(LoadEnded(job, None))
+        except SloraError as error:
+            self._post(LoadEnded(job, None if job.cancelled else error))
+        except Exception as error:
+            logger.exception("loading adapter %s failed unexpectedly", job.adapter.adapter_id)
+            message = f"loading adapter {job.adapter.adapter_id} failed: {type(error).__name__}"
+            self._post(LoadEnded(job, SloraError(Reason.INTERNAL, message, adapter_id=job.adapter.adapter_id)))
 
     def _load(self, job: LoadJob, buffer: _HostBuffer) -> None:
         manifest = job.fetch.manifest(job.deadline)
@@ -161,28 +165,16 @@ class AdapterLoader:
             job.stop_clock()
             self._post(LoadSized(job, manifest.layout.num_pages(self._page_elems)))
 
-    def _await_grant(self, job: LoadJob, manifest: AdapterManifest) -> Grant:
-        grant = job.wait_for_grant(GRANT_GRACE_SECONDS)
-        if grant is None and not job.cancelled:
-            job.fetch.pause()
-            if job.park():
-                raise _Parked
-            grant = job.wait_for_grant(0.0)
-        if grant is None or job.cancelled:
-            raise FetchCancelled
-        num_pages = manifest.layout.num_pages(self._page_elems)
-        if num_pages != len(grant.pages):
-            raise _changed(job, f"it takes {num_pages} pages and was known with {len(grant.pages)}")
-        return grant
-
     def _load_lent(self, job: LoadJob, manifest: AdapterManifest, buffer: _HostBuffer, lease: WeightsLease) -> bool:
-        """Loads what is lent; False if the lease ended early: then the copy is worth nothing."""
+        """Loads what is lent; False if the lease ended before all was copied: then the copy is worth nothing."""
+        self._tell_size(job, manifest)
         # The core may take a step until it grants pages: the digest does not wait for them.
-        with lease, self._digesting(lease.content) as digest:
-            self._tell_size(job, manifest)
-            grant = self._await_grant(job, manifest)
-            self._write(job, manifest, grant, self._readable(lease.content, buffer))
-            found = digest.result()
+        with lease, self._meanwhile(self._write_lent, job, manifest, buffer, lease.content) as written:
+            found = packed_digest(lease.content)
+            grant = written.result()
+            if grant is None:
+                self._park(job)
+                return False
             if not lease.lasts():
                 logger.info("a lease ended early, the adapter is streamed", extra={"digest": job.adapter.digest})
                 return False
@@ -196,6 +188,11 @@ class AdapterLoader:
         """Loads what the source sends."""
         self._tell_size(job, manifest)
         grant = self._await_grant(job, manifest)
+        if grant is None:
+            self._park(job)
+            grant = self._await_grant(job, manifest)
+        if grant is None:
+            raise FetchCancelled
         weights = buffer.view(manifest.packed_bytes)
         received = 0
         for chunk in job.fetch.chunks(job.deadline):
@@ -206,16 +203,38 @@ class AdapterLoader:
             received = end
         if received != manifest.packed_bytes:
             raise _changed(job, f"{received} of its {manifest.packed_bytes} bytes were sent")
-        with self._digesting(weights) as digest:
-            self._write(job, manifest, grant, weights)
-            if digest.result() != manifest.packed_digest:
-                raise _changed(job, "the bytes that were sent do not have the manifest's digest")
+        with self._meanwhile(self._write, job, manifest, grant, weights) as written:
+            found = packed_digest(weights)
+            written.result()
+        if found != manifest.packed_digest:
+            raise _changed(job, "the bytes that were sent do not have the manifest's digest")
         self._install(job, manifest, grant, lent=False)
 
-    def _install(self, job: LoadJob, manifest: AdapterManifest, grant: Grant, lent: bool) -> None:
-        with self._device_lock:
-            self._device.enter(grant.slot, manifest.layout, grant.pages)
-        self._post(LoadInstalled(job, job.load_seconds, manifest.packed_bytes, lent, job.fetch.delivery))
+    def _await_grant(self, job: LoadJob, manifest: AdapterManifest) -> Grant | None:
+        """The grant; None if it does not come soon."""
+        grant = job.wait_for_grant(GRANT_GRACE_SECONDS)
+        if job.cancelled:
+            raise FetchCancelled
+        num_pages = manifest.layout.num_pages(self._page_elems)
+        if grant is not None and num_pages != len(grant.pages):
+            raise _changed(job, f"it takes {num_pages} pages and was known with {len(grant.pages)}")
+        return grant
+
+    def _park(self, job: LoadJob) -> None:
+        """Lets go of everything until the grant is there. Returns if it came just now."""
+        job.fetch.pause()
+        if job.park():
+            raise _Parked
+
+    def _write_lent(
+        self, job: LoadJob, manifest: AdapterManifest, buffer: _HostBuffer, content: memoryview
+    ) -> Grant | None:
+        """Copies what is lent into the pages of the grant; None if that does not come soon."""
+        weights = self._readable(content, buffer)
+        grant = self._await_grant(job, manifest)
+        if grant is not None:
+            self._write(job, manifest, grant, weights)
+        return grant
 
     def _write(self, job: LoadJob, manifest: AdapterManifest, grant: Grant, weights: memoryview) -> None:
         with self._device_lock:
@@ -223,14 +242,19 @@ class AdapterLoader:
                 raise FetchCancelled
             self._device.write(manifest.layout, grant.pages, weights)
 
+    def _install(self, job: LoadJob, manifest: AdapterManifest, grant: Grant, lent: bool) -> None:
+        with self._device_lock:
+            self._device.enter(grant.slot, manifest.layout, grant.pages)
+        self._post(LoadInstalled(job, job.load_seconds, manifest.packed_bytes, lent, job.fetch.delivery))
+
     @contextlib.contextmanager
-    def _digesting(self, weights: memoryview) -> Iterator[Future[str]]:
-        """The digest of `weights`, computed meanwhile. Nobody looks at them any more when this has ended."""
-        digest = self._helpers.submit(packed_digest, weights)
+    def _meanwhile(self, do: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Iterator[Future[T]]:
+        """What a helper does; it has ended when this has."""
+        doing = self._helpers.submit(do, *args, **kwargs)
         try:
-            yield digest
+            yield doing
         finally:
-            wait([digest])
+            wait([doing])
 
     def _readable(self, content: memoryview, buffer: _HostBuffer) -> memoryview:
         """`content`, or a copy of it where the device reads faster."""
