@@ -216,12 +216,14 @@ def test_a_lease_that_did_not_last_is_no_fault_and_the_weights_are_streamed(worl
 
 
 def test_cancel_under_a_lease_ends_it(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    lease = FakeLease()
+    lease, is_cancelled = FakeLease(), threading.Event()
+    monkeypatch.setattr(world.device, "reads_directly", lambda _: is_cancelled.wait(5.0))
     world.source.add("a", lease=lease)
     job = world.start("a")
     assert isinstance(world.next(), LoadSized)
-    monkeypatch.setattr(world.device, "reads_directly", lambda _: world.loader.cancel(job) or True)
     world.loader.grant(job, Grant(0, [0]))
+    world.loader.cancel(job)
+    is_cancelled.set()
     assert world.next() == LoadEnded(job, None)
     assert not lease.is_open
     assert world.device.installed == {}
