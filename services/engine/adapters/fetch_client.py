@@ -103,7 +103,7 @@ class StoreFetch:
     def lease(self, deadline: float) -> StoreLease | None:
         """The packed bytes in the store's arena; None if they cannot be read here, or not now."""
         self.manifest(deadline)
-        if self._lease is None and self._call is None:  # a stream that is open is there because nothing was lent
+        if self._lease is None:
             try:
                 self._borrow(self._choose(), deadline)
             except SloraError as error:

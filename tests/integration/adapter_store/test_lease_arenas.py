@@ -124,7 +124,7 @@ def test_a_lease_that_no_word_is_left_for_is_none(
     event = engine.load(A)
     assert isinstance(event, LoadInstalled), event
     assert event.lent
-    assert store.calls == ["share", "fetch", "share"]
+    assert store.calls[0] == store.calls[-1] == "share"
 
 
 def test_an_arena_goes_soon_after_its_store(
