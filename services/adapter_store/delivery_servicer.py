@@ -82,7 +82,7 @@ class WeightDelivery:
                     self._metrics.tiers.on_read(Tier.ARENA, len(chunk))
 
     async def lend(self, requests: AsyncIterator[pb.ShareAdapterRequest | DecodeError], context: Context) -> None:
-        """Pins an adapter until its reader says that it has copied it. Returning, and only that, confirms the lease."""
+        """Pins an adapter until its reader leaves, or says that it has copied it: returning confirms the lease."""
         try:
             await self._lend(requests, context)
         except _MessagesEndedError as ended:
@@ -101,20 +101,41 @@ class WeightDelivery:
                 await self._found(request, request.only_resident) as pin,
                 self._metrics.open_leases.track_inprogress(),
                 self._metrics.tiers.in_flight(Tier.ARENA),
+                self._arena.lease_words.lasting() as word,  # it ends before the pin does
             ):
                 outcome = "abandoned"
-                manifest = manifest_message(pin.manifest)
-                lent = pb.ShareAdapterResponse(manifest=manifest, arena=self._arena_message, offset=pin.offset)
+                lent = pb.ShareAdapterResponse(
+                    manifest=manifest_message(pin.manifest),
+                    arena=self._arena_message,
+                    offset=pin.offset,
+                    lease_id=word.lease_id,
+                    lease_word=word.number,
+                )
                 await self._write(context, lent)
-                await self._next_part(requests, "copied")
-                outcome = "confirmed"
+                is_told = await self._is_told_of_the_copy(requests)
+                outcome = "confirmed" if is_told else "returned"
                 self._metrics.shared_bytes.inc(len(pin.content))
                 self._metrics.tiers.on_read(Tier.ARENA, len(pin.content))
+                if not is_told:
+                    await self._until_the_call_ends()
         except SloraError as error:
             outcome = "expired" if error.reason is Reason.DEADLINE_EXCEEDED else outcome
             raise
         finally:
             self._metrics.leases.labels(outcome).inc()
+
+    async def _is_told_of_the_copy(self, requests: AsyncIterator[pb.ShareAdapterRequest | DecodeError]) -> bool:
+        """Waits for the reader's word; False if it says nothing more and looks at the lease's word."""
+        try:
+            await self._next_part(requests, "copied")
+        except _MessagesEndedError:
+            return False
+        return True
+
+    async def _until_the_call_ends(self) -> None:
+        """Never returns: a reader that leaves cancels the call, and with it the task."""
+        await asyncio.sleep(self._stall_seconds)
+        raise self._has_stalled()
 
     async def _found(self, request: pb.FetchAdapterRequest | pb.ShareAdapterRequest, only_resident: bool) -> Pin:
         """The adapter, or the shard, in memory."""
@@ -134,8 +155,7 @@ class WeightDelivery:
             async with asyncio.timeout(self._stall_seconds):
                 request = await anext(requests, None)
         except TimeoutError:
-            message = f"the reader said nothing for {self._stall_seconds:g} s: its lease has ended"
-            raise SloraError(Reason.DEADLINE_EXCEEDED, message) from None
+            raise self._has_stalled() from None
         if request is None:
             raise _MessagesEndedError(expected)
         if isinstance(request, DecodeError):
@@ -144,6 +164,10 @@ class WeightDelivery:
         if part != expected:
             raise SloraError(Reason.REQUEST_INVALID, f"the message has {part or 'nothing'}; expected was {expected}")
         return request
+
+    def _has_stalled(self) -> SloraError:
+        message = f"the reader said nothing for {self._stall_seconds:g} s: its lease has ended"
+        return SloraError(Reason.DEADLINE_EXCEEDED, message)
 
     async def _write_in_turn(self, context: Context, chunk: memoryview) -> None:
         """Sends a chunk. Of all streams one begins a chunk at a time, and between two such begins everybody is heard.

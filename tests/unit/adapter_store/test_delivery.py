@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import struct
 import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -31,19 +32,19 @@ class Wire:
 
 
 class Borrower:
-    """A lease's context whose call ends without a word, and may turn out to have been cancelled."""
+    """A lease's context, whose reader's messages end; its call may turn out to have been cancelled."""
 
-    def __init__(self, notice_seconds: float | None, num_pinned: Callable[[], int] = lambda: 0) -> None:
+    def __init__(self, notice_seconds: float | None = None) -> None:
         self._notice_seconds = notice_seconds
-        self._num_pinned = num_pinned
-        self.num_pinned_when_lent = 0
+        self.lent = pb.ShareAdapterResponse()
         self.ended_at = 0.0
 
-    async def write(self, _: Any) -> None:
-        self.num_pinned_when_lent = self._num_pinned()
+    async def write(self, lent: Any) -> None:
+        self.lent = lent
 
-    async def messages(self) -> AsyncIterator[pb.ShareAdapterRequest]:
-        yield pb.ShareAdapterRequest(digest=DIGEST)
+    async def messages(self, *messages: pb.ShareAdapterRequest) -> AsyncIterator[pb.ShareAdapterRequest]:
+        for message in messages:
+            yield message
         self.ended_at = time.monotonic()
 
     def cancelled(self) -> bool:
@@ -104,28 +105,54 @@ async def rounds_until(condition: Callable[[], bool]) -> None:
     raise AssertionError("it did not come about")
 
 
+def words_of(cache: HostCache) -> list[int]:
+    """What readers find behind the arena's id."""
+    trailer = cache.arena.path.read_bytes()[cache.arena.extents.capacity :]
+    return [word for (word,) in struct.iter_unpack("=Q", trailer[16:])]
+
+
 @pytest.mark.parametrize("notice_seconds", [0.0, CANCELLATION_SECONDS / 2])
-async def test_a_lease_that_is_cancelled_is_no_bad_request(cache: HostCache, notice_seconds: float) -> None:
+async def test_a_lease_that_is_cancelled_before_it_begins_is_no_bad_request(
+    cache: HostCache, notice_seconds: float
+) -> None:
     context: Any = Borrower(notice_seconds)
     with pytest.raises(asyncio.CancelledError):
         await make_delivery(cache).lend(context.messages(), context)
 
 
-async def test_a_lease_whose_messages_end_early_is_one(cache: HostCache) -> None:
-    context: Any = Borrower(None)
-    with pytest.raises(SloraError, match="the messages ended; expected was copied"):
+async def test_a_lease_without_any_message_is_one(cache: HostCache) -> None:
+    context: Any = Borrower()
+    with pytest.raises(SloraError, match="the messages ended; expected was digest"):
         await make_delivery(cache).lend(context.messages(), context)
 
 
-async def test_an_adapter_is_not_pinned_until_it_is_known_how_its_lease_ended(cache: HostCache) -> None:
-    context: Any = Borrower(None, lambda: cache.figures().num_pinned)
-    lease = asyncio.create_task(make_delivery(cache).lend(context.messages(), context))
+@pytest.mark.parametrize("end", ["the reader leaves", "it stays for too long"])
+async def test_a_lease_without_a_word_lasts_as_long_as_its_call_and_its_word_ends_before_the_pin(
+    cache: HostCache, monkeypatch: pytest.MonkeyPatch, end: str
+) -> None:
+    context: Any = Borrower()
+    words_when_released: list[list[int]] = []
+    release = Pin.close
+    monkeypatch.setattr(Pin, "close", lambda pin: (words_when_released.append(words_of(cache)), release(pin))[1])
+    delivery = make_delivery(cache, stall_seconds=60.0 if end == "the reader leaves" else 0.2)
+    opening = pb.ShareAdapterRequest(digest=DIGEST)
+    words_when_released.clear()
+    lease = asyncio.create_task(delivery.lend(context.messages(opening), context))
     await rounds_until(lambda: context.ended_at > 0)
-    assert context.num_pinned_when_lent == 1
-    await rounds_until(lambda: cache.figures().num_pinned == 0)
-    assert not lease.done(), "it waits for a cancellation"
-    with pytest.raises(SloraError, match="expected was copied"):
-        await lease
+    await asyncio.sleep(0.05)
+    assert cache.figures().num_pinned == 1
+    assert not words_when_released
+    words = words_of(cache)
+    assert [word for word in words if word] == [context.lent.lease_id] == [words[context.lent.lease_word]]
+    if end == "the reader leaves":
+        lease.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await lease
+    else:
+        with pytest.raises(SloraError, match="its lease has ended"):
+            await lease
+    assert words_when_released == [[0] * 510], "a reader that finds the id must have copied what was pinned"
+    assert cache.figures().num_pinned == 0
 
 
 async def test_streams_go_in_turns_and_each_gets_all(cache: HostCache) -> None:
