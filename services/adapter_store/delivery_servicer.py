@@ -129,7 +129,7 @@ class WeightDelivery:
             self._metrics.leases.labels(outcome).inc()
 
     async def _await_the_copy(self, requests: AsyncIterator[pb.ShareAdapterRequest | DecodeError]) -> None:
-        """Until the reader says that it has copied. One that says nothing more looks at the lease's word, and leaves."""
+        """Until the reader says that it has copied. One that says nothing looks at its lease's word, and leaves."""
         try:
             await self._next_part(requests, "copied")
         except _MessagesEndedError:
