@@ -128,6 +128,7 @@ def test_leases_that_run_out_amid_evictions_never_give_an_engine_wrong_bytes(
     digests = [digest_of(name) for name in "pqrst"]
     seeds = {digest: random.getrandbits(32) for digest in digests}
     draw, done = random.Random(), threading.Event()
+    refusals: set[Reason] = set()
 
     def churn() -> None:
         while not done.is_set():
@@ -135,7 +136,7 @@ def test_leases_that_run_out_amid_evictions_never_give_an_engine_wrong_bytes(
             try:
                 store.add(digest, seeds[digest])
             except SloraError as error:
-                assert error.reason is Reason.HOST_CACHE_FULL
+                refusals.add(error.reason)
             time.sleep(0.001)
 
     engine = make_engine(store.address)
@@ -166,6 +167,7 @@ def test_leases_that_run_out_amid_evictions_never_give_an_engine_wrong_bytes(
         done.set()
         churning.join()
     assert num_installed == NUM_SLOW_LOADS
+    assert refusals <= {Reason.HOST_CACHE_FULL}
     assert store.metric("leases_total", outcome="expired") > 0
 
 
