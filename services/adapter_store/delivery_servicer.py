@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import Any, TypeAlias
 
 import grpc
@@ -17,6 +18,7 @@ from services.adapter_store.host_cache import Pin
 from services.adapter_store.manifest_codec import manifest_message
 from services.adapter_store.metrics import StoreMetrics
 from services.adapter_store.tier_metrics import Tier
+from services.common.call_scope import CallerLeft
 from services.common.errors import FieldError, Reason, SloraError
 from services.common.tracing import current_span
 
@@ -95,7 +97,7 @@ class WeightDelivery:
 
     async def _lend(self, requests: AsyncIterator[pb.ShareAdapterRequest | DecodeError], context: Context) -> None:
         request = await self._next_part(requests, "digest")
-        outcome = "refused"
+        outcome = "abandoned"
         try:
             with (
                 await self._found(request, request.only_resident) as pin,
@@ -103,7 +105,9 @@ class WeightDelivery:
                 self._metrics.tiers.in_flight(Tier.ARENA),
                 self._arena.lease_words.lasting() as word,  # it ends before the pin does
             ):
-                outcome = "abandoned"
+                outcome = "expired"
+                self._metrics.shared_bytes.inc(len(pin.content))
+                self._metrics.tiers.on_read(Tier.ARENA, len(pin.content))
                 lent = pb.ShareAdapterResponse(
                     manifest=manifest_message(pin.manifest),
                     arena=self._arena_message,
@@ -111,31 +115,26 @@ class WeightDelivery:
                     lease_id=word.lease_id,
                     lease_word=word.number,
                 )
-                await self._write(context, lent)
-                is_told = await self._is_told_of_the_copy(requests)
-                outcome = "confirmed" if is_told else "returned"
-                self._metrics.shared_bytes.inc(len(pin.content))
-                self._metrics.tiers.on_read(Tier.ARENA, len(pin.content))
-                if not is_told:
-                    await self._until_the_call_ends()
+                with _until_its_reader_leaves(context):
+                    await self._write(context, lent)
+                    await self._await_the_copy(requests)
+                outcome = "confirmed"
+        except CallerLeft:
+            outcome = "returned"
+            raise
         except SloraError as error:
-            outcome = "expired" if error.reason is Reason.DEADLINE_EXCEEDED else outcome
+            outcome = outcome if error.reason is Reason.DEADLINE_EXCEEDED else "refused"
             raise
         finally:
             self._metrics.leases.labels(outcome).inc()
 
-    async def _is_told_of_the_copy(self, requests: AsyncIterator[pb.ShareAdapterRequest | DecodeError]) -> bool:
-        """Waits for the reader's word; False if it says nothing more and looks at the lease's word."""
+    async def _await_the_copy(self, requests: AsyncIterator[pb.ShareAdapterRequest | DecodeError]) -> None:
+        """Until the reader says that it has copied. One that says nothing looks at its lease's word, and leaves."""
         try:
             await self._next_part(requests, "copied")
         except _MessagesEndedError:
-            return False
-        return True
-
-    async def _until_the_call_ends(self) -> None:
-        """Never returns: a reader that leaves cancels the call, and with it the task."""
-        await asyncio.sleep(self._stall_seconds)
-        raise self._has_stalled()
+            await asyncio.sleep(self._stall_seconds)
+            raise self._has_stalled() from None
 
     async def _found(self, request: pb.FetchAdapterRequest | pb.ShareAdapterRequest, only_resident: bool) -> Pin:
         """The adapter, or the shard, in memory."""
@@ -195,6 +194,20 @@ class WeightDelivery:
                 Reason.DEADLINE_EXCEEDED,
                 f"the reader took nothing for {self._stall_seconds:g} s; fetch again from the offset reached",
             ) from None
+
+
+@contextlib.contextmanager
+def _until_its_reader_leaves(context: Context) -> Iterator[None]:
+    """Cancelled in here, a lease has ended as leases do, whether its reader has copied or died: that is not told.
+
+    A quick reader has even copied before its store hears that the answer was sent. Not meant is a deadline's passing.
+    """
+    try:
+        yield
+    except asyncio.CancelledError:
+        if context.time_remaining() == 0:
+            raise
+        raise CallerLeft from None
 
 
 def _shard(request: pb.FetchAdapterRequest | pb.ShareAdapterRequest) -> tuple[int, int]:

@@ -262,7 +262,10 @@ class AdapterLoader:
             return content
         copy = buffer.view(len(content))
         pieces = [slice(begin, begin + COPY_BYTES) for begin in range(0, len(content), COPY_BYTES)]
-        wait([self._helpers.submit(_copy_bytes, content[piece], copy[piece]) for piece in pieces])
+        copying = [self._helpers.submit(_copy_bytes, content[piece], copy[piece]) for piece in pieces]
+        wait(copying)
+        for piece_copied in copying:
+            piece_copied.result()  # what is digested is `content`: nothing else tells of a piece that is not here
         return copy
 
 

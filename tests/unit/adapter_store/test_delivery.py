@@ -18,6 +18,7 @@ from services.adapter_store.delivery_servicer import CANCELLATION_SECONDS, CHUNK
 from services.adapter_store.host_cache import HostCache, Pin
 from services.adapter_store.manifest import ElementType, ModulePlacement, PackedLayout, PackedManifest, TargetModule
 from services.adapter_store.metrics import StoreMetrics
+from services.common.call_scope import CallerLeft
 from services.common.errors import SloraError
 
 NUM_CHUNKS, NUM_STREAMS = 6, 32
@@ -35,17 +36,23 @@ class Borrower:
     """A lease's context, whose reader's messages end; its call may turn out to have been cancelled."""
 
     def __init__(self, notice_seconds: float | None = None) -> None:
+        self.takes = asyncio.Event()
+        self.takes.set()
         self._notice_seconds = notice_seconds
         self.lent = pb.ShareAdapterResponse()
         self.ended_at = 0.0
 
     async def write(self, lent: Any) -> None:
         self.lent = lent
+        await self.takes.wait()
 
     async def messages(self, *messages: pb.ShareAdapterRequest) -> AsyncIterator[pb.ShareAdapterRequest]:
         for message in messages:
             yield message
         self.ended_at = time.monotonic()
+
+    def time_remaining(self) -> float | None:
+        return None  # no deadline
 
     def cancelled(self) -> bool:
         return self._notice_seconds is not None and time.monotonic() > self.ended_at + self._notice_seconds
@@ -82,13 +89,15 @@ def cache(tmp_path: Path) -> Any:
     arena.close()
 
 
-def make_delivery(cache: HostCache, stall_seconds: float = 60.0) -> WeightDelivery:
+def make_delivery(
+    cache: HostCache, stall_seconds: float = 60.0, registry: CollectorRegistry | None = None
+) -> WeightDelivery:
     async def pin(digest: str, only_resident: bool, tp_rank: int, tp_size: int) -> Pin:
         found = cache.pin(digest)
         assert found is not None
         return found
 
-    return WeightDelivery(pin, cache.arena, StoreMetrics(CollectorRegistry()), stall_seconds)
+    return WeightDelivery(pin, cache.arena, StoreMetrics(registry or CollectorRegistry()), stall_seconds)
 
 
 def begin(delivery: WeightDelivery, reader: Reader) -> asyncio.Task[None]:
@@ -153,6 +162,49 @@ async def test_a_lease_without_a_word_lasts_as_long_as_its_call_and_its_word_end
             await lease
     assert words_when_released == [[0] * 510], "a reader that finds the id must have copied what was pinned"
     assert cache.figures().num_pinned == 0
+
+
+@pytest.mark.parametrize("when", ["its answer is sent", "its messages end", "it lasts"])
+async def test_a_lease_that_was_lent_is_returned_when_its_reader_leaves(cache: HostCache, when: str) -> None:
+    """At whatever moment the store hears of it: a quick reader leaves before the answer counts as sent."""
+    context: Any = Borrower()
+    silent = asyncio.Event()
+    if when == "its answer is sent":
+        context.takes.clear()
+
+    async def messages() -> AsyncIterator[pb.ShareAdapterRequest]:
+        yield pb.ShareAdapterRequest(digest=DIGEST)
+        await (silent.wait() if when == "its messages end" else asyncio.sleep(0))
+
+    registry = CollectorRegistry()
+    lease = asyncio.create_task(make_delivery(cache, registry=registry).lend(messages(), context))
+    await rounds_until(lambda: context.lent.lease_id > 0)
+    await asyncio.sleep(0.01)
+    lease.cancel()
+    with pytest.raises(CallerLeft):
+        await lease
+    assert registry.get_sample_value("slora_adapter_store_leases_total", {"outcome": "returned"}) == 1
+    assert registry.get_sample_value("slora_adapter_store_open_leases") == 0
+
+
+async def test_a_lease_that_nothing_was_found_for_yet_is_abandoned(cache: HostCache) -> None:
+    asked = asyncio.Event()
+
+    async def pin(*of_what: Any) -> Pin:
+        asked.set()
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    registry, context = CollectorRegistry(), Borrower()
+    delivery = WeightDelivery(pin, cache.arena, StoreMetrics(registry), 60.0)
+    opening = context.messages(pb.ShareAdapterRequest(digest=DIGEST))
+    lease = asyncio.create_task(delivery.lend(opening, context))  # type: ignore[arg-type]
+    await asked.wait()
+    lease.cancel()
+    with pytest.raises(asyncio.CancelledError) as cancelled:
+        await lease
+    assert not isinstance(cancelled.value, CallerLeft)
+    assert registry.get_sample_value("slora_adapter_store_leases_total", {"outcome": "abandoned"}) == 1
 
 
 async def test_streams_go_in_turns_and_each_gets_all(cache: HostCache) -> None:

@@ -205,6 +205,26 @@ def test_what_is_lent_and_wrong_is_refused(world: World) -> None:
     assert world.device.installed == {}
 
 
+def test_a_piece_that_could_not_be_copied_is_never_installed(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The buffer may have another adapter's bytes there, and the digest is of what was lent."""
+    world.device.is_direct = False
+    world.source.add("a", num_pages=3, lease=FakeLease())
+    world.source.add("b", num_pages=3, lease=FakeLease())
+    copy, failed = loader_module._copy_bytes, threading.Event()
+
+    def fail_once(source: memoryview, target: memoryview) -> None:
+        if not failed.is_set():
+            failed.set()
+            raise MemoryError
+        copy(source, target)
+
+    monkeypatch.setattr(loader_module, "_copy_bytes", fail_once)
+    assert ended(world.load("a")).reason is Reason.INTERNAL
+    assert world.device.num_installs == 0
+    assert isinstance(world.load("b"), LoadInstalled)
+    assert world.device.weights == {digest_of("b"): world.source.weights(digest_of("b"))}
+
+
 def test_a_lease_that_did_not_last_is_no_fault_and_the_weights_are_streamed(world: World) -> None:
     lease = FakeLease(lapses=True)
     world.source.add("a", lease=lease)
