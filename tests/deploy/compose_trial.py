@@ -9,6 +9,7 @@ import contextlib
 import json
 import re
 import shutil
+import socket
 import subprocess
 import time
 import urllib.parse
@@ -75,6 +76,18 @@ def is_to_be_had(image: str) -> bool:
     return here or subprocess.run(["docker", "pull", image], capture_output=True, check=False).returncode == 0
 
 
+def taken_addresses() -> list[str]:
+    """The addresses the compose file publishes at which something answers already."""
+    compose = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
+    published = [port.split(":")[:2] for service in compose["services"].values() for port in service.get("ports", [])]
+    return [f"{host}:{port}" for host, port in published if is_answered(host, int(port))]
+
+
+def is_answered(host: str, port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex((host, port)) == 0
+
+
 def exit_code(find_container: list[str]) -> int:
     """How the container that a command names ended; waits until it has."""
     found = subprocess.run(find_container, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
@@ -86,6 +99,9 @@ def up(request: pytest.FixtureRequest) -> Iterator[Trial]:
     """All services; Prometheus and Grafana only where their published images can be had (their tests say so). Their
     last words are shown if anything failed."""
     command = compose_command()
+    # What a trial that was cut off left; then, before minutes of building, what would keep a service from its port.
+    subprocess.run([*command, "down", "--volumes"], cwd=ROOT, check=True)
+    assert not (taken := taken_addresses()), f"in use, by `make up` perhaps: {', '.join(taken)}"
     services = described(command)
     without = {name for name in ("prometheus", "grafana") if not is_to_be_had(services[name]["image"])}
     is_up = False
