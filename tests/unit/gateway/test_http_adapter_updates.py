@@ -37,11 +37,12 @@ def request_of(**body: str) -> Request:
 async def refusal(error: SloraError, lora_path: str | None = "s3://bucket/bard/") -> ApiError:
     """What a caller is told who loads an adapter, or unloads one where there is no path."""
     updates = AdapterUpdates(RefusingRegistry(error), is_allowed=True, max_body_bytes=1000)
+    if lora_path is None:
+        call = updates.unload(request_of(lora_name="bard"))
+    else:
+        call = updates.load(request_of(lora_name="bard", lora_path=lora_path))
     with pytest.raises(ApiError) as refused:
-        if lora_path is None:
-            await updates.unload(request_of(lora_name="bard"))
-        else:
-            await updates.load(request_of(lora_name="bard", lora_path=lora_path))
+        await call
     return refused.value
 
 
