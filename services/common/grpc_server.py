@@ -39,8 +39,8 @@ MAX_PENDING_CALLS = 65_536
 were cancelled, without a reason. What is too much is for the service to say."""
 
 MAX_PENDING_SECONDS = 3600
-"""How long a call may wait to be looked at. grpc's own bound is 30 s: it cancels what is older as soon as a busy process
-comes back to it, and to the caller that looks like a wish of its own. Callers have deadlines; those end what waits."""
+"""How long a call may wait to be looked at. grpc's own bound is 30 s: what is older it cancels, once a busy process
+turns to it, and to the caller that looks like a wish of its own. Callers have deadlines; those end what waits."""
 
 SERVER_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
