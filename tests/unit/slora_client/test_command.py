@@ -103,8 +103,8 @@ async def test_a_chat_goes_on_after_an_error(gateway: FakeGateway) -> None:
     assert [len(request.prompt.chat.messages) for request in gateway.requests] == [1, 1]
 
 
-# A signal that this process was started to ignore would be ignored by the command too. Not by preexec_fn: forking runs it
-# beside grpc's threads.
+# A signal that this process was started to ignore would be ignored by the command too. Not by preexec_fn: that runs
+# Python in a fork, beside grpc's threads.
 COMMAND = """
 import signal
 signal.signal(signal.SIGINT, signal.default_int_handler)
