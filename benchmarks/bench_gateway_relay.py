@@ -133,7 +133,10 @@ def measure_added_latency(seconds: float) -> Iterator[Row]:
 
 
 def measure_sustained(seconds: float, rates: Sequence[int]) -> Iterator[Row]:
-    """Tokens a second that one gateway keeps up with: those that come late are merged into fewer messages."""
+    """Tokens a second that one gateway keeps up with: those that come late are merged into fewer messages.
+
+    `steady`: once all streams run. They are all asked for at once, and the last first token is as late as it says.
+    """
     num_tokens = int(seconds / STEP_SECONDS)
     for rate in rates:
         num_streams = round(rate * STEP_SECONDS)
@@ -147,6 +150,8 @@ def measure_sustained(seconds: float, rates: Sequence[int]) -> Iterator[Row]:
                 "offered_tokens_per_s": rate,
                 "streams": num_streams,
                 **_rates(heard),
+                "steady_tokens_per_s": heard.steady_tokens_per_s and round(heard.steady_tokens_per_s),
+                "last_first_token_s": round(heard.begin_seconds, 2),
                 "tokens_per_message": round(heard.num_tokens / heard.num_messages, 2),
                 "token_ms_p50": round(quantile_ms(heard.token_seconds, 0.5), 1),
                 "token_ms_p99": round(quantile_ms(heard.token_seconds, 0.99), 1),

@@ -28,6 +28,8 @@ _METHODS = {
     "gateway": "/slora.gateway.v1.InferenceService/Generate",
 }
 
+LEAST_STEADY_SECONDS = 1.0
+
 
 @dataclass(frozen=True)
 class Task:
@@ -50,6 +52,10 @@ class Heard:
     num_tokens: int
     num_messages: int
     seconds: float
+    # From the requests until the last stream had its first token.
+    begin_seconds: float
+    # While all streams ran: from the last one's first counted token to the first one's end. None: they never did.
+    steady_tokens_per_s: float | None
     token_seconds: Sequence[float]
     first_seconds: Sequence[float]
 
@@ -61,18 +67,46 @@ class _Ear:
         self._num_warm_up = num_warm_up
         self.delays: list[float] = []
         self.num_messages = 0
-        self.began = self.ended = 0.0
+        # Of each message; two lists of plain numbers, for the collector need not look into them.
+        self._times: list[float] = []
+        self._counts: list[int] = []
+        self._asked = time.monotonic()
+        self._all_begun = self._all_counted = 0.0
+        self._one_ended = float("inf")
 
     async def listen(self, messages: AsyncIterator[Sequence[int]]) -> None:
         num_before = 0
+        is_counted = False
         async for token_ids in messages:
             now = time.monotonic()
+            if not num_before:
+                self._all_begun = now
             if num_before >= self._num_warm_up:
-                self.began = self.began or now
-                self.ended = now
-                self.num_messages += 1
+                if not is_counted:
+                    is_counted, self._all_counted = True, now
+                self._times.append(now)
+                self._counts.append(len(token_ids))
                 self.delays += [seconds_since(token_id, now) for token_id in token_ids]
             num_before += len(token_ids)
+        self._one_ended = min(self._one_ended, time.monotonic())
+
+    def heard(self, first_seconds: Sequence[float]) -> Heard:
+        """All of it, when all streams are over."""
+        return Heard(
+            num_tokens=len(self.delays),
+            num_messages=len(self._times),
+            seconds=self._times[-1] - self._times[0],
+            begin_seconds=self._all_begun - self._asked,
+            steady_tokens_per_s=self._steady_rate(self._all_counted, self._one_ended),
+            token_seconds=self.delays,
+            first_seconds=first_seconds,
+        )
+
+    def _steady_rate(self, begin: float, end: float) -> float | None:
+        if end - begin < LEAST_STEADY_SECONDS:
+            return None
+        counted = zip(self._times, self._counts, strict=True)
+        return sum(num_tokens for at, num_tokens in counted if begin < at <= end) / (end - begin)
 
 
 class GrpcSource:
@@ -128,8 +162,8 @@ class HttpSource:
 async def hear(task: Task) -> Heard:
     """All streams at once, probes beside them."""
     sources = [HttpSource(port) if task.api == "http" else GrpcSource(task.api, port) for port in task.ports]
-    ear, chosen = _Ear(task.num_warm_up), itertools.cycle(sources)
     await asyncio.gather(*(_first_seconds(source) for source in sources))  # opens connections
+    ear, chosen = _Ear(task.num_warm_up), itertools.cycle(sources)
     streams = [
         asyncio.create_task(ear.listen(next(chosen).stream(task.tokens_a_stream))) for _ in range(task.num_streams)
     ]
@@ -137,7 +171,7 @@ async def hear(task: Task) -> Heard:
     await asyncio.gather(*streams)
     for source in sources:
         await source.close()
-    return Heard(len(ear.delays), ear.num_messages, ear.ended - ear.began, ear.delays, firsts)
+    return ear.heard(firsts)
 
 
 async def _first_seconds(source: GrpcSource | HttpSource) -> float:

@@ -19,6 +19,7 @@ import grpc
 from slora.engine.v1 import engine_pb2, engine_pb2_grpc, generation_pb2
 
 from benchmarks.record import say
+from services.common import grpc_loop
 from services.common.grpc_server import SERVER_OPTIONS
 
 _MASK = 0xFFFFFFFF
@@ -86,4 +87,4 @@ async def serve(step_seconds: float) -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(serve(float(sys.argv[1])))
+    grpc_loop.run(serve(float(sys.argv[1])))

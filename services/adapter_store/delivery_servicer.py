@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import Any, TypeAlias
 
 import grpc
@@ -17,6 +18,7 @@ from services.adapter_store.host_cache import Pin
 from services.adapter_store.manifest_codec import manifest_message
 from services.adapter_store.metrics import StoreMetrics
 from services.adapter_store.tier_metrics import Tier
+from services.common.call_scope import CallerLeft
 from services.common.errors import FieldError, Reason, SloraError
 from services.common.tracing import current_span
 
@@ -82,7 +84,7 @@ class WeightDelivery:
                     self._metrics.tiers.on_read(Tier.ARENA, len(chunk))
 
     async def lend(self, requests: AsyncIterator[pb.ShareAdapterRequest | DecodeError], context: Context) -> None:
-        """Pins an adapter until its reader says that it has copied it. Returning, and only that, confirms the lease."""
+        """Pins an adapter until its reader leaves, or says that it has copied it: returning confirms the lease."""
         try:
             await self._lend(requests, context)
         except _MessagesEndedError as ended:
@@ -95,26 +97,44 @@ class WeightDelivery:
 
     async def _lend(self, requests: AsyncIterator[pb.ShareAdapterRequest | DecodeError], context: Context) -> None:
         request = await self._next_part(requests, "digest")
-        outcome = "refused"
+        outcome = "abandoned"
         try:
             with (
                 await self._found(request, request.only_resident) as pin,
                 self._metrics.open_leases.track_inprogress(),
                 self._metrics.tiers.in_flight(Tier.ARENA),
+                self._arena.lease_words.lasting() as word,  # it ends before the pin does
             ):
-                outcome = "abandoned"
-                manifest = manifest_message(pin.manifest)
-                lent = pb.ShareAdapterResponse(manifest=manifest, arena=self._arena_message, offset=pin.offset)
-                await self._write(context, lent)
-                await self._next_part(requests, "copied")
-                outcome = "confirmed"
+                outcome = "expired"
                 self._metrics.shared_bytes.inc(len(pin.content))
                 self._metrics.tiers.on_read(Tier.ARENA, len(pin.content))
+                lent = pb.ShareAdapterResponse(
+                    manifest=manifest_message(pin.manifest),
+                    arena=self._arena_message,
+                    offset=pin.offset,
+                    lease_id=word.lease_id,
+                    lease_word=word.number,
+                )
+                with _until_its_reader_leaves(context):
+                    await self._write(context, lent)
+                    await self._await_the_copy(requests)
+                outcome = "confirmed"
+        except CallerLeft:
+            outcome = "returned"
+            raise
         except SloraError as error:
-            outcome = "expired" if error.reason is Reason.DEADLINE_EXCEEDED else outcome
+            outcome = outcome if error.reason is Reason.DEADLINE_EXCEEDED else "refused"
             raise
         finally:
             self._metrics.leases.labels(outcome).inc()
+
+    async def _await_the_copy(self, requests: AsyncIterator[pb.ShareAdapterRequest | DecodeError]) -> None:
+        """Until the reader says that it has copied. One that says nothing looks at its lease's word, and leaves."""
+        try:
+            await self._next_part(requests, "copied")
+        except _MessagesEndedError:
+            await asyncio.sleep(self._stall_seconds)
+            raise self._has_stalled() from None
 
     async def _found(self, request: pb.FetchAdapterRequest | pb.ShareAdapterRequest, only_resident: bool) -> Pin:
         """The adapter, or the shard, in memory."""
@@ -134,8 +154,7 @@ class WeightDelivery:
             async with asyncio.timeout(self._stall_seconds):
                 request = await anext(requests, None)
         except TimeoutError:
-            message = f"the reader said nothing for {self._stall_seconds:g} s: its lease has ended"
-            raise SloraError(Reason.DEADLINE_EXCEEDED, message) from None
+            raise self._has_stalled() from None
         if request is None:
             raise _MessagesEndedError(expected)
         if isinstance(request, DecodeError):
@@ -144,6 +163,10 @@ class WeightDelivery:
         if part != expected:
             raise SloraError(Reason.REQUEST_INVALID, f"the message has {part or 'nothing'}; expected was {expected}")
         return request
+
+    def _has_stalled(self) -> SloraError:
+        message = f"the reader said nothing for {self._stall_seconds:g} s: its lease has ended"
+        return SloraError(Reason.DEADLINE_EXCEEDED, message)
 
     async def _write_in_turn(self, context: Context, chunk: memoryview) -> None:
         """Sends a chunk. Of all streams one begins a chunk at a time, and between two such begins everybody is heard.
@@ -171,6 +194,20 @@ class WeightDelivery:
                 Reason.DEADLINE_EXCEEDED,
                 f"the reader took nothing for {self._stall_seconds:g} s; fetch again from the offset reached",
             ) from None
+
+
+@contextlib.contextmanager
+def _until_its_reader_leaves(context: Context) -> Iterator[None]:
+    """Cancelled in here, a lease has ended as leases do, whether its reader has copied or died: that is not told.
+
+    A quick reader has even copied before its store hears that the answer was sent. Not meant is a deadline's passing.
+    """
+    try:
+        yield
+    except asyncio.CancelledError:
+        if context.time_remaining() == 0:
+            raise
+        raise CallerLeft from None
 
 
 def _shard(request: pb.FetchAdapterRequest | pb.ShareAdapterRequest) -> tuple[int, int]:

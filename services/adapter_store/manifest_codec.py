@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from itertools import groupby
 
 from slora.adapter_store.v1 import adapter_pb2
 
@@ -20,7 +21,9 @@ def manifest_message(manifest: PackedManifest) -> adapter_pb2.PackedManifest:
         num_layers=layout.num_layers,
         layer_elems=layout.layer_elems,
         packed_bytes=layout.packed_bytes,
-        layers=[_layer_message(layer) for layer in layout.layers],
+        layers=[
+            message for layer, alike in groupby(layout.layers) for message in [_layer_message(layer)] * len([*alike])
+        ],
         tp_rank=manifest.tp_rank,
         tp_size=manifest.tp_size,
     )

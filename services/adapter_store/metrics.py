@@ -23,11 +23,16 @@ class StoreMetrics:
             "deliveries", "Fetches and leases by whether the adapter has a home here: home or away", "place"
         )
         self.fetched_bytes = self._counter("fetched_bytes", "Packed bytes streamed to readers")
-        self.shared_bytes = self._counter("shared_bytes", "Packed bytes that readers copied out of the arena")
-        self.leases = self._counter(
-            "leases", "Leases that ended: confirmed, expired (taken too long), abandoned; or refused", "outcome"
+        self.shared_bytes = self._counter(
+            "shared_bytes", "Packed bytes lent to readers, who copy them out of the arena"
         )
-        self.leases.labels("confirmed")  # the rate needs a zero to rise from
+        self.leases = self._counter(
+            "leases",
+            "Leases that ended: returned (its reader left: it has copied, or died), confirmed, expired, abandoned; "
+            "or refused",
+            "outcome",
+        )
+        self.leases.labels("returned")  # the rate needs a zero to rise from
         self.open_leases = self._gauge("open_leases", "Leases by which readers copy out of the arena now")
         self.registrations = self._counter(
             "registrations", "Registrations and uploads: created, exists or the error's reason", "outcome"

@@ -23,6 +23,13 @@ _LASTING = "/Watch"
 _CODES = {key: code for code in grpc.StatusCode for key in (code, code.value[0])}
 
 
+class CallerLeft(asyncio.CancelledError):
+    """Whoever called has left, and that is how this call ends when all is well: raised in place of the cancellation.
+
+    grpc sees a cancelled call as before; counts and spans see one that has ended with OK.
+    """
+
+
 class CallScope(grpc.aio.ServerInterceptor):
     """Runs in each call's own task: what is bound here, its method finds."""
 
@@ -76,6 +83,9 @@ class CallScope(grpc.aio.ServerInterceptor):
             code = grpc.StatusCode.OK
         except grpc.aio.AbortError:
             code = _CODES.get(context.code(), code)  # `grpc_errors.abort` has said why
+            raise
+        except CallerLeft:
+            code = grpc.StatusCode.OK
             raise
         except (asyncio.CancelledError, GeneratorExit):
             remaining = context.time_remaining()

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from slora.engine.v1 import engine_pb2_grpc
 
+from services.common import grpc_loop
 from services.common.grpc_server import GrpcServer
 from services.common.settings import UnusableSettingsError, check_peers, parse_settings
 from services.common.telemetry import configure_logging, serve_metrics
@@ -51,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_peers("--adapter-store", settings.adapter_store)
         tracing = open_tracing("engine", settings.otlp_endpoint, settings.trace_sample_ratio)
         tokenizer = load_tokenizer(Path(settings.checkpoint))
-        return asyncio.run(serve(settings, tokenizer, lambda fd: core_command(settings, fd), tracing))
+        return grpc_loop.run(serve(settings, tokenizer, lambda fd: core_command(settings, fd), tracing))
     except (TokenizerFileError, UnusableSettingsError) as error:
         logger.critical("the engine cannot start: %s", error)
         return USAGE_EXIT_CODE

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import os
 import sys
 
 from prometheus_client import REGISTRY
 
+from services.common import grpc_loop
 from services.common.settings import UnusableSettingsError, parse_settings
 from services.common.telemetry import configure_logging, serve_metrics
 from services.common.tracing import Tracing, open_tracing
@@ -46,7 +46,7 @@ def main() -> None:
     configure_logging("gateway", settings.log_level, settings.log_format)
     try:
         tracing = open_tracing("gateway", settings.otlp_endpoint, settings.trace_sample_ratio)
-        asyncio.run(run(settings, admin_secret, tracing))
+        grpc_loop.run(run(settings, admin_secret, tracing))
     except UnusableSettingsError as error:
         sys.stderr.write(f"gateway: {error}\n")
         raise SystemExit(2) from None

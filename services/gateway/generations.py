@@ -20,6 +20,7 @@ from services.gateway.admission import Admission
 from services.gateway.dispatcher import Dispatcher, OpenStream, Work
 from services.gateway.metrics import GatewayMetrics
 from services.gateway.models import Models, ResolvedModel
+from services.gateway.relay_turns import RelayTurns
 from services.gateway.request_record import CANCELLED, OK, RequestRecord
 from services.gateway.router import Wish
 from services.gateway.tenancy.limiter import Limiter, Quota
@@ -108,6 +109,7 @@ class Generations:
         self._dispatcher = dispatcher
         self._admission = admission
         self._metrics = metrics
+        self._turns = RelayTurns()
 
     @contextlib.asynccontextmanager
     async def open(self, ask: Ask) -> AsyncIterator[Answer]:
@@ -116,6 +118,7 @@ class Generations:
         Raises `SloraError`: what the model, the engines, the tenant's limits, or the bound on requests in flight have
         against it.
         """
+        self._turns.give_way()
         record = RequestRecord(self._metrics, span=current_span().child("generation"))
         record.tenant = ask.tenant.name
         outcome = Reason.INTERNAL.name.lower()
@@ -173,10 +176,12 @@ class Generations:
             stream = await self._dispatcher.open(work, record, held)
         except SloraError as error:
             raise _as_callers_error(error, model) from None
-        return Answer(request_id, model, quota, _messages(stream, model, record))
+        return Answer(request_id, model, quota, _messages(stream, model, record, self._turns))
 
 
-async def _messages(stream: OpenStream, model: ResolvedModel, record: RequestRecord) -> AsyncGenerator[Any, None]:
+async def _messages(
+    stream: OpenStream, model: ResolvedModel, record: RequestRecord, turns: RelayTurns
+) -> AsyncGenerator[Any, None]:
     """A stream's messages, taken from the engine no faster than they are asked for: it then merges tokens."""
     message = stream.first
     on_message = record.on_message
@@ -187,6 +192,7 @@ async def _messages(stream: OpenStream, model: ResolvedModel, record: RequestRec
             async for message in stream.rest:
                 stream.on_message()
                 on_message(len(message.token_ids))
+                await turns.take()
                 yield message
                 if message.HasField("completion"):
                     break

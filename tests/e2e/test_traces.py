@@ -87,6 +87,7 @@ def test_one_trace_goes_through_all_services(stack: LocalStack, collector: Trace
     collector.wait_for(lambda: mine(store + "ShareAdapter", "adapter-store"))
     lent = one(store + "ShareAdapter", "adapter-store")
     assert lent.parent_id == load.span_id
+    assert lent.attributes["rpc.response.status_code"] == "OK", "it ends by being cancelled"
     assert "adapter in memory" in lent.events
 
     phases = {name: one(name, "engine") for name in ("tokenize", "queue", "prefill", "decode")}

@@ -21,24 +21,25 @@ class FakeLease:
     def __init__(self, lapses: bool = False) -> None:
         self.lapses = lapses
         self.is_open = False
-        self.num_confirmed = 0
+        self.ended = threading.Event()
+        self.num_looks = 0
 
     def open(self, weights: bytes, corrupt: bool) -> None:
         self.is_open = True
         spoiled = corrupt or self.lapses
         self.content = memoryview(bytes([weights[0] ^ 1]) + weights[1:] if spoiled else weights)
 
-    def confirm(self) -> None:
+    def lasts(self) -> bool:
         assert self.is_open
-        if self.lapses:
-            raise SloraError(Reason.DEADLINE_EXCEEDED, "the lease has ended")
-        self.num_confirmed += 1
+        self.num_looks += 1
+        return not self.lapses
 
     def __enter__(self) -> FakeLease:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.is_open = False
+        self.ended.set()
 
 
 @dataclass

@@ -7,6 +7,7 @@ deadline. Replicas pack alike: one whose manifest differs from what was begun is
 
 from __future__ import annotations
 
+import functools
 import logging
 import random
 import threading
@@ -23,7 +24,7 @@ from services.common.tracing import Headers
 from services.engine.adapters.layout import PackedShard
 from services.engine.adapters.lease_client import LeaseCall, StoreLease, to_place
 from services.engine.adapters.manifest_codec import to_manifest
-from services.engine.adapters.mapped_arena import EXTENT_ALIGNMENT, NO_ARENA, ArenaReader
+from services.engine.adapters.mapped_arena import EXTENT_ALIGNMENT, NO_ARENA, NUM_LEASE_WORDS, ArenaReader
 from services.engine.adapters.replica_client import FetchCall, FetchPart, ReplicaClient
 from services.engine.adapters.replica_directory import ReplicaDirectory
 from services.engine.adapters.replica_order import Attempt, attempts
@@ -203,14 +204,16 @@ class StoreFetch:
         assert self._arenas is not None
         replica.arena_id = lent.arena.arena_id
         arena = self._arenas.map(to_place(lent.arena))
-        if arena is None:
+        if arena is None or not lent.lease_id:  # a lease that nothing is seen of is none
             return None
+        memory = arena.memory
         end = lent.offset + lent.manifest.packed_bytes
         # What is mapped counts, not how large the store says now that it is.
-        if lent.offset % EXTENT_ALIGNMENT or end > len(arena):
-            where = f"bytes {lent.offset} to {end} of an arena of {len(arena)}"
+        if lent.offset % EXTENT_ALIGNMENT or end > len(memory) or lent.lease_word >= NUM_LEASE_WORDS:
+            where = f"bytes {lent.offset} to {end} of an arena of {len(memory)}, word {lent.lease_word}"
             raise SloraError(Reason.INTERNAL, f"adapter store {replica.address} lent no extent of its arena: {where}")
-        return StoreLease(call, arena[lent.offset : end])
+        lasts = functools.partial(arena.lasts, lent.lease_id, lent.lease_word)
+        return StoreLease(call, memory[lent.offset : end], lasts)
 
     def _connect(self, attempt: ReplicaAttempt, offset: int, deadline: float) -> None:
         """Opens a call at `offset` and reads its manifest."""

@@ -5,21 +5,23 @@ which owns all pages, grants them and a slot on its own thread, in arrival order
 pages, out of the store's memory or from its stream, verified, and entered at the slot. A job that waits long for its
 grant holds no thread and no connection, so that loads which wait for memory never keep others from being loaded.
 
-Weights are digested while they are copied into the pages, where nobody looks at them before they are entered. A lease
-of what the store lends is confirmed after both, and only then is the digest looked at: under a lease that did not last,
+Weights are digested while they are copied into the pages, where nobody looks at them before they are entered. Whether a
+lease of what the store lends has lasted is looked at after both, and only then at the digest: under one that did not,
 other bytes may have lain there, and the weights are streamed instead.
 """
 
 from __future__ import annotations
 
 import collections
+import contextlib
 import logging
 import os
 import queue
 import threading
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from typing import ParamSpec, TypeVar
 
 import numpy as np
 
@@ -32,6 +34,9 @@ from services.engine.adapters.source import AdapterManifest, AdapterSource, Fetc
 from services.engine.messages import NOBODY, Adapter, Origin
 
 logger = logging.getLogger(__name__)
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 NUM_LOADER_THREADS = 8
 """Loads at once. A few keep the link busy while others wait for the store to read from S3; each thread keeps a host
@@ -72,7 +77,7 @@ class AdapterLoader:
         self._jobs: queue.SimpleQueue[LoadJob | None] = queue.SimpleQueue()
         self._events: collections.deque[LoadEvent] = collections.deque()
         self._device_lock = threading.Lock()
-        # Each load has one digest under way at most: none waits behind copies.
+        # Each load has one of them write its pages: none waits behind copies.
         self._helpers = ThreadPoolExecutor(NUM_LOADER_THREADS + NUM_COPYING_THREADS, "adapter-loader-helper")
         self._threads = [
             threading.Thread(target=self._work, name=f"adapter-loader-{i}", daemon=True)
@@ -120,85 +125,74 @@ class AdapterLoader:
     def _work(self) -> None:
         buffer = _HostBuffer(self._device.host_buffer)
         while (job := self._jobs.get()) is not None:
-            if not job.begin():
-                continue
-            bind_request_id(job.own.request_id)
-            event = self._carry(job, buffer)
-            if event is not None:
-                self._post(event)
+            if job.begin():
+                bind_request_id(job.own.request_id)
+                self._carry(job, buffer)
 
     def _post(self, event: LoadEvent) -> None:
         self._events.append(event)
         self._wake()
 
-    def _carry(self, job: LoadJob, buffer: _HostBuffer) -> LoadEvent | None:
-        """Takes a job as far as it goes; None if it waits for its grant."""
+    def _carry(self, job: LoadJob, buffer: _HostBuffer) -> None:
+        """Takes a job as far as it goes: to its last event, or to where it waits for its grant."""
         try:
-            manifest = self._size(job)
-            grant = self._await_grant(job)
-            if grant is None:
-                return None
-            return self._load(job, manifest, grant, buffer)
+            self._load(job, buffer)
+        except _Parked:
+            pass  # somebody goes on with it when its grant is there
         except FetchCancelled:
-            return LoadEnded(job, None)
+            self._post(LoadEnded(job, None))
         except SloraError as error:
-            return LoadEnded(job, None if job.cancelled else error)
+            self._post(LoadEnded(job, None if job.cancelled else error))
         except Exception as error:
             logger.exception("loading adapter %s failed unexpectedly", job.adapter.adapter_id)
             message = f"loading adapter {job.adapter.adapter_id} failed: {type(error).__name__}"
-            return LoadEnded(job, SloraError(Reason.INTERNAL, message, adapter_id=job.adapter.adapter_id))
+            self._post(LoadEnded(job, SloraError(Reason.INTERNAL, message, adapter_id=job.adapter.adapter_id)))
 
-    def _size(self, job: LoadJob) -> AdapterManifest:
+    def _load(self, job: LoadJob, buffer: _HostBuffer) -> None:
         manifest = job.fetch.manifest(job.deadline)
         if not job.sized:
             if manifest.layout.digest != job.adapter.digest:
                 raise _changed(job, f"the store sent {manifest.layout.digest} for {job.adapter.digest}")
             self._device.check(manifest.layout)
+        lease = job.fetch.lease(job.deadline)
+        if lease is None or not self._load_lent(job, manifest, buffer, lease):
+            self._load_streamed(job, manifest, buffer)
+
+    def _tell_size(self, job: LoadJob, manifest: AdapterManifest) -> None:
+        """Asks the core for pages, once."""
+        if not job.sized:
             job.sized = True
             job.stop_clock()
             self._post(LoadSized(job, manifest.layout.num_pages(self._page_elems)))
-        return manifest
 
-    def _await_grant(self, job: LoadJob) -> Grant | None:
-        grant = job.wait_for_grant(GRANT_GRACE_SECONDS)
-        if grant is None and not job.cancelled:
-            job.fetch.pause()
-            if job.park():
-                return None
-            grant = job.wait_for_grant(0.0)
-        if grant is None or job.cancelled:
-            raise FetchCancelled
-        return grant
-
-    def _load(self, job: LoadJob, manifest: AdapterManifest, grant: Grant, buffer: _HostBuffer) -> LoadInstalled:
-        num_pages = manifest.layout.num_pages(self._page_elems)
-        if num_pages != len(grant.pages):
-            raise _changed(job, f"it takes {num_pages} pages and was known with {len(grant.pages)}")
-        lease = job.fetch.lease(job.deadline)
-        lent = lease is not None and self._copy_lent(job, manifest, grant, buffer, lease)
-        if not lent:
-            self._copy_streamed(job, manifest, grant, buffer)
-        with self._device_lock:
-            self._device.enter(grant.slot, manifest.layout, grant.pages)
-        return LoadInstalled(job, job.load_seconds, manifest.packed_bytes, lent, job.fetch.delivery)
-
-    def _copy_lent(
-        self, job: LoadJob, manifest: AdapterManifest, grant: Grant, buffer: _HostBuffer, lease: WeightsLease
-    ) -> bool:
-        """Copies what is lent into the granted pages; False if the lease ended early, and the copy is worth nothing."""
-        with lease:
-            digest = self._copy(job, manifest, grant, self._readable(lease.content, buffer))
-            try:
-                lease.confirm()
-            except SloraError as error:
-                logger.info("a lease ended early, the adapter is streamed: %s", error.message)
+    def _load_lent(self, job: LoadJob, manifest: AdapterManifest, buffer: _HostBuffer, lease: WeightsLease) -> bool:
+        """Loads what is lent; False if the lease ended before all was copied: then the copy is worth nothing."""
+        self._tell_size(job, manifest)
+        # The core may take a step until it grants pages: the digest does not wait for them.
+        with lease, self._meanwhile(self._write_lent, job, manifest, buffer, lease.content) as written:
+            found = packed_digest(lease.content)
+            grant = written.result()
+            if grant is None:
+                self._park(job)
                 return False
-        if digest != manifest.packed_digest:
-            raise _changed(job, "the bytes that were lent do not have the manifest's digest")
+            if not lease.lasts():
+                logger.info("a lease ended early, the adapter is streamed", extra={"digest": job.adapter.digest})
+                return False
+            if found != manifest.packed_digest:
+                raise _changed(job, "the bytes that were lent do not have the manifest's digest")
+            # Before the lease is given back: that takes as long as all of this.
+            self._install(job, manifest, grant, lent=True)
         return True
 
-    def _copy_streamed(self, job: LoadJob, manifest: AdapterManifest, grant: Grant, buffer: _HostBuffer) -> None:
-        """Copies what the source sends into the granted pages."""
+    def _load_streamed(self, job: LoadJob, manifest: AdapterManifest, buffer: _HostBuffer) -> None:
+        """Loads what the source sends."""
+        self._tell_size(job, manifest)
+        grant = self._await_grant(job, manifest)
+        if grant is None:
+            self._park(job)
+            grant = self._await_grant(job, manifest)
+        if grant is None:
+            raise FetchCancelled
         weights = buffer.view(manifest.packed_bytes)
         received = 0
         for chunk in job.fetch.chunks(job.deadline):
@@ -209,20 +203,58 @@ class AdapterLoader:
             received = end
         if received != manifest.packed_bytes:
             raise _changed(job, f"{received} of its {manifest.packed_bytes} bytes were sent")
-        if self._copy(job, manifest, grant, weights) != manifest.packed_digest:
+        with self._meanwhile(self._write, job, manifest, grant, weights) as written:
+            found = packed_digest(weights)
+            written.result()
+        if found != manifest.packed_digest:
             raise _changed(job, "the bytes that were sent do not have the manifest's digest")
+        self._install(job, manifest, grant, lent=False)
 
-    def _copy(self, job: LoadJob, manifest: AdapterManifest, grant: Grant, weights: memoryview) -> str:
-        """Copies `weights` into the granted pages; their digest, which is computed meanwhile."""
-        digest = self._helpers.submit(packed_digest, weights)
+    def _await_grant(self, job: LoadJob, manifest: AdapterManifest) -> Grant | None:
+        """The grant; None if it does not come soon."""
+        grant = job.wait_for_grant(GRANT_GRACE_SECONDS)
+        if job.cancelled:
+            raise FetchCancelled
+        num_pages = manifest.layout.num_pages(self._page_elems)
+        if grant is not None and num_pages != len(grant.pages):
+            raise _changed(job, f"it takes {num_pages} pages and was known with {len(grant.pages)}")
+        return grant
+
+    def _park(self, job: LoadJob) -> None:
+        """Lets go of everything until the grant is there. Returns if it came just now."""
+        job.fetch.pause()
+        if job.park():
+            raise _Parked
+
+    def _write_lent(
+        self, job: LoadJob, manifest: AdapterManifest, buffer: _HostBuffer, content: memoryview
+    ) -> Grant | None:
+        """Copies what is lent into the pages of the grant; None if that does not come soon."""
+        weights = self._readable(content, buffer)
+        grant = self._await_grant(job, manifest)
+        if grant is not None:
+            self._write(job, manifest, grant, weights)
+        return grant
+
+    def _write(self, job: LoadJob, manifest: AdapterManifest, grant: Grant, weights: memoryview) -> None:
+        with self._device_lock:
+            if job.cancelled:
+                raise FetchCancelled
+            self._device.write(manifest.layout, grant.pages, weights)
+
+    def _install(self, job: LoadJob, manifest: AdapterManifest, grant: Grant, lent: bool) -> None:
+        with self._device_lock:
+            self._device.enter(grant.slot, manifest.layout, grant.pages)
+        self._post(LoadInstalled(job, job.load_seconds, manifest.packed_bytes, lent, job.fetch.delivery))
+
+    @contextlib.contextmanager
+    def _meanwhile(self, do: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Iterator[Future[T]]:
+        """What a helper does; it has ended when this has."""
+        doing = self._helpers.submit(do, *args, **kwargs)
         try:
-            with self._device_lock:
-                if job.cancelled:
-                    raise FetchCancelled
-                self._device.write(manifest.layout, grant.pages, weights)
+            yield doing
         finally:
-            wait([digest])  # nobody looks at the bytes when this has ended
-        return digest.result()
+            wait([doing])
 
     def _readable(self, content: memoryview, buffer: _HostBuffer) -> memoryview:
         """`content`, or a copy of it where the device reads faster."""
@@ -230,8 +262,15 @@ class AdapterLoader:
             return content
         copy = buffer.view(len(content))
         pieces = [slice(begin, begin + COPY_BYTES) for begin in range(0, len(content), COPY_BYTES)]
-        wait([self._helpers.submit(_copy_bytes, content[piece], copy[piece]) for piece in pieces])
+        copying = [self._helpers.submit(_copy_bytes, content[piece], copy[piece]) for piece in pieces]
+        wait(copying)
+        for piece_copied in copying:
+            piece_copied.result()  # what is digested is `content`: nothing else tells of a piece that is not here
         return copy
+
+
+class _Parked(Exception):  # noqa: N818 - nobody's fault
+    """The job waits for its grant without a thread."""
 
 
 class _HostBuffer:

@@ -19,6 +19,7 @@ from services.engine.adapters.device import HostMemory
 
 TRAILER_BYTES = 4096
 ID_BYTES = 16
+NUM_LEASE_WORDS = (TRAILER_BYTES - ID_BYTES) // 8
 EXTENT_ALIGNMENT = 4096
 """Where an adapter may begin in an arena. Devices copy from aligned addresses. See ShareAdapterResponse."""
 
@@ -49,7 +50,10 @@ class MappedArena:
         self._fd = os.open(place.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
         try:
             self._check(place)
-            self.memory = memoryview(mmap.mmap(self._fd, place.num_bytes, mmap.MAP_SHARED, mmap.PROT_READ))
+            size = place.num_bytes + TRAILER_BYTES
+            mapped = memoryview(mmap.mmap(self._fd, size, mmap.MAP_SHARED, mmap.PROT_READ))
+            self.memory = mapped[: place.num_bytes]
+            self._lease_words = mapped[place.num_bytes + ID_BYTES :].cast("Q")
         except BaseException:
             os.close(self._fd)
             raise
@@ -63,6 +67,10 @@ class MappedArena:
             return False
         fcntl.flock(self._fd, fcntl.LOCK_UN)
         return True
+
+    def lasts(self, lease_id: int, word: int) -> bool:
+        """Whether the lease with this id, whose word is number `word`, has lasted until now."""
+        return self._lease_words[word] == lease_id
 
     def close(self) -> None:
         """Closes the file; the mapping goes with its last view."""
@@ -96,8 +104,8 @@ class ArenaReader:
         """Whether a store with this arena may lend to us; None: it is not known which one it has."""
         return arena_id not in self._unreadable
 
-    def map(self, place: ArenaPlace) -> memoryview | None:
-        """The arena's memory; None, and one line in the log, if this process cannot read it."""
+    def map(self, place: ArenaPlace) -> MappedArena | None:
+        """The arena; None, and one line in the log, if this process cannot read it."""
         with self._lock:
             if self._closed or place.arena_id in self._unreadable:
                 return None
@@ -115,7 +123,7 @@ class ArenaReader:
                 if not self._keeper.is_alive():
                     self._keeper.start()
                 self._changed.set()
-            return arena.memory
+            return arena
 
     def close(self) -> None:
         """Lets every arena go. Idempotent."""

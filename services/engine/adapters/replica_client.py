@@ -23,6 +23,7 @@ AVOID_SECONDS = 2.0
 """For how long one that failed is asked last: by then the others name it no longer, or it is back."""
 
 _FETCH_METHOD = "/slora.adapter_store.v1.AdapterStoreService/FetchAdapter"
+_SHARE_METHOD = "/slora.adapter_store.v1.AdapterStoreService/ShareAdapter"
 _CHUNK_TAG = adapter_store_pb2.FetchAdapterResponse.CHUNK_FIELD_NUMBER << 3 | 2
 
 FetchPart: TypeAlias = "adapter_store_pb2.FetchAdapterResponse | memoryview"
@@ -86,6 +87,13 @@ class ReplicaClient:
             request_serializer=adapter_store_pb2.FetchAdapterRequest.SerializeToString,
             response_deserializer=parse_part,
         )
+        # A lease's reader says one thing: a call with a stream of messages from here would begin two threads, not one.
+        # (grpc's single-threaded streams would begin none, but what is cancelled of them stays in memory.)
+        self._share = self._channel.unary_stream(
+            _SHARE_METHOD,
+            request_serializer=adapter_store_pb2.ShareAdapterRequest.SerializeToString,
+            response_deserializer=adapter_store_pb2.ShareAdapterResponse.FromString,
+        )
 
     @property
     def replica_id(self) -> str:
@@ -130,8 +138,9 @@ class ReplicaClient:
         self, wanted: PackedShard, only_resident: bool, timeout_seconds: float, metadata: Headers = ()
     ) -> LeaseCall:
         """Opens a ShareAdapter call."""
+        request = adapter_store_pb2.ShareAdapterRequest(only_resident=only_resident, **wanted._asdict())
         try:
-            return LeaseCall(self._stub, wanted, only_resident, timeout_seconds, metadata)
+            return LeaseCall(self._share(request, timeout=timeout_seconds, metadata=metadata))
         except ValueError as closed:
             raise self._gone() from closed
 

@@ -37,14 +37,14 @@ class WeightsLease(AbstractContextManager["WeightsLease"], Protocol):
     """The right to read an adapter's weights where the store keeps them, until the context is left.
 
     It may end early (the store is gone, the reader was stopped for too long), and then other bytes may lie there. So
-    nothing that was read may be used, nor blamed, before `confirm` has returned.
+    nothing that was read may be used, nor blamed, unless it `lasts` after that.
     """
 
     content: memoryview
     """The packed bytes, read-only; nobody reads them when the context is left."""
 
-    def confirm(self) -> None:
-        """All is read. Returns if the lease lasted until now; SloraError otherwise."""
+    def lasts(self) -> bool:
+        """Whether the lease has lasted until now: what was read before is what was lent."""
 
 
 class AdapterFetch(Protocol):

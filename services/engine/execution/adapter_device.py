@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 
 from kernels.lora_plan import AdapterTables, ModuleGroup
@@ -33,19 +34,19 @@ class PagedAdapterDevice:
         """`groups` are those of the partition's part of the model."""
         self._pool = pool
         self._checks = AdapterChecks(pool.config, pool.dtype, groups, partition)
-        num_layers, num_modules = pool.config.num_layers, len(TargetModule)
+        shape = pool.config.num_layers, len(TargetModule)
         features = [size for group in groups for size in (group.in_features, *group.out_features)]
         self._widest_tile = math.gcd(_WIDEST_TILE, pool.config.page_elems, *features)
-
-        def table(*shape: int) -> torch.Tensor:
-            return torch.zeros(max_adapters, *shape, dtype=torch.int64, device=pool.device)
-
+        # A row a slot of everything: it is entered at once.
+        sizes = (*[math.prod(shape)] * 3, 1, self._checks.max_pages)
+        self._rows = torch.zeros(max_adapters, sum(sizes), dtype=torch.int64, device=pool.device)
+        rank, lora_a_offset, lora_b_offset, tile_elems, page_table = self._rows.split(sizes, dim=1)
         self.tables = AdapterTables(
-            page_table=table(self._checks.max_pages),
-            tile_elems=table(),
-            rank=table(num_layers, num_modules),
-            lora_a_offset=table(num_layers, num_modules),
-            lora_b_offset=table(num_layers, num_modules),
+            page_table=page_table,
+            tile_elems=tile_elems.squeeze(1),
+            rank=rank.unflatten(1, shape),
+            lora_a_offset=lora_a_offset.unflatten(1, shape),
+            lora_b_offset=lora_b_offset.unflatten(1, shape),
         )
         # By slot: for each layer the first one that is laid out like it, and how often the slot was filled.
         self._alike: list[tuple[int, ...] | None] = [None] * max_adapters
@@ -77,18 +78,17 @@ class PagedAdapterDevice:
         """Enters the adapter in `pages` at `slot`."""
         if self._alike[slot] is not None:
             raise ValueError(f"adapter slot {slot} is taken")
-        tables = self.tables
-        rows = torch.zeros(3, layout.num_layers, len(TargetModule), dtype=torch.int64)
+        # numpy: with so few numbers an operation of torch takes longer than all of numpy's.
+        placed = np.zeros((3, layout.num_layers, len(TargetModule)), np.int64)
         first: dict[tuple[ModulePlacement, ...], int] = {}
         alike: list[int] = []
         for run in layout.runs():
             alike += [first.setdefault(run.placements, run.begin)] * (run.end - run.begin)
-            for place in run.placements:
-                row = torch.tensor((place.rank, place.lora_a_offset, place.lora_b_offset))
-                rows[:, run.begin : run.end, place.module] = row.unsqueeze(1)
-        tables.page_table[slot, : len(pages)] = torch.tensor(pages, dtype=torch.int64)
-        tables.tile_elems[slot] = self._tile_elems(layout)
-        tables.rank[slot], tables.lora_a_offset[slot], tables.lora_b_offset[slot] = rows
+            modules = [place.module for place in run.placements]
+            places = [(place.rank, place.lora_a_offset, place.lora_b_offset) for place in run.placements]
+            placed[:, run.begin : run.end, modules] = np.array(places, np.int64).reshape(-1, 3).T[:, None]
+        row = np.concatenate((placed.ravel(), (self._tile_elems(layout),), pages))
+        self._rows[slot, : row.size] = torch.from_numpy(row)
         self._generations[slot] += 1
         self._alike[slot] = tuple(alike)
 

@@ -186,12 +186,13 @@ def make_engine() -> Iterator[Callable[..., Engine]]:
 
 
 @pytest.fixture
-def reader() -> Iterator[Callable[[str, str], subprocess.Popen[str]]]:
-    """Starts readers as processes of their own; each has its lease when it is given."""
+def reader() -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """Starts readers as processes of their own; each has its lease when it is given. The last argument of three is
+    their call's deadline in seconds."""
     started: list[subprocess.Popen[str]] = []
 
-    def start(address: str, digest: str) -> subprocess.Popen[str]:
-        command = [sys.executable, "-c", READER, address, digest]
+    def start(address: str, digest: str, seconds: float = 20.0) -> subprocess.Popen[str]:
+        command = [sys.executable, "-c", READER, address, digest, str(seconds)]
         started.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
         assert line(started[-1]) == "lent"
         return started[-1]

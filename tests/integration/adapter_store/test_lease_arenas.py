@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import subprocess
@@ -105,6 +106,25 @@ def test_a_store_without_leases_is_asked_once(
     assert isinstance(event, LoadInstalled)
     assert not event.lent
     assert engine.weights() == weights
+
+
+def test_a_lease_that_no_word_is_left_for_is_none(
+    make_store: Callable[..., LeaseStore], make_engine: Callable[..., Engine]
+) -> None:
+    store = make_store()
+    weights = store.add(A, 1)
+    engine = make_engine(store.address)
+    with contextlib.ExitStack() as leases:
+        while leases.enter_context(store.arena.lease_words.lasting()).lease_id:
+            pass
+        event = engine.load(A)
+        assert isinstance(event, LoadInstalled), event
+        assert not event.lent
+        assert engine.weights() == weights
+    event = engine.load(A)
+    assert isinstance(event, LoadInstalled), event
+    assert event.lent
+    assert store.calls[0] == store.calls[-1] == "share"
 
 
 def test_an_arena_goes_soon_after_its_store(

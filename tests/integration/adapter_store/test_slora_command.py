@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+import os
+import pty
 import subprocess
 import sys
 from collections.abc import Callable
@@ -123,6 +126,37 @@ def test_the_command_is_installed_and_explains_itself() -> None:
     assert done.returncode == 0, done.stderr
     for word in ("push", "ls", "show", "alias", "pin", "unpin", "rm", "sync", "validate"):
         assert word in done.stdout
+
+
+async def test_on_a_terminal_a_push_shows_how_far_it_is_and_elsewhere_nothing(
+    harness: Harness, make_adapter: MakeAdapter
+) -> None:
+    directory = make_adapter(1)
+    run = [sys.executable, "-c", "from slora_client.command.entry import main; main()", "adapters", "push"]
+    run += [str(directory), "pirate", "--json", "--store", f"localhost:{harness.port}"]
+    terminal, its_end = pty.openpty()
+    try:
+        told = await asyncio.create_subprocess_exec(*run, stdout=subprocess.PIPE, stderr=its_end)
+        stdout, _ = await told.communicate()
+    finally:
+        os.close(its_end)
+    shown = await asyncio.to_thread(_all_of, terminal)
+    assert (told.returncode, json.loads(stdout)["adapter_id"]) == (0, "pirate@1")
+    size = sum(path.stat().st_size for path in directory.iterdir())
+    assert "pirate" in shown
+    assert f"{size / 1000:.1f}/{size / 1000:.1f} kB" in shown, shown
+    untold = await asyncio.create_subprocess_exec(*run, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert (await untold.communicate())[1] == b""
+
+
+def _all_of(terminal: int) -> str:
+    """What was written to a terminal whose other end is closed."""
+    shown = b""
+    with contextlib.suppress(OSError):  # so Linux tells the end
+        while part := os.read(terminal, 65536):
+            shown += part
+    os.close(terminal)
+    return shown.decode()
 
 
 def test_sizes_and_ages_for_people() -> None:

@@ -63,7 +63,7 @@ def fetch(client: EngineStoreClient, digest: str, seconds: float = 60.0) -> tupl
     else:
         with lease:
             content = bytes(lease.content)
-            lease.confirm()
+            assert lease.lasts()
     assert packed_digest(content) == manifest.packed_digest
     return content, fetch.delivery
 
@@ -140,7 +140,7 @@ async def test_a_store_of_this_host_lends_what_it_holds_whatever_its_home_is(
     await here.client.fetch(adapter.digest)
     _, delivery = await asyncio.to_thread(fetch, client, adapter.digest)
     assert delivery.replica == names(here)[trio.index(here)]
-    assert here.metric("leases_total", outcome="confirmed") == 1
+    await eventually(lambda: here.metric("leases_total", outcome="returned") == 1)
     client.close()
     here.store.cache.discard(adapter.digest)
     arenas = ArenaReader(FakeDevice(1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from collections import Counter
 
 import grpc
@@ -11,6 +12,7 @@ from slora.engine.v1 import engine_pb2, generation_pb2
 from slora.gateway.v1 import inference_pb2
 
 from services.common.errors import Reason
+from services.gateway.relay_turns import RelayTurns
 from tests.fakes.fake_engine import (
     Context,
     FakeEngine,
@@ -216,6 +218,31 @@ async def test_a_caller_that_does_not_read_holds_its_engine_back_and_nobody_else
         async for message in call:
             tokens += message.token_ids
         assert tokens == expected_tokens(PROMPT, "", 12_000)
+
+
+async def test_relays_give_way_when_a_call_comes(fleet_of: FleetFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    heard: list[str] = []
+    give_way, take = RelayTurns.give_way, RelayTurns.take
+
+    def give_way_heard(turns: RelayTurns) -> None:
+        heard.append("call")
+        give_way(turns)
+
+    async def take_heard(turns: RelayTurns) -> None:
+        heard.append("message")
+        await take(turns)
+
+    monkeypatch.setattr(RelayTurns, "give_way", give_way_heard)
+    monkeypatch.setattr(RelayTurns, "take", take_heard)
+    fleet = await fleet_of(1)
+    num_tokens = random.randint(2, 9)
+    num_messages = len(await fleet.ask("base", num_tokens))
+    assert heard == ["call"] + ["message"] * (num_messages - 1), "first messages need not ask"
+
+
+async def test_many_streams_at_once_are_whole(fleet_of: FleetFactory) -> None:
+    fleet = await fleet_of(2)
+    await asyncio.gather(*(fleet.right("base", num_tokens=random.randint(1, 40)) for _ in range(100)))
 
 
 async def test_full_gateway_refuses(fleet_of: FleetFactory) -> None:

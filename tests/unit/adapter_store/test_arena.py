@@ -9,10 +9,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from services.adapter_store.arena import SEGMENT_PREFIX, Arena, _available_memory, _is_in_memory
+from services.adapter_store.arena import SEGMENT_PREFIX, Arena, _available_memory, _free_pages, _is_in_memory
 
 SHARED = "/dev/shm"
 
@@ -169,3 +170,25 @@ def test_a_new_store_waits_for_the_memory_that_readers_of_the_old_one_have_pinne
     Arena(4096, str(tmp_path)).close()
     assert len(asked) == 3
     assert not stale.exists()
+
+
+@pytest.mark.parametrize("num_pages", [1, 2, 257])
+def test_lease_words_go_before_the_bytes_that_were_lent(num_pages: int) -> None:
+    """Whoever has copied zeros must not find its lease's id."""
+    arena = Arena(num_pages * 4096, SHARED)
+    arena.view(0, num_pages * 4096)[:] = 7
+    seen = []
+
+    class Segment:
+        def __len__(self) -> int:
+            return len(arena._map)
+
+        def madvise(self, *what: int) -> None:
+            arena._map.madvise(*what)
+            seen.append((any(arena._map[-4096:]), any(arena._map[:-4096])))
+
+    with arena.lease_words.lasting():
+        segment: Any = Segment()
+        _free_pages(segment)
+    assert seen == [(False, True), (False, False)]
+    arena.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import struct
 import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ from services.adapter_store.delivery_servicer import CANCELLATION_SECONDS, CHUNK
 from services.adapter_store.host_cache import HostCache, Pin
 from services.adapter_store.manifest import ElementType, ModulePlacement, PackedLayout, PackedManifest, TargetModule
 from services.adapter_store.metrics import StoreMetrics
+from services.common.call_scope import CallerLeft
 from services.common.errors import SloraError
 
 NUM_CHUNKS, NUM_STREAMS = 6, 32
@@ -31,20 +33,26 @@ class Wire:
 
 
 class Borrower:
-    """A lease's context whose call ends without a word, and may turn out to have been cancelled."""
+    """A lease's context, whose reader's messages end; its call may turn out to have been cancelled."""
 
-    def __init__(self, notice_seconds: float | None, num_pinned: Callable[[], int] = lambda: 0) -> None:
+    def __init__(self, notice_seconds: float | None = None) -> None:
+        self.takes = asyncio.Event()
+        self.takes.set()
         self._notice_seconds = notice_seconds
-        self._num_pinned = num_pinned
-        self.num_pinned_when_lent = 0
+        self.lent = pb.ShareAdapterResponse()
         self.ended_at = 0.0
 
-    async def write(self, _: Any) -> None:
-        self.num_pinned_when_lent = self._num_pinned()
+    async def write(self, lent: Any) -> None:
+        self.lent = lent
+        await self.takes.wait()
 
-    async def messages(self) -> AsyncIterator[pb.ShareAdapterRequest]:
-        yield pb.ShareAdapterRequest(digest=DIGEST)
+    async def messages(self, *messages: pb.ShareAdapterRequest) -> AsyncIterator[pb.ShareAdapterRequest]:
+        for message in messages:
+            yield message
         self.ended_at = time.monotonic()
+
+    def time_remaining(self) -> float | None:
+        return None  # no deadline
 
     def cancelled(self) -> bool:
         return self._notice_seconds is not None and time.monotonic() > self.ended_at + self._notice_seconds
@@ -81,13 +89,15 @@ def cache(tmp_path: Path) -> Any:
     arena.close()
 
 
-def make_delivery(cache: HostCache, stall_seconds: float = 60.0) -> WeightDelivery:
+def make_delivery(
+    cache: HostCache, stall_seconds: float = 60.0, registry: CollectorRegistry | None = None
+) -> WeightDelivery:
     async def pin(digest: str, only_resident: bool, tp_rank: int, tp_size: int) -> Pin:
         found = cache.pin(digest)
         assert found is not None
         return found
 
-    return WeightDelivery(pin, cache.arena, StoreMetrics(CollectorRegistry()), stall_seconds)
+    return WeightDelivery(pin, cache.arena, StoreMetrics(registry or CollectorRegistry()), stall_seconds)
 
 
 def begin(delivery: WeightDelivery, reader: Reader) -> asyncio.Task[None]:
@@ -104,28 +114,97 @@ async def rounds_until(condition: Callable[[], bool]) -> None:
     raise AssertionError("it did not come about")
 
 
+def words_of(cache: HostCache) -> list[int]:
+    """What readers find behind the arena's id."""
+    trailer = cache.arena.path.read_bytes()[cache.arena.extents.capacity :]
+    return [word for (word,) in struct.iter_unpack("=Q", trailer[16:])]
+
+
 @pytest.mark.parametrize("notice_seconds", [0.0, CANCELLATION_SECONDS / 2])
-async def test_a_lease_that_is_cancelled_is_no_bad_request(cache: HostCache, notice_seconds: float) -> None:
+async def test_a_lease_that_is_cancelled_before_it_begins_is_no_bad_request(
+    cache: HostCache, notice_seconds: float
+) -> None:
     context: Any = Borrower(notice_seconds)
     with pytest.raises(asyncio.CancelledError):
         await make_delivery(cache).lend(context.messages(), context)
 
 
-async def test_a_lease_whose_messages_end_early_is_one(cache: HostCache) -> None:
-    context: Any = Borrower(None)
-    with pytest.raises(SloraError, match="the messages ended; expected was copied"):
+async def test_a_lease_without_any_message_is_one(cache: HostCache) -> None:
+    context: Any = Borrower()
+    with pytest.raises(SloraError, match="the messages ended; expected was digest"):
         await make_delivery(cache).lend(context.messages(), context)
 
 
-async def test_an_adapter_is_not_pinned_until_it_is_known_how_its_lease_ended(cache: HostCache) -> None:
-    context: Any = Borrower(None, lambda: cache.figures().num_pinned)
-    lease = asyncio.create_task(make_delivery(cache).lend(context.messages(), context))
+@pytest.mark.parametrize("end", ["the reader leaves", "it stays for too long"])
+async def test_a_lease_without_a_word_lasts_as_long_as_its_call_and_its_word_ends_before_the_pin(
+    cache: HostCache, monkeypatch: pytest.MonkeyPatch, end: str
+) -> None:
+    context: Any = Borrower()
+    words_when_released: list[list[int]] = []
+    release = Pin.close
+    monkeypatch.setattr(Pin, "close", lambda pin: (words_when_released.append(words_of(cache)), release(pin))[1])
+    delivery = make_delivery(cache, stall_seconds=60.0 if end == "the reader leaves" else 0.2)
+    opening = pb.ShareAdapterRequest(digest=DIGEST)
+    words_when_released.clear()
+    lease = asyncio.create_task(delivery.lend(context.messages(opening), context))
     await rounds_until(lambda: context.ended_at > 0)
-    assert context.num_pinned_when_lent == 1
-    await rounds_until(lambda: cache.figures().num_pinned == 0)
-    assert not lease.done(), "it waits for a cancellation"
-    with pytest.raises(SloraError, match="expected was copied"):
+    await asyncio.sleep(0.05)
+    assert cache.figures().num_pinned == 1
+    assert not words_when_released
+    words = words_of(cache)
+    assert [word for word in words if word] == [context.lent.lease_id] == [words[context.lent.lease_word]]
+    if end == "the reader leaves":
+        lease.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await lease
+    else:
+        with pytest.raises(SloraError, match="its lease has ended"):
+            await lease
+    assert words_when_released == [[0] * 510], "a reader that finds the id must have copied what was pinned"
+    assert cache.figures().num_pinned == 0
+
+
+@pytest.mark.parametrize("when", ["its answer is sent", "its messages end", "it lasts"])
+async def test_a_lease_that_was_lent_is_returned_when_its_reader_leaves(cache: HostCache, when: str) -> None:
+    """At whatever moment the store hears of it: a quick reader leaves before the answer counts as sent."""
+    context: Any = Borrower()
+    silent = asyncio.Event()
+    if when == "its answer is sent":
+        context.takes.clear()
+
+    async def messages() -> AsyncIterator[pb.ShareAdapterRequest]:
+        yield pb.ShareAdapterRequest(digest=DIGEST)
+        await (silent.wait() if when == "its messages end" else asyncio.sleep(0))
+
+    registry = CollectorRegistry()
+    lease = asyncio.create_task(make_delivery(cache, registry=registry).lend(messages(), context))
+    await rounds_until(lambda: context.lent.lease_id > 0)
+    await asyncio.sleep(0.01)
+    lease.cancel()
+    with pytest.raises(CallerLeft):
         await lease
+    assert registry.get_sample_value("slora_adapter_store_leases_total", {"outcome": "returned"}) == 1
+    assert registry.get_sample_value("slora_adapter_store_open_leases") == 0
+
+
+async def test_a_lease_that_nothing_was_found_for_yet_is_abandoned(cache: HostCache) -> None:
+    asked = asyncio.Event()
+
+    async def pin(*of_what: Any) -> Pin:
+        asked.set()
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    registry, context = CollectorRegistry(), Borrower()
+    delivery = WeightDelivery(pin, cache.arena, StoreMetrics(registry), 60.0)
+    opening = context.messages(pb.ShareAdapterRequest(digest=DIGEST))
+    lease = asyncio.create_task(delivery.lend(opening, context))  # type: ignore[arg-type]
+    await asked.wait()
+    lease.cancel()
+    with pytest.raises(asyncio.CancelledError) as cancelled:
+        await lease
+    assert not isinstance(cancelled.value, CallerLeft)
+    assert registry.get_sample_value("slora_adapter_store_leases_total", {"outcome": "abandoned"}) == 1
 
 
 async def test_streams_go_in_turns_and_each_gets_all(cache: HostCache) -> None:

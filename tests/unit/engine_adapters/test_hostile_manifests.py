@@ -206,31 +206,37 @@ def test_what_fills_a_message_is_refused_before_it_is_read(
         tracemalloc.stop()
 
 
-ARENA = memoryview(bytearray(8 * 4096)).toreadonly()
-
-
 class OneArena:
     """The arenas of an engine that has mapped one."""
 
-    def map(self, place: Any) -> memoryview:
-        return ARENA
+    memory = memoryview(bytearray(8 * 4096)).toreadonly()
+
+    def map(self, place: Any) -> OneArena:
+        return self
+
+    def lasts(self, lease_id: int, word: int) -> bool:
+        return (lease_id, word) == (7, 509)
 
 
 @pytest.mark.parametrize(
-    ("offset", "says"),
+    ("offset", "word", "says"),
     [
-        (0, ""),
-        (7 * 4096, ""),
-        (8 * 4096, "no extent"),
-        (2**64 - 4096, "no extent"),
-        (16, "no extent"),
+        (0, 509, ""),
+        (7 * 4096, 509, ""),
+        (8 * 4096, 509, "no extent"),
+        (2**64 - 4096, 509, "no extent"),
+        (16, 509, "no extent"),
+        (0, 510, "no extent"),
+        (0, 2**32 - 1, "no extent"),
     ],
 )
-def test_a_lease_lies_within_what_is_mapped_whatever_the_store_says(offset: int, says: str) -> None:
+def test_a_lease_lies_within_what_is_mapped_whatever_the_store_says(offset: int, word: int, says: str) -> None:
     manifest = sound_message()
     assert manifest.packed_bytes < 4096
     arena = adapter_store_pb2.Arena(arena_id=b"a" * 16, path="/dev/shm/a", num_bytes=2**63)
-    lent = adapter_store_pb2.ShareAdapterResponse(manifest=manifest, arena=arena, offset=offset)
+    lent = adapter_store_pb2.ShareAdapterResponse(
+        manifest=manifest, arena=arena, offset=offset, lease_id=7, lease_word=word
+    )
     nothing: Any = None
     arenas: Any = OneArena()
     replica: Any = SimpleNamespace(address="store:1", arena_id=None)
@@ -243,3 +249,6 @@ def test_a_lease_lies_within_what_is_mapped_whatever_the_store_says(offset: int,
     lease = fetch._open_lease(replica, nothing, lent)
     assert lease is not None
     assert len(lease.content) == manifest.packed_bytes
+    assert lease.lasts()
+    lent.lease_id = 0
+    assert fetch._open_lease(replica, nothing, lent) is None, "a lease that nothing is seen of"

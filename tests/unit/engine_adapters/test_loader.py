@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from services.common.errors import Reason, SloraError
+from services.common.packed_digest import packed_digest
 from services.engine.adapters import loader as loader_module
 from services.engine.adapters.load_job import Grant, LoadEnded, LoadEvent, LoadInstalled, LoadJob, LoadSized
 from services.engine.adapters.loader import NUM_LOADER_THREADS, AdapterLoader
@@ -141,7 +142,7 @@ def test_failures_after_the_grant(world: World, fault: dict[str, object], reason
 
 
 @pytest.mark.parametrize("direct", [True, False])
-def test_what_is_lent_is_confirmed_and_not_streamed(world: World, direct: bool) -> None:
+def test_what_is_lent_is_copied_and_not_streamed(world: World, direct: bool) -> None:
     """A device that does not read it where it lies is given a copy."""
     world.device.is_direct = direct
     lease = FakeLease()
@@ -149,9 +150,49 @@ def test_what_is_lent_is_confirmed_and_not_streamed(world: World, direct: bool) 
     event = world.load("a", slot=7)
     assert isinstance(event, LoadInstalled), event
     assert event.lent
-    assert (lease.num_confirmed, lease.is_open) == (1, False)
+    assert lease.num_looks == 1
+    assert lease.ended.wait(5.0), "it is told before the lease is given back"
     assert world.device.weights[digest_of("a")] == world.source.weights(digest_of("a"))
     assert 7 in world.device.installed
+
+
+def test_what_is_lent_is_digested_before_there_are_pages_for_it(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    digested = threading.Event()
+
+    def digest(weights: memoryview) -> str:
+        digested.set()
+        return packed_digest(weights)
+
+    monkeypatch.setattr(loader_module, "packed_digest", digest)
+    world.source.add("a", lease=FakeLease())
+    job = world.start("a")
+    assert isinstance(world.next(), LoadSized)
+    assert digested.wait(5.0)
+    assert world.device.weights == {}
+    world.loader.grant(job, Grant(0, [0]))
+    assert isinstance(world.next(), LoadInstalled)
+
+
+@pytest.mark.parametrize("just_in_time", [False, True])
+def test_a_lease_is_given_back_while_its_load_waits_for_pages(
+    world: World, monkeypatch: pytest.MonkeyPatch, just_in_time: bool
+) -> None:
+    """Then another one is taken; if the pages came while it was given back, the weights are streamed."""
+    monkeypatch.setattr(loader_module, "GRANT_GRACE_SECONDS", 0.01)
+    lease = FakeLease()
+    world.source.add("a", lease=lease)
+    job = world.start("a")
+    assert isinstance(world.next(), LoadSized)
+    if just_in_time:
+        monkeypatch.setattr(job.fetch, "pause", lambda: world.loader.grant(job, Grant(0, [0])))
+    else:
+        assert lease.ended.wait(5.0)
+        world.loader.grant(job, Grant(0, [0]))
+    event = world.next()
+    assert isinstance(event, LoadInstalled), event
+    assert event.lent is not just_in_time
+    assert world.quiet()
+    assert world.device.weights[digest_of("a")] == world.source.weights(digest_of("a"))
 
 
 def test_what_is_lent_and_wrong_is_refused(world: World) -> None:
@@ -162,6 +203,26 @@ def test_what_is_lent_and_wrong_is_refused(world: World) -> None:
     assert not lease.is_open
     assert world.device.num_installs == 0
     assert world.device.installed == {}
+
+
+def test_a_piece_that_could_not_be_copied_is_never_installed(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The buffer may have another adapter's bytes there, and the digest is of what was lent."""
+    world.device.is_direct = False
+    world.source.add("a", num_pages=3, lease=FakeLease())
+    world.source.add("b", num_pages=3, lease=FakeLease())
+    copy, failed = loader_module._copy_bytes, threading.Event()
+
+    def fail_once(source: memoryview, target: memoryview) -> None:
+        if not failed.is_set():
+            failed.set()
+            raise MemoryError
+        copy(source, target)
+
+    monkeypatch.setattr(loader_module, "_copy_bytes", fail_once)
+    assert ended(world.load("a")).reason is Reason.INTERNAL
+    assert world.device.num_installs == 0
+    assert isinstance(world.load("b"), LoadInstalled)
+    assert world.device.weights == {digest_of("b"): world.source.weights(digest_of("b"))}
 
 
 def test_a_lease_that_did_not_last_is_no_fault_and_the_weights_are_streamed(world: World) -> None:
@@ -175,12 +236,14 @@ def test_a_lease_that_did_not_last_is_no_fault_and_the_weights_are_streamed(worl
 
 
 def test_cancel_under_a_lease_ends_it(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    lease = FakeLease()
+    lease, is_cancelled = FakeLease(), threading.Event()
+    monkeypatch.setattr(world.device, "reads_directly", lambda _: is_cancelled.wait(5.0))
     world.source.add("a", lease=lease)
     job = world.start("a")
     assert isinstance(world.next(), LoadSized)
-    monkeypatch.setattr(world.device, "reads_directly", lambda _: world.loader.cancel(job) or True)
     world.loader.grant(job, Grant(0, [0]))
+    world.loader.cancel(job)
+    is_cancelled.set()
     assert world.next() == LoadEnded(job, None)
     assert not lease.is_open
     assert world.device.installed == {}

@@ -171,14 +171,18 @@ class CopiedExtent(_message.Message):
     def __init__(self) -> None: ...
 
 class ShareAdapterResponse(_message.Message):
-    __slots__ = ("manifest", "arena", "offset")
+    __slots__ = ("manifest", "arena", "offset", "lease_id", "lease_word")
     MANIFEST_FIELD_NUMBER: _ClassVar[int]
     ARENA_FIELD_NUMBER: _ClassVar[int]
     OFFSET_FIELD_NUMBER: _ClassVar[int]
+    LEASE_ID_FIELD_NUMBER: _ClassVar[int]
+    LEASE_WORD_FIELD_NUMBER: _ClassVar[int]
     manifest: _adapter_pb2.PackedManifest
     arena: Arena
     offset: int
-    def __init__(self, manifest: _Optional[_Union[_adapter_pb2.PackedManifest, _Mapping]] = ..., arena: _Optional[_Union[Arena, _Mapping]] = ..., offset: _Optional[int] = ...) -> None: ...
+    lease_id: int
+    lease_word: int
+    def __init__(self, manifest: _Optional[_Union[_adapter_pb2.PackedManifest, _Mapping]] = ..., arena: _Optional[_Union[Arena, _Mapping]] = ..., offset: _Optional[int] = ..., lease_id: _Optional[int] = ..., lease_word: _Optional[int] = ...) -> None: ...
 
 class Arena(_message.Message):
     __slots__ = ("arena_id", "path", "num_bytes")

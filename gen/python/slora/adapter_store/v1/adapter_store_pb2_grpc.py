@@ -193,12 +193,13 @@ class AdapterStoreServiceServicer:
     def ShareAdapter(self, request_iterator, context):
         """Lends an adapter's packed weights to a reader on the same host, which copies them out of the store's arena: no
         weights travel. The reader's first message names the adapter; the one answer says where its bytes lie. While the
-        call is open (the lease) they stay there, also if the adapter is deleted. When the reader has copied them it says
-        so in its second message, and the call ends with OK: the lease lasted until then. Only after that may the copy be
-        used. A call that ends otherwise (either side is gone, the reader took too long) proves nothing about the bytes. A
-        reader that needs nothing more cancels the call. Idempotent. Read through from S3 like FetchAdapter.
-        Errors: as FetchAdapter; INVALID_ARGUMENT (a message out of order, or missing); DEADLINE_EXCEEDED (the reader kept
-        the lease for too long: it has ended); NOT_FOUND (ADAPTER_NOT_RESIDENT: see only_resident).
+        call is open (the lease) they stay there, also if the adapter is deleted. Before the store lets go of them, for
+        whatever reason, it takes the lease's id out of its word behind the arena (see Arena): a reader that finds the id
+        there after it has copied has copied what was lent. It then cancels the call. A reader may also ask instead of look:
+        it says in a second message that it has copied, and the call ends with OK if the lease lasted until then; any other
+        end proves nothing about the bytes. Idempotent. Read through from S3 like FetchAdapter.
+        Errors: as FetchAdapter; INVALID_ARGUMENT (a message out of order, or no first one); DEADLINE_EXCEEDED (the reader
+        kept the lease for too long: it has ended); NOT_FOUND (ADAPTER_NOT_RESIDENT: see only_resident).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
