@@ -54,6 +54,8 @@ def build_package(version: str) -> None:
     for module in ("services/gateway", "services/adapter_store", "services/engine", "slora_client", "kernels"):
         if f"{module}/__init__.py" not in names:
             raise ReleaseError(f"the wheel lacks {module}")
+    if "slora_client/py.typed" not in names:
+        raise ReleaseError("the wheel lacks slora_client/py.typed: type checkers would not look at the client")
     with tarfile.open(DIST / f"slora-{version}.tar.gz") as sdist:
         if f"slora-{version}/pyproject.toml" not in sdist.getnames():
             raise ReleaseError("the sdist cannot be built from")

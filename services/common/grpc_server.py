@@ -38,12 +38,17 @@ MAX_PENDING_CALLS = 65_536
 """Calls that have come and have not been looked at yet. grpc's own bound is 1000: of 2000 that came at once some 150
 were cancelled, without a reason. What is too much is for the service to say."""
 
+MAX_PENDING_SECONDS = 3600
+"""How long a call may wait to be looked at. grpc's own bound is 30 s: what is older it cancels, once a busy process
+turns to it, and to the caller that looks like a wish of its own. Callers have deadlines; those end what waits."""
+
 SERVER_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.so_reuseport", 0),
     ("grpc.server.max_pending_requests", MAX_PENDING_CALLS),
     ("grpc.server.max_pending_requests_hard_limit", MAX_PENDING_CALLS),
+    ("grpc.server_max_unrequested_time_in_server", MAX_PENDING_SECONDS),
     ("grpc.http2.max_frame_size", 16777215),
     # What a caller may send ahead of what is read, for each of its streams. A server sends much and receives little;
     # with windows as large as a reader's, 64 uploads at once took 11 GB.

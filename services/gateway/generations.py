@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from services.common.errors import FieldError, Reason, SloraError, Status
@@ -48,6 +48,19 @@ class Size:
         return self.num_prompt_tokens + self.max_new_tokens
 
 
+class SharedFate:
+    """Of the choices of one request: the first that fails ends the others, and what it failed for is what the request
+    failed for."""
+
+    def __init__(self) -> None:
+        self.has_failed = False
+
+    def fail(self) -> bool:
+        """A choice has failed; whether it is the first."""
+        is_first, self.has_failed = not self.has_failed, True
+        return is_first
+
+
 @dataclass(frozen=True)
 class Ask:
     """A generation as a caller asks for it."""
@@ -61,9 +74,8 @@ class Ask:
     """Seconds until the caller's deadline; None without one."""
     is_gone: Callable[[], bool] = lambda: False
     """Whether the caller is known to have left."""
-    is_let_down: Callable[[], bool] = lambda: False
-    """Whether the service failed the request that this is one choice of: then its cancellation is no doing of the
-    caller's."""
+    fate: SharedFate = field(default_factory=SharedFate)
+    """The same for all choices of a request."""
     tenant: Tenant = ANONYMOUS
     """Who asks: whose adapters, whose limits."""
     size: Size = Size()
@@ -122,6 +134,7 @@ class Generations:
             outcome = _outcome_of_cancellation(ask)
             raise
         except Exception as error:
+            ask.fate.fail()
             if ask.is_gone():
                 # Writing to the caller failed before its cancellation arrived here.
                 outcome = _outcome_of_cancellation(ask)
@@ -133,16 +146,17 @@ class Generations:
 
     @contextlib.asynccontextmanager
     async def _admitted(self, ask: Ask, record: RequestRecord) -> AsyncIterator[Quota | None]:
-        """Within the tenant's limits; charged in the end for what it used, and for nothing where the service owed it an
-        answer and did not begin one."""
+        """Within the tenant's limits; charged in the end for what it used. It is no request if it did not begin, unless
+        its caller left or made a mistake; one mistake is one request, however many choices have it."""
         async with self._limiter.admit(ask.tenant, ask.size.num_tokens) as admitted:
             try:
                 yield admitted.quota
             except asyncio.CancelledError:
-                admitted.was_refused = not record.has_begun and ask.is_let_down()
+                admitted.was_refused = not record.has_begun and ask.fate.has_failed
                 raise
             except Exception as error:
-                admitted.was_refused = not record.has_begun and not is_callers_mistake(error)
+                is_counted = ask.fate.fail() and _is_callers_mistake(error)
+                admitted.was_refused = not record.has_begun and not is_counted
                 raise
             finally:
                 admitted.used_tokens = record.num_tokens_used(ask.size.num_prompt_tokens)
@@ -189,7 +203,7 @@ async def _messages(
     record.on_completion(message.completion.usage.num_prompt_tokens)
 
 
-def is_callers_mistake(error: Exception) -> bool:
+def _is_callers_mistake(error: Exception) -> bool:
     """Whether another service of this kind, with all at hand, would have refused the request too: an unknown model, a
     field out of its range, too little time. Else it was owed an answer."""
     if not isinstance(error, SloraError):

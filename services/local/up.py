@@ -25,6 +25,8 @@ HTTP_PORT = 8000
 STORE_PORT = 50052
 """Where `slora adapters` looks by itself."""
 STOP_SECONDS = 60.0
+START_SECONDS = 3600.0
+"""For each service. Weights may come from a slow disk; one that ends is noticed at once, and Ctrl-C ends the wait."""
 _NAP_SECONDS = 1.0
 _BUCKET = "adapters"
 _MOST_REFUSALS_SHOWN = 10
@@ -81,6 +83,7 @@ def _serve(request: UpRequest, store_port: int, narrator: Narrator) -> None:
         engine_options=request.engine_options or {},
         gateway_options=request.gateway_options,
         s3_environment={} if in_s3 else None,
+        start_timeout_seconds=START_SECONDS,
         report=narrator.line,
     )
     try:

@@ -53,6 +53,9 @@ def push(
                 pushed = client.upload(
                     name, source, tenant=tenant, labels=labels, on_progress=on_progress, timeout=timeout
                 )
+        # Content that was there before keeps what it has besides.
+        if not labels.items() <= pushed.labels.items():
+            pushed = client.update(pushed.adapter_id, set_labels=labels, timeout=timeout)
         for each in alias or []:
             pushed = client.set_alias(pushed.adapter_id, each, timeout=timeout)
         if pin:

@@ -6,10 +6,9 @@ import sys
 from collections.abc import Sequence
 
 from slora_client.command.outcome import told
-from slora_client.command.terminal import write_stream
+from slora_client.command.terminal import Speaker
 from slora_client.errors import SloraRequestError
 from slora_client.options import GenerationOptions
-from slora_client.sync_client import SloraClient
 from slora_client.values import ChatMessage, Chunk
 
 PROMPT = "> "
@@ -20,9 +19,9 @@ class Conversation:
     """Keeps what was said; an answer that was stopped stays as far as it came."""
 
     def __init__(
-        self, client: SloraClient, model: str, opening: Sequence[ChatMessage], options: GenerationOptions
+        self, speaker: Speaker, model: str, opening: Sequence[ChatMessage], options: GenerationOptions
     ) -> None:
-        self._client = client
+        self._speaker = speaker
         self._model = model
         self._opening = list(opening)
         self._options = options
@@ -41,9 +40,9 @@ class Conversation:
         asked = [*self.messages, ChatMessage("user", text)]
         said: list[Chunk] = []
         try:
-            write_stream(self._client.stream(self._model, asked, **self._options), said)
+            self._speaker.say(self._model, asked, self._options, said)
         except KeyboardInterrupt:
-            pass  # what the generator's end cancels; the part that came counts
+            pass  # the part that came counts
         except SloraRequestError as error:
             sys.stdout.write("\n" if said else "")
             sys.stderr.write(f"slora: {told(error)}\n")

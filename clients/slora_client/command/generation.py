@@ -29,9 +29,9 @@ from slora_client.command.options import (
     tls,
 )
 from slora_client.command.outcome import console
-from slora_client.command.terminal import write_stream
+from slora_client.command.terminal import speaker
 from slora_client.sync_client import SloraClient
-from slora_client.values import ChatMessage, Chunk, Model, Prompt
+from slora_client.values import ChatMessage, Model, Prompt
 
 app = typer.Typer()
 
@@ -73,9 +73,8 @@ def generate(
     if chat or system is not None:
         asked = [*_opening(system), ChatMessage("user", text)]
     options = generation_options(temperature, top_p, top_k, seed, max_tokens, stop)
-    said: list[Chunk] = []
-    with SloraClient(gateway, api_key(), tls()) as client:
-        write_stream(client.stream(model, asked, **options), said)
+    with speaker(gateway, api_key(), tls()) as speaking:
+        speaking.say(model, asked, options, [])
     if sys.stdout.isatty():
         sys.stdout.write("\n")
 
@@ -93,9 +92,9 @@ def chat(
     stop: StopOption = None,
 ) -> None:
     """Talk to a model. Ctrl-C stops an answer; `/clear` begins anew; Ctrl-D, or Ctrl-C at the prompt, leaves."""
-    with SloraClient(gateway, api_key(), tls()) as client:
+    with speaker(gateway, api_key(), tls()) as speaking:
         options = generation_options(temperature, top_p, top_k, seed, max_tokens, stop)
-        Conversation(client, model, _opening(system), options).run()
+        Conversation(speaking, model, _opening(system), options).run()
 
 
 @app.command()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator, Mapping
 from typing import Protocol
 
 import msgspec
@@ -9,8 +11,9 @@ from msgspec import Struct
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse
 
+from services.common.errors import Reason, SloraError
 from services.gateway.http.bodies import read_body
-from services.gateway.http.errors import ApiError, invalid
+from services.gateway.http.errors import ApiError, invalid, to_api_error
 
 
 class AdapterRegistry(Protocol):
@@ -42,6 +45,25 @@ class UnloadBody(Struct, forbid_unknown_fields=True):
     lora_int_id: int | None = None
 
 
+_NAME, _PATH = "lora_name", "lora_path"
+
+_PARAMETERS: Mapping[Reason, str] = {
+    Reason.ADAPTER_NAME_INVALID: _NAME,
+    Reason.ADAPTER_NOT_FOUND: _NAME,
+    Reason.SOURCE_URI_INVALID: _PATH,
+    Reason.SOURCE_NOT_FOUND: _PATH,
+    Reason.ADAPTER_FILE_INVALID: _PATH,
+    Reason.ADAPTER_CONFIG_INVALID: _PATH,
+    Reason.ADAPTER_UNSUPPORTED: _PATH,
+    Reason.ADAPTER_RANK_INVALID: _PATH,
+    Reason.ADAPTER_TENSORS_INVALID: _PATH,
+    Reason.ADAPTER_NOT_FINITE: _PATH,
+    Reason.ADAPTER_BASE_MISMATCH: _PATH,
+    Reason.ADAPTER_TOO_LARGE: _PATH,
+    Reason.ADAPTER_CHANGED: _PATH,
+}
+"""Which parameter is to blame for what the store complains of: the name, or what lies at the path."""
+
 _load_decoder = msgspec.json.Decoder(LoadBody)
 _unload_decoder = msgspec.json.Decoder(UnloadBody)
 
@@ -60,14 +82,16 @@ class AdapterUpdates:
         body = await read_body(request, _load_decoder, self._max_body_bytes)
         if not body.lora_path.startswith("s3://"):
             raise invalid("lora_path", "lora_path is s3://bucket/prefix/, where the adapter's two files lie")
-        adapter_id = await self._registry.register(body.lora_name, body.lora_path)
+        with _put_down_to_parameters():
+            adapter_id = await self._registry.register(body.lora_name, body.lora_path)
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully as {adapter_id}.")
 
     async def unload(self, request: Request) -> PlainTextResponse:
         """Deletes `lora_name` (every version, or with `@version` one) from the catalogue."""
         self._check_allowed()
         body = await read_body(request, _unload_decoder, self._max_body_bytes)
-        await self._registry.delete(body.lora_name)
+        with _put_down_to_parameters():
+            await self._registry.delete(body.lora_name)
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
 
     def _check_allowed(self) -> None:
@@ -77,3 +101,13 @@ class AdapterUpdates:
                 "the adapter store's own API"
             )
             raise ApiError(403, message, "adapter_updates_off")
+
+
+@contextlib.contextmanager
+def _put_down_to_parameters() -> Iterator[None]:
+    try:
+        yield
+    except SloraError as error:
+        answered = to_api_error(error, {"source_uri": _PATH})
+        answered.param = _PARAMETERS.get(error.reason, answered.param)
+        raise answered from None

@@ -12,7 +12,7 @@ from starlette.requests import Request
 from starlette.types import Message, Receive, Scope, Send
 
 from services.common.errors import SloraError
-from services.gateway.generations import Ask, Generations, is_callers_mistake, no_deadline
+from services.gateway.generations import Ask, Generations, SharedFate, no_deadline
 from services.gateway.http.bodies import read_body
 from services.gateway.http.codec import ask_of, to_chunk
 from services.gateway.http.errors import to_api_error
@@ -81,16 +81,11 @@ class GenerationEndpoint(Generic[T]):
                 _ask_refused(ask_of(request, 0, request.model, request_id, tenant), error), 0, reply, headers
             )
             raise
-        failures: list[Exception] = []
+        fate = SharedFate()
 
         async def choose(index: int) -> None:
             ask = ask_of(request, index, model, f"{request_id}-{index}", tenant)
-            ask = dataclasses.replace(ask, is_let_down=lambda: bool(failures) and not is_callers_mistake(failures[0]))
-            try:
-                await self._choose(ask, index, reply, headers)
-            except Exception as error:
-                failures.append(error)
-                raise
+            await self._choose(dataclasses.replace(ask, fate=fate), index, reply, headers)
 
         async with asyncio.TaskGroup() as group:
             for index in range(request.num_generations):

@@ -69,6 +69,16 @@ async def test_push_list_show_alias_pin_and_remove(slora: Slora, make_adapter: M
     assert json.loads((await slora("rm", "pirate", "--all", "--json")).stdout)["num_deleted"] == 1
 
 
+async def test_content_that_was_there_gets_the_labels_it_is_pushed_with(
+    slora: Slora, make_adapter: MakeAdapter
+) -> None:
+    adapter = str(make_adapter(1))
+    await slora("push", adapter, "pirate", "--label", "team=search", "--label", "run=1")
+    pushed = await slora("push", adapter, "pirate", "--label", "run=2", "--json")
+    assert json.loads(pushed.stdout)["adapter_id"] == "pirate@1"
+    assert json.loads(pushed.stdout)["labels"] == {"team": "search", "run": "2"}
+
+
 async def test_errors_say_what_would_be_right(slora: Slora, make_adapter: MakeAdapter, tmp_path: Path) -> None:
     await slora("push", str(make_adapter(1)), "pirate")
     missing = await slora("show", "pirate@9", status=1)

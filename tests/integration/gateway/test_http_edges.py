@@ -266,7 +266,7 @@ async def test_adapters_come_and_go_as_in_vllm(fleet_of: FleetFactory) -> None:
     assert (await send(fleet, "POST", "/v1/completions", {**ASK, "model": "bard"}))[0] == 404
 
     status, answer = await change("unload", lora_name="bard")
-    assert (status, answer["error"]["code"]) == (404, "adapter_not_found")
+    assert (status, answer["error"]["code"], answer["error"]["param"]) == (404, "adapter_not_found", "lora_name")
     status, answer = await change("load", lora_name="bard", lora_path="/models/bard")
     assert (status, answer["error"]["param"]) == (400, "lora_path")
     status, answer = await change("load", lora_name="bard")

@@ -13,7 +13,7 @@ import redis.asyncio
 
 from services.common.errors import Reason
 from services.common.grpc_errors import from_rpc_error
-from tests.fakes.fake_engine import FakeEngine, Received, fail_after, hang, refuse
+from tests.fakes.fake_engine import FakeEngine, Received, Script, fail_after, hang, refuse
 from tests.fixtures.embedded_servers import RedisServer
 from tests.integration.gateway.conftest import FleetFactory, eventually
 from tests.integration.gateway.tenancy_desk import Desk, ask, generate, http, retry_delay
@@ -98,6 +98,38 @@ async def test_no_choice_counts_where_the_service_failed_one(
             failing.clear()
         fleet.engines[0].script = FakeEngine().script
         assert len((await client.completions.create(model="base", prompt="x", n=3)).choices) == 3
+
+
+@pytest.mark.parametrize("others", [refuse(Reason.SAMPLING_INVALID), refuse(Reason.INTERNAL), hang])
+async def test_a_mistake_is_one_request_however_many_choices_have_it(
+    fleet_of: FleetFactory, desk: Desk, redis_url: str, others: Script
+) -> None:
+    """Also where others fail behind it, or are ended by it."""
+    refused = asyncio.Event()
+    num_asked = 0
+
+    async def refuse_one(engine: FakeEngine, received: Received, context: Any) -> None:
+        nonlocal num_asked
+        num_asked += 1
+        if num_asked == 3:
+            refused.set()
+            await refuse(Reason.SAMPLING_INVALID)(engine, received, context)
+        await refused.wait()
+        await asyncio.sleep(0.1)
+        await others(engine, received, context)
+
+    fleet = await fleet_of(1, script=refuse_one, tenancy_redis=redis_url)
+    async with http(fleet, await desk.key(requests_per_minute=5)) as client:
+        for _ in range(2):
+            num_asked = 0
+            refused.clear()
+            with pytest.raises(openai.BadRequestError):
+                await client.completions.create(model="base", prompt="x", n=3)
+            await eventually("nothing runs on", lambda: fleet.value("in_flight_requests") == 0)
+        fleet.engines[0].script = FakeEngine().script
+        assert len((await client.completions.create(model="base", prompt="x", n=3)).choices) == 3
+        with pytest.raises(openai.RateLimitError):
+            await client.completions.create(model="base", prompt="x")
 
 
 @pytest.mark.parametrize("num_choices", [1, 3])

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import time
 from collections.abc import AsyncIterator
 
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2
 
+from services.common import grpc_server
 from services.common.errors import Reason
 from services.common.grpc_errors import from_rpc_error
 from services.common.grpc_server import LIVENESS, GrpcServer
@@ -43,9 +45,33 @@ async def test_calls_that_come_all_at_once_are_all_answered() -> None:
     try:
         async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
             check = channel.unary_unary("/grpc.health.v1.Health/Check")
-            calls = [check(health_pb2.HealthCheckRequest().SerializeToString(), timeout=60) for _ in range(2500)]
+            calls = [check(health_pb2.HealthCheckRequest().SerializeToString(), timeout=100) for _ in range(2500)]
             answers = await asyncio.gather(*calls, return_exceptions=True)
         assert not [answer for answer in answers if isinstance(answer, BaseException)]
+    finally:
+        await server.grpc.stop(0)
+
+
+async def test_a_call_waits_to_be_looked_at_for_longer_than_any_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    # grpc cancels what waited for longer than a setting says. With 1 s it is seen at work; its own 30 s are too few for
+    # a burst on a busy machine.
+    options = dict(grpc_server.SERVER_OPTIONS)
+    assert options["grpc.server_max_unrequested_time_in_server"] >= 3600
+    options["grpc.server_max_unrequested_time_in_server"] = 1
+    monkeypatch.setattr(grpc_server, "SERVER_OPTIONS", tuple(options.items()))
+    server = GrpcServer("127.0.0.1:0", ["a.Service"])
+    await server.start()
+    try:
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
+            check = channel.unary_unary("/grpc.health.v1.Health/Check")
+            request = health_pb2.HealthCheckRequest().SerializeToString()
+            await check(request, timeout=60)
+            calls = [check(request, timeout=60) for _ in range(100)]
+            await asyncio.sleep(0)
+            time.sleep(3)  # noqa: ASYNC251 - a busy process is meant: nobody looks at what has come
+            answers = await asyncio.gather(*calls, return_exceptions=True)
+        errors = [answer for answer in answers if isinstance(answer, grpc.aio.AioRpcError)]
+        assert {error.code() for error in errors} == {grpc.StatusCode.CANCELLED}
     finally:
         await server.grpc.stop(0)
 

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,7 @@ from services.local.narrator import Narrator
 from services.local.ports import LOOPBACK, claiming, free_port
 from services.local.s3_client import S3Place
 from services.local.stack import LocalStack
-from services.local.up import how_to_call
+from services.local.up import UpRequest, how_to_call, run_up
 from tests.fixtures.hollow_checkpoint import write_hollow_checkpoint
 
 PROMPT = "It's \"late\", :moon: [bold]isn't it?[/bold]"
@@ -35,6 +36,24 @@ PROMPT = "It's \"late\", :moon: [bold]isn't it?[/bold]"
 def stack(tmp_path: Path) -> LocalStack:
     """Two engines, never started."""
     return LocalStack(tmp_path / "state", write_hollow_checkpoint(tmp_path / "tiny"), num_engines=2)
+
+
+class SlowStack(LocalStack):
+    """Tells how long it would have waited for a service."""
+
+    def start(self, on_ready: Callable[[str], None] = lambda name: None) -> None:
+        raise TimeoutError(self.start_timeout_seconds)
+
+
+def test_up_waits_for_weights_that_take_minutes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(up, "LocalStack", SlowStack)
+    checkpoint = write_hollow_checkpoint(tmp_path / "random-weights-tiny")
+    request = UpRequest(
+        tmp_path / "state", checkpoint, gateway_port=free_port(), http_port=0, engine_options={"random_weights": True}
+    )
+    with pytest.raises(TimeoutError) as waited:
+        run_up(request, Narrator(Console(file=io.StringIO())))
+    assert waited.value.args[0] >= 1800
 
 
 def test_it_says_where_everything_is(stack: LocalStack) -> None:

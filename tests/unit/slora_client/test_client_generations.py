@@ -13,6 +13,7 @@ from typing import Any
 
 import grpc
 import pytest
+import slora_client
 from slora.engine.v1 import generation_pb2
 from slora.gateway.v1 import inference_pb2
 from slora_client import (
@@ -281,6 +282,10 @@ async def test_list_models_follows_pages(gateway: FakeGateway, client: Client) -
     assert [model.name for model in models] == ["base", "a0", "a1", "a2", "a3"]
     assert models[0] == Model("base", "", "base", 0, None, 2)
     assert models[1] == Model("a0", "a0@3", "base", 8, datetime.fromtimestamp(1_700_000_000, UTC), 0)
+
+
+def test_type_checkers_are_told_that_the_client_is_typed() -> None:
+    assert (Path(slora_client.__file__).parent / "py.typed").is_file()
 
 
 def test_the_client_needs_no_service_code() -> None:

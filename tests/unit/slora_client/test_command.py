@@ -103,17 +103,26 @@ async def test_a_chat_goes_on_after_an_error(gateway: FakeGateway) -> None:
     assert [len(request.prompt.chat.messages) for request in gateway.requests] == [1, 1]
 
 
+# A signal that this process was started to ignore would be ignored by the command too. Not by preexec_fn: that runs
+# Python in a fork, beside grpc's threads.
+COMMAND = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from slora_client.command.entry import main
+main()
+"""
+
+
 async def start(gateway: FakeGateway, *argv: str) -> asyncio.subprocess.Process:
     words = (argv[0], "--gateway", gateway.address, *argv[1:])
     path = os.pathsep.join(str(ROOT / place) for place in ("gen/python", "clients"))
     pipe = asyncio.subprocess.PIPE
     return await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "slora_client.command.entry", *words),
+        *(sys.executable, "-c", COMMAND, *words),
         env={**os.environ, "PYTHONPATH": path},
         stdin=pipe,
         stdout=pipe,
         stderr=pipe,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
 
 
