@@ -1,6 +1,6 @@
 """Claim: 10,000 adapters in S3 are catalogued in seconds without reading their weights, and 100,000 stay usable.
 
-A store that starts is ready in two seconds either way; look-ups at 200 a second take under 3 ms (p99) with 10,000.
+A store that starts is ready in two seconds either way; look-ups at 200 a second take under 5 ms (p99).
 
 A store with an embedded Redis and S3 server, each a process of its own, on the same cores as this client. Adapters are
 small (rank 4 of a tiny base model, two files each) and lie in one prefix. Look-ups are asked at a steady rate whatever
