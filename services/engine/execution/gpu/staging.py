@@ -86,7 +86,9 @@ class SmallSends:
         return on_device
 
     def end_step(self) -> None:
-        """Everything of the step was sent."""
+        """Everything of the step was sent. Most steps send nothing, and cost nothing."""
+        if not self._sent[self._turn]:
+            return
         if (event := self._read[self._turn]) is not None:
             event.record()
         self._turn = (self._turn + 1) % _NUM_BUFFERS
