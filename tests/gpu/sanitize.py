@@ -1,8 +1,8 @@
 """The kernels' tests under NVIDIA's compute-sanitizer: no kernel reads or writes what is not its own.
 
 A file of tests and a type of elements at a time, several side by side, as memcheck makes tests many times slower. Ends
-with 1 if any test fails or any access is wrong. Where the tool is not installed (it comes with the CUDA toolkit) it
-says so, and ends with 0.
+with 1 if any test fails or any access is wrong. Where there is no accelerator, or the tool is not installed (it comes
+with the CUDA toolkit), it says so, and ends with 0.
 
 Run: python -m tests.gpu.sanitize [--tool memcheck] [--processes 8]
 """
@@ -21,6 +21,8 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 TESTS = Path("tests/kernels/gpu")
@@ -62,6 +64,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--tool", default="memcheck", help="of compute-sanitizer (default %(default)s)")
     parser.add_argument("--processes", type=int, default=max(1, (os.cpu_count() or 1) // 2), help="side by side")
     options = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        print("NOT CHECKED: there is no accelerator", flush=True)
+        return 0
     tool = find_tool()
     if tool is None:
         print("NOT CHECKED: compute-sanitizer is not installed; it comes with the CUDA toolkit", flush=True)
