@@ -10,6 +10,7 @@ Run: python -m benchmarks.relay_engine SECONDS_A_STEP
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import sys
 import time
 from collections.abc import AsyncIterator
@@ -54,6 +55,34 @@ class PacedEngine(engine_pb2_grpc.EngineServiceServicer):
         last.completion.finish_reason = generation_pb2.FINISH_REASON_LENGTH
         await context.write(last)
 
+    async def GenerateMany(  # noqa: N802
+        self, requests: AsyncIterator[engine_pb2.GenerateManyRequest], context: Any
+    ) -> None:
+        """All streams of a gateway: those that began get their first token, all others what is due."""
+        streams = _Streams()
+        reading = asyncio.create_task(streams.read(requests))
+        step = int(time.monotonic() / self._step_seconds) + 1 if self._step_seconds else 0
+        try:
+            while True:
+                due, step = await self._next_of_all(step, streams)
+                updates = [*streams.next_tokens(due), *streams.first_tokens(stamp(time.monotonic()))]
+                if updates:
+                    await context.write(engine_pb2.GenerateManyResponse(updates=updates))
+        finally:
+            reading.cancel()
+
+    async def _next_of_all(self, step: int, streams: _Streams) -> tuple[list[int], int]:
+        """As `_next`; nothing is due if a stream begins before that."""
+        if streams.are_idle:
+            await streams.has_begun.wait()
+        elif not self._step_seconds:
+            await asyncio.sleep(0)
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(streams.has_begun.wait(), max(step * self._step_seconds - time.monotonic(), 0))
+        if step * self._step_seconds > time.monotonic():
+            return [], step
+        return await self._next(step, _MASK)
+
     async def _next(self, step: int, most: int) -> tuple[list[int], int]:
         """What is due when something is, and the first step that is not."""
         seconds = self._step_seconds
@@ -74,6 +103,52 @@ class PacedEngine(engine_pb2_grpc.EngineServiceServicer):
         while True:
             await asyncio.sleep(1)
             yield engine_pb2.WatchStateResponse(load=engine_pb2.EngineLoad())
+
+
+class _Streams:
+    """The streams of one call."""
+
+    def __init__(self) -> None:
+        self.has_begun = asyncio.Event()
+        self._begun: dict[int, int] = {}  # how many tokens are left
+        self._running: dict[int, int] = {}
+
+    @property
+    def are_idle(self) -> bool:
+        """None runs."""
+        return not self._running and not self._begun
+
+    async def read(self, requests: AsyncIterator[engine_pb2.GenerateManyRequest]) -> None:
+        """Follows what is asked for."""
+        async for request in requests:
+            if request.HasField("start"):
+                self._begun[request.start.number] = request.start.request.stopping.max_tokens
+                self.has_begun.set()
+            else:
+                self._running.pop(request.cancelled_number, None)
+
+    def first_tokens(self, due: int) -> list[engine_pb2.GenerationUpdate]:
+        """Of the streams that began."""
+        self.has_begun.clear()
+        begun, self._begun = self._begun, {}
+        return [self._update(number, left, [due]) for number, left in begun.items()]
+
+    def next_tokens(self, due: list[int]) -> list[engine_pb2.GenerationUpdate]:
+        """Of those that run."""
+        if not due:
+            return []
+        return [self._update(number, left, due[:left]) for number, left in list(self._running.items())]
+
+    def _update(self, number: int, left: int, due: list[int]) -> engine_pb2.GenerationUpdate:
+        update = engine_pb2.GenerationUpdate(number=number)
+        update.response.text = " hello" * len(due)
+        update.response.token_ids.extend(due)
+        if left > len(due):
+            self._running[number] = left - len(due)
+        else:
+            self._running.pop(number, None)
+            update.response.completion.finish_reason = generation_pb2.FINISH_REASON_LENGTH
+        return update
 
 
 async def serve(step_seconds: float) -> None:

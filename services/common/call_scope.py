@@ -16,8 +16,8 @@ from services.common.tracing import Headers, Kind, Span, Tracing, trace_headers,
 Context = grpc.aio.ServicerContext[Any, Any]
 
 _OURS = "/slora."
-_LASTING = "/Watch"
-"""Streams that last as long as whoever watches: a span of days says nothing."""
+_LASTING = ("/Watch", "/GenerateMany")
+"""Streams that last as long as their callers: a span of days says nothing."""
 
 # By number too: that is what grpc tells.
 _CODES = {key: code for code in grpc.StatusCode for key in (code, code.value[0])}
@@ -47,7 +47,9 @@ class CallScope(grpc.aio.ServerInterceptor):
             bind_request_id(request_id)
         handler = await continuation(handler_call_details)
         method = handler_call_details.method
-        if not self._tracing.is_on or handler is None or not method.startswith(_OURS) or _LASTING in method:
+        if not self._tracing.is_on or handler is None or not method.startswith(_OURS):
+            return handler
+        if any(name in method for name in _LASTING):
             return handler
         are_streams = (handler.request_streaming, handler.response_streaming)
         kind = "_".join("stream" if is_stream else "unary" for is_stream in are_streams)

@@ -38,6 +38,11 @@ logger = logging.getLogger(__name__)
 
 def to_grpc_status(error: SloraError) -> grpc.Status:
     """The status, with details, that `error` travels as."""
+    return cast(grpc.Status, rpc_status.to_status(to_status(error)))
+
+
+def to_status(error: SloraError) -> status_pb2.Status:
+    """As `to_grpc_status`, as a message."""
     message = _clipped(error.message, MAX_MESSAGE_BYTES)
     metadata = {key: _clipped(value, MAX_DETAIL_BYTES) for key, value in error.metadata.items()}
     details = [_packed(error_details_pb2.ErrorInfo(reason=error.reason.name, domain=DOMAIN, metadata=metadata))]
@@ -45,10 +50,7 @@ def to_grpc_status(error: SloraError) -> grpc.Status:
         details.append(_packed(_to_bad_request(error)))
     if error.retry_after_seconds is not None:
         details.append(_packed(_to_retry_info(error.retry_after_seconds)))
-    status = rpc_status.to_status(
-        status_pb2.Status(code=code_pb2.Code.Value(error.reason.status.value), message=message, details=details)
-    )
-    return cast(grpc.Status, status)
+    return status_pb2.Status(code=code_pb2.Code.Value(error.reason.status.value), message=message, details=details)
 
 
 def _packed(message: Message) -> any_pb2.Any:
@@ -84,16 +86,21 @@ def _bytes_sent(text: str) -> int:
 
 async def abort(context: grpc.aio.ServicerContext[Any, Any], error: BaseException) -> None:
     """Ends an RPC with `error`; one that is not a `SloraError` is logged and becomes INTERNAL."""
-    if not isinstance(error, SloraError):
-        logger.error("an RPC failed unexpectedly", exc_info=error)
-        error = SloraError(Reason.INTERNAL, f"internal error: {type(error).__name__}; the server's log has more")
-    current_span().fail(error.reason.name, error.reason.status.name in SERVER_FAULTS)
-    status = to_grpc_status(error)
+    status = to_grpc_status(failed(error))
     try:
         await context.abort(status.code, status.details, status.trailing_metadata)
     except grpc.aio.InternalError:
         # The caller is gone, and its cancellation on its way here: nobody is there to be told.
         raise asyncio.CancelledError from None
+
+
+def failed(error: BaseException) -> SloraError:
+    """What a caller is told of `error`, and the current span: one that is not a `SloraError` is logged and INTERNAL."""
+    if not isinstance(error, SloraError):
+        logger.error("an RPC failed unexpectedly", exc_info=error)
+        error = SloraError(Reason.INTERNAL, f"internal error: {type(error).__name__}; the server's log has more")
+    current_span().fail(error.reason.name, error.reason.status.name in SERVER_FAULTS)
+    return error
 
 
 def from_rpc_error(error: grpc.RpcError, unavailable: Reason) -> SloraError:
@@ -106,12 +113,19 @@ def from_rpc_error(error: grpc.RpcError, unavailable: Reason) -> SloraError:
     except (ValueError, DecodeError):
         # Details that are not of this status: gRPC itself ended the call otherwise, on its way or here.
         status = None
-    details = () if status is None else status.details
-    info = _unpacked(details, error_details_pb2.ErrorInfo)
-    if info is not None and info.domain == DOMAIN and info.reason in Reason.__members__:
-        bad = _unpacked(details, error_details_pb2.BadRequest)
-        return _error_of(Reason[info.reason], status.message, dict(info.metadata), bad)
+    ours = None if status is None else from_status(status)
+    if ours is not None:
+        return ours
     return SloraError(_reason_of_bare_code(error.code(), unavailable), error.details() or str(error.code()))
+
+
+def from_status(status: status_pb2.Status) -> SloraError | None:
+    """The error that a status carries; None for one that is not of this project's making."""
+    info = _unpacked(status.details, error_details_pb2.ErrorInfo)
+    if info is None or info.domain != DOMAIN or info.reason not in Reason.__members__:
+        return None
+    bad = _unpacked(status.details, error_details_pb2.BadRequest)
+    return _error_of(Reason[info.reason], status.message, dict(info.metadata), bad)
 
 
 def _error_of(
@@ -154,4 +168,14 @@ def _reason_of_bare_code(code: grpc.StatusCode, unavailable: Reason) -> Reason:
     return Reason.INTERNAL
 
 
-__all__ = ["DOMAIN", "Status", "abort", "from_rpc_error", "from_store_error", "to_grpc_status"]
+__all__ = [
+    "DOMAIN",
+    "Status",
+    "abort",
+    "failed",
+    "from_rpc_error",
+    "from_status",
+    "from_store_error",
+    "to_grpc_status",
+    "to_status",
+]

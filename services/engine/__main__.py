@@ -76,7 +76,7 @@ async def serve(
         frontend.adapter_presence,
     )
     metrics.registry.register(vllm_names)
-    engine_pb2_grpc.add_EngineServiceServicer_to_server(EngineServicer(frontend), server.grpc)
+    engine_pb2_grpc.add_EngineServiceServicer_to_server(EngineServicer(frontend, tracing), server.grpc)
     metrics_server = serve_metrics(settings.metrics, metrics.registry)
     await server.start(serving=False)
     ports = {"port": server.port} | ({"metrics_port": metrics_server[0].server_port} if metrics_server else {})

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc
 from slora.engine.v1 import engine_pb2, engine_pb2_grpc
 
-from services.common.errors import SloraError
 from services.common.grpc_errors import abort
 from services.common.request_id import bind_request_id
-from services.common.tracing import current_span
+from services.common.tracing import NO_TRACING, Tracing, current_span
 from services.engine import codec
-from services.engine.frontend.request import GenerationRequest
 from services.engine.frontend.serving import Frontend
+from services.engine.shared_stream import SharedStream, decode_or_refuse
 
 SERVICE_NAME = "slora.engine.v1.EngineService"
 
@@ -23,8 +23,10 @@ Context = grpc.aio.ServicerContext[Any, Any]
 class EngineServicer(engine_pb2_grpc.EngineServiceServicer):
     """slora.engine.v1.EngineService; each method's contract is in the proto."""
 
-    def __init__(self, frontend: Frontend) -> None:
+    def __init__(self, frontend: Frontend, tracing: Tracing = NO_TRACING) -> None:
+        """`tracing` is for generations that share a call; any other call has a span of its own already."""
         self._frontend = frontend
+        self._tracing = tracing
 
     async def Generate(self, request: engine_pb2.GenerateRequest, context: Context) -> None:  # noqa: N802
         """Streams a generation; leaving it in any way (cancel, deadline, lost client) aborts it in the core."""
@@ -32,7 +34,7 @@ class EngineServicer(engine_pb2_grpc.EngineServiceServicer):
         bind_request_id(request_id)
         current_span().set({"slora.request.id": request_id})
         try:
-            asked = self._decode(request)
+            asked = decode_or_refuse(request, self._frontend)
             with_logprobs = asked.sampling.num_logprobs is not None
             token_text = self._frontend.token_text
             async with self._frontend.generate(asked) as generation:
@@ -46,12 +48,15 @@ class EngineServicer(engine_pb2_grpc.EngineServiceServicer):
             if not context.done():
                 await abort(context, error)
 
-    def _decode(self, request: engine_pb2.GenerateRequest) -> GenerationRequest:
+    async def GenerateMany(  # noqa: N802
+        self, requests: AsyncIterator[engine_pb2.GenerateManyRequest], context: Context
+    ) -> None:
+        """Streams all generations of one gateway; leaving it in any way aborts them in the core."""
         try:
-            return codec.decode_generate(request)
-        except SloraError as error:
-            self._frontend.refused(request.request_id[: codec.MAX_REQUEST_ID_CHARACTERS], None, error.reason.name)
-            raise
+            await SharedStream(self._frontend, self._tracing).serve(requests, context.write)
+        except Exception as error:
+            if not context.done():
+                await abort(context, error)
 
     async def PrefetchAdapter(  # noqa: N802
         self, request: engine_pb2.PrefetchAdapterRequest, context: Context

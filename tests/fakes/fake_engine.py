@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import traceback
 import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
@@ -15,10 +16,11 @@ import grpc
 from slora.engine.v1 import engine_pb2, engine_pb2_grpc, generation_pb2
 
 from services.common.errors import Reason, SloraError
-from services.common.grpc_errors import abort
+from services.common.grpc_errors import abort, to_status
 from services.common.grpc_server import SERVER_OPTIONS
 
-Context = grpc.aio.ServicerContext[engine_pb2.GenerateRequest, engine_pb2.GenerateResponse]
+WatchContext = grpc.aio.ServicerContext[engine_pb2.WatchStateRequest, engine_pb2.WatchStateResponse]
+ManyContext = grpc.aio.ServicerContext[engine_pb2.GenerateManyRequest, engine_pb2.GenerateManyResponse]
 
 HEARTBEAT_SECONDS = 0.2
 
@@ -47,6 +49,37 @@ class Received:
     num_written: int = 0
     cancelled: asyncio.Event = field(default_factory=asyncio.Event)
     ended: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+class Context:
+    """What a script writes to: one generation's part of the call that it shares with others."""
+
+    def __init__(self, start: engine_pb2.GenerationStart, write: Callable[..., Awaitable[None]]) -> None:
+        self.start = start
+        self.is_over = False
+        self._write = write
+
+    async def write(self, response: engine_pb2.GenerateResponse) -> None:
+        """Sends a message."""
+        self.is_over = response.HasField("completion")
+        await self._write(engine_pb2.GenerationUpdate(number=self.start.number, response=response))
+
+    async def fail(self, error: SloraError) -> None:
+        """Ends the generation."""
+        self.is_over = True
+        failure = to_status(error).SerializeToString()
+        await self._write(engine_pb2.GenerationUpdate(number=self.start.number, failure=failure))
+
+    async def break_off(self) -> None:
+        """Ends the generation as no engine should, unless it is over."""
+        if not self.is_over:
+            await self._write(engine_pb2.GenerationUpdate(number=self.start.number))
+
+    @property
+    def time_remaining(self) -> float | None:
+        """Seconds; None without a deadline."""
+        start = self.start
+        return start.timeout.ToTimedelta().total_seconds() if start.HasField("timeout") else None
 
 
 Script = Callable[["FakeEngine", Received, Context], Awaitable[None]]
@@ -90,7 +123,7 @@ def refuse_with(error: SloraError) -> Script:
     """Ends every generation at once with `error`."""
 
     async def script(engine: FakeEngine, received: Received, context: Context) -> None:
-        await abort(context, error)
+        await context.fail(error)
 
     return script
 
@@ -101,7 +134,7 @@ def fail_after(num_messages: int, reason: Reason) -> Script:
     async def script(engine: FakeEngine, received: Received, context: Context) -> None:
         for response in answer_messages(received.request)[:num_messages]:
             await context.write(response)
-        await abort(context, SloraError(reason, "failed by the test"))
+        await context.fail(SloraError(reason, "failed by the test"))
 
     return script
 
@@ -177,19 +210,46 @@ class FakeEngine(engine_pb2_grpc.EngineServiceServicer):
         self._ending = SloraError(reason, "ended by the test")
         self._tell(engine_pb2.WatchStateResponse())
 
-    async def Generate(self, request: engine_pb2.GenerateRequest, context: Context) -> None:
-        received = Received(request, context.time_remaining())
+    async def GenerateMany(self, requests: AsyncIterator[engine_pb2.GenerateManyRequest], context: ManyContext) -> None:
+        writing = asyncio.Lock()
+
+        async def write(update: engine_pb2.GenerationUpdate) -> None:
+            async with writing:
+                await context.write(engine_pb2.GenerateManyResponse(updates=[update]))
+
+        running: dict[int, asyncio.Task[None]] = {}
+        try:
+            async for request in requests:
+                if request.HasField("start"):
+                    one = Context(request.start, write)
+                    running[request.start.number] = asyncio.create_task(self._generate(one))
+                else:
+                    running[request.cancelled_number].cancel()
+            await asyncio.gather(*running.values(), return_exceptions=True)
+        finally:
+            for task in running.values():
+                task.cancel()
+
+    async def _generate(self, context: Context) -> None:
+        received = Received(context.start.request, context.time_remaining)
         self.received.append(received)
         try:
-            await self.script(self, received, context)
+            async with asyncio.timeout(context.time_remaining):
+                await self.script(self, received, context)
+            await context.break_off()
         except asyncio.CancelledError:
             received.cancelled.set()
             raise
+        except TimeoutError:
+            received.cancelled.set()
+            await context.fail(SloraError(Reason.DEADLINE_EXCEEDED, "too late"))
+        except Exception:
+            await context.fail(SloraError(Reason.INTERNAL, traceback.format_exc()))
         finally:
             received.ended.set()
 
     async def WatchState(
-        self, request: engine_pb2.WatchStateRequest, context: Context
+        self, request: engine_pb2.WatchStateRequest, context: WatchContext
     ) -> AsyncIterator[engine_pb2.WatchStateResponse]:
         self.num_watches += 1
         if self._ending is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import enum
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from services.common.errors import SloraError
@@ -49,7 +49,8 @@ class Delta:
 
 
 class Generation:
-    """A running request. The dispatcher calls `receive` and `fail`, its one reader awaits `next`.
+    """A running request. The frontend calls `receive` and `fail`; its one reader awaits `next`, or is told by `listen`
+    when there is something for `take`.
 
     A slow reader's tokens gather here, merged into its next message; they are never more than the request's own.
     """
@@ -80,7 +81,7 @@ class Generation:
         self._events: list[TokenEvent] = []
         self._texts: list[str] = []
         self._error: SloraError | None = None
-        self._reader: asyncio.Future[None] | None = None
+        self._tell: Callable[[], None] = _nobody_listens
 
     @property
     def is_over(self) -> bool:
@@ -103,9 +104,7 @@ class Generation:
             self._complete(FinishReason(event.finish), stop_token_id=event.stop_token_id)
         self._events.append(event)
         self._texts.append(text)
-        reader = self._reader
-        if reader is not None and not reader.done():
-            reader.set_result(None)
+        self._tell()
         return event.finish is None and self.completion is not None
 
     def _scan(self, scanner: StopStringScanner, text: str, is_last: bool) -> str:
@@ -131,21 +130,37 @@ class Generation:
         if self._error is not None or (self.completion is not None and not even_if_complete):
             return
         self._error = error
-        if self._reader is not None and not self._reader.done():
-            self._reader.set_result(None)
+        self._tell()
+
+    def listen(self, tell: Callable[[], None]) -> None:
+        """From now on `tell` is called for each token that comes, and when the stream fails; at once for what came."""
+        self._tell = tell
+        if self._events or self._error is not None:
+            tell()
 
     async def next(self) -> Delta:
-        """All that came since the last call, waiting for at least one token; raises the error that ended the stream.
+        """As `take`, but waits for at least one token."""
+        while (delta := self.take()) is None:
+            something = asyncio.Event()
+            self.listen(something.set)
+            await something.wait()
+        return delta
 
-        The delta with `completion` is the last one.
+    def take(self) -> Delta | None:
+        """All that came since the last call, None if nothing did; raises the error that ended the stream.
+
+        The delta with `completion` is the last one. A very large one comes in parts.
         """
-        while not self._events and self._error is None:
-            self._reader = asyncio.get_running_loop().create_future()
-            await self._reader
         if self._error is not None:
             raise self._error
+        if not self._events:
+            return None
         events, texts = self._events, self._texts
         self._events, self._texts = events[MAX_MERGED_TOKENS:], texts[MAX_MERGED_TOKENS:]
         if self._events:
             return Delta("".join(texts[:MAX_MERGED_TOKENS]), events[:MAX_MERGED_TOKENS], None)
         return Delta("".join(texts), events, self.completion)
+
+
+def _nobody_listens() -> None:
+    pass

@@ -50,6 +50,8 @@ class Frontend(CoreListener):
         self._prefetches: dict[int, asyncio.Future[float]] = {}
         self._idle = asyncio.Event()
         self._idle.set()
+        self.drained = asyncio.Event()
+        """Set for ever when the engine has drained, or was cut short in that."""
         metrics.watch_core(
             lambda: self.state.core_load, lambda: len(self.state.resident), lambda: self._core is not None
         )
@@ -305,3 +307,4 @@ class Frontend(CoreListener):
         finally:
             self._end_all(error, even_if_complete=True)
             self.state.end(error)
+            self.drained.set()

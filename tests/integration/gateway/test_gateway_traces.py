@@ -52,7 +52,7 @@ async def traced(fleet_of: FleetFactory) -> AsyncIterator[Traced]:
 
 def metadata_seen(seen: list[dict[str, Any]]) -> Script:
     async def script(engine: Any, received: Any, context: Any) -> None:
-        seen.append(dict(context.invocation_metadata()))
+        seen.append(dict(context.start.trace_headers))
         await answer(engine, received, context)
 
     return script

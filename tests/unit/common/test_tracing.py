@@ -6,7 +6,7 @@ import asyncio
 import secrets
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
 import grpc
@@ -14,7 +14,8 @@ import pytest
 from slora.engine.v1 import engine_pb2, engine_pb2_grpc
 
 from services.common import otlp_tracing
-from services.common.errors import Reason
+from services.common.errors import Reason, SloraError
+from services.common.grpc_errors import abort
 from services.common.grpc_server import GrpcServer
 from services.common.otlp_tracing import MAX_QUEUED_SPANS
 from services.common.request_id import bind_request_id
@@ -31,7 +32,6 @@ from services.common.tracing import (
     traceparent_of,
     using,
 )
-from tests.fakes.fake_engine import FakeEngine, Script, answer, refuse
 from tests.fakes.trace_collector import SeenSpan, TraceCollector
 
 GENERATE = "slora.engine.v1.EngineService/Generate"
@@ -51,6 +51,21 @@ def tracing(collector: TraceCollector) -> Tracing:
 
 
 Called = Callable[..., Any]
+Script = Callable[[Any], Awaitable[None]]
+
+
+class Scripted(engine_pb2_grpc.EngineServiceServicer):
+    """Does what a test says in each call of Generate."""
+
+    def __init__(self, script: Script) -> None:
+        self._script = script
+
+    async def Generate(self, request: engine_pb2.GenerateRequest, context: Any) -> None:
+        await self._script(context)
+
+
+async def answer(context: Any) -> None:
+    await context.write(engine_pb2.GenerateResponse(text="hello"))
 
 
 @pytest.fixture
@@ -59,7 +74,7 @@ def call(tracing: Tracing, collector: TraceCollector) -> Called:
 
     async def serve(script: Script, timeout: float | None = 30, **metadata: str) -> SeenSpan:
         server = GrpcServer("127.0.0.1:0", [], tracing=tracing)
-        engine_pb2_grpc.add_EngineServiceServicer_to_server(FakeEngine(script=script), server.grpc)
+        engine_pb2_grpc.add_EngineServiceServicer_to_server(Scripted(script), server.grpc)
         await server.start()
         async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
             stub = engine_pb2_grpc.EngineServiceStub(channel)
@@ -80,9 +95,9 @@ async def test_a_call_is_a_span_of_its_callers_trace(call: Called) -> None:
     trace_id, span_id = secrets.token_hex(16), secrets.token_hex(8)
     seen: list[Any] = []
 
-    async def script(engine: FakeEngine, received: Any, context: Any) -> None:
+    async def script(context: Any) -> None:
         seen.append(current_span().headers)
-        await answer(engine, received, context)
+        await answer(context)
 
     span = await call(script, traceparent=f"00-{trace_id}-{span_id}-01", tracestate="vendor=1")
     assert (span.trace_id, span.parent_id, span.kind) == (trace_id, span_id, "SERVER")
@@ -103,7 +118,10 @@ async def test_what_is_no_traceparent_begins_a_trace(call: Called, wrong: str) -
     ("reason", "is_fault"), [(Reason.MODEL_NOT_FOUND, False), (Reason.QUEUE_FULL, False), (Reason.INTERNAL, True)]
 )
 async def test_an_error_is_named_and_is_the_servers_only_if_it_is(call: Called, reason: Reason, is_fault: bool) -> None:
-    span = await call(refuse(reason, "with the prompt in it"))
+    async def script(context: Any) -> None:
+        await abort(context, SloraError(reason, "with the prompt in it"))
+
+    span = await call(script)
     assert span.attributes["error.type"] == reason.name
     assert span.attributes["rpc.response.status_code"] == reason.status.name
     assert span.is_error == is_fault
@@ -111,7 +129,7 @@ async def test_an_error_is_named_and_is_the_servers_only_if_it_is(call: Called, 
 
 
 async def test_a_deadline_that_passes_is_a_fault(call: Called) -> None:
-    async def script(engine: FakeEngine, received: Any, context: Any) -> None:
+    async def script(context: Any) -> None:
         await asyncio.Event().wait()
 
     span = await call(script, timeout=0.3)
@@ -119,7 +137,7 @@ async def test_a_deadline_that_passes_is_a_fault(call: Called) -> None:
 
 
 async def test_a_method_that_fails_is_a_fault(call: Called) -> None:
-    async def script(engine: FakeEngine, received: Any, context: Any) -> None:
+    async def script(context: Any) -> None:
         raise RuntimeError("with the prompt in it")
 
     span = await call(script)

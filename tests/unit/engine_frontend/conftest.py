@@ -220,7 +220,7 @@ async def engine(tokenizer: TextTokenizer, tracing: Tracing) -> AsyncIterator[En
     frontend = Frontend(tokenizer, metrics, "tiny", ids.__next__, tracing)
     core = FakeCore(frontend)
     server = GrpcServer("127.0.0.1:0", [SERVICE_NAME], tracing=tracing)
-    engine_pb2_grpc.add_EngineServiceServicer_to_server(EngineServicer(frontend), server.grpc)
+    engine_pb2_grpc.add_EngineServiceServicer_to_server(EngineServicer(frontend, tracing), server.grpc)
     await server.start()
     core.become_ready()
     async with open_channel(f"127.0.0.1:{server.port}") as channel:

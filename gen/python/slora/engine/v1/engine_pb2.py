@@ -26,31 +26,43 @@ from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb
 from slora.engine.v1 import generation_pb2 as slora_dot_engine_dot_v1_dot_generation__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cslora/engine/v1/engine.proto\x12\x0fslora.engine.v1\x1a\x1egoogle/protobuf/duration.proto\x1a slora/engine/v1/generation.proto\"0\n\nAdapterRef\x12\x12\n\nadapter_id\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\"\xc7\x02\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x31\n\x07\x61\x64\x61pter\x18\x02 \x01(\x0b\x32\x1b.slora.engine.v1.AdapterRefH\x00\x88\x01\x01\x12\'\n\x06prompt\x18\x03 \x01(\x0b\x32\x17.slora.engine.v1.Prompt\x12\x35\n\x08sampling\x18\x04 \x01(\x0b\x32#.slora.engine.v1.SamplingParameters\x12\x33\n\x08stopping\x18\x05 \x01(\x0b\x32!.slora.engine.v1.StoppingCriteria\x12\x19\n\x0cnum_logprobs\x18\x06 \x01(\rH\x01\x88\x01\x01\x12\x10\n\x08priority\x18\x07 \x01(\x05\x12\x0e\n\x06tenant\x18\x08 \x01(\tB\n\n\x08_adapterB\x0f\n\r_num_logprobs\"\xaa\x01\n\x10GenerateResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x30\n\x08logprobs\x18\x03 \x03(\x0b\x32\x1e.slora.engine.v1.TokenLogprobs\x12\x34\n\ncompletion\x18\x04 \x01(\x0b\x32\x1b.slora.engine.v1.CompletionH\x00\x88\x01\x01\x42\r\n\x0b_completion\"F\n\x16PrefetchAdapterRequest\x12,\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x1b.slora.engine.v1.AdapterRef\"G\n\x17PrefetchAdapterResponse\x12,\n\tload_time\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\"\x13\n\x11WatchStateRequest\"\xe9\x01\n\x12WatchStateResponse\x12\x34\n\x07profile\x18\x01 \x01(\x0b\x32\x1e.slora.engine.v1.EngineProfileH\x00\x88\x01\x01\x12)\n\x04load\x18\x02 \x01(\x0b\x32\x1b.slora.engine.v1.EngineLoad\x12\x34\n\x0floaded_adapters\x18\x03 \x03(\x0b\x32\x1b.slora.engine.v1.AdapterRef\x12\x17\n\x0f\x65victed_digests\x18\x04 \x03(\t\x12\x17\n\x0floading_digests\x18\x05 \x03(\tB\n\n\x08_profile\"u\n\rEngineProfile\x12\x11\n\tengine_id\x18\x01 \x01(\t\x12\x12\n\nbase_model\x18\x02 \x01(\t\x12\x15\n\rmax_model_len\x18\x03 \x01(\r\x12\x13\n\x0bmax_running\x18\x04 \x01(\r\x12\x11\n\tnum_pages\x18\x05 \x01(\r\"\xc8\x01\n\nEngineLoad\x12\x13\n\x0bnum_running\x18\x01 \x01(\r\x12\x13\n\x0bnum_waiting\x18\x02 \x01(\r\x12\x16\n\x0enum_free_pages\x18\x03 \x01(\r\x12\x14\n\x0cnum_kv_pages\x18\x04 \x01(\r\x12\x19\n\x11num_adapter_pages\x18\x05 \x01(\r\x12\x1b\n\x13num_evictable_pages\x18\x06 \x01(\r\x12\x10\n\x08\x64raining\x18\x07 \x01(\x08\x12\x18\n\x10num_cached_pages\x18\x08 \x01(\r2\xa1\x02\n\rEngineService\x12Q\n\x08Generate\x12 .slora.engine.v1.GenerateRequest\x1a!.slora.engine.v1.GenerateResponse0\x01\x12\x64\n\x0fPrefetchAdapter\x12\'.slora.engine.v1.PrefetchAdapterRequest\x1a(.slora.engine.v1.PrefetchAdapterResponse\x12W\n\nWatchState\x12\".slora.engine.v1.WatchStateRequest\x1a#.slora.engine.v1.WatchStateResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cslora/engine/v1/engine.proto\x12\x0fslora.engine.v1\x1a\x1egoogle/protobuf/duration.proto\x1a slora/engine/v1/generation.proto\"0\n\nAdapterRef\x12\x12\n\nadapter_id\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\"\xc7\x02\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x31\n\x07\x61\x64\x61pter\x18\x02 \x01(\x0b\x32\x1b.slora.engine.v1.AdapterRefH\x00\x88\x01\x01\x12\'\n\x06prompt\x18\x03 \x01(\x0b\x32\x17.slora.engine.v1.Prompt\x12\x35\n\x08sampling\x18\x04 \x01(\x0b\x32#.slora.engine.v1.SamplingParameters\x12\x33\n\x08stopping\x18\x05 \x01(\x0b\x32!.slora.engine.v1.StoppingCriteria\x12\x19\n\x0cnum_logprobs\x18\x06 \x01(\rH\x01\x88\x01\x01\x12\x10\n\x08priority\x18\x07 \x01(\x05\x12\x0e\n\x06tenant\x18\x08 \x01(\tB\n\n\x08_adapterB\x0f\n\r_num_logprobs\"\xaa\x01\n\x10GenerateResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x30\n\x08logprobs\x18\x03 \x03(\x0b\x32\x1e.slora.engine.v1.TokenLogprobs\x12\x34\n\ncompletion\x18\x04 \x01(\x0b\x32\x1b.slora.engine.v1.CompletionH\x00\x88\x01\x01\x42\r\n\x0b_completion\"o\n\x13GenerateManyRequest\x12\x31\n\x05start\x18\x01 \x01(\x0b\x32 .slora.engine.v1.GenerationStartH\x00\x12\x1a\n\x10\x63\x61ncelled_number\x18\x02 \x01(\x04H\x00\x42\t\n\x07\x63ontent\"\x91\x02\n\x0fGenerationStart\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12\x31\n\x07request\x18\x02 \x01(\x0b\x32 .slora.engine.v1.GenerateRequest\x12/\n\x07timeout\x18\x03 \x01(\x0b\x32\x19.google.protobuf.DurationH\x00\x88\x01\x01\x12I\n\rtrace_headers\x18\x04 \x03(\x0b\x32\x32.slora.engine.v1.GenerationStart.TraceHeadersEntry\x1a\x33\n\x11TraceHeadersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\n\n\x08_timeout\"J\n\x14GenerateManyResponse\x12\x32\n\x07updates\x18\x01 \x03(\x0b\x32!.slora.engine.v1.GenerationUpdate\"w\n\x10GenerationUpdate\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12\x35\n\x08response\x18\x02 \x01(\x0b\x32!.slora.engine.v1.GenerateResponseH\x00\x12\x11\n\x07\x66\x61ilure\x18\x03 \x01(\x0cH\x00\x42\t\n\x07\x63ontent\"F\n\x16PrefetchAdapterRequest\x12,\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x1b.slora.engine.v1.AdapterRef\"G\n\x17PrefetchAdapterResponse\x12,\n\tload_time\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\"\x13\n\x11WatchStateRequest\"\xe9\x01\n\x12WatchStateResponse\x12\x34\n\x07profile\x18\x01 \x01(\x0b\x32\x1e.slora.engine.v1.EngineProfileH\x00\x88\x01\x01\x12)\n\x04load\x18\x02 \x01(\x0b\x32\x1b.slora.engine.v1.EngineLoad\x12\x34\n\x0floaded_adapters\x18\x03 \x03(\x0b\x32\x1b.slora.engine.v1.AdapterRef\x12\x17\n\x0f\x65victed_digests\x18\x04 \x03(\t\x12\x17\n\x0floading_digests\x18\x05 \x03(\tB\n\n\x08_profile\"u\n\rEngineProfile\x12\x11\n\tengine_id\x18\x01 \x01(\t\x12\x12\n\nbase_model\x18\x02 \x01(\t\x12\x15\n\rmax_model_len\x18\x03 \x01(\r\x12\x13\n\x0bmax_running\x18\x04 \x01(\r\x12\x11\n\tnum_pages\x18\x05 \x01(\r\"\xc8\x01\n\nEngineLoad\x12\x13\n\x0bnum_running\x18\x01 \x01(\r\x12\x13\n\x0bnum_waiting\x18\x02 \x01(\r\x12\x16\n\x0enum_free_pages\x18\x03 \x01(\r\x12\x14\n\x0cnum_kv_pages\x18\x04 \x01(\r\x12\x19\n\x11num_adapter_pages\x18\x05 \x01(\r\x12\x1b\n\x13num_evictable_pages\x18\x06 \x01(\r\x12\x10\n\x08\x64raining\x18\x07 \x01(\x08\x12\x18\n\x10num_cached_pages\x18\x08 \x01(\r2\x82\x03\n\rEngineService\x12Q\n\x08Generate\x12 .slora.engine.v1.GenerateRequest\x1a!.slora.engine.v1.GenerateResponse0\x01\x12_\n\x0cGenerateMany\x12$.slora.engine.v1.GenerateManyRequest\x1a%.slora.engine.v1.GenerateManyResponse(\x01\x30\x01\x12\x64\n\x0fPrefetchAdapter\x12\'.slora.engine.v1.PrefetchAdapterRequest\x1a(.slora.engine.v1.PrefetchAdapterResponse\x12W\n\nWatchState\x12\".slora.engine.v1.WatchStateRequest\x1a#.slora.engine.v1.WatchStateResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'slora.engine.v1.engine_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_GENERATIONSTART_TRACEHEADERSENTRY']._loaded_options = None
+  _globals['_GENERATIONSTART_TRACEHEADERSENTRY']._serialized_options = b'8\001'
   _globals['_ADAPTERREF']._serialized_start=115
   _globals['_ADAPTERREF']._serialized_end=163
   _globals['_GENERATEREQUEST']._serialized_start=166
   _globals['_GENERATEREQUEST']._serialized_end=493
   _globals['_GENERATERESPONSE']._serialized_start=496
   _globals['_GENERATERESPONSE']._serialized_end=666
-  _globals['_PREFETCHADAPTERREQUEST']._serialized_start=668
-  _globals['_PREFETCHADAPTERREQUEST']._serialized_end=738
-  _globals['_PREFETCHADAPTERRESPONSE']._serialized_start=740
-  _globals['_PREFETCHADAPTERRESPONSE']._serialized_end=811
-  _globals['_WATCHSTATEREQUEST']._serialized_start=813
-  _globals['_WATCHSTATEREQUEST']._serialized_end=832
-  _globals['_WATCHSTATERESPONSE']._serialized_start=835
-  _globals['_WATCHSTATERESPONSE']._serialized_end=1068
-  _globals['_ENGINEPROFILE']._serialized_start=1070
-  _globals['_ENGINEPROFILE']._serialized_end=1187
-  _globals['_ENGINELOAD']._serialized_start=1190
-  _globals['_ENGINELOAD']._serialized_end=1390
-  _globals['_ENGINESERVICE']._serialized_start=1393
-  _globals['_ENGINESERVICE']._serialized_end=1682
+  _globals['_GENERATEMANYREQUEST']._serialized_start=668
+  _globals['_GENERATEMANYREQUEST']._serialized_end=779
+  _globals['_GENERATIONSTART']._serialized_start=782
+  _globals['_GENERATIONSTART']._serialized_end=1055
+  _globals['_GENERATIONSTART_TRACEHEADERSENTRY']._serialized_start=992
+  _globals['_GENERATIONSTART_TRACEHEADERSENTRY']._serialized_end=1043
+  _globals['_GENERATEMANYRESPONSE']._serialized_start=1057
+  _globals['_GENERATEMANYRESPONSE']._serialized_end=1131
+  _globals['_GENERATIONUPDATE']._serialized_start=1133
+  _globals['_GENERATIONUPDATE']._serialized_end=1252
+  _globals['_PREFETCHADAPTERREQUEST']._serialized_start=1254
+  _globals['_PREFETCHADAPTERREQUEST']._serialized_end=1324
+  _globals['_PREFETCHADAPTERRESPONSE']._serialized_start=1326
+  _globals['_PREFETCHADAPTERRESPONSE']._serialized_end=1397
+  _globals['_WATCHSTATEREQUEST']._serialized_start=1399
+  _globals['_WATCHSTATEREQUEST']._serialized_end=1418
+  _globals['_WATCHSTATERESPONSE']._serialized_start=1421
+  _globals['_WATCHSTATERESPONSE']._serialized_end=1654
+  _globals['_ENGINEPROFILE']._serialized_start=1656
+  _globals['_ENGINEPROFILE']._serialized_end=1773
+  _globals['_ENGINELOAD']._serialized_start=1776
+  _globals['_ENGINELOAD']._serialized_end=1976
+  _globals['_ENGINESERVICE']._serialized_start=1979
+  _globals['_ENGINESERVICE']._serialized_end=2365
 # @@protoc_insertion_point(module_scope)

@@ -50,6 +50,49 @@ class GenerateResponse(_message.Message):
     completion: _generation_pb2.Completion
     def __init__(self, text: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[_Union[_generation_pb2.TokenLogprobs, _Mapping]]] = ..., completion: _Optional[_Union[_generation_pb2.Completion, _Mapping]] = ...) -> None: ...
 
+class GenerateManyRequest(_message.Message):
+    __slots__ = ("start", "cancelled_number")
+    START_FIELD_NUMBER: _ClassVar[int]
+    CANCELLED_NUMBER_FIELD_NUMBER: _ClassVar[int]
+    start: GenerationStart
+    cancelled_number: int
+    def __init__(self, start: _Optional[_Union[GenerationStart, _Mapping]] = ..., cancelled_number: _Optional[int] = ...) -> None: ...
+
+class GenerationStart(_message.Message):
+    __slots__ = ("number", "request", "timeout", "trace_headers")
+    class TraceHeadersEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_FIELD_NUMBER: _ClassVar[int]
+    TIMEOUT_FIELD_NUMBER: _ClassVar[int]
+    TRACE_HEADERS_FIELD_NUMBER: _ClassVar[int]
+    number: int
+    request: GenerateRequest
+    timeout: _duration_pb2.Duration
+    trace_headers: _containers.ScalarMap[str, str]
+    def __init__(self, number: _Optional[int] = ..., request: _Optional[_Union[GenerateRequest, _Mapping]] = ..., timeout: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., trace_headers: _Optional[_Mapping[str, str]] = ...) -> None: ...
+
+class GenerateManyResponse(_message.Message):
+    __slots__ = ("updates",)
+    UPDATES_FIELD_NUMBER: _ClassVar[int]
+    updates: _containers.RepeatedCompositeFieldContainer[GenerationUpdate]
+    def __init__(self, updates: _Optional[_Iterable[_Union[GenerationUpdate, _Mapping]]] = ...) -> None: ...
+
+class GenerationUpdate(_message.Message):
+    __slots__ = ("number", "response", "failure")
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    RESPONSE_FIELD_NUMBER: _ClassVar[int]
+    FAILURE_FIELD_NUMBER: _ClassVar[int]
+    number: int
+    response: GenerateResponse
+    failure: bytes
+    def __init__(self, number: _Optional[int] = ..., response: _Optional[_Union[GenerateResponse, _Mapping]] = ..., failure: _Optional[bytes] = ...) -> None: ...
+
 class PrefetchAdapterRequest(_message.Message):
     __slots__ = ("adapter",)
     ADAPTER_FIELD_NUMBER: _ClassVar[int]

@@ -40,6 +40,11 @@ class EngineServiceStub:
                 request_serializer=slora_dot_engine_dot_v1_dot_engine__pb2.GenerateRequest.SerializeToString,
                 response_deserializer=slora_dot_engine_dot_v1_dot_engine__pb2.GenerateResponse.FromString,
                 _registered_method=True)
+        self.GenerateMany = channel.stream_stream(
+                '/slora.engine.v1.EngineService/GenerateMany',
+                request_serializer=slora_dot_engine_dot_v1_dot_engine__pb2.GenerateManyRequest.SerializeToString,
+                response_deserializer=slora_dot_engine_dot_v1_dot_engine__pb2.GenerateManyResponse.FromString,
+                _registered_method=True)
         self.PrefetchAdapter = channel.unary_unary(
                 '/slora.engine.v1.EngineService/PrefetchAdapter',
                 request_serializer=slora_dot_engine_dot_v1_dot_engine__pb2.PrefetchAdapterRequest.SerializeToString,
@@ -70,6 +75,19 @@ class EngineServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GenerateMany(self, request_iterator, context):
+        """All generations of one gateway over one call: what a step gives to them travels in one message, which costs both
+        ends a fraction of a message each. A generation is as with Generate, errors and merging included, but ends within
+        the call; whatever becomes of one, the others go on. Half-closing the call lets those that run end; cancelling it
+        cancels them. The call ends with OK when the engine has drained; what was started too late to be answered was not
+        generated.
+        Errors: INVALID_ARGUMENT (a message that is no GenerateManyRequest, or a number used twice), UNAVAILABLE (the engine
+        ended; generations that gave no message before it were not generated, or may be asked for elsewhere).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def PrefetchAdapter(self, request, context):
         """Starts to load an adapter and returns when it is resident. Idempotent. It is evicted again like any other.
         Errors: as Generate; RESOURCE_EXHAUSTED when the pool has no room that is not in use.
@@ -93,6 +111,11 @@ def add_EngineServiceServicer_to_server(servicer, server):
                     servicer.Generate,
                     request_deserializer=slora_dot_engine_dot_v1_dot_engine__pb2.GenerateRequest.FromString,
                     response_serializer=slora_dot_engine_dot_v1_dot_engine__pb2.GenerateResponse.SerializeToString,
+            ),
+            'GenerateMany': grpc.stream_stream_rpc_method_handler(
+                    servicer.GenerateMany,
+                    request_deserializer=slora_dot_engine_dot_v1_dot_engine__pb2.GenerateManyRequest.FromString,
+                    response_serializer=slora_dot_engine_dot_v1_dot_engine__pb2.GenerateManyResponse.SerializeToString,
             ),
             'PrefetchAdapter': grpc.unary_unary_rpc_method_handler(
                     servicer.PrefetchAdapter,
@@ -133,6 +156,33 @@ class EngineService:
             '/slora.engine.v1.EngineService/Generate',
             slora_dot_engine_dot_v1_dot_engine__pb2.GenerateRequest.SerializeToString,
             slora_dot_engine_dot_v1_dot_engine__pb2.GenerateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GenerateMany(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/slora.engine.v1.EngineService/GenerateMany',
+            slora_dot_engine_dot_v1_dot_engine__pb2.GenerateManyRequest.SerializeToString,
+            slora_dot_engine_dot_v1_dot_engine__pb2.GenerateManyResponse.FromString,
             options,
             channel_credentials,
             insecure,
