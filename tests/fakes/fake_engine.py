@@ -57,23 +57,23 @@ class Context:
     def __init__(self, start: engine_pb2.GenerationStart, write: Callable[..., Awaitable[None]]) -> None:
         self.start = start
         self.is_over = False
-        self._write = write
+        self.say = write
 
     async def write(self, response: engine_pb2.GenerateResponse) -> None:
         """Sends a message."""
         self.is_over = response.HasField("completion")
-        await self._write(engine_pb2.GenerationUpdate(number=self.start.number, response=response))
+        await self.say(engine_pb2.GenerationUpdate(number=self.start.number, response=response))
 
     async def fail(self, error: SloraError) -> None:
         """Ends the generation."""
         self.is_over = True
         failure = to_status(error).SerializeToString()
-        await self._write(engine_pb2.GenerationUpdate(number=self.start.number, failure=failure))
+        await self.say(engine_pb2.GenerationUpdate(number=self.start.number, failure=failure))
 
     async def break_off(self) -> None:
         """Ends the generation as no engine should, unless it is over."""
         if not self.is_over:
-            await self._write(engine_pb2.GenerationUpdate(number=self.start.number))
+            await self.say(engine_pb2.GenerationUpdate(number=self.start.number))
 
     @property
     def time_remaining(self) -> float | None:
