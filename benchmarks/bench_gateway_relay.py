@@ -161,7 +161,7 @@ def measure_sustained(seconds: float, rates: Sequence[int]) -> Iterator[Row]:
 
 
 def measure_flood(num_tokens: int) -> Iterator[Row]:
-    """One token a message, as fast as they are taken: directly, through one gateway, and through two."""
+    """As fast as they are taken: directly, through one gateway, and through two. A gateway that is behind merges."""
     with an_engine(0.0) as engine_port, a_gateway(engine_port) as one, a_gateway(engine_port) as two:
         targets = [("engine", [engine_port], []), ("gateway", [one.port], [one]), ("http", [one.http_port], [one])]
         targets.append(("gateway", [one.port, two.port], [one, two]))
@@ -170,14 +170,16 @@ def measure_flood(num_tokens: int) -> Iterator[Row]:
             heard = ask(Task(api, tuple(ports), NUM_FLOOD_STREAMS, num_tokens))
             cpu = sum(gateway.cpu_seconds() for gateway in gateways) - cpu
             row: Row = {
-                "measure": "one token a message, as fast as they go",
+                "measure": "as fast as they go",
                 "through": api,
                 "gateways": len(gateways),
                 "streams": NUM_FLOOD_STREAMS,
                 "messages_per_s": round(heard.num_messages / heard.seconds),
+                "tokens_per_message": round(heard.num_tokens / heard.num_messages, 2),
             }
             if gateways:
                 row["gateway_cpu_us_per_message"] = round(cpu / heard.num_messages * 1e6, 1)
+                row["gateway_cpu_us_per_token"] = round(cpu / heard.num_tokens * 1e6, 1)
             yield _tell(row)
 
 
