@@ -1,9 +1,9 @@
 """Claim: one frontend process passes hundreds of thousands of tokens a second on; no engine behind it comes near.
 
 A core without a model makes one token a step for each of 64 streams, at a given pace or as fast as it can; the real
-frontend (gRPC, detokenizer, metrics, logs) streams them to one client process on the same host. Where the core is
-slower than the frontend, every token is a message of its own; where it is faster, tokens merge. Frontend, core and
-client share the cores, so the frontend's CPU time a message and a token says more than the rates.
+frontend (gRPC, detokenizer, metrics, logs) streams them to one client process on the same host: in one call that all
+streams share, as to a gateway, or in a call for each. Where the core is faster than the frontend, tokens merge.
+Frontend, core and client share the cores, so the frontend's CPU time a token says more than the rates.
 
 Run: python -m benchmarks.bench_frontend_throughput
 """
@@ -11,6 +11,7 @@ Run: python -m benchmarks.bench_frontend_throughput
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import select
 import socket
@@ -25,7 +26,8 @@ import psutil
 from slora.engine.v1 import engine_pb2, engine_pb2_grpc
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from benchmarks.record import record, say
+from benchmarks.record import Row, record, say
+from services.common import grpc_loop
 from services.common.grpc_client import open_channel
 from services.common.telemetry import configure_logging
 from services.engine.__main__ import serve
@@ -83,30 +85,51 @@ def run_engine(checkpoint: str, pace: str) -> int:
     configure_logging("engine")
     settings = EngineSettings(checkpoint=checkpoint, adapter_store=("none:1",), listen="127.0.0.1:0")
     core = [sys.executable, "-m", "benchmarks.bench_frontend_throughput", "core", pace]
-    return asyncio.run(serve(settings, load_tokenizer(Path(checkpoint)), lambda fd: [*core, str(fd)]))
+    return grpc_loop.run(serve(settings, load_tokenizer(Path(checkpoint)), lambda fd: [*core, str(fd)]))
 
 
-async def run_client(port: str, max_tokens: int) -> None:
+async def run_client(method: str, port: str, max_tokens: int) -> None:
     """All streams at once; prints how many messages and tokens came in how many seconds."""
     async with open_channel(f"127.0.0.1:{port}") as channel:
         stub = engine_pb2_grpc.EngineServiceStub(channel)
-
-        async def stream(count: int) -> tuple[int, int]:
-            request = engine_pb2.GenerateRequest(request_id="bench", prompt={"token_ids": {"ids": [1, 2, 3]}})
-            request.stopping.max_tokens = count
-            lengths = [len(response.token_ids) async for response in stub.Generate(request)]
-            return len(lengths), sum(lengths)
-
-        await asyncio.gather(*(stream(3) for _ in range(NUM_STREAMS)))  # warms up both ends
+        read = read_shared if method == "GenerateMany" else read_each
+        await read(stub, 3)  # warms up both ends
         say("ready")
         sys.stdin.readline()
         start = time.perf_counter()
-        counts = await asyncio.gather(*(stream(max_tokens) for _ in range(NUM_STREAMS)))
+        num_messages, num_tokens = await read(stub, max_tokens)
         seconds = time.perf_counter() - start
-    say(json.dumps([sum(messages for messages, _ in counts), sum(tokens for _, tokens in counts), seconds]))
+    say(json.dumps([num_messages, num_tokens, seconds]))
 
 
-def measure(checkpoint: Path, pace: float, max_tokens: int) -> dict[str, float]:
+async def read_each(stub: engine_pb2_grpc.EngineServiceStub, max_tokens: int) -> tuple[int, int]:
+    """Messages and tokens of all streams, each in a call of its own."""
+
+    async def stream() -> list[int]:
+        return [len(response.token_ids) async for response in stub.Generate(_request(max_tokens))]
+
+    counts = await asyncio.gather(*(stream() for _ in range(NUM_STREAMS)))
+    return sum(map(len, counts)), sum(map(sum, counts))
+
+
+async def read_shared(stub: engine_pb2_grpc.EngineServiceStub, max_tokens: int) -> tuple[int, int]:
+    """Messages and tokens of all streams in one call."""
+    call = stub.GenerateMany()
+    for number in range(NUM_STREAMS):
+        start = engine_pb2.GenerationStart(number=number, request=_request(max_tokens))
+        await call.write(engine_pb2.GenerateManyRequest(start=start))
+    await call.done_writing()
+    counts = [sum(len(update.response.token_ids) for update in message.updates) async for message in call]
+    return len(counts), sum(counts)
+
+
+def _request(max_tokens: int) -> engine_pb2.GenerateRequest:
+    return engine_pb2.GenerateRequest(
+        request_id="bench", prompt={"token_ids": {"ids": [1, 2, 3]}}, stopping={"max_tokens": max_tokens}
+    )
+
+
+def measure(checkpoint: Path, method: str, pace: float, max_tokens: int) -> Row:
     """One run; rates and the frontend's CPU time."""
     this = [sys.executable, "-m", "benchmarks.bench_frontend_throughput"]
     engine = subprocess.Popen([*this, "engine", str(checkpoint), str(pace)], stderr=subprocess.PIPE, text=True)
@@ -119,7 +142,7 @@ def measure(checkpoint: Path, pace: float, max_tokens: int) -> dict[str, float]:
             break
     drop = subprocess.Popen(["cat"], stdin=engine.stderr, stdout=subprocess.DEVNULL)
     client = subprocess.Popen(
-        [*this, "client", str(port), str(max_tokens)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [*this, "client", method, str(port), str(max_tokens)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
     assert client.stdout is not None
     client.stdout.readline()
@@ -132,6 +155,7 @@ def measure(checkpoint: Path, pace: float, max_tokens: int) -> dict[str, float]:
     drop.wait()
     messages, tokens, seconds = json.loads(output)
     return {
+        "method": method,
         "step_seconds": pace,
         "streams": NUM_STREAMS,
         "tokens_per_s": round(tokens / seconds),
@@ -151,8 +175,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         tokenizer.save(f"{directory}/tokenizer.json")
         rows = []
-        for pace, max_tokens in RUNS:
-            rows.append(measure(Path(directory), pace, max_tokens))
+        for method, (pace, max_tokens) in itertools.product(("GenerateMany", "Generate"), RUNS):
+            rows.append(measure(Path(directory), method, pace, max_tokens))
             say(json.dumps(rows[-1]))
     say(f"recorded in {record('frontend_throughput', 'python -m benchmarks.bench_frontend_throughput', rows)}")
 
@@ -163,8 +187,8 @@ def _dispatch(arguments: Sequence[str]) -> int:
             run_core(int(fd), float(pace))
         case ["engine", checkpoint, pace]:
             return run_engine(checkpoint, pace)
-        case ["client", port, max_tokens]:
-            asyncio.run(run_client(port, int(max_tokens)))
+        case ["client", method, port, max_tokens]:
+            asyncio.run(run_client(method, port, int(max_tokens)))
         case _:
             main()
     return 0

@@ -34,13 +34,6 @@ CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
 )
 
 
-# For channels that carry token streams: a reader that falls behind holds back its own stream after this many bytes,
-# some 7 messages of one token, instead of growing a buffer. From there on the engine merges: a gateway with too much to
-# do soon has fewer messages to pass on. What is unread is also how late a token is then: with 256 bytes half as late
-# again (measured); with 64 a message costs a sixth more CPU time, for windows are opened that much more often.
-TOKEN_STREAM_OPTIONS: Mapping[str, int] = {"grpc.http2.lookahead_bytes": 128}
-
-
 def open_channel(
     address: str, overrides: Mapping[str, int] | None = None, security: ChannelSecurity = PLAIN_TEXT
 ) -> grpc.aio.Channel:

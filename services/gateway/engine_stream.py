@@ -217,6 +217,7 @@ class _Link:
             error = self._error_of(rpc_error)
         finally:
             self.is_broken = True
+            self._call.cancel()
             self._tasks[1].cancel()
             calls, self._calls = self._calls, {}
             for call in calls.values():

@@ -182,7 +182,7 @@ class Generations:
 async def _messages(
     stream: OpenStream, model: ResolvedModel, record: RequestRecord, turns: RelayTurns
 ) -> AsyncGenerator[Any, None]:
-    """A stream's messages, taken from the engine no faster than they are asked for: it then merges tokens."""
+    """A stream's messages. What comes while nobody asks for the next one is merged into it."""
     message = stream.first
     on_message = record.on_message
     on_message(len(message.token_ids))
