@@ -13,7 +13,7 @@ from services.common.request_id import bind_request_id
 from services.common.tracing import NO_TRACING, Tracing, current_span
 from services.engine import codec
 from services.engine.frontend.serving import Frontend
-from services.engine.shared_stream import SharedStream, decode_or_refuse
+from services.engine.generations_servicer import SharedStream, decode_or_refuse
 
 SERVICE_NAME = "slora.engine.v1.EngineService"
 

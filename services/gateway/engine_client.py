@@ -13,7 +13,7 @@ from services.common.grpc_errors import from_rpc_error
 from services.common.tls import PLAIN_TEXT, ChannelSecurity
 from services.common.tracing import Kind, current_span
 from services.gateway.engine_state import EngineLoad, EngineProfile, StateUpdate
-from services.gateway.engine_stream import EngineCall, EngineStream
+from services.gateway.generations_client import EngineCall, EngineStream
 
 SHARED_STREAM_OPTIONS: Mapping[str, int] = {"grpc.http2.lookahead_bytes": 16 * 2**10}
 """What an engine may send ahead of a gateway that falls behind: some steps of a full batch. Then it merges."""

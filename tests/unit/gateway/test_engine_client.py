@@ -16,7 +16,7 @@ from slora.engine.v1 import engine_pb2, engine_pb2_grpc
 from services.common.errors import FieldError, Reason, SloraError
 from services.common.grpc_server import SERVER_OPTIONS
 from services.gateway.engine_client import EngineClient
-from services.gateway.engine_stream import MAX_MERGED_TOKENS, MAX_REQUEST_BYTES, EngineCall
+from services.gateway.generations_client import MAX_MERGED_TOKENS, MAX_REQUEST_BYTES, EngineCall
 from tests.fakes.fake_engine import (
     Context,
     FakeEngine,
