@@ -23,12 +23,13 @@ _OTHER_BASE_SECONDS = 0.1
 class RetryPolicy:
     """At most `max_attempts` tries, and none that begins `patience_seconds` after the first one or the last progress.
 
-    `on_retry` hears the cause of each further try.
+    `on_retry` hears the cause of each further try. `clock` gives seconds.
     """
 
     max_attempts: int
     patience_seconds: float
     on_retry: Callable[[str], None] = lambda _: None
+    clock: Callable[[], float] = time.monotonic
 
     async def run(self, attempt: Callable[[], Awaitable[T]], progress: Callable[[], int] = lambda: 0) -> T:
         """What `attempt` gives. `progress`: how far tries have come; a later one goes on there.
@@ -36,12 +37,12 @@ class RetryPolicy:
         Raises the last try's error, one of TRANSPORT_ERRORS or whatever else `attempt` raises.
         """
         number = 1
-        since, reached = time.monotonic(), progress()
+        since, reached = self.clock(), progress()
         while True:
             try:
                 return await attempt()
             except TRANSPORT_ERRORS as error:
-                now = time.monotonic()
+                now = self.clock()
                 if progress() != reached:
                     since, reached = now, progress()
                 cause = retry_cause(error)

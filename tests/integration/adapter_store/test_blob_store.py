@@ -14,6 +14,7 @@ import pytest
 
 from services.adapter_store.blob_store import Blob, BlobStore, S3Limits
 from services.adapter_store.identifiers import ObjectPrefix
+from services.adapter_store.s3_errors import retry_cause
 from services.common.errors import Reason, SloraError
 from tests.fakes.s3_front import PASS, SLOW_DOWN, Fault, S3Front, error_answer, running_front
 from tests.fixtures.embedded_servers import S3Server
@@ -228,11 +229,21 @@ async def test_tries_have_an_end(setup: Setup) -> None:
 
 
 async def test_a_silent_s3_is_given_up_in_time(setup: Setup) -> None:
+    """How often it is asked meanwhile is up to the machine's speed; `test_s3_retries` has a clock of its own."""
     setup.front.always_meet("GET", NAME, Fault(held=asyncio.Event()))
     with pytest.raises(SloraError) as ended:
         await setup.read(timeout_seconds=0.2)
     assert ended.value.reason is Reason.BLOB_STORE_UNAVAILABLE
-    assert set(setup.retries) == {"silent"}
+    assert "timeout on endpoint URL" in ended.value.message, "by the longest silence, not by the longest read"
+    assert ended.value.__context__ is not None
+    assert retry_cause(ended.value.__context__) == "silent"
+    assert set(setup.retries) <= {"silent"}
+
+
+async def test_a_call_that_met_silence_is_made_again(setup: Setup) -> None:
+    setup.front.meet("GET", NAME, Fault(held=asyncio.Event()))
+    setup.check(await setup.read(timeout_seconds=3.0))  # and as long again for a slow machine to give up the first try
+    assert setup.retries[:1] == ["silent"]
 
 
 async def test_an_s3_that_trickles_is_given_up_in_time(setup: Setup) -> None:
