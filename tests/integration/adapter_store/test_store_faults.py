@@ -44,6 +44,7 @@ async def retried(call: Callable[[], Awaitable[Any]], seconds: float = 20.0) -> 
 
 @contextlib.contextmanager
 def within(seconds: float) -> Iterator[None]:
+    """A block that ends long before its calls' deadlines, of 30 s; a slow machine may need most of `seconds` itself."""
     began = time.monotonic()
     yield
     assert time.monotonic() - began < seconds
@@ -185,7 +186,7 @@ async def test_with_redis_away_what_is_resident_is_served_and_all_else_says_so_s
         assert (await anext(watch)).adapter == resident
         await anext(watch)
         getattr(redis_server, fault)()
-        with within(8), refused(Reason.CATALOGUE_UNAVAILABLE):
+        with within(15), refused(Reason.CATALOGUE_UNAVAILABLE):
             await anext(watch)
         calls: list[Callable[[], Awaitable[Any]]] = [
             lambda: client.get("a"),
@@ -196,13 +197,13 @@ async def test_with_redis_away_what_is_resident_is_served_and_all_else_says_so_s
             lambda: client.fetch("sha256:" + "1" * 64),
             lambda: anext(aiter(client.watch())),
         ]
-        with within(8):
+        with within(15):
             outcomes = await asyncio.gather(*(call() for call in calls), return_exceptions=True)
         for outcome in outcomes:
             assert isinstance(outcome, grpc.RpcError)
             assert reason_of(outcome) is Reason.CATALOGUE_UNAVAILABLE
         for _ in range(3):
-            with within(3):
+            with within(10):
                 assert (await client.fetch(resident.digest))[1] == content
         assert s3_server.keys("managed/sha256/") != []
         if fault == "kill":
@@ -238,7 +239,7 @@ async def test_with_s3_away_what_is_resident_is_served_and_all_else_says_so_soon
         for outcome in outcomes:
             assert isinstance(outcome, grpc.RpcError)
             assert reason_of(outcome) is Reason.BLOB_STORE_UNAVAILABLE
-        with within(3):
+        with within(10):
             await client.fetch(resident.digest)
             assert (await client.upload("same", make_adapter(1))).adapter.digest == resident.digest, "files are there"
             assert await client.list_ids() == ["a@1", "gone@1", "same@1"]

@@ -120,7 +120,7 @@ async def test_without_a_bucket_what_was_synced_is_found_again(
 async def test_an_emptied_redis_is_not_asked_while_s3_is_away(
     open_store: OpenStore, redis_server: RedisServer, s3_server: S3Server, make_adapter: MakeAdapter
 ) -> None:
-    store = await open_store(s3_timeout_seconds=1.0)
+    store = await open_store()
     await store.client.upload("a", make_adapter(1))
     s3_server.kill()
     await store.client.set_alias("a", "prod", 1)
@@ -130,12 +130,13 @@ async def test_an_emptied_redis_is_not_asked_while_s3_is_away(
     s3_server.kill()
     await flush(redis_server)
     with refused(Reason.BLOB_STORE_UNAVAILABLE) as error:
-        for _ in range(20):  # at first it may say that it is about to be filled
+        for _ in range(400):  # at first it may say that it is about to be filled
             try:
                 await store.client.get("nobody")
             except Exception as caught:
                 if "CATALOGUE" not in str(caught) and "being filled" not in str(caught):
                     raise
+            await asyncio.sleep(0.05)
     assert "cannot be filled from S3" in error.message
     s3_server.start()
     await eventually_found(store.client, "a@prod")
@@ -152,7 +153,7 @@ def alias_in_s3(s3_server: S3Server) -> dict[str, int]:
 
 
 async def eventually_found(client: StoreClient, adapter_id: str) -> None:
-    for _ in range(100):
+    for _ in range(400):
         try:
             await client.get(adapter_id)
             return

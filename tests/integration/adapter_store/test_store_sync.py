@@ -159,7 +159,7 @@ async def test_syncs_at_once_make_no_version_twice(
 async def test_nothing_changes_when_s3_is_away_or_the_prefix_is_empty(
     open_store: OpenStore, s3_server: S3Server, make_adapter: MakeAdapter
 ) -> None:
-    store = await open_store(s3_timeout_seconds=1.0)
+    store = await open_store()
     put(s3_server, make_adapter(1), "a")
     await store.client.sync(ROOT)
     s3_server.kill()
