@@ -33,18 +33,21 @@ class FakeGateway(inference_pb2_grpc.InferenceServiceServicer):
         self.requests.append(request)
         self.arrived.set()
         self.times_remaining.append(context.time_remaining())
+        try:
+            await self._answer(context)
+        except asyncio.CancelledError:
+            self.cancelled.set()  # also while a message is written: its reader may have it, and leave, before that ends
+            raise
+
+    async def _answer(self, context: Context) -> None:
         for response in self.responses:
             await context.write(response)
         if self.error is not None:
             await abort(context, self.error)
         if self.bare_error is not None:
             await context.abort(self.bare_error, "from a proxy")
-        try:
-            if self.hangs:
-                await asyncio.Event().wait()
-        except asyncio.CancelledError:
-            self.cancelled.set()
-            raise
+        if self.hangs:
+            await asyncio.Event().wait()
 
     async def ListModels(
         self, request: inference_pb2.ListModelsRequest, context: Context

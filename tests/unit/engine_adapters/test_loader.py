@@ -35,7 +35,7 @@ class World:
     def start(self, name: str) -> LoadJob:
         return self.loader.start(Adapter(f"{name}@1", digest_of(name)))
 
-    def next(self, seconds: float = 5.0) -> LoadEvent:
+    def next(self, seconds: float = 20.0) -> LoadEvent:
         deadline = time.monotonic() + seconds
         while not self.events:
             assert self.woken.acquire(timeout=max(deadline - time.monotonic(), 0.0)), "nothing came"
@@ -312,16 +312,21 @@ def test_loads_that_wait_for_pages_hold_no_thread(world: World, monkeypatch: pyt
 
 
 def test_waiting_for_pages_counts_neither_as_loading_nor_against_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    world = World(timeout_seconds=0.3)
+    limit = 20.0
+    world = World(timeout_seconds=limit)
     world.source.add("a", seconds=0.05)
+    began = time.monotonic()
     job = world.start("a")
     assert isinstance(world.next(), LoadSized)
+    wait_began, before = time.monotonic(), job.load_seconds
     time.sleep(0.5)
-    assert 0.0 < job.deadline - time.monotonic() <= 0.3
+    assert job.load_seconds == before
+    left, waited = job.deadline - time.monotonic(), time.monotonic() - wait_began
+    assert limit - before - 0.1 < left <= limit - before, "all that there was before the wait"
     world.loader.grant(job, Grant(0, [0]))
     event = world.next()
     assert isinstance(event, LoadInstalled)
-    assert 0.05 <= event.load_seconds < 0.3
+    assert before + 0.05 <= event.load_seconds <= time.monotonic() - began - waited
     world.loader.close()
 
 
@@ -333,20 +338,20 @@ def test_a_source_that_hangs_ends_in_an_error_in_time() -> None:
     world.start("a")
     assert ended(world.next()).reason is Reason.ADAPTER_STORE_UNAVAILABLE
     assert ended(world.load("b")).reason is Reason.ADAPTER_STORE_UNAVAILABLE
-    assert time.monotonic() - began < 3
+    assert time.monotonic() - began < 10
     world.loader.close()
 
 
 def test_many_hanging_loads_end_in_time_although_threads_are_few() -> None:
     world = World(timeout_seconds=0.2)
-    names = [f"a{i}" for i in range(3 * NUM_LOADER_THREADS)]
+    names = [f"a{i}" for i in range(100 * NUM_LOADER_THREADS)]
     for name in names:
         world.source.add(name, manifest_gate=threading.Event())
         world.start(name)
     began = time.monotonic()
     for _ in names:
         assert ended(world.next()).reason is Reason.ADAPTER_STORE_UNAVAILABLE
-    assert time.monotonic() - began < 2, "those that queued have used up their time"
+    assert time.monotonic() - began < 10, "those that queued have used up their time: one by one it were 20 s"
     world.loader.close()
 
 
@@ -391,7 +396,7 @@ def test_cancel_ends_a_load_wherever_it_is(world: World, place: Callable[[World]
     job = place(world)
     time.sleep(0.02)
     world.loader.cancel(job)
-    event = world.next(1.0)
+    event = world.next()
     assert event == LoadEnded(job, None)
     assert world.quiet(), "exactly one end"
     assert world.device.num_installs == 0
@@ -423,5 +428,5 @@ def test_close_with_loads_under_way_is_quick() -> None:
         world.start(f"a{i}")
     began = time.monotonic()
     world.loader.close()
-    assert time.monotonic() - began < 1.5
+    assert time.monotonic() - began < 15
     assert world.source.closed

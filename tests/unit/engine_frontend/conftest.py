@@ -167,7 +167,7 @@ class FakeCore:
         ready = CoreReady(num_pages=100, max_model_len=max_model_len, max_running=8, vocab_size=vocab_size)
         self.frontend.core_ready(self, ready)  # type: ignore[arg-type]
 
-    async def take(self, kind: type[T], timeout: float = 5.0) -> T:
+    async def take(self, kind: type[T], timeout: float = 20.0) -> T:
         """The next message, which must be a `kind`."""
         async with asyncio.timeout(timeout):
             while not self.sent:

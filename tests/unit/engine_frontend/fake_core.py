@@ -1,6 +1,7 @@
 """A core without a model, as a child process: `python fake_core.py FD MODE [--pace SECONDS] [--log FILE]`.
 
 It answers each Generate with its prompt's ids over and over, one token a step, and notes in FILE what it was sent.
+In mode `slow-start` it is not ready before a file beside FILE, with the suffix `.go`, is there.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import select
 import socket
 import sys
 import time
+from pathlib import Path
 
 from services.engine.messages import (
     LENGTH,
@@ -34,13 +36,14 @@ class FakeCore:
         self.mode = mode
         self.pace = pace
         self.log = open(log, "a", buffering=1) if log else None  # noqa: SIM115
+        self.may_start = Path(log or "core").with_suffix(".go")
         self.unparsed = b""
         self.running: dict[int, tuple[Generate, int]] = {}
         self.steps = 0
 
     def run(self) -> None:
-        if self.mode == "slow-start":
-            time.sleep(1.5)
+        while self.mode == "slow-start" and not self.may_start.exists():
+            time.sleep(0.01)
         ready = CoreReady(num_pages=100, max_model_len=1 << 20, max_running=64, vocab_size=600)
         self.connection.sendall(frame(ready))
         if self.mode == "deaf":

@@ -27,7 +27,7 @@ from services.common.grpc_client import open_blocking_channel
 from services.common.grpc_errors import from_rpc_error
 
 FAKE_ENGINE = str(Path(__file__).with_name("fake_engine.py"))
-PATIENCE = 15.0
+PATIENCE = 30.0
 
 
 class Process:
@@ -96,7 +96,7 @@ def launch(checkpoints: dict[str, Path], tmp_path: Path) -> Iterator[Callable[..
         one.exit_code()
         assert one.process.stderr is not None
         one.process.stderr.close()
-        wait_for(lambda pids=pids: not any(map(is_alive, pids)), "end of the core", 5)
+        wait_for(lambda pids=pids: not any(map(is_alive, pids)), "end of the core")
 
 
 class Client:
@@ -112,11 +112,11 @@ class Client:
             return False
         return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
 
-    def generate(self, max_tokens: int, prompt: list[int] | None = None) -> Any:
+    def generate(self, max_tokens: int, prompt: list[int] | None = None, seconds: float = 60.0) -> Any:
         request = engine_pb2.GenerateRequest(
             request_id="x", prompt={"token_ids": {"ids": prompt or [300, 301]}}, stopping={"max_tokens": max_tokens}
         )
-        return self.stub.Generate(request, timeout=60)
+        return self.stub.Generate(request, timeout=seconds)
 
     def watch(self) -> Any:
         return self.stub.WatchState(engine_pb2.WatchStateRequest(), timeout=60)
@@ -178,7 +178,7 @@ def test_killed_core_ends_every_stream_at_once_and_comes_back(launch: Any, conne
     os.kill(pid, signal.SIGKILL)
     for call in [*calls, watch]:
         assert reason_of(call).reason is Reason.ENGINE_CORE_DEAD
-    assert time.monotonic() - killed_at < 2.0
+    assert time.monotonic() - killed_at < 10
     wait_for(client.is_serving, "health SERVING again")
     assert next(client.watch()).profile.engine_id not in ("", first_id)
     assert process.core_pids() != [pid]
@@ -215,24 +215,25 @@ def test_cancel_reaches_the_core(launch: Any, connect: Any) -> None:
     call = client.generate(10**5)
     next(call)
     call.cancel()
-    wait_for(lambda: process.core_was_sent("Abort") == 1, "Abort", 2)
-    with pytest.raises(grpc.RpcError):
-        list(
-            client.stub.Generate(
-                engine_pb2.GenerateRequest(request_id="x", prompt={"token_ids": {"ids": [300]}}), timeout=0.3
-            )
-        )
-    wait_for(lambda: process.core_was_sent("Abort") == 2, "Abort of the deadline", 2)
+    wait_for(lambda: process.core_was_sent("Abort") == 1, "Abort")
+    for seconds in (0.3, 3.0, 20.0):  # on a slow machine the first one may pass before the core has heard of the call
+        with pytest.raises(grpc.RpcError):
+            list(client.generate(10**5, seconds=seconds))
+        if process.core_was_sent("Generate") > 1:
+            break
+    assert process.core_was_sent("Generate") > 1
+    wait_for(lambda: process.core_was_sent("Abort") == process.core_was_sent("Generate"), "Abort of the deadline")
 
 
 def test_drain_lets_running_requests_end(launch: Any, connect: Any) -> None:
-    process = launch("echo", 0.01, "--drain-seconds", "20")
+    process = launch("echo", 0.01, "--drain-seconds", "60")
     client = connect(process)
     wait_for(client.is_serving, "health SERVING")
     watch = client.watch()
     next(watch)
-    call = client.generate(150)
+    call, long = client.generate(150), client.generate(10**5)
     next(call)
+    next(long)
     (core_pid,) = process.core_pids()
     process.process.send_signal(signal.SIGTERM)
     process.logged("draining")
@@ -242,6 +243,7 @@ def test_drain_lets_running_requests_end(launch: Any, connect: Any) -> None:
     responses = list(call)  # a second and a half of tokens
     assert sum(len(r.token_ids) for r in responses) >= 140
     assert responses[-1].HasField("completion")
+    long.cancel()  # until then it drains, however slow this machine is
     assert reason_of(watch).reason is Reason.DRAINING
     assert process.exit_code() == 0
     assert not is_alive(core_pid)
@@ -256,7 +258,7 @@ def test_drain_cuts_what_takes_too_long(launch: Any, connect: Any) -> None:
     start = time.monotonic()
     process.process.send_signal(signal.SIGTERM)
     assert reason_of(call).reason is Reason.DRAINING
-    assert 0.4 < time.monotonic() - start < 3
+    assert 0.4 < time.monotonic() - start < 15
     assert process.exit_code() == 0
     assert not [line for line in process.lines if line["level"] in ("ERROR", "CRITICAL")]
 
@@ -274,7 +276,7 @@ def test_a_reader_that_stands_still_does_not_hold_up_the_end(launch: Any) -> Non
         start = time.monotonic()
         process.process.send_signal(signal.SIGTERM)
         assert process.exit_code() == 0
-        assert time.monotonic() - start < 4
+        assert time.monotonic() - start < 15
         call.cancel()
 
 
@@ -286,7 +288,7 @@ def test_sigterm_while_idle_ends_at_once_without_errors(launch: Any, connect: An
     start = time.monotonic()
     process.process.send_signal(signal.SIGTERM)
     assert process.exit_code() == 0
-    assert time.monotonic() - start < 3
+    assert time.monotonic() - start < 15, "nor does it wait for the drain's 30 s"
     assert not is_alive(core_pid)
     assert not [line for line in process.lines if line["level"] in ("WARNING", "ERROR", "CRITICAL")]
 
@@ -296,7 +298,7 @@ def test_killed_frontend_leaves_no_core(launch: Any, connect: Any) -> None:
     wait_for(connect(process).is_serving, "health SERVING")
     (core_pid,) = process.core_pids()
     process.process.kill()
-    wait_for(lambda: not is_alive(core_pid), "end of the core", 5)
+    wait_for(lambda: not is_alive(core_pid), "end of the core")
 
 
 def test_ctrl_c_is_the_frontends_to_handle(launch: Any, connect: Any) -> None:
@@ -330,6 +332,7 @@ def test_requests_before_the_core_is_ready(launch: Any, connect: Any) -> None:
         error = reason_of(call)
         assert error.reason is Reason.ENGINE_UNAVAILABLE
         assert "loading its model" in error.message
+    process.core_log.with_suffix(".go").touch()
     wait_for(client.is_serving, "health SERVING")
     assert len(list(client.generate(1))) == 1
 

@@ -56,10 +56,13 @@ async def test_cancel_while_waiting_for_the_first_token(engine: Any) -> None:
 
 
 async def test_a_passed_deadline_aborts(engine: Any) -> None:
-    call = engine.stub.Generate(request(), timeout=0.2)
+    for seconds in (0.2, 2.0, 10.0):  # on a slow machine the first one may pass before the call has come
+        call = engine.stub.Generate(request(), timeout=seconds)
+        assert (await status_of(call)).reason is Reason.DEADLINE_EXCEEDED
+        if engine.core.sent:
+            break
     sent = await engine.core.take(Generate)
-    assert (await status_of(call)).reason is Reason.DEADLINE_EXCEEDED
-    assert (await engine.core.take(Abort, timeout=1)).request_id == sent.request_id
+    assert (await engine.core.take(Abort)).request_id == sent.request_id
 
 
 async def test_a_lost_client_aborts(engine: Any) -> None:
