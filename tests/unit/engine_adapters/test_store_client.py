@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -21,6 +20,7 @@ from services.engine.adapters.store_client import StoreClient
 from services.engine.messages import Origin
 from tests.fakes.fake_model import digest_of
 from tests.fakes.fake_weight_store import CHUNK, DIGEST, SEED, UNAVAILABLE, FakeStore, iter_then_hang, served
+from tests.fixtures.embedded_servers import free_port
 
 
 @pytest.fixture
@@ -95,9 +95,7 @@ def test_a_paused_fetch_lets_go_of_its_call_and_goes_on_later(store: FakeStore, 
 
 
 def test_a_store_that_comes_up_later_is_found(store: FakeStore) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     client = StoreClient([f"127.0.0.1:{port}"])
     servers = []
 
@@ -118,9 +116,7 @@ def test_a_store_that_comes_up_later_is_found(store: FakeStore) -> None:
 
 
 def test_a_store_that_stays_away_is_reported_in_time() -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    address = f"127.0.0.1:{free_port()}"
     client = StoreClient([address])
     began = time.monotonic()
     error = failure(lambda: client.open(DIGEST).manifest(soon(0.5)))
