@@ -32,19 +32,26 @@ async def follow_changes(
     token = ""
     while True:
         try:
-            token = token or await watches.current_position()
+            if not token:
+                begin = await watches.current_position()
+                await _discard_all_gone(catalogue, residency)  # what was read before, while Redis was away, say
+                token = begin
             async for event in watches.watch(token, stopped=lambda: False):
                 if event.record is not None and (event.record.marks.pinned or event.record.digest in keeper.digests):
                     keeper.look_again()
                 if event.kind is EventKind.DELETED and event.record is not None:
                     await _discard_if_gone(catalogue, residency, event.record.digest)
                 elif event.kind is EventKind.RESET:  # deletions may have been missed
-                    for digest in residency.digests:
-                        await _discard_if_gone(catalogue, residency, digest)
+                    await _discard_all_gone(catalogue, residency)
                 token = event.resume_token
         except SloraError as error:
             logger.info("not following the catalogue just now: %s", error.message)
             await asyncio.sleep(RETRY_SECONDS)
+
+
+async def _discard_all_gone(catalogue: Catalogue, residency: Residency) -> None:
+    for digest in residency.digests:
+        await _discard_if_gone(catalogue, residency, digest)
 
 
 async def _discard_if_gone(catalogue: Catalogue, residency: Residency, digest: str) -> None:

@@ -12,6 +12,7 @@ import grpc
 import pytest
 from slora.adapter_store.v1 import adapter_store_pb2 as pb
 
+from services.adapter_store.catalogue_watch import CatalogueWatches
 from services.common.errors import Reason
 from services.common.packed_digest import packed_digest
 from tests.fixtures.adapter_files import write_wide_adapter, write_wide_checkpoint
@@ -262,6 +263,28 @@ async def test_deleted_through_one_store_it_leaves_the_memory_of_the_others(
     with refused(Reason.ADAPTER_NOT_FOUND):
         await two.client.fetch(digests[0])
     await two.client.fetch(digests[1])
+
+
+async def test_what_was_deleted_before_a_store_follows_changes_leaves_its_memory_too(
+    open_store: OpenStore, make_adapter: MakeAdapter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A store whose Redis is being filled when it starts asks for its place among the changes a second later."""
+    one = await open_store()
+    digest = (await one.client.upload("a", make_adapter(1))).adapter.digest
+    may_follow, current_position = asyncio.Event(), CatalogueWatches.current_position
+
+    async def later(watches: CatalogueWatches) -> str:
+        await may_follow.wait()
+        return await current_position(watches)
+
+    monkeypatch.setattr(CatalogueWatches, "current_position", later)
+    two = await open_store()
+    await two.client.fetch(digest)
+    await one.client.delete("a")
+    may_follow.set()
+    await eventually(lambda: two.metric("resident_adapters") == 0)
+    with refused(Reason.ADAPTER_NOT_FOUND):
+        await two.client.fetch(digest)
 
 
 @pytest.mark.parametrize("num_parts", [1, 2, 4])
