@@ -127,6 +127,10 @@ class Pressure:
     num_resumed: int = 0
     num_found_again: int = 0
 
+    @property
+    def is_high(self) -> bool:
+        return self.num_resumed >= 5 and self.num_found_again >= 2 and self.num_evicted >= 100
+
     def watch(self, monkeypatch: pytest.MonkeyPatch) -> None:
         evict, run = PrefixCache.evict, Sequence.run
 
@@ -159,16 +163,20 @@ def crowd(draw: random.Random, adapters: tuple[Adapter, ...], vocab_size: int) -
     return requests
 
 
-@pytest.mark.usefixtures("one_thread")
-def test_a_crowd_in_a_tiny_pool_has_the_answers_of_a_large_one_without_the_cache(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seed = random.SystemRandom().randrange(1 << 32)
-    print("seed", seed)
+@dataclass
+class Crowd:
+    """What a large pool without the prefix cache and a tiny one with it gave for the same requests."""
+
+    requests: list[Generate]
+    calm: Answers
+    crowded: Answers
+
+
+def serve_twice(directory: Path, seed: int) -> Crowd:
     draw = random.Random(seed)
     sizes = {"hidden_size": 64, "intermediate_size": 96, "max_position_embeddings": 160}
-    checkpoint = make_checkpoint(tmp_path, draw.choice(["llama", "qwen3"]), seed=seed % 1000, **sizes)
-    given, pressure = {}, Pressure()
+    checkpoint = make_checkpoint(directory, draw.choice(["llama", "qwen3"]), seed=seed % 1000, **sizes)
+    given = {}
     for prefix_cache, num_pages in ((False, 2000), (True, TINY_POOL)):
         limits = {"num_pages": num_pages, "tokens_per_page": 4}
         limits |= {"max_step_tokens": 48, "max_running": 12, "max_adapters": 4}
@@ -176,20 +184,31 @@ def test_a_crowd_in_a_tiny_pool_has_the_answers_of_a_large_one_without_the_cache
         runner = ModelRunner(settings)
         source = make_source(runner, seed)
         requests = crowd(random.Random(seed), source.adapters, runner.vocab_size)
-        if prefix_cache:
-            pressure.watch(monkeypatch)
         given[prefix_cache] = serve(runner, settings, source, requests, seed)
-    calm, crowded = given[False], given[True]
-    print(pressure, "preempted", crowded.num_preemptions, "found", crowded.num_found)
-    assert calm.num_preemptions == calm.num_found == 0
-    assert crowded.num_preemptions >= 5
-    assert pressure.num_resumed >= 5
-    assert pressure.num_found_again >= 2
-    assert pressure.num_evicted >= 100
-    assert crowded.num_found > 0
-    for request in requests:
-        what = f"seed {seed}: request {request.request_id}, {request.adapter}"
-        assert_same(calm.events[request.request_id], crowded.events[request.request_id], what)
+    return Crowd(requests, given[False], given[True])
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_crowd_in_a_tiny_pool_has_the_answers_of_a_large_one_without_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pressure, num_preemptions = Pressure(), 0
+    pressure.watch(monkeypatch)  # without the cache, and with room for all, there is none
+    # One crowd is enough nearly always; how much its sequences are in each other's way depends on when adapters come.
+    for number in range(4):
+        seed = random.SystemRandom().randrange(1 << 32)
+        print("seed", seed)
+        seen = serve_twice(tmp_path / str(number), seed)
+        assert seen.calm.num_preemptions == seen.calm.num_found == 0
+        assert seen.crowded.num_found > 0
+        for request in seen.requests:
+            what = f"seed {seed}: request {request.request_id}, {request.adapter}"
+            assert_same(seen.calm.events[request.request_id], seen.crowded.events[request.request_id], what)
+        num_preemptions += seen.crowded.num_preemptions
+        print(pressure, "preempted", num_preemptions, "found", seen.crowded.num_found)
+        if num_preemptions >= 5 and pressure.is_high:
+            return
+    pytest.fail("there was no crowd")
 
 
 @pytest.mark.usefixtures("one_thread")
