@@ -7,11 +7,13 @@ import itertools
 import types
 from typing import Any
 
+import grpc
 import pytest
 
 from services.adapter_store import stream_turns
 from services.adapter_store.delivery_servicer import CallsFirst
 from services.adapter_store.stream_turns import REST_ROUNDS, StreamTurns
+from services.common.grpc_server import GrpcServer
 
 A_LONG_TIME = 3600.0
 
@@ -175,3 +177,26 @@ async def test_a_call_comes_first_from_when_the_server_sees_it(rounds: Rounds, p
     read.set()
     assert await call == "handler"
     await stream
+
+
+async def test_grpc_runs_a_method_in_the_task_in_which_its_call_was_put_first(patient: None) -> None:
+    turns = StreamTurns()
+
+    async def method(request: bytes, context: Any) -> bytes:
+        waiting = asyncio.create_task(turns.take())
+        await many_rounds()
+        was_first = not waiting.done()
+        turns.answered()
+        await waiting
+        return b"first" if was_first else b"not first"
+
+    server = GrpcServer("127.0.0.1:0", ["a.Service"], interceptors=[CallsFirst(turns)])
+    handlers = {"Method": grpc.unary_unary_rpc_method_handler(method)}
+    server.grpc.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("a.Service", handlers),))
+    await server.start()
+    try:
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
+            call: Any = channel.unary_unary("/a.Service/Method")
+            assert await call(b"", timeout=60) == b"first"
+    finally:
+        await server.grpc.stop(0)
