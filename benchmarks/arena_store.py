@@ -26,10 +26,12 @@ from slora.adapter_store.v1 import adapter_store_pb2_grpc
 
 from services.adapter_store.allocator import tune_allocator
 from services.adapter_store.arena import Arena
-from services.adapter_store.delivery_servicer import CHUNK_BYTES, WeightDelivery, add_to_server
+from services.adapter_store.delivery_servicer import CHUNK_BYTES, CallsFirst, WeightDelivery, add_to_server
 from services.adapter_store.host_cache import HostCache, Pin
 from services.adapter_store.manifest import ElementType, ModulePlacement, PackedLayout, PackedManifest, TargetModule
 from services.adapter_store.metrics import StoreMetrics
+from services.adapter_store.stream_turns import StreamTurns
+from services.common import grpc_loop
 from services.common.errors import SloraError
 from services.common.grpc_errors import abort
 from services.common.grpc_server import SERVER_OPTIONS
@@ -151,8 +153,9 @@ async def _serve(cache: HostCache, port: int) -> None:
         assert found is not None, digest
         return found
 
-    delivery = WeightDelivery(pin, cache.arena, StoreMetrics(CollectorRegistry()), 60.0)
-    server = grpc.aio.server(options=SERVER_OPTIONS)
+    turns = StreamTurns()
+    delivery = WeightDelivery(pin, cache.arena, StoreMetrics(CollectorRegistry()), 60.0, turns)
+    server = grpc.aio.server(options=SERVER_OPTIONS, interceptors=[CallsFirst(turns)])
     add_to_server(_ArenaServicer(delivery), server)
     bare: Any = grpc.unary_stream_rpc_method_handler(_bare)
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(BARE_SERVICE, {BARE_METHOD: bare}),))
@@ -178,7 +181,7 @@ def main(arguments: Sequence[str]) -> None:
     try:
         cache = HostCache(arena, lambda: None)
         _fill(cache, adapters)
-        asyncio.run(_serve(cache, int(arguments[1])))
+        grpc_loop.run(_serve(cache, int(arguments[1])))
     finally:
         arena.close()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import sys
 
@@ -14,8 +13,10 @@ from services.adapter_store.assembly import as_replica, running_store
 from services.adapter_store.base_model import BaseModel, load_base_model
 from services.adapter_store.catalogue_servicer import CatalogueServicer
 from services.adapter_store.config import AdapterStoreSettings
-from services.adapter_store.delivery_servicer import MAX_REQUEST_BYTES, SERVICE_NAME, add_to_server
+from services.adapter_store.delivery_servicer import MAX_REQUEST_BYTES, SERVICE_NAME, CallsFirst, add_to_server
 from services.adapter_store.exposure import check_exposure
+from services.adapter_store.stream_turns import StreamTurns
+from services.common import grpc_loop
 from services.common.grpc_server import GrpcServer
 from services.common.settings import UnusableSettingsError, parse_settings
 from services.common.telemetry import configure_logging, serve_metrics
@@ -30,9 +31,11 @@ async def serve(settings: AdapterStoreSettings, base: BaseModel, arena: Arena, t
     tls, health = settings.server_tls, settings.health
     # Whoever has no token learns nothing, and that is less than reflection tells.
     reflects = not settings.service_tokens
-    server = GrpcServer(settings.listen, [SERVICE_NAME], tls, health, reflects, MAX_REQUEST_BYTES, tracing)
+    turns = StreamTurns()
+    first = [CallsFirst(turns)]
+    server = GrpcServer(settings.listen, [SERVICE_NAME], tls, health, reflects, MAX_REQUEST_BYTES, tracing, first)
     async with running_store(settings, base, arena, REGISTRY) as store:
-        servicer = CatalogueServicer(store)
+        servicer = CatalogueServicer(store, turns)
         add_to_server(servicer, server.grpc)
         exposition = serve_metrics(settings.metrics)
         await server.start()
@@ -69,7 +72,7 @@ def main() -> None:
         sys.exit(2)
     try:
         tracing = open_tracing("adapter-store", settings.otlp_endpoint, settings.trace_sample_ratio)
-        asyncio.run(serve(settings, base, arena, tracing))
+        grpc_loop.run(serve(settings, base, arena, tracing))
     except UnusableSettingsError as error:
         logger.error("cannot start: %s", error)
         sys.exit(2)

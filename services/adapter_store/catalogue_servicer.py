@@ -19,6 +19,7 @@ from services.adapter_store.identifiers import parse_adapter_id
 from services.adapter_store.inspection import Inspection
 from services.adapter_store.manifest import AdapterRecord
 from services.adapter_store.servicer import AdapterStoreServicer, paced
+from services.adapter_store.stream_turns import StreamTurns
 from services.adapter_store.sync import SyncReport
 from services.common.errors import FieldError, Reason, SloraError
 from services.common.grpc_errors import abort
@@ -30,11 +31,11 @@ Context = grpc.aio.ServicerContext[Any, Any]
 class CatalogueServicer(AdapterStoreServicer):
     """Answers every RPC of the store."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, turns: StreamTurns) -> None:
         self._store = store
         settings = store.settings
         stall_seconds = settings.stall_seconds
-        delivery = WeightDelivery(self._pin, store.cache.arena, store.metrics, stall_seconds)
+        delivery = WeightDelivery(self._pin, store.cache.arena, store.metrics, stall_seconds, turns)
         super().__init__(
             store.registry,
             delivery,

@@ -17,6 +17,7 @@ from services.adapter_store.arena import Arena
 from services.adapter_store.host_cache import Pin
 from services.adapter_store.manifest_codec import manifest_message
 from services.adapter_store.metrics import StoreMetrics
+from services.adapter_store.stream_turns import StreamTurns
 from services.adapter_store.tier_metrics import Tier
 from services.common.call_scope import CallerLeft
 from services.common.errors import FieldError, Reason, SloraError
@@ -57,13 +58,14 @@ class WeightDelivery:
         arena: Arena,
         metrics: StoreMetrics,
         stall_seconds: float,
+        turns: StreamTurns,
     ) -> None:
         self._pin = pin
         self._arena = arena
         self._arena_message = pb.Arena(arena_id=arena.arena_id, path=str(arena.path), num_bytes=arena.extents.capacity)
         self._metrics = metrics
         self._stall_seconds = stall_seconds
-        self._turn = asyncio.Lock()
+        self._turns = turns
 
     async def send(self, request: pb.FetchAdapterRequest, context: Context) -> None:
         """Streams the manifest, then chunks as memoryviews, which `serialize_part` knows."""
@@ -73,6 +75,8 @@ class WeightDelivery:
             if request.offset > size:
                 complaint = f"is {request.offset}; the packed weights have {size} bytes"
                 raise FieldError(Reason.REQUEST_INVALID, "offset", complaint, packed_bytes=size)
+            if size - request.offset > CHUNK_BYTES:
+                self._turns.answered()  # not a short answer
             manifest = manifest_message(pin.manifest)
             await self._write(context, pb.FetchAdapterResponse(manifest=manifest, arena_id=self._arena.arena_id))
             for begin in range(request.offset, size, CHUNK_BYTES):
@@ -117,6 +121,7 @@ class WeightDelivery:
                 )
                 with _until_its_reader_leaves(context):
                     await self._write(context, lent)
+                    self._turns.answered()
                     await self._await_the_copy(requests)
                 outcome = "confirmed"
         except CallerLeft:
@@ -169,20 +174,9 @@ class WeightDelivery:
         return SloraError(Reason.DEADLINE_EXCEEDED, message)
 
     async def _write_in_turn(self, context: Context, chunk: memoryview) -> None:
-        """Sends a chunk. Of all streams one begins a chunk at a time, and between two such begins everybody is heard.
-
-        To begin a chunk is to copy it. With 64 streams ready, 64 copies would lie before each of the several rounds of
-        the event loop that a lease or a look-up takes. The lock is given in the order of asking: streams that keep up
-        get the same share. One that stands still is waited for outside of it.
-        """
-        async with self._turn:
-            writing = asyncio.ensure_future(self._write(context, chunk))
-            try:
-                await asyncio.sleep(0)
-            except asyncio.CancelledError:
-                writing.cancel()
-                raise
-        await writing
+        """Sends a chunk. A reader that stands still is waited for behind the stream's turn, and holds nobody up."""
+        await self._turns.take()
+        await self._write(context, chunk)
 
     async def _write(self, context: Context, message: FetchPart | pb.ShareAdapterResponse) -> None:
         """Sends when the reader's flow control lets it; a reader that stands still must not pin memory for ever."""
@@ -194,6 +188,22 @@ class WeightDelivery:
                 Reason.DEADLINE_EXCEEDED,
                 f"the reader took nothing for {self._stall_seconds:g} s; fetch again from the offset reached",
             ) from None
+
+
+class CallsFirst(grpc.aio.ServerInterceptor):
+    """Puts every call first as soon as it is seen."""
+
+    def __init__(self, turns: StreamTurns) -> None:
+        self._turns = turns
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Any:
+        """Called by grpc for each call, in the call's own task."""
+        self._turns.put_call_first()
+        return await continuation(handler_call_details)
 
 
 @contextlib.contextmanager

@@ -79,18 +79,19 @@ class GrpcServer:
         reflects: bool = True,
         max_request_bytes: int = MAX_MESSAGE_BYTES,
         tracing: Tracing = NO_TRACING,
+        interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
     ) -> None:
         """Health and reflection (if it `reflects`) are served as the services are: with `tls`, and to nobody without a
         certificate that it asks for. At `health_address` health alone is served in plain text, for probes that know no
-        TLS, such as those of Kubernetes. Larger requests are refused by gRPC itself.
+        TLS, such as those of Kubernetes. Larger requests are refused by gRPC itself. `interceptors` see calls first.
 
         Raises AddressError if an address cannot be listened on, TlsError for files that cannot work.
         """
         self._calls = RunningCalls()
         options = dict(SERVER_OPTIONS) | {"grpc.max_receive_message_length": max_request_bytes}
         # The outermost first: the span sees what a call is told at the end of a drain.
-        interceptors = [CallScope(tracing), self._calls, MalformedRequests()]
-        self.grpc = grpc.aio.server(options=tuple(options.items()), interceptors=interceptors)
+        ours = [CallScope(tracing), self._calls, MalformedRequests()]
+        self.grpc = grpc.aio.server(options=tuple(options.items()), interceptors=[*interceptors, *ours])
         credentials = server_credentials(tls)
         if credentials is None:
             warn_of_plain_text("--listen", address)

@@ -16,7 +16,8 @@ from services.adapter_store.assembly import Store, as_replica, running_store
 from services.adapter_store.base_model import load_base_model
 from services.adapter_store.catalogue_servicer import CatalogueServicer
 from services.adapter_store.config import AdapterStoreSettings
-from services.adapter_store.delivery_servicer import MAX_REQUEST_BYTES, add_to_server
+from services.adapter_store.delivery_servicer import MAX_REQUEST_BYTES, CallsFirst, add_to_server
+from services.adapter_store.stream_turns import StreamTurns
 from services.common.grpc_server import GrpcServer
 from tests.fixtures.adapter_files import make_tensors, write_adapter, write_checkpoint_config
 from tests.fixtures.embedded_servers import RedisServer, S3Server
@@ -85,8 +86,11 @@ async def open_store(
             stack.callback(arena.close)
             registry = CollectorRegistry()
             store = await stack.enter_async_context(running_store(settings, base, arena, registry))
-            servicer = CatalogueServicer(store)
-            server = GrpcServer("127.0.0.1:0", [], max_request_bytes=MAX_REQUEST_BYTES)
+            turns = StreamTurns()
+            servicer = CatalogueServicer(store, turns)
+            server = GrpcServer(
+                "127.0.0.1:0", [], max_request_bytes=MAX_REQUEST_BYTES, interceptors=[CallsFirst(turns)]
+            )
             add_to_server(servicer, server.grpc)
             await server.start()
             store.membership.announce(as_replica(settings, server.port, arena))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import struct
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,13 @@ import pytest
 from prometheus_client import CollectorRegistry
 from slora.adapter_store.v1 import adapter_store_pb2 as pb
 
+from services.adapter_store import stream_turns
 from services.adapter_store.arena import Arena
 from services.adapter_store.delivery_servicer import CANCELLATION_SECONDS, CHUNK_BYTES, WeightDelivery
 from services.adapter_store.host_cache import HostCache, Pin
 from services.adapter_store.manifest import ElementType, ModulePlacement, PackedLayout, PackedManifest, TargetModule
 from services.adapter_store.metrics import StoreMetrics
+from services.adapter_store.stream_turns import StreamTurns
 from services.common.call_scope import CallerLeft
 from services.common.errors import SloraError
 
@@ -90,14 +92,18 @@ def cache(tmp_path: Path) -> Any:
 
 
 def make_delivery(
-    cache: HostCache, stall_seconds: float = 60.0, registry: CollectorRegistry | None = None
+    cache: HostCache,
+    stall_seconds: float = 60.0,
+    registry: CollectorRegistry | None = None,
+    turns: StreamTurns | None = None,
 ) -> WeightDelivery:
     async def pin(digest: str, only_resident: bool, tp_rank: int, tp_size: int) -> Pin:
         found = cache.pin(digest)
         assert found is not None
         return found
 
-    return WeightDelivery(pin, cache.arena, StoreMetrics(registry or CollectorRegistry()), stall_seconds)
+    metrics = StoreMetrics(registry or CollectorRegistry())
+    return WeightDelivery(pin, cache.arena, metrics, stall_seconds, turns or StreamTurns())
 
 
 def begin(delivery: WeightDelivery, reader: Reader) -> asyncio.Task[None]:
@@ -197,7 +203,7 @@ async def test_a_lease_that_nothing_was_found_for_yet_is_abandoned(cache: HostCa
         raise AssertionError
 
     registry, context = CollectorRegistry(), Borrower()
-    delivery = WeightDelivery(pin, cache.arena, StoreMetrics(registry), 60.0)
+    delivery = WeightDelivery(pin, cache.arena, StoreMetrics(registry), 60.0, StreamTurns())
     opening = context.messages(pb.ShareAdapterRequest(digest=DIGEST))
     lease = asyncio.create_task(delivery.lend(opening, context))  # type: ignore[arg-type]
     await asked.wait()
@@ -259,3 +265,51 @@ async def test_a_stream_that_stands_still_holds_nobody_up_and_one_that_leaves_gi
     still.takes.set()
     await standing
     assert still.num_bytes == NUM_CHUNKS * CHUNK_BYTES
+
+
+async def called(turns: StreamTurns, answer: Coroutine[Any, Any, None]) -> None:
+    """As the server runs a call."""
+    turns.put_call_first()
+    await answer
+
+
+@pytest.mark.parametrize("offset", [0, 2 * CHUNK_BYTES])
+async def test_a_long_stream_is_no_short_answer(cache: HostCache, monkeypatch: pytest.MonkeyPatch, offset: int) -> None:
+    monkeypatch.setattr(stream_turns, "PATIENCE_SECONDS", 3600.0)
+    turns, context = StreamTurns(), Reader(0, Wire())
+    still: Any = context
+    context.takes.clear()
+    delivery = make_delivery(cache, turns=turns)
+    request = pb.FetchAdapterRequest(digest=DIGEST, offset=offset)
+    call = asyncio.create_task(called(turns, delivery.send(request, still)))
+    await asyncio.sleep(0)
+    await turns.take()  # though it has not got its first byte
+    call.cancel()
+
+
+async def test_what_takes_one_chunk_is_and_so_is_a_lease_until_it_is_answered(
+    cache: HostCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stream_turns, "PATIENCE_SECONDS", 3600.0)
+    turns, reader, borrower = StreamTurns(), Reader(0, Wire()), Borrower()
+    context: Any = reader
+    lease_context: Any = borrower
+    reader.takes.clear()
+    borrower.takes.clear()
+    delivery = make_delivery(cache, turns=turns)
+    request = pb.FetchAdapterRequest(digest=DIGEST, offset=(NUM_CHUNKS - 1) * CHUNK_BYTES)
+    opening = borrower.messages(pb.ShareAdapterRequest(digest=DIGEST))
+    fetch = asyncio.create_task(called(turns, delivery.send(request, context)))
+    lease = asyncio.create_task(called(turns, delivery.lend(opening, lease_context)))
+    await asyncio.sleep(0)
+    stream = asyncio.create_task(turns.take())
+    await asyncio.sleep(0.01)
+    reader.takes.set()
+    await fetch
+    await asyncio.sleep(0.01)
+    assert not stream.done()
+    borrower.takes.set()
+    await stream
+    assert not lease.done(), "it lasts, and is not waited for"
+    lease.cancel()
+    await asyncio.wait([lease])
