@@ -94,7 +94,17 @@ class SharedStream:
         if start.number in self._tasks:
             message = f"two generations of one call have the number {start.number}"
             raise SloraError(Reason.REQUEST_INVALID, message)
-        self._tasks[start.number] = asyncio.create_task(self._run(start))
+        task = self._tasks[start.number] = asyncio.create_task(self._run(start))
+        task.add_done_callback(partial(self._ended, start.number))
+
+    def _ended(self, number: int, task: asyncio.Task[None]) -> None:
+        """Also of one that was given up before it ran at all. Whoever has not given up is told of any end."""
+        del self._tasks[number]
+        self._ready.pop(number, None)
+        error = asyncio.CancelledError() if task.cancelled() else task.exception()
+        if error is not None and not task.cancelling():
+            self._tell_failure(number, error)
+        self._news.set()
 
     async def _run(self, start: engine_pb2.GenerationStart) -> None:
         """A generation from its start to its end."""
@@ -116,9 +126,6 @@ class SharedStream:
         finally:
             span.set({"rpc.response.status_code": code})
             span.end()
-            del self._tasks[start.number]
-            self._ready.pop(start.number, None)
-            self._news.set()
 
     async def _generate(self, start: engine_pb2.GenerationStart) -> None:
         try:
@@ -166,7 +173,7 @@ class SharedStream:
             self._ready[number] = running  # there may be more
         return len(delta.events)
 
-    def _tell_failure(self, number: int, error: Exception) -> str:
+    def _tell_failure(self, number: int, error: BaseException) -> str:
         """The caller hears of it; gives the status's name."""
         told = failed(error)
         failure = to_status(told).SerializeToString()

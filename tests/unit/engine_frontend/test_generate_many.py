@@ -16,8 +16,9 @@ from slora.engine.v1 import engine_pb2
 
 from services.common.errors import FieldError, Reason, SloraError
 from services.common.grpc_errors import from_rpc_error, from_status
-from services.common.tracing import Tracing, open_tracing
+from services.common.tracing import NO_TRACING, Tracing, open_tracing
 from services.engine.frontend.generation import MAX_MERGED_TOKENS
+from services.engine.generations_servicer import SharedStream
 from services.engine.messages import Abort, Generate, RequestFailed, TokenEvent
 from tests.fakes.trace_collector import TraceCollector
 from tests.unit.engine_frontend.engine_calls import LENGTH, STOP, ids_of, read_all, request, text_of
@@ -338,6 +339,40 @@ async def test_leaving_at_any_moment_leaves_nothing_behind(
     producing.cancel()
     assert rest == set(range(30)) - left
     assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
+
+
+async def test_one_given_up_before_it_began_does_not_hold_the_call_open(engine: Any) -> None:
+    async def requests() -> AsyncIterator[engine_pb2.GenerateManyRequest]:
+        start = engine_pb2.GenerationStart(number=1, request=request())
+        yield engine_pb2.GenerateManyRequest(start=start)
+        yield engine_pb2.GenerateManyRequest(cancelled_number=1)  # nothing else ran between the two
+
+    async def write(response: engine_pb2.GenerateManyResponse) -> None:
+        raise AssertionError(response)
+
+    stream = SharedStream(engine.frontend, NO_TRACING)
+    await asyncio.wait_for(stream.serve(requests(), write), SECONDS)
+
+
+class Panic(BaseException):
+    """As what a tokenizer written in Rust raises when it panics: no Exception."""
+
+
+@pytest.mark.parametrize("error", [Panic("index out of bounds"), asyncio.CancelledError()])
+async def test_whatever_ends_a_generation_its_caller_hears_of_it(
+    engine: Any, caller: Caller, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    async def fail(text: str) -> list[int]:
+        raise error
+
+    monkeypatch.setattr(engine.tokenizer, "encode_async", fail)
+    await caller.start(1)
+    await caller.start(2, request(prompt={"token_ids": {"ids": [1]}}))
+    await caller.read_until(1)
+    assert caller.failures[1].reason is Reason.INTERNAL
+    sent = await engine.core.take(Generate)
+    engine.core.report(TokenEvent(sent.request_id, 300, finish="length"))
+    await caller.read_until(2)
 
 
 class TestTraces:
