@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import logging
 from collections import deque
 from collections.abc import Callable
 from typing import Any
@@ -21,6 +22,8 @@ from services.common.errors import Reason, SloraError
 from services.common.grpc_errors import from_rpc_error, from_status
 from services.common.grpc_server import MAX_MESSAGE_BYTES
 from services.common.tracing import Span
+
+logger = logging.getLogger(__name__)
 
 MAX_MERGED_TOKENS = 2048
 """Tokens in one message at most, as the engine has it: with 20 log-probabilities each they stay far below the size a
@@ -177,7 +180,7 @@ class _Link:
         self._address = address
         self._call = call
         self._calls: dict[int, EngineCall] = {}
-        self._unsent: deque[engine_pb2.GenerateManyRequest] = deque()
+        self._unsent: dict[int, engine_pb2.GenerateManyRequest] = {}  # at most one a generation, in order
         self._has_unsent = asyncio.Event()
         self.is_broken = False
         self._tasks = (asyncio.create_task(self._read()), asyncio.create_task(self._write()))
@@ -185,27 +188,31 @@ class _Link:
     def start(self, start: engine_pb2.GenerationStart, span: Span) -> EngineCall:
         number = start.number
         call = self._calls[number] = EngineCall(span, lambda: self._give_up(number))
-        self._send(engine_pb2.GenerateManyRequest(start=start))
+        self._send(number, engine_pb2.GenerateManyRequest(start=start))
         return call
 
     def _give_up(self, number: int) -> None:
-        if self._calls.pop(number, None) is not None:
-            self._send(engine_pb2.GenerateManyRequest(cancelled_number=number))
+        """What the engine has not been told of, it need not be; an engine that stands still would let that pile up."""
+        if self._calls.pop(number, None) is not None and self._unsent.pop(number, None) is None:
+            self._send(number, engine_pb2.GenerateManyRequest(cancelled_number=number))
 
-    def _send(self, request: engine_pb2.GenerateManyRequest) -> None:
-        self._unsent.append(request)
+    def _send(self, number: int, request: engine_pb2.GenerateManyRequest) -> None:
+        self._unsent[number] = request
         self._has_unsent.set()
 
     async def _write(self) -> None:
         """One message at a time, as gRPC wants it; a call that broke is the reader's to tell of."""
-        while True:
-            await self._has_unsent.wait()
-            self._has_unsent.clear()
-            while self._unsent:
-                try:
-                    await self._call.write(self._unsent.popleft())
-                except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
-                    return
+        try:
+            while True:
+                await self._has_unsent.wait()
+                self._has_unsent.clear()
+                while self._unsent:
+                    await self._call.write(self._unsent.pop(next(iter(self._unsent))))
+        except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
+            return
+        except Exception:
+            logger.exception("writing to engine %s failed", self._address)
+            self._call.cancel()  # ends the reader: nothing more could be started or given up
 
     async def _read(self) -> None:
         error = SloraError(Reason.ENGINE_UNAVAILABLE, f"engine {self._address} has ended; try another")

@@ -15,8 +15,9 @@ from slora.engine.v1 import engine_pb2, engine_pb2_grpc
 
 from services.common.errors import FieldError, Reason, SloraError
 from services.common.grpc_server import SERVER_OPTIONS
+from services.common.tracing import NO_SPAN
 from services.gateway.engine_client import EngineClient
-from services.gateway.generations_client import MAX_MERGED_TOKENS, MAX_REQUEST_BYTES, EngineCall
+from services.gateway.generations_client import MAX_MERGED_TOKENS, MAX_REQUEST_BYTES, EngineCall, EngineStream
 from tests.fakes.fake_engine import (
     Context,
     FakeEngine,
@@ -228,3 +229,61 @@ async def test_an_engine_that_is_older_is_no_engine() -> None:
     assert "older than this gateway" in error.message
     await client.close()
     await server.stop(None)
+
+
+class StillCall:
+    """A call of GenerateMany to an engine that reads nothing until it is told to, and says nothing."""
+
+    def __init__(self) -> None:
+        self.written: list[engine_pb2.GenerateManyRequest] = []
+        self.reads = asyncio.Event()
+        self.cancelled = asyncio.Event()
+
+    def GenerateMany(self) -> StillCall:  # noqa: N802 - it is its own stub
+        return self
+
+    async def write(self, message: engine_pb2.GenerateManyRequest) -> None:
+        self.written.append(message)
+        await self.reads.wait()
+
+    def cancel(self) -> None:
+        self.cancelled.set()
+
+    async def __aiter__(self) -> AsyncIterator[engine_pb2.GenerateManyResponse]:
+        await self.cancelled.wait()
+        raise asyncio.CancelledError
+        yield
+
+
+async def test_what_an_engine_that_stands_still_was_not_told_of_is_not_kept() -> None:
+    """Callers come and leave while it does: their requests, each of up to 16 MiB, must not pile up for it."""
+    still: Any = StillCall()
+    stream = EngineStream("still", still)
+    told = stream.start(request("told"), None, NO_SPAN)
+    await eventually(lambda: bool(still.written))
+    for _ in range(100):
+        stream.start(request("left before it was told of"), None, NO_SPAN).close()
+    stays = stream.start(request("stays"), None, NO_SPAN)
+    told.close()
+    still.reads.set()
+    await eventually(lambda: len(still.written) >= 3)
+    texts = [m.start.request.prompt.text or m.cancelled_number for m in still.written]
+    assert texts == ["told", "stays", 1]
+    stays.close()
+    await stream.close()
+
+
+async def test_a_call_that_cannot_be_written_to_is_given_up(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whatever the reason: nothing that is started could be heard of again."""
+
+    async def fail(self: StillCall, message: engine_pb2.GenerateManyRequest) -> None:
+        raise RuntimeError("no reason that anybody thought of")
+
+    monkeypatch.setattr(StillCall, "write", fail)
+    still: Any = StillCall()
+    stream = EngineStream("still", still)
+    assert (await error_of(stream.start(request(), None, NO_SPAN))).reason is Reason.ENGINE_UNAVAILABLE
+    assert "no reason that anybody thought of" in caplog.text
+    await stream.close()
