@@ -239,7 +239,7 @@ class StillCall:
         self.reads = asyncio.Event()
         self.cancelled = asyncio.Event()
 
-    def GenerateMany(self) -> StillCall:  # noqa: N802 - it is its own stub
+    def GenerateMany(self) -> StillCall:
         return self
 
     async def write(self, message: engine_pb2.GenerateManyRequest) -> None:
