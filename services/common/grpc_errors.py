@@ -94,6 +94,15 @@ async def abort(context: grpc.aio.ServicerContext[Any, Any], error: BaseExceptio
         raise asyncio.CancelledError from None
 
 
+async def write(context: grpc.aio.ServicerContext[Any, Any], message: Any) -> None:
+    """Sends a message of a stream. Where the caller is gone, and that is yet to be heard here, it ends as if it had
+    been."""
+    try:
+        await context.write(message)
+    except grpc.aio.InternalError:
+        raise asyncio.CancelledError from None
+
+
 def failed(error: BaseException) -> SloraError:
     """What a caller is told of `error`, and the current span: one that is not a `SloraError` is logged and INTERNAL."""
     if not isinstance(error, SloraError):
@@ -178,4 +187,5 @@ __all__ = [
     "from_store_error",
     "to_grpc_status",
     "to_status",
+    "write",
 ]

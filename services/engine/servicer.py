@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from functools import partial
 from typing import Any
 
 import grpc
 from slora.engine.v1 import engine_pb2, engine_pb2_grpc
 
-from services.common.grpc_errors import abort
+from services.common.grpc_errors import abort, write
 from services.common.request_id import bind_request_id
 from services.common.tracing import NO_TRACING, Tracing, current_span
 from services.engine import codec
@@ -40,7 +41,7 @@ class EngineServicer(engine_pb2_grpc.EngineServiceServicer):
             async with self._frontend.generate(asked) as generation:
                 while True:
                     delta = await generation.next()
-                    await context.write(codec.encode_delta(delta, with_logprobs, token_text))
+                    await write(context, codec.encode_delta(delta, with_logprobs, token_text))
                     if delta.completion is not None:
                         break
         except Exception as error:
@@ -53,7 +54,7 @@ class EngineServicer(engine_pb2_grpc.EngineServiceServicer):
     ) -> None:
         """Streams all generations of one gateway; leaving it in any way aborts them in the core."""
         try:
-            await SharedStream(self._frontend, self._tracing).serve(requests, context.write)
+            await SharedStream(self._frontend, self._tracing).serve(requests, partial(write, context))
         except Exception as error:
             if not context.done():
                 await abort(context, error)
@@ -73,7 +74,7 @@ class EngineServicer(engine_pb2_grpc.EngineServiceServicer):
         try:
             with self._frontend.state.watch() as watch:
                 while True:
-                    await context.write(codec.encode_state(await watch.next()))
+                    await write(context, codec.encode_state(await watch.next()))
         except Exception as error:
             if not context.done():
                 await abort(context, error)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import grpc
 from slora.gateway.v1 import inference_pb2, inference_pb2_grpc
 
-from services.common.grpc_errors import abort
+from services.common.grpc_errors import abort, write
 from services.common.grpc_server import GrpcServer, authorization_of
 from services.gateway.codec import (
     from_page_token,
@@ -49,7 +49,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
                     if is_first:
                         response.request_id, response.model = answer.request_id, answer.model.public_id
                         is_first = False
-                    await context.write(response)
+                    await write(context, response)
         except Exception as error:
             # Without this, writing to a caller that has left would be reported as an error of ours.
             if not context.done():

@@ -12,7 +12,7 @@ from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
 from services.common.errors import FieldError, Reason, SloraError
-from services.common.grpc_errors import abort, from_rpc_error, from_store_error, to_grpc_status
+from services.common.grpc_errors import abort, from_rpc_error, from_store_error, to_grpc_status, write
 from tests.fixtures.ended_call import EndedCall
 
 
@@ -159,8 +159,16 @@ class Gone:
     async def abort(self, *status: object) -> None:
         raise grpc.aio.InternalError("Failed execute_batch")
 
+    async def write(self, message: object) -> None:
+        raise grpc.aio.InternalError("Failed execute_batch")
+
 
 async def test_a_caller_that_is_gone_is_told_nothing() -> None:
     """Its cancellation is what the call ends with; anything else gRPC would log as the server's own fault."""
     with pytest.raises(asyncio.CancelledError):
         await abort(cast(Any, Gone()), SloraError(Reason.QUEUE_FULL, "full"))
+
+
+async def test_a_message_to_a_caller_that_is_gone_ends_the_call_as_its_cancellation_would() -> None:
+    with pytest.raises(asyncio.CancelledError):
+        await write(cast(Any, Gone()), "a message")
