@@ -14,6 +14,7 @@ import pytest
 from slora.engine.v1 import engine_pb2, engine_pb2_grpc
 
 from services.common.errors import FieldError, Reason, SloraError
+from services.common.grpc_errors import to_grpc_status
 from services.common.grpc_server import SERVER_OPTIONS
 from services.common.tracing import NO_SPAN
 from services.gateway.engine_client import EngineClient
@@ -232,7 +233,10 @@ async def test_an_engine_that_is_older_is_no_engine() -> None:
 
 
 class StillCall:
-    """A call of GenerateMany to an engine that reads nothing until it is told to, and says nothing."""
+    """A call of GenerateMany to an engine that reads nothing until it is told to, says nothing, and ends with `status`
+    if the call breaks."""
+
+    status: BaseException = asyncio.CancelledError()
 
     def __init__(self) -> None:
         self.written: list[engine_pb2.GenerateManyRequest] = []
@@ -251,7 +255,7 @@ class StillCall:
 
     async def __aiter__(self) -> AsyncIterator[engine_pb2.GenerateManyResponse]:
         await self.cancelled.wait()
-        raise asyncio.CancelledError
+        raise self.status
         yield
 
 
@@ -286,4 +290,38 @@ async def test_a_call_that_cannot_be_written_to_is_given_up(
     stream = EngineStream("still", still)
     assert (await error_of(stream.start(request(), None, NO_SPAN))).reason is Reason.ENGINE_UNAVAILABLE
     assert "no reason that anybody thought of" in caplog.text
+    await stream.close()
+
+
+def broken(code: grpc.StatusCode, details: str, *trailing: tuple[str, bytes]) -> grpc.aio.AioRpcError:
+    metadata = grpc.aio.Metadata(*trailing)
+    return grpc.aio.AioRpcError(code, grpc.aio.Metadata(), metadata, details=details)
+
+
+def engine_says(error: SloraError) -> grpc.aio.AioRpcError:
+    status = to_grpc_status(error)
+    return broken(status.code, status.details, *status.trailing_metadata)
+
+
+@pytest.mark.parametrize(
+    ("status", "reason"),
+    [
+        # As grpc.aio has it where an engine is killed while something is written to it.
+        (broken(grpc.StatusCode.INTERNAL, "Internal error from Core"), Reason.ENGINE_UNAVAILABLE),
+        (broken(grpc.StatusCode.UNAVAILABLE, "Stream removed"), Reason.ENGINE_UNAVAILABLE),
+        (engine_says(SloraError(Reason.INTERNAL, "a fault of mine")), Reason.INTERNAL),
+        (engine_says(SloraError(Reason.DRAINING, "shut down")), Reason.DRAINING),
+    ],
+)
+async def test_a_connection_that_breaks_is_not_a_fault_of_the_engine(
+    status: grpc.aio.AioRpcError, reason: Reason
+) -> None:
+    """Another engine may answer what this one has not; what the engine itself says is passed on."""
+    still: Any = StillCall()
+    still.status = status
+    stream = EngineStream("still", still)
+    calls = [stream.start(request(), None, NO_SPAN) for _ in range(3)]
+    await eventually(lambda: bool(still.written))
+    still.cancel()
+    assert {(await error_of(call)).reason for call in calls} == {reason}
     await stream.close()
