@@ -213,9 +213,13 @@ class FakeEngine(engine_pb2_grpc.EngineServiceServicer):
     async def GenerateMany(self, requests: AsyncIterator[engine_pb2.GenerateManyRequest], context: ManyContext) -> None:
         writing = asyncio.Lock()
 
-        async def write(update: engine_pb2.GenerationUpdate) -> None:
+        async def write_in_turn(update: engine_pb2.GenerationUpdate) -> None:
             async with writing:
                 await context.write(engine_pb2.GenerateManyResponse(updates=[update]))
+
+        async def write(update: engine_pb2.GenerationUpdate) -> None:
+            # A script that is cancelled has its message under way still: another one's would be one too many for gRPC.
+            await asyncio.shield(write_in_turn(update))
 
         running: dict[int, asyncio.Task[None]] = {}
         try:
