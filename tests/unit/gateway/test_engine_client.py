@@ -253,10 +253,12 @@ class StillCall:
     def cancel(self) -> None:
         self.cancelled.set()
 
-    async def __aiter__(self) -> AsyncIterator[engine_pb2.GenerateManyResponse]:
+    def __aiter__(self) -> StillCall:
+        return self
+
+    async def __anext__(self) -> engine_pb2.GenerateManyResponse:
         await self.cancelled.wait()
         raise self.status
-        yield
 
 
 async def test_what_an_engine_that_stands_still_was_not_told_of_is_not_kept() -> None:
@@ -293,7 +295,7 @@ async def test_a_call_that_cannot_be_written_to_is_given_up(
     await stream.close()
 
 
-def broken(code: grpc.StatusCode, details: str, *trailing: tuple[str, bytes]) -> grpc.aio.AioRpcError:
+def broken(code: grpc.StatusCode, details: str, *trailing: tuple[str, str | bytes]) -> grpc.aio.AioRpcError:
     metadata = grpc.aio.Metadata(*trailing)
     return grpc.aio.AioRpcError(code, grpc.aio.Metadata(), metadata, details=details)
 
