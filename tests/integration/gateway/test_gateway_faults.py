@@ -7,8 +7,10 @@ import time
 
 import grpc
 import pytest
+from slora.engine.v1 import engine_pb2
 
-from services.common.errors import Reason
+from services.common.errors import Reason, SloraError
+from services.gateway.engine_client import EngineClient
 from tests.fakes.fake_engine import (
     Context,
     FakeEngine,
@@ -59,6 +61,28 @@ async def test_killed_before_the_first_token_another_engine_answers(fleet_of: Fl
     await fleet.engines[0].stop()
     tokens = [token async for message in call for token in message.token_ids]
     assert tokens == expected_tokens(PROMPT, fleet.store.adapters["poet@2"].digest, 4)
+
+
+async def test_what_is_being_written_to_an_engine_that_dies_may_go_elsewhere() -> None:
+    """gRPC forgets how a call ended to which a message was being written."""
+    engine = FakeEngine(script=hang)
+    await engine.start()
+    client = EngineClient(engine.address)
+
+    async def ask() -> Reason:
+        with pytest.raises(SloraError) as caught:
+            await anext(client.generate(engine_pb2.GenerateRequest(prompt={"text": PROMPT * 300}), None))
+        return caught.value.reason
+
+    asking = [asyncio.create_task(ask())]
+    await eventually("it arrived", lambda: engine.received)
+    stopping = asyncio.create_task(engine.stop())
+    for _ in range(100):
+        asking.append(asyncio.create_task(ask()))
+        await asyncio.sleep(0)
+    await stopping
+    assert set(await asyncio.gather(*asking)) == {Reason.ENGINE_UNAVAILABLE}
+    await client.close()
 
 
 async def test_killed_after_the_first_token_the_stream_ends_at_once(fleet_of: FleetFactory) -> None:
