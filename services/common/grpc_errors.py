@@ -31,6 +31,10 @@ MAX_DETAIL_BYTES = 250
 _PLAIN = frozenset(range(0x20, 0x7F)) - {ord("%")}
 """Bytes that take one in a header; gRPC spells the others with three."""
 
+_BROKEN_OFF = "Internal error from Core"
+"""What grpc.aio makes of whatever ended a call, a dying server's connection too, if a message was about to be written:
+https://github.com/grpc/grpc/issues/36066. No server says that."""
+
 M = TypeVar("M", bound=Message)
 
 logger = logging.getLogger(__name__)
@@ -125,7 +129,8 @@ def from_rpc_error(error: grpc.RpcError, unavailable: Reason) -> SloraError:
     ours = None if status is None else from_status(status)
     if ours is not None:
         return ours
-    return SloraError(_reason_of_bare_code(error.code(), unavailable), error.details() or str(error.code()))
+    reason = unavailable if error.details() == _BROKEN_OFF else _reason_of_bare_code(error.code(), unavailable)
+    return SloraError(reason, error.details() or str(error.code()))
 
 
 def from_status(status: status_pb2.Status) -> SloraError | None:

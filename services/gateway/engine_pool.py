@@ -18,6 +18,9 @@ logger = logging.getLogger(__name__)
 
 _FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.1, 1.0
 
+_LOOKS = 4
+"""So often a silence is looked at before it counts; a look that came too late does not."""
+
 
 class Generation(Protocol):
     """A generation that runs in an engine; iterating gives its messages and raises `SloraError`."""
@@ -191,9 +194,7 @@ class EnginePool:
             try:
                 async with contextlib.aclosing(engine.connection.watch_state()) as updates:
                     while True:
-                        async with asyncio.timeout(self._silence_seconds):
-                            update = await anext(updates)
-                        self._report(engine, update)
+                        self._report(engine, await self._next_update(updates))
                         was_up = True
             except TimeoutError:
                 self._lost(engine, f"silent for {self._silence_seconds:g} s")
@@ -207,6 +208,26 @@ class EnginePool:
                 self._lost(engine, "its state was not understood")
             pause = _FIRST_PAUSE_SECONDS if was_up else min(2 * pause, _LONGEST_PAUSE_SECONDS)
             await asyncio.sleep(pause)
+
+    async def _next_update(self, updates: AsyncGenerator[StateUpdate, None]) -> StateUpdate:
+        """What an engine reports next; TimeoutError when it is silent.
+
+        Time in which this process was held up is no silence of the engine's: what came meanwhile is yet to be read,
+        and without that one such moment would lose every engine at once.
+        """
+        pause, num_looks, clock = self._silence_seconds / _LOOKS, 0, asyncio.get_running_loop().time
+        coming = asyncio.ensure_future(anext(updates))
+        try:
+            while num_looks < _LOOKS:
+                began = clock()
+                await asyncio.wait([coming], timeout=pause)
+                if coming.done():
+                    return coming.result()
+                num_looks += clock() - began < 2 * pause
+            raise TimeoutError
+        finally:
+            if coming.cancel():
+                await asyncio.wait([coming])
 
     def _report(self, engine: PooledEngine, update: StateUpdate) -> None:
         state = engine.state

@@ -247,10 +247,6 @@ class _Link:
         if rpc_error.code() is grpc.StatusCode.UNIMPLEMENTED:
             message = f"engine {self._address} is older than this gateway and has no GenerateMany; engines come first"
             return SloraError(Reason.ENGINE_UNAVAILABLE, message)
-        if rpc_error.code() is grpc.StatusCode.INTERNAL and not rpc_error.trailing_metadata():
-            # Not the engine's word but gRPC's own: so it calls a connection that broke under a write.
-            message = f"the connection to engine {self._address} broke: {rpc_error.details()}"
-            return SloraError(Reason.ENGINE_UNAVAILABLE, message)
         return from_rpc_error(rpc_error, unavailable=Reason.ENGINE_UNAVAILABLE)
 
     async def close(self) -> None:

@@ -17,13 +17,13 @@ from services.local.stack import LocalStack
 
 def metric(url: str, name: str, **labels: str) -> float:
     """Sum of a metric's samples whose labels agree, read from a service's /metrics."""
-    with urllib.request.urlopen(url, timeout=5) as answer:
+    with urllib.request.urlopen(url, timeout=30) as answer:
         text = answer.read().decode()
     samples = (s for family in text_string_to_metric_families(text) for s in family.samples)
     return sum(s.value for s in samples if s.name == name and labels.items() <= s.labels.items())
 
 
-def wait_until(what: str, condition: Callable[[], bool], timeout_seconds: float = 20.0) -> None:
+def wait_until(what: str, condition: Callable[[], bool], timeout_seconds: float = 60.0) -> None:
     """Polls until `condition` holds; fails the test after `timeout_seconds`."""
     deadline = time.monotonic() + timeout_seconds
     while not condition():

@@ -31,7 +31,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
 
 NUM_ADAPTERS = 12
 NUM_CLIENTS = 8
-DEADLINE_SECONDS = 8.0
+DEADLINE_SECONDS = 15.0
+SHORT_DEADLINE_SECONDS = 8.0
 MAX_TOKENS = 24
 MAY_FAIL_WITH = {"UNAVAILABLE", "RESOURCE_EXHAUSTED"}
 
@@ -124,7 +125,7 @@ async def load(
         await asyncio.wait_for(asyncio.gather(*loops), deadline_seconds + 10)
 
 
-async def recovered(stack: LocalStack, expected: dict[str, tuple[int, ...]], timeout_seconds: float = 30.0) -> None:
+async def recovered(stack: LocalStack, expected: dict[str, tuple[int, ...]], timeout_seconds: float = 60.0) -> None:
     """Every model answers right again, each at the first try within one pass."""
     deadline = time.monotonic() + timeout_seconds
     while True:
@@ -139,7 +140,7 @@ async def recovered(stack: LocalStack, expected: dict[str, tuple[int, ...]], tim
             await asyncio.sleep(0.2)
 
 
-async def asked_until_served(stack: LocalStack, model: str, timeout_seconds: float = 30.0) -> tuple[int, ...]:
+async def asked_until_served(stack: LocalStack, model: str, timeout_seconds: float = 60.0) -> tuple[int, ...]:
     """What the model answers, after as many UNAVAILABLE as may be."""
     deadline = time.monotonic() + timeout_seconds
     async with AsyncSloraClient(stack.gateway_address) as client:
@@ -280,7 +281,7 @@ async def test_a_hung_engine_does_not_hang_its_clients(stack: LocalStack, adapte
     expected = await answers_at_rest(stack, adapters)
     pids = [stack.pid("engine-0"), stack.core_pid("engine-0")]
     try:
-        async with load(stack, expected) as outcomes:
+        async with load(stack, expected, SHORT_DEADLINE_SECONDS) as outcomes:
             await asyncio.sleep(0.5)
             for pid in pids:
                 os.kill(pid, signal.SIGSTOP)
@@ -295,7 +296,7 @@ async def test_a_hung_engine_does_not_hang_its_clients(stack: LocalStack, adapte
         for pid in pids:
             os.kill(pid, signal.SIGCONT)
     assert not outcomes.wrong, outcomes.wrong[:3]
-    assert outcomes.slowest_seconds < DEADLINE_SECONDS + 5
+    assert outcomes.slowest_seconds < SHORT_DEADLINE_SECONDS + 5
     await recovered(stack, expected)
     await asyncio.to_thread(assert_no_page_lost, stack)
 

@@ -210,7 +210,7 @@ def test_the_engine_tells_vllms_names_what_is_resident(stack: LocalStack) -> Non
     url = stack.metrics_urls["engine-0"]
     with OpenAI(base_url=stack.http_url, api_key="none", max_retries=0, timeout=60) as client:
         client.completions.create(model="a2", prompt="x", max_tokens=2)
-    with urllib.request.urlopen(url, timeout=5) as answer:
+    with urllib.request.urlopen(url, timeout=30) as answer:
         (info,) = re.findall(r"^vllm:lora_requests_info\{(.*)\} ", answer.read().decode(), re.MULTILINE)
     resident = re.search(r'running_lora_adapters="([^"]*)"', info)
     assert resident is not None

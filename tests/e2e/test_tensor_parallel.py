@@ -68,17 +68,31 @@ def test_two_processes_serve_as_one_and_end_as_one(tmp_path: Path) -> None:
             check(name)
         assert_no_page_lost(stack)
         assert metric(stack.metrics_urls["engine-0"], "slora_engine_adapter_load_seconds_count") >= len(NAMES)
-        for signal_number in (signal.SIGKILL, signal.SIGSTOP):
+
+        def strike(signal_number: signal.Signals) -> str | None:
+            """How a stream ends that a follower is lost to; None if the signal came too late for it."""
             leaders, followers = core_processes(stack)
             assert (len(leaders), len(followers)) == (1, 1)
             stream = client.stream(NAMES[0], [5, 6], temperature=0, max_tokens=190, ignore_eos=True)
             next(stream)
             followers[0].send_signal(signal_number)
-            with pytest.raises(SloraRequestError) as raised:
+            reason = None
+            try:
                 for _ in stream:
                     pass
-            assert raised.value.reason == "ENGINE_CORE_DEAD"
-            _, alive = psutil.wait_procs([*leaders, *followers], timeout=20)
+            except SloraRequestError as error:
+                reason = error.reason
+            if reason is None:
+                serves(check)  # who asks next finds it out
+            _, alive = psutil.wait_procs([*leaders, *followers], timeout=40)
             assert not alive, "a process outlived its core"
+            return reason
+
+        for signal_number in (signal.SIGKILL, signal.SIGSTOP):
+            reasons = [strike(signal_number)]
+            while reasons[-1] is None and len(reasons) < 5:  # on a slow machine a stream may be over before that
+                wait_until("another core of two processes serves", lambda: serves(check))
+                reasons.append(strike(signal_number))
+            assert reasons[-1] == "ENGINE_CORE_DEAD"
             if signal_number == signal.SIGKILL:
-                wait_until("another core of two processes serves", lambda: serves(check), 60)
+                wait_until("another core of two processes serves", lambda: serves(check))

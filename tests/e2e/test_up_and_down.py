@@ -152,7 +152,7 @@ def answers(gateway: str, *models: str) -> dict[str, tuple[int, ...]]:
 
 def model_names(gateway: str) -> list[str]:
     with SloraClient(gateway) as client:
-        return [entry.name for entry in client.list_models(timeout=20)]
+        return [entry.name for entry in client.list_models(timeout=60)]
 
 
 def test_up_serves_until_down_and_again_with_what_was_uploaded(
@@ -181,7 +181,7 @@ def test_up_serves_until_down_and_again_with_what_was_uploaded(
         assert len(started) >= 6, started  # Five services and the engine's core.
         down = run(state, "down")
         assert (down.returncode, down.stdout, down.stderr) == (0, f"stopped (process {up.process.pid})\n", "")
-        assert up.process.wait(timeout=30) == 0
+        assert up.process.wait(timeout=60) == 0
         assert alive(started) == []
         assert is_free(port)
         assert up.out.endswith("\nstopped\n")
@@ -194,7 +194,7 @@ def test_up_serves_until_down_and_again_with_what_was_uploaded(
         assert after == before | {"my-adapter": before["a1"]}
         started = up.descendants()
         up.process.send_signal(signal.SIGINT)
-        assert up.process.wait(timeout=30) == 0
+        assert up.process.wait(timeout=60) == 0
         assert alive(started) == []
     assert run(state, "down").stdout == "nothing is running\n"
 
@@ -251,7 +251,7 @@ def test_adapters_in_s3_are_served_from_there(
         everything = s3_server.keys()
         assert len([key for key in everything if not key.startswith("team/loras/slora-uploads/")]) == 6
         assert run(tmp_path / "state", "down").returncode == 0
-        assert up.process.wait(timeout=30) == 0
+        assert up.process.wait(timeout=60) == 0
 
 
 def test_down_ends_one_that_is_just_starting(checkpoint: Path, tmp_path: Path) -> None:
@@ -261,7 +261,7 @@ def test_down_ends_one_that_is_just_starting(checkpoint: Path, tmp_path: Path) -
         )
         started = up.descendants()
         assert run(tmp_path, "down").stdout == f"stopped (process {up.process.pid})\n"
-        assert up.process.wait(timeout=30) == 0
+        assert up.process.wait(timeout=60) == 0
         assert alive(started) == []
         assert "slora serves" not in up.out
         assert up.out.endswith("\nstopped\n")

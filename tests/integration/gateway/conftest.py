@@ -25,7 +25,7 @@ from tests.integration.gateway.tenancy_desk import Desk
 PROMPT = "tell me"
 
 
-async def eventually(what: str, condition: Callable[[], Any], timeout: float = 5.0) -> None:
+async def eventually(what: str, condition: Callable[[], Any], timeout: float = 30.0) -> None:
     """Returns when `condition` holds; fails after `timeout` seconds."""
     deadline = time.monotonic() + timeout
     while not condition():
@@ -45,9 +45,10 @@ class Fleet:
 
     async def start(self, **settings: Any) -> None:
         """Starts the gateway; the engines and the store must have ports by now."""
-        quick: dict[str, Any] = {"engine_wait_seconds": 1.0, "store_timeout_seconds": 1.0}
+        # A slow machine may need long for what is meant to come; where it does not come, tests say how long to wait.
+        patient = {"engine_wait_seconds": 30.0, "store_timeout_seconds": 20.0, "tenancy_timeout_seconds": 20.0}
         addresses = tuple(engine.address for engine in self.engines)
-        everything = {"listen": "127.0.0.1:0", "http": "127.0.0.1:0", **quick, **settings}
+        everything: dict[str, Any] = {"listen": "127.0.0.1:0", "http": "127.0.0.1:0", **patient, **settings}
         admin_secret = everything.pop("admin_secret", "")
         tracing = everything.pop("tracing", NO_TRACING)
         settings_given = GatewaySettings(addresses, (self.store.address,), **everything)
@@ -74,7 +75,7 @@ class Fleet:
             await server.stop()
 
     def call(
-        self, model: str = "base", num_tokens: int = 4, deadline: float | None = 20, **fields: Any
+        self, model: str = "base", num_tokens: int = 4, deadline: float | None = 60, **fields: Any
     ) -> grpc.aio.UnaryStreamCall[inference_pb2.GenerateRequest, inference_pb2.GenerateResponse]:
         """Starts a generation."""
         request = inference_pb2.GenerateRequest(
@@ -108,6 +109,18 @@ class Fleet:
     def value(self, name: str, **labels: str) -> float:
         """A metric of the gateway; 0 where it was never touched."""
         return self.registry.get_sample_value(f"slora_gateway_{name}", labels) or 0.0
+
+    def stop_clock(self) -> Callable[[float], None]:
+        """From now on time stands still for the choice of engines; gives what lets some seconds pass there."""
+        assert self.gateway is not None
+        now = time.monotonic()
+
+        def pass_by(seconds: float) -> None:
+            nonlocal now
+            now += seconds
+
+        self.gateway.pool._clock = lambda: now
+        return pass_by
 
     def in_state(self, number: int) -> Any:
         """What the gateway thinks of an engine."""

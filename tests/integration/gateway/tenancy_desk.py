@@ -25,7 +25,7 @@ class Desk:
     """Makes tenants and keys straight in Redis."""
 
     def __init__(self, redis_url: str) -> None:
-        self.redis = TenancyRedis(redis_url, "slora:tenancy", 5.0)
+        self.redis = TenancyRedis(redis_url, "slora:tenancy", 20.0)
         self.directory = TenantDirectory(self.redis)
 
     async def key(self, tenant: str = "team", adapters: tuple[str, ...] = ("*",), **limits: int) -> str:
@@ -39,7 +39,7 @@ def generate(fleet: Fleet, *authorization: str, model: str = "base", num_tokens:
     request = inference_pb2.GenerateRequest(
         model=model, prompt={"token_ids": {"ids": [1, 2, 3]}}, stopping={"max_tokens": num_tokens}
     )
-    return fleet.stub.Generate(request, timeout=20, metadata=[("authorization", value) for value in authorization])
+    return fleet.stub.Generate(request, timeout=60, metadata=[("authorization", value) for value in authorization])
 
 
 async def whole(call: Any) -> list[inference_pb2.GenerateResponse]:
@@ -53,7 +53,7 @@ async def ask(fleet: Fleet, key: str, **more: Any) -> list[inference_pb2.Generat
 @contextlib.asynccontextmanager
 async def http(fleet: Fleet, key: str) -> AsyncIterator[AsyncOpenAI]:
     base_url = f"http://127.0.0.1:{fleet.http_port}/v1"
-    async with AsyncOpenAI(base_url=base_url, api_key=key, max_retries=0, timeout=20) as client:
+    async with AsyncOpenAI(base_url=base_url, api_key=key, max_retries=0, timeout=60) as client:
         yield client
 
 

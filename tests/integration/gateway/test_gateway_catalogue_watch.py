@@ -58,7 +58,10 @@ async def test_an_alias_flips_for_new_requests_and_use_is_reported(fleet_of: Fle
     assert set(fleet.store.uses) == {"poet@1", "poet@2"}
 
 
-async def test_after_a_restart_of_the_store_nothing_stale_is_served(fleet_of: FleetFactory) -> None:
+async def test_after_a_restart_of_the_store_nothing_stale_is_served(
+    fleet_of: FleetFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("services.gateway.models._CONFIRM_SECONDS", 20.0)  # a slow machine may need a moment
     fleet = await fleet_of(1)
     await fleet.store.stop()
     fleet.store.add("poet", 3)

@@ -7,8 +7,10 @@ import time
 
 import grpc
 import pytest
+from slora.engine.v1 import engine_pb2
 
-from services.common.errors import Reason
+from services.common.errors import Reason, SloraError
+from services.gateway.engine_client import EngineClient
 from tests.fakes.fake_engine import (
     Context,
     FakeEngine,
@@ -61,11 +63,33 @@ async def test_killed_before_the_first_token_another_engine_answers(fleet_of: Fl
     assert tokens == expected_tokens(PROMPT, fleet.store.adapters["poet@2"].digest, 4)
 
 
+async def test_what_is_being_written_to_an_engine_that_dies_may_go_elsewhere() -> None:
+    """gRPC forgets how a call ended to which a message was being written."""
+    engine = FakeEngine(script=hang)
+    await engine.start()
+    client = EngineClient(engine.address)
+
+    async def ask() -> Reason:
+        with pytest.raises(SloraError) as caught:
+            await anext(client.generate(engine_pb2.GenerateRequest(prompt={"text": PROMPT * 300}), None))
+        return caught.value.reason
+
+    asking = [asyncio.create_task(ask())]
+    await eventually("it arrived", lambda: engine.received)
+    stopping = asyncio.create_task(engine.stop())
+    for _ in range(100):
+        asking.append(asyncio.create_task(ask()))
+        await asyncio.sleep(0)
+    await stopping
+    assert set(await asyncio.gather(*asking)) == {Reason.ENGINE_UNAVAILABLE}
+    await client.close()
+
+
 async def test_killed_after_the_first_token_the_stream_ends_at_once(fleet_of: FleetFactory) -> None:
     fleet = await fleet_of(2)
     await prefer(fleet, 0)
     fleet.engines[0].token_seconds = 0.02
-    call = fleet.call("poet", num_tokens=1000)
+    call = fleet.call("poet", num_tokens=10_000)
     tokens = [*(await anext(aiter(call))).token_ids]
     killed_at = time.monotonic()
     await fleet.engines[0].stop()
@@ -76,7 +100,7 @@ async def test_killed_after_the_first_token_the_stream_ends_at_once(fleet_of: Fl
 
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await read_on()
-    assert time.monotonic() - killed_at < 1
+    assert time.monotonic() - killed_at < 20, "and not with the deadline"
     assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
     assert tokens == expected_tokens(PROMPT, fleet.store.adapters["poet@2"].digest, len(tokens))
     assert fleet.engines[1].received == []
@@ -98,16 +122,17 @@ async def test_retries_are_bounded_and_never_ask_one_engine_twice(fleet_of: Flee
 
 
 async def test_all_queues_full_is_told_at_once(fleet_of: FleetFactory) -> None:
-    fleet = await fleet_of(2, script=refuse(Reason.QUEUE_FULL, limit=7), engine_wait_seconds=10.0)
+    fleet = await fleet_of(2, script=refuse(Reason.QUEUE_FULL, limit=7), engine_wait_seconds=50.0)
     asked_at = time.monotonic()
     error = await fleet.refusal(fleet.ask())
     assert (error.reason, error.metadata) == (Reason.QUEUE_FULL, {"limit": "7"})
-    assert time.monotonic() - asked_at < 2
+    assert time.monotonic() - asked_at < 20
 
 
 async def test_an_engine_whose_core_died_is_avoided_and_no_black_hole(fleet_of: FleetFactory) -> None:
     fleet = await fleet_of(2)
     fleet.engines[0].script = refuse(Reason.ENGINE_CORE_DEAD)
+    fleet.stop_clock()
     for _ in range(20):
         await fleet.right("base")
     # It looks idle all the time; without the memory of its failure every second request would go there first.
@@ -140,31 +165,38 @@ async def test_draining_engines_get_nothing_new(fleet_of: FleetFactory) -> None:
     other.cancel()
 
 
-async def test_with_no_engine_up_requests_fail_at_once_or_wait_a_little(fleet_of: FleetFactory) -> None:
-    fleet = await fleet_of(1, engine_wait_seconds=1.0, engine_grace_seconds=2.0)
+async def test_an_engine_that_was_there_a_moment_ago_is_waited_for(fleet_of: FleetFactory) -> None:
+    fleet = await fleet_of(1, engine_wait_seconds=1.0, engine_grace_seconds=100.0)
     await fleet.engines[0].stop()
     await eventually("it is lost", lambda: not fleet.in_state(0).is_up)
     asked_at = time.monotonic()
     error = await fleet.refusal(fleet.ask("poet"))
     assert error.reason is Reason.ENGINE_UNAVAILABLE
     assert "0 are up" in error.message
-    assert 0.9 < time.monotonic() - asked_at < 3, "it was heard of a moment ago: waited for"
-    await asyncio.sleep(1.5)
+    assert 0.9 < time.monotonic() - asked_at < 20
+
+
+async def test_an_engine_that_is_away_for_long_is_not_waited_for(fleet_of: FleetFactory) -> None:
+    fleet = await fleet_of(1, engine_wait_seconds=50.0, engine_grace_seconds=100.0)
+    pass_by = fleet.stop_clock()
+    await fleet.engines[0].stop()
+    await eventually("it is lost", lambda: not fleet.in_state(0).is_up)
+    pass_by(101.0)
     asked_at = time.monotonic()
     assert (await fleet.refusal(fleet.ask("poet"))).reason is Reason.ENGINE_UNAVAILABLE
-    assert time.monotonic() - asked_at < 0.9, "not heard of for long: not waited for"
+    assert time.monotonic() - asked_at < 20
 
 
 async def test_waiting_for_an_engine_ends_with_the_deadline(fleet_of: FleetFactory) -> None:
-    fleet = await fleet_of(1, engine_wait_seconds=30.0)
+    fleet = await fleet_of(1, engine_wait_seconds=50.0)
     await fleet.engines[0].stop()
     asked_at = time.monotonic()
     assert (await fleet.refusal(fleet.ask(deadline=0.4))).reason is Reason.DEADLINE_EXCEEDED
-    assert time.monotonic() - asked_at < 2
+    assert time.monotonic() - asked_at < 20
 
 
 async def test_a_restarted_engine_is_found_again_and_carries_waiting_requests(fleet_of: FleetFactory) -> None:
-    fleet = await fleet_of(1, script=hang, engine_wait_seconds=5.0)
+    fleet = await fleet_of(1, script=hang)
     await prefer(fleet, 0)
     first_life = fleet.in_state(0).life
     call = fleet.call("poet")
@@ -176,7 +208,7 @@ async def test_a_restarted_engine_is_found_again_and_carries_waiting_requests(fl
     started_at = time.monotonic()
     tokens = [token async for message in call for token in message.token_ids]
     assert tokens == expected_tokens(PROMPT, fleet.store.adapters["poet@2"].digest, 4)
-    assert time.monotonic() - started_at < 2
+    assert time.monotonic() - started_at < 20
     state = fleet.in_state(0)
     assert state.profile.engine_id == fleet.engines[0].engine_id
     assert state.life != first_life
@@ -193,7 +225,7 @@ async def test_a_silent_engine_gets_nothing_and_what_it_never_answered_goes_else
     silent_at = time.monotonic()
     tokens = [token async for message in call for token in message.token_ids]
     assert tokens == expected_tokens(PROMPT, fleet.store.adapters["poet@2"].digest, 4)
-    assert time.monotonic() - silent_at < 2
+    assert time.monotonic() - silent_at < 20, "and not with the deadline"
     assert not fleet.in_state(0).is_up
     assert fleet.engines[0].received[0].cancelled.is_set()
     before = len(fleet.engines[0].received)
@@ -266,14 +298,15 @@ async def test_load_through_repeated_deaths(fleet_of: FleetFactory) -> None:
 
     clients = [asyncio.create_task(client(number)) for number in range(12)]
     for engine in fleet.engines:
-        await asyncio.sleep(0.3)
+        before = right
+        await eventually("all are asked", lambda b=before: right >= b + 30)  # type: ignore[misc]
         await engine.stop()
-        await asyncio.sleep(0.2)
+        before = right
+        await eventually("the others go on", lambda b=before: right >= b + 20)  # type: ignore[misc]
         await engine.start()
         await eventually("it is back", lambda e=engine: fleet.in_state(fleet.engines.index(e)).is_up)  # type: ignore[misc]
     stopping.set()
-    await asyncio.wait_for(asyncio.gather(*clients), 10)
-    assert right > 50
+    await asyncio.wait_for(asyncio.gather(*clients), 60)
     assert broken <= 3 * 12, "only what had begun on the dying engine"
     assert [fleet.in_state(i).num_in_flight for i in range(3)] == [0, 0, 0]
 

@@ -163,19 +163,24 @@ async def test_two_base_models_do_not_mix(fleet_of: FleetFactory) -> None:
 
 async def test_deadline_and_cancellation_reach_the_engine(fleet_of: FleetFactory) -> None:
     fleet = await fleet_of(1, script=hang)
-    error = await fleet.refusal(fleet.ask(deadline=0.5))
-    assert error.reason is Reason.DEADLINE_EXCEEDED
+    for deadline in (0.5, 3.0, 20.0):  # on a slow machine the first may pass on the way
+        error = await fleet.refusal(fleet.ask(deadline=deadline))
+        assert error.reason is Reason.DEADLINE_EXCEEDED
+        if fleet.engines[0].received:
+            break
     received = fleet.engines[0].received[0]
     assert received.time_remaining is not None
-    assert 0.1 < received.time_remaining <= 0.51
-    await asyncio.wait_for(received.cancelled.wait(), 1)
+    assert 0 < received.time_remaining <= deadline + 0.01
+    await asyncio.wait_for(received.cancelled.wait(), 20)
     await eventually("it is counted", lambda: fleet.value("requests_total", model="base", outcome="deadline_exceeded"))
 
+    before = len(fleet.engines[0].received)
     call = fleet.call(deadline=None)
-    await eventually("it arrived", lambda: len(fleet.engines[0].received) == 2)
-    assert fleet.engines[0].received[1].time_remaining is None
+    await eventually("it arrived", lambda: len(fleet.engines[0].received) > before)
+    received = fleet.engines[0].received[before]
+    assert received.time_remaining is None
     call.cancel()
-    await asyncio.wait_for(fleet.engines[0].received[1].cancelled.wait(), 2)
+    await asyncio.wait_for(received.cancelled.wait(), 20)
     await eventually("it is counted", lambda: fleet.value("requests_total", model="base", outcome="cancelled") == 1)
 
 
@@ -187,7 +192,7 @@ async def test_cancelling_in_the_middle_of_a_stream_stops_the_engine(fleet_of: F
         await anext(aiter(call))
     call.cancel()
     received = fleet.engines[0].received[0]
-    await asyncio.wait_for(received.cancelled.wait(), 2)
+    await asyncio.wait_for(received.cancelled.wait(), 20)
     written = received.num_written
     await asyncio.sleep(0.1)
     assert received.num_written == written

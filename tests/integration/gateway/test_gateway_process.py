@@ -25,7 +25,7 @@ from slora.gateway.v1 import inference_pb2, inference_pb2_grpc
 from services.common.errors import Reason
 from services.common.grpc_errors import from_rpc_error
 from tests.fakes.fake_adapter_store import FakeAdapterStore
-from tests.fakes.fake_engine import FakeEngine, expected_tokens
+from tests.fakes.fake_engine import Context, FakeEngine, Received, answer_messages, expected_tokens
 from tests.integration.gateway.conftest import eventually
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -49,7 +49,7 @@ class GatewayProcess:
 
     async def listening(self) -> dict[str, Any]:
         """The line that says where it listens."""
-        await eventually("it listens", lambda: self.process.poll() is not None or self.lines("listening"), timeout=20)
+        await eventually("it listens", lambda: self.process.poll() is not None or self.lines("listening"), 60)
         assert self.process.poll() is None, self._log.read_text()
         return self.lines("listening")[0]
 
@@ -98,12 +98,19 @@ def generate(channel: grpc.aio.Channel, model: str = "poet", num_tokens: int = 4
     request = inference_pb2.GenerateRequest(
         model=model, prompt={"text": "p"}, stopping={"max_tokens": num_tokens}, request_id="r-7"
     )
-    return inference_pb2_grpc.InferenceServiceStub(channel).Generate(request, timeout=20)
+    return inference_pb2_grpc.InferenceServiceStub(channel).Generate(request, timeout=60)
 
 
 async def health(channel: grpc.aio.Channel, service: str = "") -> int:
     answer = await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(service=service))
     return int(answer.status)
+
+
+async def becomes(status: int, channel: grpc.aio.Channel, service: str = "") -> None:
+    deadline = time.monotonic() + 30
+    while await health(channel, service) != status:
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.02)
 
 
 async def test_serves_logs_counts_and_describes_itself(gateway: StartGateway, store: FakeAdapterStore) -> None:
@@ -117,7 +124,7 @@ async def test_serves_logs_counts_and_describes_itself(gateway: StartGateway, st
     assert expected.items() <= line.items()
 
     url = f"http://127.0.0.1:{metrics_port}/metrics"
-    text = await asyncio.to_thread(lambda: urllib.request.urlopen(url, timeout=5).read().decode())
+    text = await asyncio.to_thread(lambda: urllib.request.urlopen(url, timeout=30).read().decode())
     samples = {
         (s.name, s.labels.get("model")): s.value for f in text_string_to_metric_families(text) for s in f.samples
     }
@@ -136,35 +143,35 @@ async def test_health_of_the_process_and_of_the_service(gateway: StartGateway, e
     _, channel, _ = await gateway("--engine-wait-seconds", "0.1")
     assert (await health(channel), await health(channel, SERVICE)) == (SERVING, NOT_SERVING)
     await engine.start()
-    deadline = time.monotonic() + 3
-    while await health(channel, SERVICE) != SERVING:
-        assert time.monotonic() < deadline
-        await asyncio.sleep(0.02)
+    await becomes(SERVING, channel, SERVICE)
     engine.set_load(draining=True)
-    deadline = time.monotonic() + 3
-    while await health(channel, SERVICE) != NOT_SERVING:
-        assert time.monotonic() < deadline
-        await asyncio.sleep(0.02)
+    await becomes(NOT_SERVING, channel, SERVICE)
     assert await health(channel) == SERVING
 
 
 async def test_sigterm_ends_running_requests_well(gateway: StartGateway, engine: FakeEngine) -> None:
+    go_on = asyncio.Event()
+
+    async def in_two_parts(engine: FakeEngine, received: Received, context: Context) -> None:
+        for number, message in enumerate(answer_messages(received.request)):
+            if number == 10:
+                await go_on.wait()
+            await context.write(message)
+
+    engine.script = in_two_parts
     process, channel, _ = await gateway()
-    engine.token_seconds = 0.05
     call = generate(channel, num_tokens=20)
     num_tokens = len((await anext(aiter(call))).token_ids)
     process.process.send_signal(signal.SIGTERM)
-    deadline = time.monotonic() + 3
-    while await health(channel) != NOT_SERVING:
-        assert time.monotonic() < deadline
-        await asyncio.sleep(0.01)
+    await becomes(NOT_SERVING, channel)
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await anext(aiter(generate(channel)))
     assert from_rpc_error(caught.value, Reason.INTERNAL).reason is Reason.DRAINING
+    go_on.set()
     async for message in call:
         num_tokens += len(message.token_ids)
     assert num_tokens == 20
-    await eventually("it ended", lambda: process.process.poll() is not None, timeout=10)
+    await eventually("it ended", lambda: process.process.poll() is not None)
     assert process.process.returncode == 0
     assert process.lines("stopped")
 
@@ -182,7 +189,7 @@ async def test_sigterm_lets_http_streams_end(gateway: StartGateway, engine: Fake
     assert answer.count(b"data: ") == 21
     assert b"data: [DONE]" in answer
     writer.close()
-    await eventually("it ended", lambda: process.process.poll() is not None, timeout=10)
+    await eventually("it ended", lambda: process.process.poll() is not None)
     assert process.process.returncode == 0
     assert process.lines("stopped")
 
@@ -235,19 +242,18 @@ async def test_a_frozen_engine_process_hangs_nobody_for_ever(gateway: StartGatew
         await anext(aiter(begun))
         assert not engine.received, "it was meant to go to the other one"
         os.kill(frozen.pid, signal.SIGSTOP)
-        frozen_at = time.monotonic()
 
         async def read_on() -> None:
             async for _ in begun:
                 pass
 
+        reading = asyncio.create_task(read_on())
         unanswered = [t async for m in generate(channel, "base") for t in m.token_ids]
         assert unanswered == expected_tokens("p", "", 4)
-        assert time.monotonic() - frozen_at < 6, "the silent engine's unanswered request went elsewhere"
+        assert not reading.done(), "its silence is told long before its connection breaks"
         with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await asyncio.wait_for(read_on(), 25)
+            await asyncio.wait_for(reading, 40)
         assert from_rpc_error(caught.value, Reason.INTERNAL).reason is Reason.ENGINE_UNAVAILABLE
-        assert time.monotonic() - frozen_at < 20
     finally:
         frozen.kill()
         await frozen.wait()
@@ -256,7 +262,7 @@ async def test_a_frozen_engine_process_hangs_nobody_for_ever(gateway: StartGatew
 @pytest.mark.parametrize(("option", "where"), [("--listen", "[::]:0"), ("--http", "0.0.0.0:0")])
 def test_without_keys_it_refuses_to_listen_beyond_this_host(option: str, where: str) -> None:
     command = [sys.executable, "-m", "services.gateway", "--engines", "127.0.0.1:1", "--adapter-store", "127.0.0.1:1"]
-    done = subprocess.run([*command, option, where], cwd=ROOT, capture_output=True, text=True, timeout=20, check=False)
+    done = subprocess.run([*command, option, where], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 2
     assert done.stderr.startswith(f"gateway: {option} {where}: without API keys")
     assert "--allow-anonymous" in done.stderr

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator
 import pytest
 
 from services.common.errors import Reason, SloraError
+from services.gateway import replica_client
 from services.gateway.adapter_source import CatalogueFeed
 from services.gateway.catalogue import Catalogue
 from services.gateway.store_client import StoreClient
@@ -50,7 +51,8 @@ class Shop:
 
 
 @pytest.fixture
-async def shop() -> AsyncIterator[Shop]:
+async def shop(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Shop]:
+    monkeypatch.setattr(replica_client, "ANSWER_SECONDS", 2.5)  # a slow machine may need some of them
     shop = Shop()
     for store in shop.stores:
         await store.start()
@@ -96,21 +98,25 @@ async def test_the_store_is_lost_with_its_last_replica(shop: Shop) -> None:
     assert shop.num_losses == 1
 
 
-async def test_one_that_hangs_is_out_of_reach(shop: Shop) -> None:
+async def test_one_that_hangs_is_out_of_reach(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
     for store in shop.stores:
         store.answer_seconds = 60.0
-    began = time.monotonic()
+    monkeypatch.setattr(replica_client, "ANSWER_SECONDS", 1.0)
     assert not await shop.client.is_reachable()
-    assert time.monotonic() - began < 5, "both are asked at once"
-    shop.stores[1].answer_seconds = 0.0
-    assert await shop.client.is_reachable()
+    monkeypatch.setattr(replica_client, "ANSWER_SECONDS", 50.0)
+    for store in shop.stores:
+        store.answer_seconds = 0.0
+        began = time.monotonic()
+        assert await shop.client.is_reachable()
+        assert time.monotonic() - began < 20, "both are asked at once"
+        store.answer_seconds = 60.0
 
 
 async def test_one_that_hangs_is_left_in_time_and_its_watch_when_it_is_no_longer_named(shop: Shop) -> None:
     watched, other = await shop.watched()
     watched.answer_seconds, watched.is_watch_mute = 60.0, True
     shop.add("late")
-    found = await shop.client.find("late", 4)
+    found = await shop.client.find("late", 5)
     assert found is not None
     assert other.num_gets == 1
     assert shop.catalogue.find("late") is None

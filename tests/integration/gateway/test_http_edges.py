@@ -17,7 +17,15 @@ from services.common.settings import AddressError
 from services.common.tls import ServerTls
 from services.gateway.http.server import HttpServer
 from services.local.ports import free_port
-from tests.fakes.fake_engine import FakeEngine, Received, answer_messages, expected_tokens, fail_after, hang
+from tests.fakes.fake_engine import (
+    Context,
+    FakeEngine,
+    Received,
+    answer_messages,
+    expected_tokens,
+    fail_after,
+    hang,
+)
 from tests.integration.gateway.conftest import Fleet, FleetFactory, eventually
 
 JSON = {"Content-Type": "application/json"}
@@ -30,7 +38,7 @@ async def send(
     """A request's status, headers (by lower-case name) and body, parsed if it is JSON."""
 
     def run() -> tuple[int, dict[str, str], Any]:
-        connection = http.client.HTTPConnection("127.0.0.1", fleet.http_port, timeout=20)
+        connection = http.client.HTTPConnection("127.0.0.1", fleet.http_port, timeout=60)
         content = body if body is None or isinstance(body, bytes) else json.dumps(body)
         connection.request(method, path, content, JSON if headers is None else headers)
         response = connection.getresponse()
@@ -205,7 +213,7 @@ async def test_leaving_before_there_is_an_answer_ends_it_in_the_engine(fleet: Fl
         await writer.wait_closed()
         await eventually("they end", lambda: all(r.cancelled.is_set() for r in received))
         received.clear()
-    assert fleet.value("in_flight_requests") == 0
+    await eventually("it is noted", lambda: fleet.value("in_flight_requests") == 0)
 
 
 async def test_a_slow_reader_holds_up_nobody(fleet: Fleet) -> None:
@@ -289,8 +297,19 @@ async def test_models_cannot_be_listed_before_all_are_known(fleet_of: FleetFacto
     assert (status, body["error"]["code"], headers["retry-after"]) == (503, "adapter_store_unavailable", "1")
 
 
-async def test_the_drain_lets_streams_end_and_refuses_new_ones(fleet: Fleet) -> None:
-    fleet.engines[0].token_seconds = 0.05
+async def test_the_drain_lets_streams_end_and_refuses_new_ones(
+    fleet_of: FleetFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("services.gateway.http.server._CUT_SECONDS", 30)
+    fleet = await fleet_of(1)
+    go_on = asyncio.Event()
+
+    async def when_told(engine: FakeEngine, received: Received, context: Context) -> None:
+        await go_on.wait()
+        for message in answer_messages(received.request):
+            await context.write(message)
+
+    fleet.engines[0].script = when_told
     assert fleet.gateway is not None
     reader, writer = await open_stream(fleet, {**ASK, "max_tokens": 10, "stream": True})
     await arrived(fleet, 1)
@@ -299,6 +318,7 @@ async def test_the_drain_lets_streams_end_and_refuses_new_ones(fleet: Fleet) -> 
     status, headers, body = await send(fleet, "POST", "/v1/completions", ASK)
     assert (status, body["error"]["code"], headers["retry-after"]) == (503, "draining", "1")
     assert (await send(fleet, "GET", "/health"))[0] == 503
+    go_on.set()
     await draining
     assert fleet.gateway.http is not None
     await fleet.gateway.http.stop()

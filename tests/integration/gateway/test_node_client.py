@@ -36,7 +36,7 @@ async def node(fleet: Fleet, model: str, prompt: str) -> asyncio.subprocess.Proc
 async def run(fleet: Fleet, model: str, prompt: str) -> tuple[int | None, str, str]:
     """Exit code, output, errors."""
     process = await node(fleet, model, prompt)
-    out, err = await asyncio.wait_for(process.communicate(), 30)
+    out, err = await asyncio.wait_for(process.communicate(), 60)
     return process.returncode, out.decode(), err.decode()
 
 
@@ -80,7 +80,7 @@ async def test_a_node_client_that_dies_ends_its_generation(fleet_of: FleetFactor
     fleet.engines[0].token_seconds = 0.2
     process = await node(fleet, "base", "x")
     assert process.stdout is not None
-    assert await asyncio.wait_for(process.stdout.read(1), 20)
+    assert await asyncio.wait_for(process.stdout.read(1), 60)
     process.kill()
     await process.communicate()
     (received,) = fleet.engines[0].received

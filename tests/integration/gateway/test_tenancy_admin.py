@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import time
 from typing import Any
 
 import pytest
@@ -44,13 +45,14 @@ async def test_from_a_tenant_to_a_revoked_key(fleet: Fleet) -> None:
     assert created["api_key"].startswith(f"sk-slora-{created['key']['key_id']}-")
     async with AsyncSloraClient(address_of(fleet), created["api_key"]) as client:
         assert [model.name for model in await client.list_models()] == ["base", "cook", "poet"]
+        began = time.monotonic()
         for _ in range(2):
             assert (await client.generate("poet", "x", max_tokens=1)).model == "poet@2"
         with pytest.raises(SloraRequestError) as refused:
             await client.generate("poet", "x", max_tokens=1)
         assert refused.value.reason == Reason.REQUEST_RATE_EXCEEDED.name
         assert refused.value.is_worth_retrying
-        assert 20 < (refused.value.retry_after_seconds or 0) <= 30
+        assert 29.9 - (time.monotonic() - began) < (refused.value.retry_after_seconds or 0) <= 30
     changed = await run(fleet, "tenants", "set", "team", "--requests-per-minute", 0, "--json")
     assert json.loads(changed.stdout) == {
         "name": "team",

@@ -86,7 +86,7 @@ async def test_a_revoked_key_ends_within_the_seconds_it_is_believed(
     revoked_at = time.monotonic()
     reason = None
     while reason is None:
-        assert time.monotonic() - revoked_at < 2
+        assert time.monotonic() - revoked_at < 20
         await asyncio.sleep(0.02)
         try:
             await ask(fleet, key)

@@ -48,7 +48,7 @@ async def test_two_gateways_share_limits_and_a_killed_one_frees_its_places(
 ) -> None:
     engine, store = backend
     options = ["--engines", engine.address, "--adapter-store", store.address]
-    options += ["--tenancy-redis", redis_url, "--tenancy-lease-seconds", "1.5"]
+    options += ["--tenancy-redis", redis_url, "--tenancy-lease-seconds", "4.5", "--tenancy-timeout-seconds", "20"]
     for number in range(2):
         processes.append(GatewayProcess(tmp_path / f"gateway-{number}.log", *options))
     ports = [(await gateway.listening())["port"] for gateway in processes]
@@ -63,10 +63,10 @@ async def test_two_gateways_share_limits_and_a_killed_one_frees_its_places(
             return from_rpc_error(error, Reason.ENGINE_UNAVAILABLE).reason
         return None
 
-    rated = await desk.key("rated", requests_per_minute=10)
+    rated = await desk.key("rated", requests_per_minute=5)
     told = await asyncio.gather(*(outcome(rated, number % 2) for number in range(30)))
-    assert told.count(None) == 10
-    assert told.count(Reason.REQUEST_RATE_EXCEEDED) == 20
+    assert told.count(None) == 5
+    assert told.count(Reason.REQUEST_RATE_EXCEEDED) == 25
 
     answers, engine.script = engine.script, hang
     crowded = await desk.key("crowded", max_concurrent=4)
@@ -80,7 +80,7 @@ async def test_two_gateways_share_limits_and_a_killed_one_frees_its_places(
     killed_at = time.monotonic()
     assert await outcome(crowded, 1) is Reason.CONCURRENCY_EXCEEDED, "nobody has noticed yet"
     while await outcome(crowded, 1) is not None:
-        assert time.monotonic() - killed_at < 4
+        assert time.monotonic() - killed_at < 14, "one of the usual 15 s"
         await asyncio.sleep(0.05)
     assert (await asyncio.gather(*running[:3])) == [Reason.ENGINE_UNAVAILABLE] * 3
     assert not running[3].done(), "the other gateway's goes on, and holds its place"

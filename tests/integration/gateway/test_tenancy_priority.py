@@ -25,7 +25,7 @@ CHAT: Any = [{"role": "user", "content": "hello"}]
 
 @pytest.fixture
 async def directory(redis_url: str) -> AsyncIterator[TenantDirectory]:
-    connection = TenancyRedis(redis_url, PREFIX, 5.0)
+    connection = TenancyRedis(redis_url, PREFIX, 20.0)
     yield TenantDirectory(connection)
     await connection.close()
 
@@ -40,7 +40,7 @@ async def ask(fleet: Fleet, key: str, priority: int | None) -> list[inference_pb
     request = inference_pb2.GenerateRequest(
         model="base", prompt={"text": "x"}, stopping={"max_tokens": 1}, priority=priority
     )
-    return await whole(fleet.stub.Generate(request, timeout=20, metadata=[("authorization", f"Bearer {key}")]))
+    return await whole(fleet.stub.Generate(request, timeout=60, metadata=[("authorization", f"Bearer {key}")]))
 
 
 async def ask_http(fleet: Fleet, key: str, priority: int | None, stream: bool = False, n: int = 1) -> None:

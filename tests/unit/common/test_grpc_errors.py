@@ -99,6 +99,14 @@ def test_details_of_another_status_are_left_alone() -> None:
     assert (error.reason, error.message) == (Reason.REQUEST_TOO_LARGE, "Stream removed")
 
 
+def test_a_call_that_broke_off_while_a_message_was_written_has_found_nobody() -> None:
+    nothing = grpc.aio.Metadata()
+    ended = grpc.aio.AioRpcError(grpc.StatusCode.INTERNAL, nothing, nothing, "Internal error from Core")
+    assert from_rpc_error(ended, Reason.ENGINE_UNAVAILABLE).reason is Reason.ENGINE_UNAVAILABLE
+    failed = grpc.aio.AioRpcError(grpc.StatusCode.INTERNAL, nothing, nothing, "a bug")
+    assert from_rpc_error(failed, Reason.ENGINE_UNAVAILABLE).reason is Reason.INTERNAL
+
+
 def test_a_full_queue_says_when_to_come_back() -> None:
     whole, _ = decoded(to_grpc_status(SloraError(Reason.QUEUE_FULL, "full")))
     info = error_details_pb2.RetryInfo()

@@ -150,7 +150,7 @@ async def test_admission_bounds_and_drains() -> None:
         with pytest.raises(SloraError) as caught, admission.enter():
             pass
         assert caught.value.reason is Reason.DRAINING
-    await asyncio.wait_for(draining, 1)
+    await asyncio.wait_for(draining, 20)
 
 
 def test_settings_reach_their_policies() -> None:

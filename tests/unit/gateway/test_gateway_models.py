@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 from collections.abc import AsyncGenerator, Sequence
+from types import SimpleNamespace
 
 import pytest
 
@@ -141,6 +141,13 @@ async def test_with_the_store_away_the_known_work_and_the_unknown_are_not_denied
     assert (await refusal(known, "b")).reason is Reason.ADAPTER_STORE_UNAVAILABLE
 
 
+@pytest.fixture
+def standing_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long this process is held up, no time passes."""
+    monkeypatch.setattr("services.gateway.models.time", SimpleNamespace(monotonic=lambda: 1000.0))
+
+
+@pytest.mark.usefixtures("standing_clock")
 async def test_while_the_watch_is_not_open_the_store_is_asked_first() -> None:
     known = catalogue_of(entry("a"), entry("gone"))
     source = Source(entry("a", 2))
@@ -155,18 +162,26 @@ async def test_while_the_watch_is_not_open_the_store_is_asked_first() -> None:
     assert len(away.timeouts) == 3
 
 
-async def test_a_store_that_hangs_costs_a_request_in_a_second_a_moment() -> None:
+async def test_a_store_that_hangs_costs_a_request_in_a_second_a_moment(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1000.0
+    monkeypatch.setattr("services.gateway.models.time", SimpleNamespace(monotonic=lambda: now))
+
     class Hanging(Source):
         async def find(self, adapter_id: str, timeout: float | None) -> AdapterEntry | None:
+            nonlocal now
             self.timeouts.append(timeout)
-            await asyncio.sleep(timeout or 0)
+            now += timeout or 0
             raise SloraError(Reason.ADAPTER_STORE_UNAVAILABLE, "hangs")
 
     source = Hanging()
     asking = Models(pool_of("base"), catalogue_of(entry("a")), source, 5.0, is_current=lambda: False)
     for _ in range(5):
         assert (await asking.resolve("a", no_deadline)).public_id == "a@1"
+        now += 0.15
     assert len(source.timeouts) == 1
+    now += 0.3
+    await asking.resolve("a", no_deadline)
+    assert len(source.timeouts) == 2
 
 
 async def test_a_version_that_is_not_there_says_which_are() -> None:
