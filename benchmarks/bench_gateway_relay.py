@@ -5,7 +5,10 @@ An engine that computes nothing sends tokens at a pace, whoever keeps up (`relay
 difference of the two quantiles in one run. Engine, gateway and client are processes of their own and share the host's
 cores, so the gateway's CPU time a message says more than rates where these are too few.
 
-Run: python -m benchmarks.bench_gateway_relay [--short]
+With `--processes` it is measured how the tokens that are kept up with grow with gateway processes: as many engines,
+all of them behind each gateway, and a client for each gateway. That takes some four cores a gateway.
+
+Run: python -m benchmarks.bench_gateway_relay [--short | --processes 1,2,4]
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +35,7 @@ STEP_SECONDS = 0.032
 
 NUM_FLOOD_STREAMS, NUM_FLOOD_TOKENS = 32, 2000
 NUM_OPEN_STREAMS = 2000
+RATE_A_GATEWAY = 16_000
 
 
 @dataclass(frozen=True)
@@ -72,10 +77,11 @@ def an_engine(step_seconds: float) -> Iterator[int]:
 
 
 @contextlib.contextmanager
-def a_gateway(engine_port: int) -> Iterator[Gateway]:
-    """A gateway before one engine, as `python -m services.gateway` runs it."""
+def a_gateway(*engine_ports: int) -> Iterator[Gateway]:
+    """A gateway before some engines, as `python -m services.gateway` runs it."""
     options = ("--listen", "127.0.0.1:0", "--http", "127.0.0.1:0", "--adapter-store", "127.0.0.1:1")
-    with started("services.gateway", *options, "--engines", f"127.0.0.1:{engine_port}") as process:
+    engines = ",".join(f"127.0.0.1:{port}" for port in engine_ports)
+    with started("services.gateway", *options, "--engines", engines) as process:
         entries = (json.loads(line) for line in _lines(process) if line.startswith("{"))
         ports = next(entry for entry in entries if entry["message"] == "listening")
         threading.Thread(target=lambda: list(_lines(process)), daemon=True).start()
@@ -160,6 +166,33 @@ def measure_sustained(seconds: float, rates: Sequence[int]) -> Iterator[Row]:
         )
 
 
+def measure_processes(seconds: float, rate: int, counts: Sequence[int]) -> Iterator[Row]:
+    """Tokens a second that several gateways keep up with, `rate` for each; engines are shared, clients are not."""
+    num_streams, num_tokens = round(rate * STEP_SECONDS), int(seconds / STEP_SECONDS)
+    for count in counts:
+        with contextlib.ExitStack() as held:
+            engine_ports = [held.enter_context(an_engine(STEP_SECONDS)) for _ in range(count)]
+            gateways = [held.enter_context(a_gateway(*engine_ports)) for _ in range(count)]
+            tasks = [Task("gateway", (g.port,), num_streams, num_tokens, num_warm_up=31) for g in gateways]
+            cpu = sum(gateway.cpu_seconds() for gateway in gateways)
+            heard = list(held.enter_context(ThreadPoolExecutor(count)).map(ask, tasks))
+            cpu = sum(gateway.cpu_seconds() for gateway in gateways) - cpu
+        delays = [delay for one in heard for delay in one.token_seconds]
+        yield _tell(
+            {
+                "measure": "processes",
+                "gateways": count,
+                "offered_tokens_per_s": count * rate,
+                "streams": count * num_streams,
+                "steady_tokens_per_s": round(sum(one.steady_tokens_per_s or 0.0 for one in heard)),
+                "tokens_per_message": round(len(delays) / sum(one.num_messages for one in heard), 2),
+                "token_ms_p50": round(quantile_ms(delays, 0.5), 1),
+                "token_ms_p99": round(quantile_ms(delays, 0.99), 1),
+                "gateway_cpu_us_per_token": round(cpu / (count * num_streams * num_tokens) * 1e6, 1),
+            }
+        )
+
+
 def measure_flood(num_tokens: int) -> Iterator[Row]:
     """As fast as they are taken: directly, through one gateway, and through two. A gateway that is behind merges."""
     with an_engine(0.0) as engine_port, a_gateway(engine_port) as one, a_gateway(engine_port) as two:
@@ -220,6 +253,17 @@ def _rates(heard: Heard) -> Row:
 
 def main(arguments: Sequence[str]) -> None:
     """Measures and records; a short run is only shown."""
+    if arguments[:1] == ["--processes"]:
+        counts = [int(count) for count in arguments[1].split(",")]
+        rows = list(measure_processes(20.0, RATE_A_GATEWAY, counts))
+        command = f"python -m {THIS} --processes {arguments[1]}"
+        say(f"recorded in {record('gateway_processes', command, rows)}")
+    else:
+        measure_one(arguments)
+
+
+def measure_one(arguments: Sequence[str]) -> None:
+    """Everything of one gateway."""
     is_short = "--short" in arguments
     seconds, rates = (4.0, (8_000,)) if is_short else (20.0, (8_000, 12_000, 16_000, 20_000, 24_000))
     rows: list[Any] = [
