@@ -60,8 +60,8 @@ class SharedStream:
         try:
             while True:
                 self._news.clear()
-                while updates := self._collect():
-                    await write(engine_pb2.GenerateManyResponse(updates=updates))
+                while (message := self._collect()).updates:
+                    await write(message)
                 if reading.done():
                     reading.result()
                 if not self._tasks and (reading.done() or draining.done()):
@@ -144,9 +144,10 @@ class SharedStream:
         self._ready[number] = running
         self._news.set()
 
-    def _collect(self) -> list[engine_pb2.GenerationUpdate]:
+    def _collect(self) -> engine_pb2.GenerateManyResponse:
         """What there is to say; as much of it as one message should carry."""
-        updates, self._failures = self._failures, []
+        message = engine_pb2.GenerateManyResponse(updates=self._failures)
+        self._failures = []
         ready, self._ready = self._ready, {}
         num_tokens = 0
         for number, running in ready.items():
@@ -154,19 +155,19 @@ class SharedStream:
                 self._ready[number] = running
                 continue
             try:
-                num_tokens += self._take(number, running, updates)
+                num_tokens += self._take(number, running, message)
             except Exception as error:
                 # Its own task tells of it; the others go on.
                 running.fail(error)
-        return updates
+        return message
 
-    def _take(self, number: int, running: _Running, updates: list[engine_pb2.GenerationUpdate]) -> int:
-        """Adds what came for one generation to `updates`; gives how many tokens that are."""
+    def _take(self, number: int, running: _Running, message: engine_pb2.GenerateManyResponse) -> int:
+        """Adds what came for one generation to `message`; gives how many tokens that are."""
         delta = running.generation.take()
         if delta is None or running.over.done():  # of one that was just given up nothing more is said
             return 0
         response = codec.encode_delta(delta, running.with_logprobs, self._frontend.token_text)
-        updates.append(engine_pb2.GenerationUpdate(number=number, response=response))
+        message.updates.add(number=number).response.CopyFrom(response)
         if delta.completion is not None:
             running.over.set_result(None)
         elif len(delta.events) >= MAX_MERGED_TOKENS:

@@ -158,14 +158,16 @@ class EngineStream:
         if size > MAX_REQUEST_BYTES:
             message = f"the request has {size} bytes; an engine takes at most {MAX_REQUEST_BYTES}"
             raise SloraError(Reason.REQUEST_TOO_LARGE, message, num_bytes=size, max_bytes=MAX_REQUEST_BYTES)
-        start = engine_pb2.GenerationStart(
-            number=next(self._numbers), request=request, trace_headers=dict(span.headers)
-        )
+        starting = engine_pb2.GenerateManyRequest()
+        start = starting.start
+        start.number = next(self._numbers)
+        start.request.CopyFrom(request)  # the only copy: it may be megabytes
+        start.trace_headers.update(span.headers)
         if timeout is not None:
             start.timeout.FromNanoseconds(max(0, round(timeout * 1e9)))
         if self._link is None or self._link.is_broken:
             self._link = _Link(self._address, self._stub.GenerateMany())
-        return self._link.start(start, span)
+        return self._link.start(starting, span)
 
     async def close(self) -> None:
         """Ends the call."""
@@ -185,10 +187,10 @@ class _Link:
         self.is_broken = False
         self._tasks = (asyncio.create_task(self._read()), asyncio.create_task(self._write()))
 
-    def start(self, start: engine_pb2.GenerationStart, span: Span) -> EngineCall:
-        number = start.number
+    def start(self, starting: engine_pb2.GenerateManyRequest, span: Span) -> EngineCall:
+        number = starting.start.number
         call = self._calls[number] = EngineCall(span, lambda: self._give_up(number))
-        self._send(number, engine_pb2.GenerateManyRequest(start=start))
+        self._send(number, starting)
         return call
 
     def _give_up(self, number: int) -> None:
