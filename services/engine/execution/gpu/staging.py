@@ -77,12 +77,11 @@ class SmallSends:
 
     def send(self, values: torch.Tensor) -> torch.Tensor:
         """`values`, contiguous, on the device."""
-        if self._device.type == "cpu":
-            return values
-        pinned = values.pin_memory()
-        self._sent[self._turn].append(pinned)
-        on_device = torch.empty_like(pinned, device=self._device)
-        read_host(pinned.view(-1).view(torch.int32), on_device.view(-1).view(torch.int32))
+        on_device = torch.empty_like(values, device=self._device)
+        if values.numel():  # torch gives arrays of nothing a stride of 0, which cannot be seen as int32s
+            kept = values.pin_memory() if self._device.type == "cuda" else values
+            self._sent[self._turn].append(kept)
+            read_host(kept.view(-1).view(torch.int32), on_device.view(-1).view(torch.int32))
         return on_device
 
     def end_step(self) -> None:
