@@ -30,7 +30,7 @@ from kernels.gpu.adapter_tables import (
     module_rows,
     output_block,
 )
-from kernels.gpu.segment_shrink import DEFAULT_BLOCK_M
+from kernels.gpu.segment_shrink import DEFAULT_BLOCK_M, RUN_BLOCK_M
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +83,8 @@ def segment_expand(
     max_rank = min(MAX_RANK, max_total_rank) if max_rank is None else max_rank
     if blocks is None:
         many = num_blocks * _num_out_blocks(group, layout.tile_elems, _BLOCKS_MANY.tiles) >= _MANY_PROGRAMS
-        half_blocks = _BLOCKS_OF_FEW_TOKENS if num_blocks <= _FEW_BLOCKS else _BLOCKS_MANY if many else _BLOCKS
+        few = num_blocks <= _FEW_BLOCKS or block_m <= RUN_BLOCK_M
+        half_blocks = _BLOCKS_OF_FEW_TOKENS if few else _BLOCKS_MANY if many else _BLOCKS
         blocks = _BLOCKS_FLOAT32 if y.dtype == torch.float32 else half_blocks
     constants = _constants(max_rank, block_m, u.shape[0], group, layout, pages.shape[1], blocks)
     _segment_expand_kernel[_num_out_blocks(group, layout.tile_elems, blocks.tiles), num_blocks](

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from services.engine.execution.gpu.step_graphs import CapturedStep
+from services.engine.execution.gpu.step_layout import StepLayout
+from services.engine.execution.gpu.step_shape import StepAdapters
 from services.engine.messages import SamplingParams
 from services.engine.step import BASE_SLOT, PENDING_TOKEN, SampledToken, SampleRequest, ScheduledChunk, StepPlan
 from tests.fixtures.adapter_packer import pack_adapter
@@ -49,17 +53,19 @@ def rng() -> random.Random:
 class MixedBatch:
     """A runner that holds every adapter, and the oracle."""
 
-    def __init__(self, directory: Path, rng: random.Random, family: str) -> None:
+    def __init__(
+        self, directory: Path, rng: random.Random, family: str, adapters: dict[str, dict[str, Any]] = ADAPTERS
+    ) -> None:
         self.checkpoint = make_checkpoint(directory / "base", family, seed=rng.randrange(2**31), **SIZES)
         paths = {
             name: make_adapter(directory / str(i), self.checkpoint, seed=rng.randrange(2**31), **fields)
-            for i, (name, fields) in enumerate(ADAPTERS.items())
+            for i, (name, fields) in enumerate(adapters.items())
         }
         self.oracle = ModelOracle(self.checkpoint, paths)
         self.driver = RunnerDriver(make_gpu_runner(self.checkpoint, num_pages=800), rng)
         self.slots: dict[str | None, int] = {None: BASE_SLOT}
-        free = rng.sample(range(32), len(ADAPTERS))
-        for name in ADAPTERS:
+        free = rng.sample(range(32), len(adapters))
+        for name in adapters:
             layout, weights = pack_adapter(self.oracle.model, name, TILE, grouped=True)
             self.slots[name] = free.pop()
             self.driver.install(self.slots[name], layout, weights)
@@ -85,6 +91,35 @@ def test_mixed_batch_says_what_peft_says(tmp_path: Path, rng: random.Random, fam
     batch.driver.run(sequences)
     for name, sequence in zip(names, sequences, strict=True):
         batch.oracle.check(sequence, name)
+
+
+@pytest.mark.slow
+def test_tokens_that_share_an_adapter_say_what_peft_says(tmp_path: Path, rng: random.Random) -> None:
+    """Decoded in runs of one adapter, alone and beside a prompt, while others come and go."""
+    shared = {name: ADAPTERS[name] for name in ("mlp", "down, rank over its width", "patterns")}
+    batch = MixedBatch(tmp_path, rng, "llama", shared)
+    runner, in_runs = batch.driver.runner, Counter[bool]()
+    find = runner._graphs.find
+
+    def watched(layout: StepLayout, adapters: StepAdapters) -> CapturedStep | None:
+        in_runs[adapters.in_runs] += 1
+        return find(layout, adapters)
+
+    runner._graphs.find = watched
+    names = ["mlp"] * 7 + ["down, rank over its width"] * 5 + ["patterns", None]
+    rng.shuffle(names)
+    sequences = [
+        DrivenSequence([rng.randrange(VOCABULARY) for _ in range(length)], 2, batch.slots[name], ALL_LOGPROBS)
+        for name, length in zip(names, rng.choices(range(1, 9), k=len(names)), strict=True)
+    ]
+    # One more, whose prompt is computed beside the others' tokens.
+    names.append("mlp")
+    prompt = [rng.randrange(VOCABULARY) for _ in range(5)]
+    sequences.append(DrivenSequence(prompt, 1, batch.slots["mlp"], ALL_LOGPROBS, begins_at=1))
+    batch.driver.run(sequences)
+    for name, sequence in zip(names, sequences, strict=True):
+        batch.oracle.check(sequence, name)
+    assert in_runs[True] >= 1, in_runs
 
 
 def test_sampling_equals_the_cpus(tmp_path: Path, rng: random.Random) -> None:

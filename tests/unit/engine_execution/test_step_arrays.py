@@ -10,7 +10,15 @@ import torch
 
 from kernels.gpu.adapter_tables import FEW_RANKS, MAX_RANK
 from services.engine.execution.gpu.staging import StepInputs
-from services.engine.execution.gpu.step_arrays import StepArrays, arrange, cut_prefills, own_shape, shifted_row
+from services.engine.execution.gpu.step_arrays import (
+    TOKENS_OF_RUN_BLOCK,
+    StepArrays,
+    arrange,
+    cut_runs,
+    cut_step,
+    own_shape,
+    shifted_row,
+)
 from services.engine.execution.gpu.step_graphs import CaptureSizes, StepGraphs, capture_sizes
 from services.engine.execution.gpu.step_layout import Integers, StepLayout, StepLimits, lay_out
 from services.engine.execution.gpu.step_shape import StepAdapters, most_integers
@@ -20,7 +28,7 @@ from services.engine.step import BASE_SLOT, SampleRequest, ScheduledChunk, StepP
 
 LIMITS = StepLimits(num_pages=400, tokens_per_page=16, max_model_len=256, vocab_size=100)
 MAX_PAGES, TILE_TOKENS = 16, 8
-SIZES = CaptureSizes(decode=(1, 4, 16), mixed_decode=(4, 16), prefill=(16, 64), max_chunks=3)
+SIZES = CaptureSizes(decode=(1, 4, 16), mixed_decode=(4, 16), prefill=(16, 64), max_chunks=3, runs_from=4)
 NOTHING = StepAdapters(frozenset())
 ATTENTION = frozenset({Group.QKV, Group.OUTPUT})
 
@@ -61,7 +69,7 @@ def random_layout(rng: random.Random) -> StepLayout:
 def test_without_padding_arrays_are_the_layouts(rng: random.Random) -> None:
     for _ in range(20):
         layout = random_layout(rng)
-        cuts = cut_prefills(layout, TILE_TOKENS)
+        cuts = cut_step(layout, TILE_TOKENS, in_runs=layout.num_decode >= SIZES.runs_from)
         shape = own_shape(layout, cuts, has_segment_slots=True)
         arrays = arrange(layout, cuts, shape)
         assert [array.shape for array in arrays] == list(shape.arrays)
@@ -77,8 +85,9 @@ def test_without_padding_arrays_are_the_layouts(rng: random.Random) -> None:
 def test_in_a_captured_shape_every_token_is_found_again(rng: random.Random) -> None:
     for _ in range(50):
         layout = random_layout(rng)
-        cuts = cut_prefills(layout, TILE_TOKENS)
-        captured = graphs(tp_size=rng.choice([1, 2])).find(layout, NOTHING)
+        cuts = cut_step(layout, TILE_TOKENS, in_runs=layout.num_decode >= SIZES.runs_from)
+        adapters = StepAdapters(ATTENTION, 20, in_runs=bool(cuts.run_blocks))
+        captured = graphs(tp_size=1 if cuts.run_blocks else 2).find(layout, adapters)
         assert captured is not None
         shape = captured.shape
         arrays = arrange(layout, cuts, shape)
@@ -100,6 +109,9 @@ def check_decodes(layout: StepLayout, arrays: StepArrays[Integers]) -> None:
     assert (arrays.context_lens[n:] == 0).all()
     np.testing.assert_array_equal(arrays.adapter_slots[:n], layout.adapter_slots)
     assert (arrays.adapter_slots[n:] == BASE_SLOT).all()
+    if arrays.run_blocks.size:
+        in_runs = {token + i: slot for token, count, slot in arrays.run_blocks.T.tolist() for i in range(count)}
+        assert in_runs == {row: slot for row, slot in enumerate(layout.adapter_slots.tolist()) if slot != BASE_SLOT}
     np.testing.assert_array_equal(arrays.block_tables[:n, : layout.block_tables.shape[1]], layout.block_tables[:n])
 
 
@@ -126,6 +138,45 @@ def check_prompts(layout: StepLayout, arrays: StepArrays[Integers], rows: list[i
     if len(arrays.segment_slots):
         slots = {row: slot for row, slot in enumerate(arrays.segment_slots.tolist()) if slot != BASE_SLOT}
         assert slots == expected
+
+
+def test_tokens_are_computed_in_runs_where_enough_share_an_adapter(rng: random.Random) -> None:
+    for _ in range(100):
+        counts = {slot: rng.randint(1, 40) for slot in rng.sample(range(50), rng.randint(1, 12))}
+        num_base = rng.randint(0, 9)
+        slots = np.array([-1] * num_base + [s for s in sorted(counts) for _ in range(counts[s])], dtype=np.int32)
+        blocks = cut_runs(slots)
+        least = sum(-(-count // 16) for count in counts.values())
+        if least * TOKENS_OF_RUN_BLOCK > sum(counts.values()):
+            assert blocks == ()
+            continue
+        assert len(blocks) == least
+        covered = {token + i: slot for token, count, slot in blocks for i in range(count)}
+        assert covered == {token: slot for token, slot in enumerate(slots.tolist()) if slot >= 0}
+        assert max(count for _, count, _ in blocks) <= 16
+    assert cut_runs(np.array([], dtype=np.int32)) == cut_runs(np.array([-1] * 9, dtype=np.int32)) == ()
+
+
+def test_who_runs_together(rng: random.Random) -> None:
+    """Larger batches of larger ranks, and only within one process."""
+    assert graphs().may_run_together(4, FEW_RANKS + 1)
+    assert not graphs().may_run_together(3, FEW_RANKS + 1)
+    assert not graphs().may_run_together(4, FEW_RANKS)
+    assert not graphs(tp_size=2).may_run_together(4, FEW_RANKS + 1)
+    assert not any(step.adapters.in_runs or step.shape.num_run_blocks for step in graphs(tp_size=2)._steps())
+    captured = graphs()._steps()
+    assert all(not s.adapters.in_runs or s.shape.num_decode >= SIZES.runs_from for s in captured)
+    for prompts in ([], [5]):
+        for max_rank, bound in ((17, 64), (64, 64), (65, MAX_RANK)):
+            asked = StepAdapters(frozenset({Group.QKV}), max_rank, in_runs=True)
+            step = graphs().find(draw_layout(rng, 5, prompts), asked)
+            assert step in captured
+            assert step.adapters == StepAdapters(ATTENTION, bound, in_runs=True)
+            assert step.shape.num_run_blocks == step.shape.num_decode // TOKENS_OF_RUN_BLOCK
+        # Tokens that decode may have small ranks, and prompts none at all.
+        step = graphs().find(draw_layout(rng, 5, prompts), StepAdapters(ATTENTION, 3, in_runs=True))
+        assert step is not None
+        assert not step.adapters.in_runs
 
 
 def test_the_least_captured_step_that_holds_it(rng: random.Random) -> None:
@@ -186,8 +237,8 @@ def test_captured_sizes_reach_the_whole_batch(max_batch: int, max_tokens: int) -
 def test_no_step_has_more_integers_than_there_is_room_for(rng: random.Random) -> None:
     for _ in range(50):
         layout = random_layout(rng)
-        cuts = cut_prefills(layout, TILE_TOKENS)
-        captured = graphs().find(layout, NOTHING)
+        cuts = cut_step(layout, TILE_TOKENS, in_runs=layout.num_decode >= SIZES.runs_from)
+        captured = graphs().find(layout, StepAdapters(ATTENTION, 20, in_runs=bool(cuts.run_blocks)))
         assert captured is not None
         for shape in (captured.shape, own_shape(layout, cuts, has_segment_slots=True)):
             num_integers = sum(array.size for array in arrange(layout, cuts, shape))

@@ -18,12 +18,13 @@ from kernels.gpu.pick_tokens import pick_tokens
 from kernels.gpu.prefill_attention import PrefillPlan, tile_tokens
 from kernels.gpu.row_plan import RowPlanner
 from kernels.gpu.row_shrink import num_splits_for as num_shrink_splits
+from kernels.gpu.segment_shrink import RUN_BLOCK_M
 from services.engine.config import EngineSettings
 from services.engine.execution.communicator import Communicator, SoleProcess, Traffic
 from services.engine.execution.gpu.adapter_device import GpuAdapterDevice, GroupRanks
 from services.engine.execution.gpu.parallel_triton_step import ParallelTritonStep
 from services.engine.execution.gpu.staging import PinnedRing, StepInputs
-from services.engine.execution.gpu.step_arrays import StepArrays, arrange, cut_prefills, own_shape, shifted_row
+from services.engine.execution.gpu.step_arrays import StepArrays, arrange, cut_step, own_shape, shifted_row
 from services.engine.execution.gpu.step_graphs import CapturedStep, CaptureSizes, StepGraphs, capture_sizes
 from services.engine.execution.gpu.step_layout import StepLayout, StepLimits, lay_out
 from services.engine.execution.gpu.step_shape import StepAdapters, StepShape, most_integers
@@ -173,8 +174,9 @@ class GpuRunner:
         """The step's logits, their most likely tokens in `drawn`, and whose they are."""
         decodes = self._ranks(layout.adapter_slots.tolist())
         prompts = self._ranks(slot for _, _, slot in layout.segments)
-        cuts = cut_prefills(layout, self._tile_tokens)
-        captured = self._graphs.find(layout, _adapters(map(GroupRanks.join, decodes, prompts)))
+        may_run = self._graphs.may_run_together(layout.num_decode, _adapters(decodes).max_rank)
+        cuts = cut_step(layout, self._tile_tokens, may_run)
+        captured = self._graphs.find(layout, _adapters(map(GroupRanks.join, decodes, prompts), bool(cuts.run_blocks)))
         shape = captured.shape if captured else own_shape(layout, cuts, self._communicator.partition.tp_size > 1)
         self._inputs.send(arrange(layout, cuts, shape))
         logits = self._graphs.run(captured) if captured else self._run(shape, _adapters(decodes), prompts)
@@ -208,10 +210,15 @@ class GpuRunner:
 
     def _compute_captured(self, step: CapturedStep) -> torch.Tensor:
         """What graphs capture: such a step, for adapters whose ranks are as large as that."""
-        groups, bound = step.adapters
-        most = [(GroupRanks(bound * g.num_modules, bound)) for g in self.adapter_device.groups]
-        ranks = tuple(most[group] if group in groups else GroupRanks() for group in Group)
-        return self._run(step.shape, step.adapters, ranks)
+        return self._run(step.shape, step.adapters, self._bounded_ranks(step.adapters))
+
+    def _bounded_ranks(self, adapters: StepAdapters) -> tuple[GroupRanks, ...]:
+        """The most that such adapters have, by group."""
+        bound, modules = adapters.max_rank, self.adapter_device.groups
+        return tuple(
+            GroupRanks(bound * modules[group].num_modules, bound) if group in adapters.groups else GroupRanks()
+            for group in Group
+        )
 
     def _run(self, shape: StepShape, decodes: StepAdapters, prompts: tuple[GroupRanks, ...]) -> torch.Tensor:
         """Computes what lies in the inputs; decodes, prompts: of what kind the adapters of either are at most."""
@@ -241,8 +248,14 @@ class GpuRunner:
             segment_slots=arrays.segment_slots if shape.num_segment_slots else None,
             prefill=PrefillPlan(arrays.tiles, self._tile_tokens) if mixed else None,
             segments=Segments(arrays.blocks, prompts) if adapted else None,
+            runs=self._runs(shape, arrays, decodes),
             logit_rows=arrays.logit_rows if mixed else None,
         )
+
+    def _runs(self, shape: StepShape, arrays: StepArrays[torch.Tensor], decodes: StepAdapters) -> Segments | None:
+        if not shape.num_run_blocks:
+            return None
+        return Segments(arrays.run_blocks, self._bounded_ranks(decodes), RUN_BLOCK_M)
 
     def _make_buffers(self, settings: EngineSettings, pool: Pool, sizes: CaptureSizes) -> None:
         config, device, max_batch = self._part, self._device, self._max_batch
@@ -286,10 +299,10 @@ class GpuRunner:
         return contextlib.nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
 
 
-def _adapters(ranks: Iterable[GroupRanks]) -> StepAdapters:
+def _adapters(ranks: Iterable[GroupRanks], in_runs: bool = False) -> StepAdapters:
     by_group = dict(zip(Group, ranks, strict=True))
     groups = frozenset(group for group, most in by_group.items() if most.total)
-    return StepAdapters(groups, max(most.single for most in by_group.values()))
+    return StepAdapters(groups, max(most.single for most in by_group.values()), in_runs)
 
 
 def _sample_rows(layout: StepLayout, shape: StepShape) -> list[SampleRow]:

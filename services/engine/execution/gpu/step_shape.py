@@ -19,10 +19,14 @@ class StepAdapters(NamedTuple):
 
     groups: frozenset[Group]
     max_rank: int = MAX_RANK
+    # Whether tokens that decode share adapters so much that those of one are computed together.
+    in_runs: bool = False
 
     def fits(self, held: StepAdapters) -> bool:
         """Whether such a batch can run in what was captured for `held`."""
-        return self.groups <= held.groups and (self.max_rank <= held.max_rank or not self.groups)
+        if not self.groups:
+            return not held.in_runs
+        return self.groups <= held.groups and self.max_rank <= held.max_rank and held.in_runs <= self.in_runs
 
 
 class StepShape(NamedTuple):
@@ -41,6 +45,8 @@ class StepShape(NamedTuple):
     num_sampled: int = 0
     # Where several processes share the model, the slot of every token that is prefilled.
     num_segment_slots: int = 0
+    # Blocks of decoded tokens of one adapter, where they are computed together.
+    num_run_blocks: int = 0
 
     @property
     def num_tokens(self) -> int:
@@ -53,7 +59,8 @@ class StepShape(NamedTuple):
         tokens, decodes = (self.num_tokens,), (self.num_decode,)
         tables = (self.num_decode + self.num_chunks, self.num_pages)
         cuts = (self.num_tiles, 4), (3, self.num_blocks)
-        return (*4 * (tokens,), decodes, decodes, tables, (self.num_sampled,), *cuts, (self.num_segment_slots,))
+        segments = (self.num_segment_slots,), (3, self.num_run_blocks)
+        return (*4 * (tokens,), decodes, decodes, tables, (self.num_sampled,), *cuts, *segments)
 
 
 def most_integers(max_tokens: int, max_sequences: int, max_pages: int, tile_tokens: int) -> int:
@@ -62,5 +69,5 @@ def most_integers(max_tokens: int, max_sequences: int, max_pages: int, tile_toke
     Each prompt may leave one tile and one block half empty.
     """
     a_token = 5 + 4 / tile_tokens + 3 / DEFAULT_BLOCK_M
-    a_sequence = 3 + 4 + 3 + max_pages
+    a_sequence = 3 + 4 + 3 + 3 + max_pages
     return math.ceil(a_token * max_tokens) + a_sequence * max_sequences

@@ -19,7 +19,7 @@ from kernels.gpu.row_plan import RowPlan, RowPlanner
 from kernels.gpu.row_product import row_product
 from kernels.gpu.row_shrink import num_splits_for, row_shrink
 from kernels.gpu.segment_expand import segment_expand
-from kernels.gpu.segment_shrink import num_segment_splits, segment_shrink
+from kernels.gpu.segment_shrink import DEFAULT_BLOCK_M, num_segment_splits, segment_shrink
 from kernels.gpu.silu_mul import silu_mul
 from services.engine.execution.gpu.adapter_device import GpuAdapterDevice, GroupRanks
 from services.engine.memory.pool import Pool
@@ -30,10 +30,11 @@ from services.engine.model.step_ops import Group, QkNorm
 
 @dataclass(frozen=True, slots=True)
 class Segments:
-    """Prefill tokens by adapter: blocks of the kernels' plan, and by `Group` the largest ranks of any adapter."""
+    """Tokens by adapter: blocks of the kernels' plan, and by `Group` the largest ranks of any adapter."""
 
     plan: torch.Tensor
     max_ranks: tuple[GroupRanks, ...]
+    block_m: int = DEFAULT_BLOCK_M
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +60,8 @@ class StepTensors:
     logit_rows: torch.Tensor | None = None
     # No module of a decoded token's adapter has a larger rank.
     max_row_rank: int = MAX_RANK
+    # The decoded tokens by adapter, where those of one are computed together.
+    runs: Segments | None = None
     # Where several processes share the model and segments are present: the adapter's slot of every token that is
     # prefilled, -1 for the others ([num_tokens]).
     segment_slots: torch.Tensor | None = None
@@ -96,14 +99,14 @@ class TritonStep:
         self._row_plan: RowPlan | None = None
         # Scratch of decoded and of prefilled tokens, by group: the same for all layers.
         self._row_spaces: dict[Group, torch.Tensor] = {}
-        self._segment_spaces: dict[Group, torch.Tensor] = {}
+        self._segment_spaces: dict[tuple[Group, int], torch.Tensor] = {}
 
     def embed(self, table: torch.Tensor) -> torch.Tensor:
         """The tokens' rows of the embedding; tokens that were not known to the host are taken from the device."""
         step, resolved = self._step, self._state.resolved[: len(self._step.token_ids)]
         resolve_tokens(step.token_ids, step.source, self._state.drawn, resolved)
         planner = self._state.row_planner
-        if step.row_groups and planner.needs_plan(step.num_decode):
+        if step.row_groups and step.runs is None and planner.needs_plan(step.num_decode):
             # Ahead of the first norm and product, as row_plan asks.
             self._row_plan = planner.plan(step.adapter_slots)
         return table.index_select(0, resolved)
@@ -117,9 +120,11 @@ class TritonStep:
     def project(self, layer: int, group: Group, linear: Linear, x: torch.Tensor) -> torch.Tensor:
         """The product, with what the adapters add to it."""
         y, step = base_product(linear, x), self._step
-        if group in step.row_groups:
+        if step.runs is not None:
+            self._add_segments(layer, group, x[: step.num_decode], step.runs, y)
+        elif group in step.row_groups:
             self._add_rows(layer, group, x, y)
-        if step.segments is not None and step.segments.max_ranks[group].total:
+        if step.segments is not None:
             self._add_segments(layer, group, x, step.segments, y)
         return y
 
@@ -176,15 +181,17 @@ class TritonStep:
             planned_expand(u, plan, layer, group, pages, y, max_rank)
 
     def _add_segments(self, layer: int, group: Group, x: torch.Tensor, segments: Segments, y: torch.Tensor) -> None:
-        state, plan, ranks = self._state, segments.plan, segments.max_ranks[group]
+        state, plan, ranks, block_m = self._state, segments.plan, segments.max_ranks[group], segments.block_m
+        if not ranks.total:
+            return
         tables, modules, pages = state.adapters.tables, state.adapters.groups[group], state.layers[layer]
-        u = self._segment_spaces.get(group)
+        u = self._segment_spaces.get((group, block_m))
         if u is None:
-            shape = num_segment_splits(plan.shape[1]), len(x), -(-ranks.total // 16) * 16
+            shape = num_segment_splits(plan.shape[1], block_m), len(x), -(-ranks.total // 16) * 16
             dtype = x.dtype if shape[0] == 1 else torch.float32
-            u = self._segment_spaces[group] = torch.empty(shape, dtype=dtype, device=x.device)
-        segment_shrink(x, plan, layer, pages, tables, modules, u, ranks.total)
-        segment_expand(u, plan, layer, pages, tables, modules, y, ranks.total, max_rank=ranks.single)
+            u = self._segment_spaces[group, block_m] = torch.empty(shape, dtype=dtype, device=x.device)
+        segment_shrink(x, plan, layer, pages, tables, modules, u, ranks.total, block_m)
+        segment_expand(u, plan, layer, pages, tables, modules, y, ranks.total, block_m, max_rank=ranks.single)
 
 
 def base_product(linear: Linear, x: torch.Tensor) -> torch.Tensor:
