@@ -42,7 +42,7 @@ def _measure(row, best, temperature, cut, columns, VOCAB: tl.constexpr, BLOCK: t
     return count, weight
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_drawn"])
 def _kernel(
     scores, stride, rows, filters, uniform, out, num_drawn,
     VOCAB: tl.constexpr, BLOCK: tl.constexpr,

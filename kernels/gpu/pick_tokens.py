@@ -36,7 +36,7 @@ def _pick(logits, stride, out, VOCAB: tl.constexpr, BLOCK: tl.constexpr):
     tl.store(out + tl.program_id(0), tl.where(tl.min(finite, axis=0) == 1, first, -1))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _resolve(token_ids, source, drawn, out, num_rows, BLOCK: tl.constexpr):
     rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = rows < num_rows

@@ -70,6 +70,14 @@ def num_segment_splits(num_blocks: int, block_m: int = DEFAULT_BLOCK_M) -> int:
     return next((splits for limit, splits in _SPLITS_BY_BLOCKS if num_blocks <= limit), 1)
 
 
+def plan_sizes(most: int) -> tuple[int, ...]:
+    """Numbers of blocks, rising, the last at least `most`: plans padded to one of them need few kernels."""
+    sizes = [limit for limit, _ in _SPLITS_BY_BLOCKS]
+    while sizes[-1] < most:
+        sizes.append(2 * sizes[-1])
+    return tuple(sizes)
+
+
 def cut_blocks(segments: Sequence[tuple[int, int, int]], block_m: int) -> list[tuple[int, int, int]]:
     """Cuts runs of tokens `(begin, end, slot)` into blocks of at most `block_m`, none of which spans two runs.
 

@@ -13,6 +13,7 @@ from services.engine.execution.gpu.staging import StepInputs
 from services.engine.execution.gpu.step_arrays import (
     TOKENS_OF_RUN_BLOCK,
     StepArrays,
+    StepCuts,
     arrange,
     cut_runs,
     cut_step,
@@ -61,6 +62,10 @@ def draw_layout(rng: random.Random, num_decode: int, prompts: list[int]) -> Step
     return lay_out(StepPlan((*decodes, *prefills)), {}, LIMITS)
 
 
+def cut(layout: StepLayout) -> tuple[StepLayout, StepCuts]:
+    return layout, cut_step(layout, TILE_TOKENS, in_runs=layout.num_decode >= SIZES.runs_from)
+
+
 def random_layout(rng: random.Random) -> StepLayout:
     prompts = [rng.randint(2, 20) for _ in range(rng.randint(0, 3))]
     return draw_layout(rng, rng.randint(0 if prompts else 1, 16), prompts)
@@ -87,8 +92,7 @@ def test_in_a_captured_shape_every_token_is_found_again(rng: random.Random) -> N
         layout = random_layout(rng)
         cuts = cut_step(layout, TILE_TOKENS, in_runs=layout.num_decode >= SIZES.runs_from)
         adapters = StepAdapters(ATTENTION, 20, in_runs=bool(cuts.run_blocks))
-        captured = graphs(tp_size=1 if cuts.run_blocks else 2).find(layout, adapters)
-        assert captured is not None
+        captured = graphs(tp_size=1 if cuts.run_blocks else 2).find(layout, cuts, adapters)
         shape = captured.shape
         arrays = arrange(layout, cuts, shape)
         assert [array.shape for array in arrays] == list(shape.arrays)
@@ -163,19 +167,18 @@ def test_who_runs_together(rng: random.Random) -> None:
     assert not graphs().may_run_together(3, FEW_RANKS + 1)
     assert not graphs().may_run_together(4, FEW_RANKS)
     assert not graphs(tp_size=2).may_run_together(4, FEW_RANKS + 1)
-    assert not any(step.adapters.in_runs or step.shape.num_run_blocks for step in graphs(tp_size=2)._steps())
-    captured = graphs()._steps()
+    assert not any(step.adapters.in_runs or step.shape.num_run_blocks for step in graphs(tp_size=2).captured_steps())
+    captured = graphs().captured_steps()
     assert all(not s.adapters.in_runs or s.shape.num_decode >= SIZES.runs_from for s in captured)
     for prompts in ([], [5]):
         for max_rank, bound in ((17, 64), (64, 64), (65, MAX_RANK)):
             asked = StepAdapters(frozenset({Group.QKV}), max_rank, in_runs=True)
-            step = graphs().find(draw_layout(rng, 5, prompts), asked)
+            step = graphs().find(*cut(draw_layout(rng, 5, prompts)), asked)
             assert step in captured
             assert step.adapters == StepAdapters(ATTENTION, bound, in_runs=True)
             assert step.shape.num_run_blocks == step.shape.num_decode // TOKENS_OF_RUN_BLOCK
         # Tokens that decode may have small ranks, and prompts none at all.
-        step = graphs().find(draw_layout(rng, 5, prompts), StepAdapters(ATTENTION, 3, in_runs=True))
-        assert step is not None
+        step = graphs().find(*cut(draw_layout(rng, 5, prompts)), StepAdapters(ATTENTION, 3, in_runs=True))
         assert not step.adapters.in_runs
 
 
@@ -183,8 +186,8 @@ def test_the_least_captured_step_that_holds_it(rng: random.Random) -> None:
     held = graphs()
 
     def found(num_decode: int, prompts: list[int]) -> tuple[int, int] | None:
-        step = held.find(draw_layout(rng, num_decode, prompts), NOTHING)
-        return step and (step.shape.num_decode, step.shape.num_prefill)
+        step = held.find(*cut(draw_layout(rng, num_decode, prompts)), NOTHING)
+        return (step.shape.num_decode, step.shape.num_prefill) if step in held.captured_steps() else None
 
     assert found(1, []) == (1, 0)
     assert found(5, []) == (16, 0)
@@ -196,9 +199,8 @@ def test_the_least_captured_step_that_holds_it(rng: random.Random) -> None:
     assert found(1, [65]) is None
     assert found(1, [2, 2, 2]) == (4, 16)
     assert found(1, [2, 2, 2, 2]) is None
-    assert all(step.shape.num_segment_slots == 0 for step in held._steps())
-    shared = graphs(tp_size=2).find(draw_layout(rng, 1, [2]), NOTHING)
-    assert shared is not None
+    assert all(step.shape.num_segment_slots == 0 for step in held.captured_steps())
+    shared = graphs(tp_size=2).find(*cut(draw_layout(rng, 1, [2])), NOTHING)
     assert shared.shape.num_segment_slots == shared.shape.num_tokens
 
 
@@ -215,13 +217,33 @@ def test_the_least_captured_step_that_holds_it(rng: random.Random) -> None:
 def test_adapters_run_in_the_least_kind_that_holds_them(
     rng: random.Random, adapters: StepAdapters, held: StepAdapters
 ) -> None:
-    mixed = graphs().find(draw_layout(rng, 2, [3]), adapters)
-    assert mixed is not None
+    mixed = graphs().find(*cut(draw_layout(rng, 2, [3])), adapters)
     assert mixed.adapters == held
-    decode = graphs().find(draw_layout(rng, 2, []), adapters)
-    assert decode is not None
+    decode = graphs().find(*cut(draw_layout(rng, 2, [])), adapters)
     assert decode.adapters.groups == held.groups
     assert decode.adapters.max_rank == (FEW_RANKS if held.max_rank == FEW_RANKS else MAX_RANK)
+
+
+def test_a_step_that_is_not_captured_has_one_of_few_sizes(rng: random.Random) -> None:
+    """So that what it launches was compiled at the start; every token is found again there too."""
+    sizes = CaptureSizes((1, 4, 16), (16,), (16,), max_chunks=3, runs_from=4, open_blocks=(3, 6))
+    for _ in range(50):
+        layout = draw_layout(rng, rng.randint(0, 16), [rng.randint(17, 60) for _ in range(rng.randint(1, 5))])
+        cuts = cut_step(layout, TILE_TOKENS, in_runs=layout.num_decode >= 4)
+        held = graphs(sizes, tp_size=1 if cuts.run_blocks else rng.choice([1, 2]))
+        step = held.find(layout, cuts, StepAdapters(ATTENTION, 20, in_runs=bool(cuts.run_blocks)))
+        assert step not in held.captured_steps()
+        shape = step.shape
+        assert shape.num_decode in (0, *sizes.decode)
+        assert shape.num_blocks in (0, *sizes.open_blocks)
+        assert shape.num_pages == MAX_PAGES
+        arrays = arrange(layout, cuts, shape)
+        rows = [shifted_row(row, layout, shape) for row in range(layout.num_tokens)]
+        np.testing.assert_array_equal(arrays.token_ids[rows], layout.token_ids)
+        check_decodes(layout, arrays)
+        check_prompts(layout, arrays, rows, shape.num_decode)
+        kinds = {open_step.adapters for open_step in held.open_steps()}
+        assert step.adapters._replace(in_runs=False) in kinds
 
 
 @pytest.mark.parametrize(("max_batch", "max_tokens"), [(1, 16), (24, 512), (256, 8192), (300, 8192)])
@@ -238,9 +260,9 @@ def test_no_step_has_more_integers_than_there_is_room_for(rng: random.Random) ->
     for _ in range(50):
         layout = random_layout(rng)
         cuts = cut_step(layout, TILE_TOKENS, in_runs=layout.num_decode >= SIZES.runs_from)
-        captured = graphs().find(layout, StepAdapters(ATTENTION, 20, in_runs=bool(cuts.run_blocks)))
-        assert captured is not None
-        for shape in (captured.shape, own_shape(layout, cuts, has_segment_slots=True)):
+        sizes = rng.choice([SIZES, CaptureSizes((1, 16), runs_from=4, open_blocks=(3, 6))])
+        padded = graphs(sizes).find(layout, cuts, StepAdapters(ATTENTION, 20, in_runs=bool(cuts.run_blocks)))
+        for shape in (padded.shape, own_shape(layout, cuts, has_segment_slots=True)):
             num_integers = sum(array.size for array in arrange(layout, cuts, shape))
             max_sequences = shape.num_decode + shape.num_chunks
             assert num_integers <= most_integers(shape.num_tokens, max_sequences, shape.num_pages, TILE_TOKENS)

@@ -24,8 +24,8 @@ from services.engine.execution.communicator import Communicator, SoleProcess, Tr
 from services.engine.execution.gpu.adapter_device import GpuAdapterDevice, GroupRanks
 from services.engine.execution.gpu.parallel_triton_step import ParallelTritonStep
 from services.engine.execution.gpu.staging import PinnedRing, StepInputs
-from services.engine.execution.gpu.step_arrays import StepArrays, arrange, cut_step, own_shape, shifted_row
-from services.engine.execution.gpu.step_graphs import CapturedStep, CaptureSizes, StepGraphs, capture_sizes
+from services.engine.execution.gpu.step_arrays import StepArrays, arrange, cut_step, shifted_row
+from services.engine.execution.gpu.step_graphs import CaptureSizes, SizedStep, StepGraphs, capture_sizes
 from services.engine.execution.gpu.step_layout import StepLayout, StepLimits, lay_out
 from services.engine.execution.gpu.step_shape import StepAdapters, StepShape, most_integers
 from services.engine.execution.gpu.token_sampler import NOT_FINITE, Logprobs, SampleRow, TokenSampler
@@ -107,12 +107,14 @@ class GpuRunner:
         if partition.tp_size > 1:
             self._make_step = partial(ParallelTritonStep, self._state, self._communicator)
         self._graphs = StepGraphs(
-            self._compute_captured, sizes, self._max_pages, self._tile_tokens, self._device, partition.tp_size
+            self._compute_sized, sizes, self._max_pages, self._tile_tokens, self._device, partition.tp_size
         )
         # By sequence: the row of `drawn` that the last step wrote for it.
         self._rows_drawn: dict[int, int] = {}
-        with self._on_stream():
+        with torch.inference_mode(), self._on_stream():
             self._graphs.capture()
+            if self._device.type == "cuda":
+                self._sampler.warm_up(self.vocab_size, self.config.dtype)
         logger.info(
             "loaded %s: %s in %s on %s, %d pages of %d tokens",
             directory,
@@ -176,11 +178,11 @@ class GpuRunner:
         prompts = self._ranks(slot for _, _, slot in layout.segments)
         may_run = self._graphs.may_run_together(layout.num_decode, _adapters(decodes).max_rank)
         cuts = cut_step(layout, self._tile_tokens, may_run)
-        captured = self._graphs.find(layout, _adapters(map(GroupRanks.join, decodes, prompts), bool(cuts.run_blocks)))
-        shape = captured.shape if captured else own_shape(layout, cuts, self._communicator.partition.tp_size > 1)
-        self._inputs.send(arrange(layout, cuts, shape))
-        logits = self._graphs.run(captured) if captured else self._run(shape, _adapters(decodes), prompts)
-        return logits, _sample_rows(layout, shape), [chunk.sequence_id for chunk, _ in layout.sampled]
+        joined = _adapters(map(GroupRanks.join, decodes, prompts), bool(cuts.run_blocks))
+        step = self._graphs.find(layout, cuts, joined)
+        self._inputs.send(arrange(layout, cuts, step.shape))
+        logits = self._graphs.run(step)
+        return logits, _sample_rows(layout, step.shape), [chunk.sequence_id for chunk, _ in layout.sampled]
 
     def _ranks(self, slots: Iterable[int]) -> tuple[GroupRanks, ...]:
         return self.adapter_device.max_ranks(set(slots) - {BASE_SLOT})
@@ -208,9 +210,14 @@ class GpuRunner:
         done.record()
         return buffer[:num_rows], logprobs, done
 
-    def _compute_captured(self, step: CapturedStep) -> torch.Tensor:
-        """What graphs capture: such a step, for adapters whose ranks are as large as that."""
-        return self._run(step.shape, step.adapters, self._bounded_ranks(step.adapters))
+    def _compute_sized(self, step: SizedStep) -> torch.Tensor:
+        """Computes what lies in the inputs, for adapters whose ranks are as large as that."""
+        ops = self._make_step(self._tensors(step.shape, step.adapters, self._bounded_ranks(step.adapters)))
+        with torch.inference_mode():
+            logits = self._decoder.forward(ops)
+            if len(logits):
+                pick_tokens(logits, self._state.drawn)
+        return logits
 
     def _bounded_ranks(self, adapters: StepAdapters) -> tuple[GroupRanks, ...]:
         """The most that such adapters have, by group."""
@@ -220,19 +227,9 @@ class GpuRunner:
             for group in Group
         )
 
-    def _run(self, shape: StepShape, decodes: StepAdapters, prompts: tuple[GroupRanks, ...]) -> torch.Tensor:
-        """Computes what lies in the inputs; decodes, prompts: of what kind the adapters of either are at most."""
-        step = self._make_step(self._tensors(shape, decodes, prompts))
-        with torch.inference_mode():
-            logits = self._decoder.forward(step)
-            if len(logits):
-                pick_tokens(logits, self._state.drawn)
-        return logits
-
-    def _tensors(self, shape: StepShape, decodes: StepAdapters, prompts: tuple[GroupRanks, ...]) -> StepTensors:
+    def _tensors(self, shape: StepShape, adapters: StepAdapters, ranks: tuple[GroupRanks, ...]) -> StepTensors:
         arrays: StepArrays[torch.Tensor] = StepArrays(*self._inputs.views(shape.arrays))
         mixed = shape.num_prefill > 0
-        adapted = mixed and any(ranks.total for ranks in prompts)
         return StepTensors(
             token_ids=arrays.token_ids,
             source=arrays.source,
@@ -243,19 +240,14 @@ class GpuRunner:
             context_lens=arrays.context_lens,
             num_splits=num_splits_for(max(shape.num_decode, 1), self._part.num_kv_heads, self._num_sms),
             adapter_slots=arrays.adapter_slots,
-            row_groups=decodes.groups if shape.num_decode else frozenset(),
-            max_row_rank=decodes.max_rank,
+            row_groups=adapters.groups if shape.num_decode else frozenset(),
+            max_row_rank=adapters.max_rank,
             segment_slots=arrays.segment_slots if shape.num_segment_slots else None,
             prefill=PrefillPlan(arrays.tiles, self._tile_tokens) if mixed else None,
-            segments=Segments(arrays.blocks, prompts) if adapted else None,
-            runs=self._runs(shape, arrays, decodes),
+            segments=Segments(arrays.blocks, ranks) if shape.num_blocks else None,
+            runs=Segments(arrays.run_blocks, ranks, RUN_BLOCK_M) if shape.num_run_blocks else None,
             logit_rows=arrays.logit_rows if mixed else None,
         )
-
-    def _runs(self, shape: StepShape, arrays: StepArrays[torch.Tensor], decodes: StepAdapters) -> Segments | None:
-        if not shape.num_run_blocks:
-            return None
-        return Segments(arrays.run_blocks, self._bounded_ranks(decodes), RUN_BLOCK_M)
 
     def _make_buffers(self, settings: EngineSettings, pool: Pool, sizes: CaptureSizes) -> None:
         config, device, max_batch = self._part, self._device, self._max_batch

@@ -85,7 +85,7 @@ def cut_runs(slots: Integers) -> Blocks:
     return blocks if len(blocks) <= most else ()
 
 
-def own_shape(layout: StepLayout, cuts: StepCuts, has_segment_slots: bool) -> StepShape:
+def own_shape(layout: StepLayout, cuts: StepCuts, has_segment_slots: bool = False) -> StepShape:
     """The shape without any padding."""
     mixed = bool(layout.prefills)
     return StepShape(

@@ -10,6 +10,10 @@ runs in the next larger size, what is left over being padding that kernels pass 
 - Decodes with prompts: by both their sizes, in larger steps, and as above; launches for prompts depend on ranks too.
   Beyond the largest size the device takes longer than the host, and such a step is not captured.
 
+No kernel is compiled once requests are served, which would hold up all of them for a second or two: what a step
+launches depends on its sizes and its kind only, a step that is not captured has one of few sizes as well, and each was
+computed once at the start.
+
 Where there is no accelerator (tests in triton's interpreter) the same padded steps run uncaptured.
 """
 
@@ -26,8 +30,8 @@ from typing import NamedTuple
 import torch
 
 from kernels.gpu.adapter_tables import FEW_RANKS, MAX_RANK
-from kernels.gpu.segment_shrink import DEFAULT_BLOCK_M
-from services.engine.execution.gpu.step_arrays import TOKENS_OF_RUN_BLOCK
+from kernels.gpu.segment_shrink import DEFAULT_BLOCK_M, plan_sizes
+from services.engine.execution.gpu.step_arrays import TOKENS_OF_RUN_BLOCK, StepCuts, own_shape
 from services.engine.execution.gpu.step_layout import StepLayout
 from services.engine.execution.gpu.step_shape import StepAdapters, StepShape
 from services.engine.model.step_ops import Group
@@ -56,6 +60,8 @@ class CaptureSizes:
     # From how many sequences on those of one adapter may be computed together, where many share one. There, of 96 with
     # 5 adapters of ranks 64 to 8: 0.83 ms, else 1.31; of 64 with 16: 0.94 and 0.92.
     runs_from: int = 64
+    # Blocks into which prompts are cut for adapters, in steps that are not captured.
+    open_blocks: tuple[int, ...] = ()
 
 
 def capture_sizes(max_batch: int, max_tokens: int) -> CaptureSizes:
@@ -65,15 +71,16 @@ def capture_sizes(max_batch: int, max_tokens: int) -> CaptureSizes:
     """
     decode = _up_to(max_batch, (1, 2, 4, *range(8, 64, 8), *range(64, 256, 16), *range(256, max_batch + 32, 32)))
     mixed = _up_to(max_batch, (8, 32, 64, *range(128, max_batch + 128, 128)))
-    return CaptureSizes(decode, mixed, tuple(size for size in (64, 256, 512, 1024) if size <= max_tokens))
+    prefill = tuple(size for size in (64, 256, 512, 1024) if size <= max_tokens)
+    return CaptureSizes(decode, mixed, prefill, open_blocks=plan_sizes(max_tokens // DEFAULT_BLOCK_M + max_batch))
 
 
 def _up_to(most: int, sizes: Sequence[int]) -> tuple[int, ...]:
     return tuple(sorted({min(size, most) for size in sizes}))
 
 
-class CapturedStep(NamedTuple):
-    """One of the steps that are captured."""
+class SizedStep(NamedTuple):
+    """A shape that steps are padded to, and the kind of adapters that they have at most."""
 
     shape: StepShape
     adapters: StepAdapters
@@ -84,7 +91,7 @@ class StepGraphs:
 
     def __init__(
         self,
-        compute: Callable[[CapturedStep], torch.Tensor],
+        compute: Callable[[SizedStep], torch.Tensor],
         sizes: CaptureSizes,
         max_pages: int,
         tile_tokens: int,
@@ -101,15 +108,20 @@ class StepGraphs:
         self._mixed_kinds = _kinds(MIXED_RANK_BOUNDS, run_bounds)
         # With other processes there is a thread that looks after collectives, which a capture need not mind.
         self._error_mode = "global" if tp_size == 1 else "thread_local"
-        self._graphs: dict[CapturedStep, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
+        self._graphs: dict[SizedStep, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
 
     def capture(self) -> None:
-        """Captures every size on the current stream, the largest first: smaller ones use the same memory again."""
+        """Captures every size on the current stream, the largest first: smaller ones use the same memory again.
+
+        Computes each size that is not captured once, so that its kernels are compiled.
+        """
         if self._device.type != "cuda":
             return
         began = time.monotonic()
+        for step in self.open_steps():
+            self._compute(step)
         pool = torch.cuda.graph_pool_handle()
-        for step in sorted(self._steps(), key=lambda step: step.shape.num_tokens, reverse=True):
+        for step in sorted(self.captured_steps(), key=lambda step: step.shape.num_tokens, reverse=True):
             self._compute(step)  # compiles kernels, which a capture cannot
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
@@ -120,24 +132,24 @@ class StepGraphs:
         seconds = time.monotonic() - began
         logger.info("captured %d graphs of steps in %.1f s", len(self._graphs), seconds)
 
-    def find(self, layout: StepLayout, adapters: StepAdapters) -> CapturedStep | None:
-        """The least captured step that holds this one; None if none does."""
+    def find(self, layout: StepLayout, cuts: StepCuts, adapters: StepAdapters) -> SizedStep:
+        """The least captured step that holds this one; if none does, one that is not captured."""
         sizes, num_decode = self._sizes, layout.num_decode
         num_prefill = layout.num_tokens - num_decode
         if not num_prefill:
-            decode, kind = _next_size(sizes.decode, num_decode), _least(self._decode_kinds, adapters)
-            return CapturedStep(self._decode_shape(decode, kind), kind) if decode else None
+            kind = _least(self._decode_kinds, adapters)
+            return SizedStep(self._decode_shape(_next_size(sizes.decode, num_decode) or num_decode, kind), kind)
+        kind = _least(self._mixed_kinds, adapters)
         decode, prefill = _next_size(sizes.mixed_decode, num_decode), _next_size(sizes.prefill, num_prefill)
         if not decode or not prefill or len(layout.prefills) > sizes.max_chunks:
-            return None
-        kind = _least(self._mixed_kinds, adapters)
-        return CapturedStep(self._mixed_shape(decode, prefill, kind), kind)
+            return SizedStep(self._open_shape(own_shape(layout, cuts), kind), kind)
+        return SizedStep(self._mixed_shape(decode, prefill, kind), kind)
 
     def may_run_together(self, num_decode: int, max_rank: int) -> bool:
         """Whether decoded tokens of adapters of at most these ranks may be computed in runs of one adapter."""
         return not self._is_shared and num_decode >= self._sizes.runs_from and max_rank > FEW_RANKS
 
-    def run(self, step: CapturedStep) -> torch.Tensor:
+    def run(self, step: SizedStep) -> torch.Tensor:
         """The step's logits, valid until the next step."""
         captured = self._graphs.get(step)
         if captured is None:
@@ -146,14 +158,24 @@ class StepGraphs:
         graph.replay()
         return logits
 
-    def _steps(self) -> list[CapturedStep]:
+    def open_steps(self) -> list[SizedStep]:
+        """Steps that launch what any step that is not captured does and no captured one: by blocks and kind."""
+        least = StepShape(num_decode=0, num_prefill=2, num_chunks=1, num_tiles=1, num_sampled=1)
+        return [
+            SizedStep(self._open_shape(least._replace(num_blocks=num_blocks), kind), kind)
+            for kind, num_blocks in itertools.product(self._mixed_kinds, (0, *self._sizes.open_blocks))
+            if bool(kind.groups) == bool(num_blocks) and not kind.in_runs
+        ]
+
+    def captured_steps(self) -> list[SizedStep]:
+        """Every step that is captured."""
         sizes = self._sizes
         decodes = [
-            CapturedStep(self._decode_shape(size, kind), kind)
+            SizedStep(self._decode_shape(size, kind), kind)
             for size, kind in itertools.product(sizes.decode, self._decode_kinds)
         ]
         mixed = [
-            CapturedStep(self._mixed_shape(decode, prefill, kind), kind)
+            SizedStep(self._mixed_shape(decode, prefill, kind), kind)
             for decode, prefill, kind in itertools.product(sizes.mixed_decode, sizes.prefill, self._mixed_kinds)
         ]
         return [s for s in decodes + mixed if not s.adapters.in_runs or s.shape.num_decode >= sizes.runs_from]
@@ -174,6 +196,23 @@ class StepGraphs:
             num_sampled=num_decode + chunks,
             num_segment_slots=num_decode + num_prefill if self._is_shared else 0,
             num_run_blocks=_num_run_blocks(num_decode, kind),
+        )
+
+    def _open_shape(self, own: StepShape, kind: StepAdapters) -> StepShape:
+        """A step's own shape, but for what decides which kernels are launched."""
+        decode, blocks = _next_size(self._sizes.decode, own.num_decode) or own.num_decode, own.num_blocks
+        if not own.num_decode:
+            decode = 0
+        if blocks:
+            # As many as if all tokens had adapters: rank space is cut in parts by blocks, and has room for all tokens.
+            blocks = max(blocks, own.num_prefill // DEFAULT_BLOCK_M)
+            blocks = _next_size(self._sizes.open_blocks, blocks) or blocks
+        return own._replace(
+            num_decode=decode,
+            num_pages=self._max_pages,
+            num_blocks=blocks,
+            num_segment_slots=decode + own.num_prefill if self._is_shared else 0,
+            num_run_blocks=_num_run_blocks(decode, kind),
         )
 
 

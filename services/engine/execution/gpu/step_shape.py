@@ -66,8 +66,8 @@ class StepShape(NamedTuple):
 def most_integers(max_tokens: int, max_sequences: int, max_pages: int, tile_tokens: int) -> int:
     """Of the arrays of any step, captured or not; a prompt counts as a sequence beside those that decode.
 
-    Each prompt may leave one tile and one block half empty.
+    Each prompt may leave one tile and one block half empty, and there may be twice as many blocks, and some.
     """
-    a_token = 5 + 4 / tile_tokens + 3 / DEFAULT_BLOCK_M
-    a_sequence = 3 + 4 + 3 + 3 + max_pages
+    a_token = 5 + 4 / tile_tokens + 2 * 3 / DEFAULT_BLOCK_M
+    a_sequence = 3 + 4 + 2 * 3 + 3 + max_pages
     return math.ceil(a_token * max_tokens) + a_sequence * max_sequences

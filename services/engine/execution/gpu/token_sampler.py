@@ -52,6 +52,13 @@ class TokenSampler:
         self._device = device
         self._sends = SmallSends(device)
 
+    def warm_up(self, vocab_size: int, dtype: torch.dtype) -> None:
+        """Draws once, so that its kernels are compiled."""
+        logits = torch.zeros((1, vocab_size), dtype=dtype, device=self._device)
+        tokens = torch.zeros(1, dtype=torch.int32, device=self._device)
+        params = SamplingParams(temperature=1.0, repetition_penalty=1.1, seed=0, num_logprobs=1)
+        self.draw(logits, [SampleRow(0, 0, SampleRequest(params, [0], [], 0))], tokens, tokens.clone())
+
     def draw(
         self, logits: torch.Tensor, rows: Sequence[SampleRow], tokens: torch.Tensor, drawn: torch.Tensor
     ) -> Logprobs | None:

@@ -1,0 +1,62 @@
+"""No kernel is compiled while requests are served: what steps launch was launched at the start, in every variant."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from triton.runtime.interpreter import InterpretedFunction
+
+from tests.fixtures.random_steps import VOCABULARY, install_random_ranks, random_plan, sized_runner
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there kernels are compiled: tests/gpu looks at that")
+
+Variant = tuple[object, ...]
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> set[Variant]:
+    """What was launched, as far as it decides what is compiled. Nothing is carried out but what sends integers."""
+    variants: set[Variant] = set()
+
+    def run(kernel: Any, *args: Any, grid: object, warmup: bool, **constants: object) -> None:
+        if kernel.fn.__module__ == "kernels.gpu.host_read":
+            args[1].copy_(args[0])
+        names = kernel.arg_names
+        free = kernel.kwargs["do_not_specialize"] or ()
+        values = {name: _specialized(value) for name, value in zip(names, args, strict=False) if name not in free}
+        variants.add((kernel.fn.__module__, kernel.__name__, *sorted((values | constants).items(), key=str)))
+
+    monkeypatch.setattr(InterpretedFunction, "run", run)
+    return variants
+
+
+def _specialized(value: object) -> object:
+    """What the compiler looks at in an argument."""
+    if isinstance(value, torch.Tensor):
+        return value.dtype, value.data_ptr() % 16 == 0
+    if isinstance(value, int):
+        return "1" if value == 1 else "int32" if value < 1 << 31 else "int64", value % 16 == 0
+    return type(value)
+
+
+def test_every_step_launches_what_was_launched_at_the_start(tmp_path: Path, launched: set[Variant]) -> None:
+    seed = random.SystemRandom().randrange(2**31)
+    print("seed", seed)
+    rng = random.Random(seed)
+    runner = sized_runner(tmp_path, "cpu")
+    with torch.inference_mode():
+        for step in [*runner._graphs.open_steps(), *runner._graphs.captured_steps()]:
+            runner._compute_sized(step)
+        runner._sampler.warm_up(VOCABULARY, torch.bfloat16)
+    compiled = set(launched)
+    assert len({variant[1] for variant in compiled}) > 5
+    install_random_ranks(runner, rng)
+    for _ in range(60):
+        launched.clear()
+        runner.submit(random_plan(rng))
+        assert launched
+        assert launched <= compiled, [sorted(map(str, variant)) for variant in launched - compiled]
