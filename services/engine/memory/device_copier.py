@@ -26,6 +26,7 @@ class DeviceCopier:
         self._pinned = pinned
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._staged = torch.empty(COPY_BUFFER_BYTES, dtype=torch.uint8, device=device)
+        self._places = torch.empty(0, dtype=torch.int64)
 
     def write(self, weights: memoryview, layer_elems: int, target: torch.Tensor, pages: Sequence[int]) -> None:
         """Columns block p of `weights` goes to `target[:, pages[p]]`; complete when it returns.
@@ -36,11 +37,12 @@ class DeviceCopier:
         num_layers, _, page_elems = target.shape
         whole = layer_elems // page_elems
         with self._pinned.lock, torch.cuda.stream(self._stream):
-            # Before the weights: this one waits for the stream.
-            index = torch.tensor(pages[:whole], dtype=torch.int64, device=self._device)
+            # First what takes longest: whatever the host does besides, it does meanwhile.
             staged = self._send(weights).view(target.dtype).view(num_layers, layer_elems)
             if whole:
-                target[:, index] = staged[:, : whole * page_elems].view(num_layers, whole, page_elems)
+                target[:, self._send_pages(pages[:whole])] = staged[:, : whole * page_elems].view(
+                    num_layers, whole, page_elems
+                )
             if rest := layer_elems - whole * page_elems:
                 target[:, pages[whole], :rest] = staged[:, whole * page_elems :]
             if self._stream is not None:
@@ -57,6 +59,14 @@ class DeviceCopier:
         for piece in self._pinned.pieces(weights):
             staged[piece].copy_(source[piece], non_blocking=True)
         return staged
+
+    def _send_pages(self, pages: Sequence[int]) -> torch.Tensor:
+        """`pages` on the device, behind what was sent before; pinned, since the host would wait for all that else."""
+        if len(self._places) < len(pages):
+            self._places = torch.empty(2 * len(pages), dtype=torch.int64, pin_memory=self._device.type == "cuda")
+        places = self._places[: len(pages)]
+        places.numpy()[:] = pages
+        return places.to(self._device, non_blocking=True)
 
 
 def _in_words(target: torch.Tensor, layer_elems: int) -> tuple[torch.Tensor, int]:
