@@ -9,7 +9,7 @@ import pytest
 import torch
 from triton import knobs
 
-from tests.fixtures.random_steps import install_random_ranks, random_plan, sized_runner
+from tests.fixtures.random_steps import RandomSteps, install_random_ranks
 
 pytestmark = [
     pytest.mark.gpu,
@@ -28,10 +28,11 @@ def test_nothing_is_compiled_behind_the_start(tmp_path: Path, monkeypatch: pytes
         compiled.append(str(what["repr"]))
 
     monkeypatch.setattr(knobs.runtime, "jit_post_compile_hook", note)
-    runner = sized_runner(tmp_path, "cuda")
+    steps = RandomSteps()
+    runner = steps.runner(tmp_path, "cuda")
     assert compiled
     compiled.clear()
     install_random_ranks(runner, rng)
     for _ in range(200):
-        runner.execute(random_plan(rng))
+        runner.execute(steps.plan(rng))
     assert compiled == []

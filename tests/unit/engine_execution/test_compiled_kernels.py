@@ -10,7 +10,7 @@ import pytest
 import torch
 from triton.runtime.interpreter import InterpretedFunction
 
-from tests.fixtures.random_steps import VOCABULARY, install_random_ranks, random_plan, sized_runner
+from tests.fixtures.random_steps import VOCABULARY, RandomSteps, install_random_ranks
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there kernels are compiled: tests/gpu looks at that")
 
@@ -43,11 +43,22 @@ def _specialized(value: object) -> object:
     return type(value)
 
 
-def test_every_step_launches_what_was_launched_at_the_start(tmp_path: Path, launched: set[Variant]) -> None:
+@pytest.mark.parametrize(
+    "steps",
+    [
+        RandomSteps(),
+        RandomSteps(max_batch=1, max_tokens=16, max_len=40),
+        RandomSteps(max_batch=40, max_tokens=1100, model={"num_key_value_heads": 1, "intermediate_size": 1408}),
+    ],
+    ids=["many", "one", "one head of keys"],
+)
+def test_every_step_launches_what_was_launched_at_the_start(
+    tmp_path: Path, launched: set[Variant], steps: RandomSteps
+) -> None:
     seed = random.SystemRandom().randrange(2**31)
     print("seed", seed)
     rng = random.Random(seed)
-    runner = sized_runner(tmp_path, "cpu")
+    runner = steps.runner(tmp_path, "cpu")
     with torch.inference_mode():
         for step in [*runner._graphs.open_steps(), *runner._graphs.captured_steps()]:
             runner._compute_sized(step)
@@ -55,8 +66,8 @@ def test_every_step_launches_what_was_launched_at_the_start(tmp_path: Path, laun
     compiled = set(launched)
     assert len({variant[1] for variant in compiled}) > 5
     install_random_ranks(runner, rng)
-    for _ in range(60):
+    for _ in range(50):
         launched.clear()
-        runner.submit(random_plan(rng))
+        runner.submit(steps.plan(rng))
         assert launched
         assert launched <= compiled, [sorted(map(str, variant)) for variant in launched - compiled]
