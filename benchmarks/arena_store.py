@@ -24,6 +24,7 @@ import numpy as np
 from prometheus_client import CollectorRegistry
 from slora.adapter_store.v1 import adapter_store_pb2_grpc
 
+from benchmarks.command_line import parser_of
 from services.adapter_store.allocator import tune_allocator
 from services.adapter_store.arena import Arena
 from services.adapter_store.delivery_servicer import CHUNK_BYTES, CallsFirst, WeightDelivery, add_to_server
@@ -171,8 +172,12 @@ async def _serve(cache: HostCache, port: int) -> None:
 
 def main(arguments: Sequence[str]) -> None:
     """Serves until SIGTERM."""
+    parser = parser_of(__doc__)
+    parser.add_argument("adapters", type=json.loads, help="StoredAdapters as JSON")
+    parser.add_argument("port", type=int, help="to listen on; 0 takes a free one")
+    options = parser.parse_args(arguments)
     tune_allocator()
-    fields = json.loads(arguments[0])
+    fields = options.adapters
     modules = tuple((module, inputs, outputs) for module, inputs, outputs in fields["modules"])
     adapters = StoredAdapters(**(fields | {"modules": modules, "ranks": tuple(fields["ranks"])}))
     sizes = [adapters.layout(adapters.rank_of(number)).packed_bytes for number in range(adapters.number)]
@@ -181,7 +186,7 @@ def main(arguments: Sequence[str]) -> None:
     try:
         cache = HostCache(arena, lambda: None)
         _fill(cache, adapters)
-        grpc_loop.run(_serve(cache, int(arguments[1])))
+        grpc_loop.run(_serve(cache, options.port))
     finally:
         arena.close()
 

@@ -25,6 +25,7 @@ from typing import Any, TypeAlias
 import torch
 
 from benchmarks.arena_store import BARE_METHOD, BARE_SERVICE, StoredAdapters, running_arena_store
+from benchmarks.command_line import take_no_options
 from benchmarks.record import record, say
 from kernels.lora_plan import ModuleGroup
 from services.adapter_store.delivery_servicer import CHUNK_BYTES
@@ -142,6 +143,7 @@ def best_seconds(ways: dict[str, Way]) -> dict[str, float]:
 
 def main() -> None:
     """Measures everything and records it."""
+    take_no_options(__doc__)
     sys.setswitchinterval(SWITCH_SECONDS)
     rows = []
     for rank, readers in itertools.product(RANKS, (1, 8)):

@@ -27,6 +27,7 @@ import redis
 from slora.adapter_store.v1 import adapter_store_pb2 as pb
 from slora.adapter_store.v1 import adapter_store_pb2_grpc
 
+from benchmarks.command_line import parser_of
 from benchmarks.record import record, say
 from benchmarks.store_process import running_store_process
 from services.common.grpc_client import open_channel
@@ -198,7 +199,9 @@ async def _answers(client: Client) -> bool:
 
 def main() -> None:
     """Measures each number of adapters and records the figures."""
-    counts = tuple(map(int, sys.argv[1:])) or NUM_ADAPTERS
+    parser = parser_of(__doc__)
+    parser.add_argument("counts", nargs="*", type=int, metavar="NUM_ADAPTERS", help=f"default: {NUM_ADAPTERS}")
+    counts = parser.parse_args().counts or NUM_ADAPTERS
     rows = []
     for count in counts:
         with tempfile.TemporaryDirectory() as name:

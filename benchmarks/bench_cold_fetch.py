@@ -34,6 +34,7 @@ from botocore.config import Config
 from slora.adapter_store.v1 import adapter_store_pb2 as pb
 from slora.adapter_store.v1 import adapter_store_pb2_grpc
 
+from benchmarks.command_line import parser_of
 from benchmarks.record import record, say
 from benchmarks.store_process import running_store_process
 from services.common.grpc_client import open_channel
@@ -247,7 +248,9 @@ def _rows(
 
 def main() -> None:
     """Measures every load and records the figures."""
-    rounds = int(sys.argv[1]) if len(sys.argv) > 1 else ROUNDS
+    parser = parser_of(__doc__)
+    parser.add_argument("rounds", nargs="?", type=int, default=ROUNDS, help="of each load (default: %(default)s)")
+    rounds = parser.parse_args().rounds
     rows = []
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)

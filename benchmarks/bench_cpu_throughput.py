@@ -25,6 +25,7 @@ from slora_client import AdapterClient, AsyncSloraClient
 from tokenizers import Tokenizer, models
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks.command_line import take_no_options
 from benchmarks.peft_baseline import BaselineRequest, PeftBaseline
 from benchmarks.record import record, say
 from services.local.stack import LocalStack
@@ -154,6 +155,7 @@ def count_differences(ours: Measured, theirs: Measured, margins: tuple[float, ..
 
 def main() -> None:
     """Measures, prints, records."""
+    take_no_options(__doc__)
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch)
         say("making a random 100M-parameter Llama and 16 adapters ...")

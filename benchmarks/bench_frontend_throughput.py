@@ -26,6 +26,7 @@ import psutil
 from slora.engine.v1 import engine_pb2, engine_pb2_grpc
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from benchmarks.command_line import take_no_options
 from benchmarks.record import Row, record, say
 from services.common import grpc_loop
 from services.common.grpc_client import open_channel
@@ -190,6 +191,7 @@ def _dispatch(arguments: Sequence[str]) -> int:
         case ["client", method, port, max_tokens]:
             asyncio.run(run_client(method, port, int(max_tokens)))
         case _:
+            take_no_options(__doc__, arguments)
             main()
     return 0
 

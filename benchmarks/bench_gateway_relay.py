@@ -14,6 +14,7 @@ Run: python -m benchmarks.bench_gateway_relay [--short | --processes 1,2,4 TOKEN
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import dataclasses
 import json
@@ -27,6 +28,7 @@ from typing import Any
 
 import psutil
 
+from benchmarks.command_line import parser_of
 from benchmarks.record import Row, record, say
 from benchmarks.relay_client import Heard, Task
 
@@ -253,18 +255,35 @@ def _rates(heard: Heard) -> Row:
 
 def main(arguments: Sequence[str]) -> None:
     """Measures and records; a short run is only shown."""
-    if arguments[:1] == ["--processes"]:
-        counts = [int(count) for count in arguments[1].split(",")]
-        rows = list(measure_processes(20.0, int(arguments[2]), counts))
-        command = f"python -m {THIS} {' '.join(arguments)}"
+    options = chosen(arguments)
+    if options.processes:
+        counts, rate = options.processes
+        rows = list(measure_processes(20.0, rate, counts))
+        command = f"python -m {THIS} --processes {','.join(map(str, counts))} {rate}"
         say(f"recorded in {record('gateway_processes', command, rows)}")
     else:
-        measure_one(arguments)
+        measure_one(options.short)
 
 
-def measure_one(arguments: Sequence[str]) -> None:
+def chosen(arguments: Sequence[str]) -> argparse.Namespace:
+    """The options: `short`, and of `processes` the counts and the rate, or None."""
+    parser = parser_of(__doc__)
+    either = parser.add_mutually_exclusive_group()
+    either.add_argument("--short", action="store_true", help="a fast run that is only shown")
+    names = ("COUNTS", "TOKENS_A_SECOND")
+    either.add_argument("--processes", nargs=2, metavar=names, help="how many gateways, as 1,2,4; the rate of each")
+    options = parser.parse_args(arguments)
+    if options.processes:
+        counts, rate = options.processes
+        try:
+            options.processes = [int(count) for count in counts.split(",")], int(rate)
+        except ValueError as error:
+            parser.error(f"--processes: {error}")
+    return options
+
+
+def measure_one(is_short: bool) -> None:
     """Everything of one gateway."""
-    is_short = "--short" in arguments
     seconds, rates = (4.0, (8_000,)) if is_short else (20.0, (8_000, 12_000, 16_000, 20_000, 24_000))
     rows: list[Any] = [
         *measure_added_latency(seconds),

@@ -21,6 +21,8 @@ from types import TracebackType
 
 from slora_client import AsyncSloraClient, SloraRequestError
 
+from benchmarks.command_line import take_no_options
+
 LEAD_SECONDS = 1.0
 """From handing calls to the processes until the start of a run: enough to read them."""
 
@@ -144,4 +146,5 @@ def serve_runs() -> None:
 
 
 if __name__ == "__main__":
+    take_no_options(__doc__)
     serve_runs()

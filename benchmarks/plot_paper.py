@@ -14,6 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from benchmarks.command_line import take_no_options
 from benchmarks.record import RESULTS, ROOT, say
 
 IMAGES = ROOT / "docs" / "images"
@@ -238,6 +239,7 @@ def _table(heads: Sequence[str], cells: Sequence[Sequence[object]]) -> str:
 
 
 if __name__ == "__main__":
+    take_no_options(__doc__)
     recorded = json.loads((RESULTS / "simulation.json").read_text())["rows"]
     draw_all(recorded)
     write_tables(recorded)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from benchmarks.command_line import take_no_options
 from benchmarks.record import RESULTS, ROOT, say
 
 PICTURE = ROOT / "docs" / "images" / "routing.png"
@@ -68,5 +69,6 @@ def table(results: Path) -> str:
 
 
 if __name__ == "__main__":
+    take_no_options(__doc__)
     say(table(RESULTS / "routing.json"))
     draw(RESULTS / "routing.json", PICTURE)

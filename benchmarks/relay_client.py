@@ -9,7 +9,6 @@ import asyncio
 import dataclasses
 import itertools
 import json
-import sys
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ import msgspec
 from slora.engine.v1 import engine_pb2, generation_pb2
 from slora.gateway.v1 import inference_pb2
 
+from benchmarks.command_line import parser_of
 from benchmarks.record import say
 from benchmarks.relay_engine import seconds_since
 from services.common.grpc_client import open_channel
@@ -185,4 +185,6 @@ async def _first_seconds(source: GrpcSource | HttpSource) -> float:
 
 
 if __name__ == "__main__":
-    say(json.dumps(dataclasses.asdict(asyncio.run(hear(Task(**json.loads(sys.argv[1])))))))
+    parser = parser_of(__doc__)
+    parser.add_argument("task", type=json.loads, help="a Task as JSON")
+    say(json.dumps(dataclasses.asdict(asyncio.run(hear(Task(**parser.parse_args().task))))))

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import sys
 import time
 from collections.abc import AsyncIterator
 from typing import Any
@@ -19,6 +18,7 @@ from typing import Any
 import grpc
 from slora.engine.v1 import engine_pb2, engine_pb2_grpc, generation_pb2
 
+from benchmarks.command_line import parser_of
 from benchmarks.record import say
 from services.common import grpc_loop
 from services.common.grpc_server import SERVER_OPTIONS
@@ -162,4 +162,6 @@ async def serve(step_seconds: float) -> None:
 
 
 if __name__ == "__main__":
-    grpc_loop.run(serve(float(sys.argv[1])))
+    parser = parser_of(__doc__)
+    parser.add_argument("step_seconds", type=float, metavar="SECONDS_A_STEP", help="0: as fast as tokens are taken")
+    grpc_loop.run(serve(parser.parse_args().step_seconds))

@@ -15,6 +15,7 @@ import gc
 
 import torch
 
+from benchmarks.command_line import take_no_options
 from benchmarks.gpu.bench_attention import DTYPE, HEAD_DIM, MAX_POOL_BYTES, Pool, Shape, bench_decode
 from benchmarks.gpu.bench_lora import LLAMA_3_8B, LLAMA_7B, AdapterPool, DecodeCase, DecodeStep, ModelShape, pool_elems
 
@@ -63,6 +64,7 @@ def print_waste() -> None:
 
 def main() -> None:
     """Runs it all."""
+    take_no_options(__doc__)
     torch.manual_seed(0)
     print(torch.cuda.get_device_name(), torch.__version__)
     print_waste()

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from benchmarks.command_line import take_no_options
 from benchmarks.gpu.bench_engine import MIX_REQUESTS
 from benchmarks.record import RESULTS, ROOT, say
 
@@ -42,4 +43,5 @@ def draw(results: Path, picture: Path) -> None:
 
 
 if __name__ == "__main__":
+    take_no_options(__doc__)
     draw(RESULTS / "h200.json", PICTURE)

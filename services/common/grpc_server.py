@@ -42,6 +42,15 @@ MAX_PENDING_SECONDS = 3600
 """How long a call may wait to be looked at. grpc's own bound is 30 s: what is older it cancels, once a busy process
 turns to it, and to the caller that looks like a wish of its own. Callers have deadlines; those end what waits."""
 
+KEEPALIVE_MS = 30_000
+"""So long a caller's connection is silent before the server asks whether anybody is there. A host that vanished (power,
+network) closes nothing: its generations would go on, and its leases be kept, until TCP gives up after a quarter of an
+hour, or for ever where nothing is sent."""
+
+KEEPALIVE_TIMEOUT_MS = 20_000
+"""So long it may take to answer; then its calls are cancelled, 50 s after it vanished. Longer than a client waits for a
+server: the answer may lie behind megabytes on a slow link, and a client's process may be stopped for seconds."""
+
 SERVER_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
@@ -55,6 +64,13 @@ SERVER_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.http2.lookahead_bytes", 2**20),
     ("grpc.http2.write_buffer_size", 64 * 2**20),
     ("grpc.http2.bdp_probe", 0),
+    ("grpc.keepalive_time_ms", KEEPALIVE_MS),
+    ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_MS),
+    # What is heeded of the two: without it an unanswered ping breaks the connection after 60 s only.
+    ("grpc.http2.ping_timeout_ms", KEEPALIVE_TIMEOUT_MS),
+    # However long nothing is sent, as to a watch or a waiting request; and for connections without calls.
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.keepalive_permit_without_calls", 1),
     # Clients may ping idle connections every few seconds, to notice a dead host.
     ("grpc.http2.min_ping_interval_without_data_ms", 5000),
     ("grpc.http2.max_ping_strikes", 0),

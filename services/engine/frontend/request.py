@@ -75,16 +75,8 @@ def core_request(
     check_ids(request.stop_token_ids, STOP_TOKEN_IDS, limits)
     if not prompt_ids:
         raise SloraError(Reason.PROMPT_EMPTY, "the prompt holds no token; give at least one", field=PROMPT)
+    check_length(len(prompt_ids), limits)
     room = limits.max_model_len - len(prompt_ids)
-    if room < 1:
-        raise SloraError(
-            Reason.PROMPT_TOO_LONG,
-            f"the prompt has {len(prompt_ids)} tokens, but prompt and output together have room for "
-            f"{limits.max_model_len}: at most {limits.max_model_len - 1} prompt tokens can be taken",
-            field=PROMPT,
-            num_prompt_tokens=len(prompt_ids),
-            max_model_len=limits.max_model_len,
-        )
     max_tokens = room if request.max_tokens is None else min(request.max_tokens, room)
     stop = StopParams(
         max_tokens=max_tokens,
@@ -96,6 +88,20 @@ def core_request(
     origin = Origin(request.request_id, traceparent)
     return Generate(
         core_id, list(prompt_ids), request.sampling, stop, request.adapter, request.priority, request.tenant, origin
+    )
+
+
+def check_length(num_tokens: int, limits: ModelLimits, or_more: bool = False) -> None:
+    """Raises PROMPT_TOO_LONG if a prompt of `num_tokens` (`or_more`: that many at least) leaves no room for a token."""
+    if num_tokens < limits.max_model_len:
+        return
+    raise SloraError(
+        Reason.PROMPT_TOO_LONG,
+        f"the prompt has {num_tokens} tokens{' or more' if or_more else ''}, but prompt and output together have room "
+        f"for {limits.max_model_len}: at most {limits.max_model_len - 1} prompt tokens can be taken",
+        field=PROMPT,
+        num_prompt_tokens=num_tokens,
+        max_model_len=limits.max_model_len,
     )
 
 

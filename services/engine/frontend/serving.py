@@ -106,8 +106,8 @@ class Frontend(CoreListener):
 
     async def _prompt_ids(self, prompt: str | Chat | Sequence[int]) -> Sequence[int]:
         if isinstance(prompt, Chat):
-            return await self._tokenizer.encode_chat_async(prompt)
-        return await self._tokenizer.encode_async(prompt) if isinstance(prompt, str) else prompt
+            return await self._tokenizer.encode_chat_async(prompt, self._limits)
+        return await self._tokenizer.encode_async(prompt, self._limits) if isinstance(prompt, str) else prompt
 
     def _end(self, generation: Generation, outcome: str) -> None:
         del self._generations[generation.core_id]

@@ -14,7 +14,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from services.engine.frontend.chat_template import ChatTemplate, NoTemplate, load_chat_template
 from services.engine.frontend.detokenizer import Detokenizer, token_texts
-from services.engine.frontend.request import Chat
+from services.engine.frontend.request import Chat, ModelLimits, check_length
+from services.engine.frontend.token_bound import token_bound
 
 INLINE_CHARACTERS = 2048
 """Shorter texts (about half a millisecond) are tokenized on the event loop: a thread's round trip costs as much."""
@@ -41,6 +42,7 @@ class TextTokenizer:
         special = {token.content for token in added.values() if token.special}
         self._special_ids = frozenset(i for i, token in self._tokens.items() if token in special)
         decoder = None if tokenizer.decoder is None else json.loads(tokenizer.decoder.__getstate__())
+        self._bound = token_bound(tokenizer)
         self._texts = token_texts(self, decoder)
         self.token_text = functools.lru_cache(maxsize=1 << 16)(self._texts.text)
 
@@ -54,32 +56,39 @@ class TextTokenizer:
         """Ids that decoding skips."""
         return self._special_ids
 
-    def encode(self, text: str) -> list[int]:
-        """The ids of `text`, with the special tokens that the checkpoint puts around a prompt (such as BOS)."""
-        # The batch call, unlike `encode`, lets other threads run meanwhile.
-        ids: list[int] = self._tokenizer.encode_batch_fast([text])[0].ids
-        return ids
+    def encode(self, text: str, limits: ModelLimits | None = None) -> list[int]:
+        """The ids of `text`, with the special tokens that the checkpoint puts around a prompt (such as BOS).
 
-    async def encode_async(self, text: str) -> list[int]:
+        Raises PROMPT_TOO_LONG, without tokenizing it, for a text that cannot fit `limits` however few its tokens are.
+        """
+        return self._encode(text, limits, with_special_tokens=True)
+
+    async def encode_async(self, text: str, limits: ModelLimits | None = None) -> list[int]:
         """As `encode`; a long text is tokenized on a thread."""
         if len(text) <= INLINE_CHARACTERS:
-            return self.encode(text)
-        return await asyncio.get_running_loop().run_in_executor(self._thread, self.encode, text)
+            return self.encode(text, limits)
+        return await asyncio.get_running_loop().run_in_executor(self._thread, self.encode, text, limits)
 
-    def encode_chat(self, chat: Chat) -> list[int]:
+    def encode_chat(self, chat: Chat, limits: ModelLimits | None = None) -> list[int]:
         """The ids of a conversation, as the chat template writes it and with no special tokens but those it writes.
 
-        Raises CHAT_INVALID or CHAT_TEMPLATE_MISSING.
+        Raises CHAT_INVALID, CHAT_TEMPLATE_MISSING or, as `encode`, PROMPT_TOO_LONG.
         """
-        text = self._chat_template.render(chat)
-        ids: list[int] = self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
-        return ids
+        return self._encode(self._chat_template.render(chat), limits, with_special_tokens=False)
 
-    async def encode_chat_async(self, chat: Chat) -> list[int]:
+    async def encode_chat_async(self, chat: Chat, limits: ModelLimits | None = None) -> list[int]:
         """As `encode_chat`; a long conversation is written out and tokenized on a thread."""
         if chat.num_characters <= INLINE_CHARACTERS:
-            return self.encode_chat(chat)
-        return await asyncio.get_running_loop().run_in_executor(self._thread, self.encode_chat, chat)
+            return self.encode_chat(chat, limits)
+        return await asyncio.get_running_loop().run_in_executor(self._thread, self.encode_chat, chat, limits)
+
+    def _encode(self, text: str, limits: ModelLimits | None, with_special_tokens: bool) -> list[int]:
+        if limits is not None and self._bound is not None:
+            # A text of 16 MiB would take seconds and more than a gigabyte.
+            check_length(self._bound.least_tokens(text, limits.max_model_len), limits, or_more=True)
+        # The batch call, unlike `encode`, lets other threads run meanwhile.
+        ids: list[int] = self._tokenizer.encode_batch_fast([text], add_special_tokens=with_special_tokens)[0].ids
+        return ids
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of `token_ids`, special tokens kept."""
