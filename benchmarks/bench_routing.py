@@ -10,7 +10,6 @@ Run: python -m benchmarks.bench_routing [--seconds 20] [--rate 25]
 
 from __future__ import annotations
 
-import argparse
 import random
 import re
 import tempfile
@@ -21,6 +20,7 @@ from pathlib import Path
 
 from slora_client import AdapterClient
 
+from benchmarks.command_line import parser_of
 from benchmarks.gpu.bench_model import TINY
 from benchmarks.gpu.synthetic_files import write_adapters, write_checkpoint
 from benchmarks.load_generator import Call, LoadGenerator
@@ -133,7 +133,7 @@ def rows_of(rule: str, shape: RoutingTraceShape, trial: Trial) -> list[Row]:
 
 def main() -> None:
     """One trial for each rule; prints and records."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--seconds", type=float, default=20.0, help="length of the trace after each adapter came once")
     parser.add_argument("--rate", type=float, default=25.0, help="requests a second, of all engines")
     options = parser.parse_args()

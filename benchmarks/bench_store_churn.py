@@ -15,7 +15,6 @@ Run: python -m benchmarks.bench_store_churn [--minutes 30] [--no-record]
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import contextlib
 import json
@@ -37,6 +36,7 @@ import redis
 from slora.adapter_store.v1 import adapter_store_pb2 as pb
 from slora.adapter_store.v1 import adapter_store_pb2_grpc
 
+from benchmarks.command_line import parser_of
 from benchmarks.record import record, say
 from benchmarks.store_process import StoreProcess, running_store_process
 from services.common.grpc_client import open_channel
@@ -298,7 +298,7 @@ def rows_of(result: ChurnResult) -> Iterator[dict[str, object]]:
 
 def main(arguments: Sequence[str]) -> None:
     """Measures, says and records; exit status 1 if memory was not flat or something leaked."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n", 1)[0])
+    parser = parser_of(__doc__)
     parser.add_argument("--minutes", type=float, default=30.0)
     parser.add_argument("--no-record", action="store_true", help="only say what was measured")
     options = parser.parse_args(arguments)

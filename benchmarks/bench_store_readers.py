@@ -38,6 +38,7 @@ from slora.adapter_store.v1 import adapter_store_pb2 as pb
 from slora.adapter_store.v1 import adapter_store_pb2_grpc
 
 from benchmarks.arena_store import StoredAdapters, running_arena_store
+from benchmarks.command_line import parser_of
 from benchmarks.record import record, say
 from services.common.grpc_client import open_channel
 
@@ -220,7 +221,7 @@ def measure(seconds: float) -> Iterator[dict[str, object]]:
 
 def main(arguments: Sequence[str]) -> None:
     """Measures, says and records."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n", 1)[0])
+    parser = parser_of(__doc__)
     parser.add_argument("--seconds", type=float, default=10.0, help="length of each measurement")
     parser.add_argument("--no-record", action="store_true", help="only say what was measured")
     parser.add_argument("--load", nargs=6, help=argparse.SUPPRESS)

@@ -11,7 +11,6 @@ Run: python -m benchmarks.bench_tensor_parallel [--rounds 8]
 
 from __future__ import annotations
 
-import argparse
 import json
 import multiprocessing
 import os
@@ -29,6 +28,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.command_line import parser_of
 from benchmarks.record import record, say
 from services.adapter_store.base_model import load_base_model
 from services.adapter_store.manifest import ModulePlacement as StoreModulePlacement
@@ -79,7 +79,7 @@ class WaitingGroup(ProcessGroup):
 
 def main() -> None:
     """Measures every N and writes the results."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = parser_of(__doc__)
     parser.add_argument("--rounds", type=int, default=8, help="how often each way of a step is timed; 0: bytes only")
     rounds = parser.parse_args().rounds
     rows: list[dict[str, object]] = []

@@ -12,7 +12,6 @@ Run: python -m benchmarks.simulate_paper [--seconds 60] [--processes 1]     simu
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,6 +19,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
+from benchmarks.command_line import parser_of
 from benchmarks.plot_paper import draw_all, write_tables
 from benchmarks.record import RESULTS, Row, record, say
 from benchmarks.simulate_policies import (
@@ -248,7 +248,7 @@ def _error_row(labels: Row, metric: str, predicted: float, measured: float) -> R
 
 def main() -> None:
     """Simulates everything, prints a line a run, records, draws."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = parser_of(__doc__)
     parser.add_argument("--seconds", type=float, default=60.0, help="length of each trace")
     parser.add_argument("--processes", type=int, default=1, help="runs at a time")
     parser.add_argument("--fairness-only", action="store_true", help="simulate fairness, keep the other recorded rows")

@@ -10,11 +10,11 @@ the end of arrivals flatters a policy.
 
 from __future__ import annotations
 
-import argparse
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
+from benchmarks.command_line import parser_of
 from benchmarks.step_model import RANKS, StepModel, measured_model
 from benchmarks.trace import TraceShape, draw_mix, draw_trace
 from benchmarks.virtual_engine import Arrival, EngineShape, Outcome, VirtualEngine
@@ -152,7 +152,7 @@ CLUSTERED = replace(POLICIES["fcfs"], max_adapters_a_batch=16)
 
 def main() -> None:
     """Prints the tables."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = parser_of(__doc__)
     parser.add_argument("--duration", type=float, default=60.0, help="seconds of each trace")
     parser.add_argument("--adapters", type=int, default=200)
     options = parser.parse_args()

@@ -9,12 +9,12 @@ Run: python -m benchmarks.simulate_routing [--seconds 60] [--processes 2]
 
 from __future__ import annotations
 
-import argparse
 import random
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 
+from benchmarks.command_line import parser_of
 from benchmarks.hash_routing import BoundedHashing, ConsistentHashing
 from benchmarks.queue_engine import Job
 from benchmarks.record import Row, record, say
@@ -122,7 +122,7 @@ def rows_of(case: Case, rate: float, rule: str, summary: RoutingSummary) -> list
 
 def main() -> None:
     """Simulates everything, prints a line a run, records."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = parser_of(__doc__)
     parser.add_argument("--seconds", type=float, default=60.0, help="length of each trace")
     parser.add_argument("--processes", type=int, default=2, help="runs at a time")
     options = parser.parse_args()

@@ -9,12 +9,12 @@ on one H200, with and without speculation. Requests with an adapter count, of th
 
 from __future__ import annotations
 
-import argparse
 import random
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from benchmarks.command_line import parser_of
 from benchmarks.record import say
 from benchmarks.routing_trace import RoutingTraceShape, draw_routing_trace
 from benchmarks.simulate_policies import merged, quantile
@@ -140,7 +140,7 @@ def scenes(duration: float) -> dict[str, Scene]:
 
 def main() -> None:
     """Prints a line a scene and half-life; 0 is without speculation."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = parser_of(__doc__)
     parser.add_argument("--duration", type=float, default=120.0, help="seconds of each trace")
     parser.add_argument("--seeds", type=int, default=4, help="traces that are added up")
     options = parser.parse_args()

@@ -10,9 +10,9 @@ Run: python -m benchmarks.tensor_parallel_model [--rank 16]
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import dataclass
 
+from benchmarks.command_line import parser_of
 from benchmarks.record import say
 
 LAYERS, HIDDEN, INNER, VOCABULARY, BYTES = 32, 4096, 11008, 32000, 2
@@ -82,7 +82,7 @@ def step_times(tp_size: int, link: Link, batch: int, rank: int) -> Step:
 
 def main() -> None:
     """Prints the table of docs/tensor_parallelism.md."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = parser_of(__doc__)
     parser.add_argument("--rank", type=int, default=16)
     rank = parser.parse_args().rank
     say("| link | N | tokens | base step, ms | of it sums | LoRA, one by one | LoRA, beside products | tax |")

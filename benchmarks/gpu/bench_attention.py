@@ -8,7 +8,6 @@ Run: python -m benchmarks.gpu.bench_attention [--quick]   (--quick: the kernels 
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional
 
+from benchmarks.command_line import parser_of
 from kernels.gpu import decode_attention as decode
 from kernels.gpu import prefill_attention as prefill
 
@@ -252,7 +252,7 @@ def run_prefill(memory: torch.Tensor, quick: bool) -> None:
 
 def main() -> None:
     """Runs it all."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = parser_of(__doc__)
     parser.add_argument("--quick", action="store_true", help="the kernels as they are tuned only")
     parser.add_argument("--only", choices=["decode", "prefill"], help="one of the two")
     arguments = parser.parse_args()

@@ -5,12 +5,13 @@ pool, and a replay reads more than the cache holds, so that weights come from me
 64, 32, 16, 8 in turn. A line gives milliseconds for 32 layers, the step's plan included (prefill: for one layer), and
 the adapters' bytes a second.
 
-    python -m benchmarks.gpu.bench_lora [--quick] [--only check decode sweep prefill]
+*shared*: tokens that share adapters, one by one and in runs of one adapter (ADR 32).
+
+    python -m benchmarks.gpu.bench_lora [--quick] [--only check decode sweep shared prefill]
 """
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import math
 import statistics
@@ -19,13 +20,20 @@ from dataclasses import dataclass
 
 import torch
 
+from benchmarks.command_line import parser_of
 from kernels.gpu.adapter_tables import MAX_RANK, GpuAdapterTables, LoraGroup
 from kernels.gpu.planned_shrink import planned_shrink
 from kernels.gpu.row_expand import ExpandBlocks, planned_expand, row_expand
 from kernels.gpu.row_plan import PlannedBlocks, RowPlanner
 from kernels.gpu.row_shrink import ShrinkBlocks, num_splits_for, row_shrink
 from kernels.gpu.segment_expand import SegmentExpandBlocks, segment_expand
-from kernels.gpu.segment_shrink import SegmentShrinkBlocks, plan_segments, segment_shrink
+from kernels.gpu.segment_shrink import (
+    RUN_BLOCK_M,
+    SegmentShrinkBlocks,
+    num_segment_splits,
+    plan_segments,
+    segment_shrink,
+)
 
 NUM_LAYERS, NUM_MODULES, TILE = 32, 7, 128
 DEVICE = torch.device("cuda")
@@ -258,6 +266,46 @@ def run_sweep(pool: AdapterPool, quick: bool) -> None:
             _line(f"sweep {case.name} both, expand {_values(expand)}", step.time(None, expand), size)
 
 
+SHARED = ((256, 5), (256, 32), (256, 64), (256, 100), (96, 5), (64, 16))
+"""Tokens, and adapters."""
+
+
+def run_shared(pool: AdapterPool, quick: bool) -> None:
+    """Decode, attention of Llama-7B, tokens of one adapter side by side as a step has them: both ways."""
+    groups, pages = LLAMA_7B.take("attn"), pool.pages(LLAMA_7B.page_elems)
+    for mix, (batch, count) in itertools.product(("S1", "S2"), SHARED[:1] if quick else SHARED):
+        case = DecodeCase(LLAMA_7B, "attn", mix, batch)
+        ranks = case.ranks(count)
+        tables, layers = place_adapters(pages.shape[1], LLAMA_7B.page_elems, groups, ranks), dict(enumerate(pages))
+        slots = torch.arange(batch) * count // batch
+        x = [_random(batch, group.in_features) for group in groups]
+        y = [_random(batch, sum(group.out_features)) for group in groups]
+        rows, on_device = RowLora(tables, groups, batch, max(ranks)), slots.int().to(DEVICE)
+        runs = _runs(slots.tolist(), layers, tables, groups, x, y, max(ranks))
+        for way, body in (("one by one", lambda: rows.launch(on_device, layers, x, y)), ("in runs", runs)):  # noqa: B023
+            _line(f"shared {case.name} of {count} adapters, {way}", time_graph(body), case.bytes_of(ranks))
+
+
+def _runs(
+    slots: Sequence[int], layers: dict[int, torch.Tensor], tables: GpuAdapterTables, groups: Sequence[LoraGroup],
+    x: list[torch.Tensor], y: list[torch.Tensor], max_rank: int,
+) -> Callable[[], None]:  # fmt: skip
+    """What a step launches for tokens in runs."""
+    ends = [place for place in range(1, len(slots) + 1) if place == len(slots) or slots[place] != slots[place - 1]]
+    segments = [(begin, end, slots[begin]) for begin, end in itertools.pairwise([0, *ends])]
+    plan = plan_segments(segments, RUN_BLOCK_M, DEVICE)
+    splits, totals = num_segment_splits(plan.shape[1], RUN_BLOCK_M), [max_rank * g.num_modules for g in groups]
+    u = [torch.empty(splits, len(slots), -(-total // 16) * 16, device=DEVICE) for total in totals]
+
+    def body() -> None:
+        for layer, pages in layers.items():
+            for g, group in enumerate(groups):
+                segment_shrink(x[g], plan, layer, pages, tables, group, u[g], totals[g], RUN_BLOCK_M)
+                segment_expand(u[g], plan, layer, pages, tables, group, y[g], totals[g], RUN_BLOCK_M, max_rank=max_rank)
+
+    return body
+
+
 def run_prefill(pool: AdapterPool, quick: bool) -> None:
     """A chunk of 8192 tokens in segments of 256: for one layer, by the bytes of x, y twice, and the adapters."""
     for shape, mix in itertools.product((LLAMA_7B,) if quick else (LLAMA_7B, LLAMA_3_8B), ("S1", "S2")):
@@ -373,9 +421,9 @@ def _assert_close(name: str, out: torch.Tensor, expected: torch.Tensor) -> None:
 
 def main() -> None:
     """Runs what was asked for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--quick", action="store_true", help="Llama-7B's attention only")
-    parts = {"decode": run_decode, "sweep": run_sweep, "prefill": run_prefill}
+    parts = {"decode": run_decode, "sweep": run_sweep, "shared": run_shared, "prefill": run_prefill}
     parser.add_argument("--only", nargs="*", choices=["check", *parts], default=["check", *parts])
     options = parser.parse_args()
     print(torch.cuda.get_device_name(), torch.__version__, flush=True)

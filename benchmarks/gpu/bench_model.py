@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.command_line import parser_of
 from benchmarks.record import RESULTS, Row, merge, print_row, say
 from benchmarks.trace import PAPER_LENGTHS, Lengths
 
@@ -39,7 +40,7 @@ TINY = BenchModel("small", device="cpu", dtype="float32", lengths=Lengths(4, 24)
 
 def model_arguments(description: str | None) -> argparse.ArgumentParser:
     """A parser with the options that all benchmarks of an accelerator share; `chosen_model` reads them."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(description)
     parser.add_argument("--model", default=BenchModel.shape, help="a shape (default %(default)s)")
     parser.add_argument("--targets", default=BenchModel.targets, choices=("attn", "all"))
     parser.add_argument("--device", default=BenchModel.device)

@@ -140,11 +140,7 @@ def _launch(
     blocks: SegmentShrinkBlocks | None,
 ) -> tuple[int, dict[str, Any]]:
     """Programs for each block of tokens, and what the kernel is compiled for."""
-    if blocks is None:
-        half_blocks = _BLOCKS_ONE if max_total_rank <= _BLOCKS_ONE.max_ranks else _BLOCKS_SEVERAL
-        half_blocks = half_blocks if block_m <= DEFAULT_BLOCK_M else _BLOCKS_LARGE_M
-        half_blocks = half_blocks if block_m > RUN_BLOCK_M else _BLOCKS_SMALL_M
-        blocks = _BLOCKS_FLOAT32 if dtype == torch.float32 else half_blocks
+    blocks = blocks or _blocks_for(dtype, max_total_rank, block_m)
     in_tiles = group.in_features // layout.tile_elems
     block_ranks = min(blocks.max_ranks, max(16, triton.next_power_of_2(max_total_rank)))
     constants = layout.constants(group, page_elems) | {
@@ -158,6 +154,16 @@ def _launch(
         "num_stages": blocks.num_stages,
     }
     return -(-max_total_rank // block_ranks), constants
+
+
+def _blocks_for(dtype: torch.dtype, max_total_rank: int, block_m: int) -> SegmentShrinkBlocks:
+    if dtype == torch.float32:
+        return _BLOCKS_FLOAT32
+    if block_m <= RUN_BLOCK_M:
+        return _BLOCKS_SMALL_M
+    if block_m > DEFAULT_BLOCK_M:
+        return _BLOCKS_LARGE_M
+    return _BLOCKS_ONE if max_total_rank <= _BLOCKS_ONE.max_ranks else _BLOCKS_SEVERAL
 
 
 @triton.jit(do_not_specialize=["table_offset", "u_stride", "split_stride"])

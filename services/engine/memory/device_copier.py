@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -36,7 +37,7 @@ class DeviceCopier:
         target, layer_elems = _in_words(target, layer_elems)
         num_layers, _, page_elems = target.shape
         whole = layer_elems // page_elems
-        with self._pinned.lock, torch.cuda.stream(self._stream):
+        with self._pinned.lock, torch.cuda.stream(self._stream), self._ended():
             # First what takes longest: whatever the host does besides, it does meanwhile.
             staged = self._send(weights).view(target.dtype).view(num_layers, layer_elems)
             if whole:
@@ -45,6 +46,13 @@ class DeviceCopier:
                 )
             if rest := layer_elems - whole * page_elems:
                 target[:, pages[whole], :rest] = staged[:, whole * page_elems :]
+
+    @contextlib.contextmanager
+    def _ended(self) -> Iterator[None]:
+        """Behind it nothing is under way, also where it failed: the pages may be somebody else's then."""
+        try:
+            yield
+        finally:
             if self._stream is not None:
                 self._stream.synchronize()
 

@@ -42,7 +42,7 @@ def rng() -> random.Random:
 
 
 def graphs(sizes: CaptureSizes = SIZES, tp_size: int = 1) -> StepGraphs:
-    return StepGraphs(lambda _: torch.empty(0), sizes, MAX_PAGES, TILE_TOKENS, torch.device("cpu"), tp_size)
+    return StepGraphs(lambda _: torch.empty(0), sizes, MAX_PAGES, TILE_TOKENS, tp_size)
 
 
 def draw_layout(rng: random.Random, num_decode: int, prompts: list[int]) -> StepLayout:

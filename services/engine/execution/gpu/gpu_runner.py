@@ -106,15 +106,13 @@ class GpuRunner:
         self._make_step: Callable[[StepTensors], StepOps] = partial(TritonStep, self._state)
         if partition.tp_size > 1:
             self._make_step = partial(ParallelTritonStep, self._state, self._communicator)
-        self._graphs = StepGraphs(
-            self._compute_sized, sizes, self._max_pages, self._tile_tokens, self._device, partition.tp_size
-        )
+        self._graphs = StepGraphs(self._compute_sized, sizes, self._max_pages, self._tile_tokens, partition.tp_size)
         # By sequence: the row of `drawn` that the last step wrote for it.
         self._rows_drawn: dict[int, int] = {}
-        with torch.inference_mode(), self._on_stream():
-            self._graphs.capture()
-            if self._device.type == "cuda":
-                self._sampler.warm_up(self.vocab_size, self.config.dtype)
+        if self._device.type == "cuda":
+            with self._on_stream():
+                self.warm_up()
+                self._graphs.capture()
         logger.info(
             "loaded %s: %s in %s on %s, %d pages of %d tokens",
             directory,
@@ -124,6 +122,12 @@ class GpuRunner:
             self.pool_config.num_pages,
             self.pool_config.tokens_per_page,
         )
+
+    def warm_up(self) -> None:
+        """Computes a step of every size, and draws, for nothing: no kernel is compiled later."""
+        with torch.inference_mode():
+            self._graphs.warm_up()
+            self._sampler.warm_up(self.vocab_size, self.config.dtype)
 
     def submit(self, plan: StepPlan) -> StepHandle:
         """Begins a step, behind those submitted before; KV of all its tokens will be in the pool.

@@ -95,11 +95,10 @@ class StepGraphs:
         sizes: CaptureSizes,
         max_pages: int,
         tile_tokens: int,
-        device: torch.device,
         tp_size: int = 1,
     ) -> None:
         """compute: such a step from the runner's inputs; its logits. tile_tokens: of attention over prompts."""
-        self._compute, self._sizes, self._device = compute, sizes, device
+        self._compute, self._sizes = compute, sizes
         self._max_pages, self._tile_tokens = max_pages, tile_tokens
         self._is_shared = tp_size > 1
         # Several processes join the rank space of decoded tokens one by one.
@@ -110,20 +109,17 @@ class StepGraphs:
         self._error_mode = "global" if tp_size == 1 else "thread_local"
         self._graphs: dict[SizedStep, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
 
-    def capture(self) -> None:
-        """Captures every size on the current stream, the largest first: smaller ones use the same memory again.
-
-        Computes each size that is not captured once, so that its kernels are compiled.
-        """
-        if self._device.type != "cuda":
-            return
-        began = time.monotonic()
-        for step in self.open_steps():
+    def warm_up(self) -> None:
+        """Computes every size once, so that all kernels are compiled, which a capture cannot."""
+        for step in (*self.open_steps(), *self.captured_steps()):
             self._compute(step)
+
+    def capture(self) -> None:
+        """Captures every size on the current stream, the largest first: smaller ones use the same memory again."""
+        began = time.monotonic()
+        torch.cuda.synchronize()
         pool = torch.cuda.graph_pool_handle()
         for step in sorted(self.captured_steps(), key=lambda step: step.shape.num_tokens, reverse=True):
-            self._compute(step)  # compiles kernels, which a capture cannot
-            torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
             stream, mode = torch.cuda.current_stream(), self._error_mode
             with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode=mode):
@@ -138,7 +134,7 @@ class StepGraphs:
         num_prefill = layout.num_tokens - num_decode
         if not num_prefill:
             kind = _least(self._decode_kinds, adapters)
-            return SizedStep(self._decode_shape(_next_size(sizes.decode, num_decode) or num_decode, kind), kind)
+            return SizedStep(self._decode_shape(_padded(num_decode, sizes.decode), kind), kind)
         kind = _least(self._mixed_kinds, adapters)
         decode, prefill = _next_size(sizes.mixed_decode, num_decode), _next_size(sizes.prefill, num_prefill)
         if not decode or not prefill or len(layout.prefills) > sizes.max_chunks:
@@ -200,13 +196,10 @@ class StepGraphs:
 
     def _open_shape(self, own: StepShape, kind: StepAdapters) -> StepShape:
         """A step's own shape, but for what decides which kernels are launched."""
-        decode, blocks = _next_size(self._sizes.decode, own.num_decode) or own.num_decode, own.num_blocks
-        if not own.num_decode:
-            decode = 0
+        decode, blocks = _padded(own.num_decode, self._sizes.decode), own.num_blocks
         if blocks:
             # As many as if all tokens had adapters: rank space is cut in parts by blocks, and has room for all tokens.
-            blocks = max(blocks, own.num_prefill // DEFAULT_BLOCK_M)
-            blocks = _next_size(self._sizes.open_blocks, blocks) or blocks
+            blocks = _padded(max(blocks, own.num_prefill // DEFAULT_BLOCK_M), self._sizes.open_blocks)
         return own._replace(
             num_decode=decode,
             num_pages=self._max_pages,
@@ -234,6 +227,11 @@ def _kinds(rank_bounds: Sequence[int], run_bounds: Sequence[int]) -> tuple[StepA
 
 def _least(kinds: Sequence[StepAdapters], adapters: StepAdapters) -> StepAdapters:
     return next(kind for kind in kinds if adapters.fits(kind))
+
+
+def _padded(size: int, sizes: Sequence[int]) -> int:
+    """The next of `sizes`; nothing stays nothing, and what is larger than all stays as it is."""
+    return size and (_next_size(sizes, size) or size)
 
 
 def _next_size(sizes: Sequence[int], size: int) -> int | None:

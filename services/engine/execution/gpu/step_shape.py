@@ -24,9 +24,8 @@ class StepAdapters(NamedTuple):
 
     def fits(self, held: StepAdapters) -> bool:
         """Whether such a batch can run in what was captured for `held`."""
-        if not self.groups:
-            return not held.in_runs
-        return self.groups <= held.groups and self.max_rank <= held.max_rank and held.in_runs <= self.in_runs
+        has_ranks = self.max_rank <= held.max_rank or not self.groups
+        return self.groups <= held.groups and has_ranks and held.in_runs <= self.in_runs
 
 
 class StepShape(NamedTuple):
