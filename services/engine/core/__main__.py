@@ -1,4 +1,4 @@
-"""`python -m services.engine.core --fd N --settings JSON`: the core process. Started by the frontend only.
+"""`python -m services.engine.core --fd N --parent PID --settings JSON`: the core process. Started by the frontend only.
 
 With `--tp-rank` it is one of the further processes of a tensor-parallel core, started by its process 0.
 """
@@ -50,6 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Loads the model and serves; USAGE_EXIT_CODE if settings or checkpoint are wrong."""
     parser = argparse.ArgumentParser(prog="engine-core", description=__doc__, allow_abbrev=False)
     parser.add_argument("--fd", type=int, required=True, help="the inherited socket to the frontend, or to process 0")
+    parser.add_argument("--parent", type=int, required=True, help="the process that started this one")
     parser.add_argument("--settings", required=True, help="the engine's settings, as JSON")
     parser.add_argument("--tp-rank", type=int, default=0, help="which of the processes that share the model")
     parser.add_argument("--rendezvous", type=Path, help="where those meet, for all but process 0")
@@ -60,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"--settings: {error}")
     configure_logging("engine-core", settings.log_level, settings.log_format)
     sys.setswitchinterval(SWITCH_SECONDS)
-    tie_to_parent()
+    tie_to_parent(arguments.parent)
     sock = socket.socket(fileno=arguments.fd)
     try:
         if settings.tp_size == 1:
@@ -131,17 +132,17 @@ def _open(
     return runner, store
 
 
-def tie_to_parent() -> None:
-    """Ends with the process that started this one, and only with it.
+def tie_to_parent(parent: int) -> None:
+    """Ends with `parent`, the process that started this one, and only with it.
 
     Signals that are meant for the engine as a whole go to all its processes; it is the frontend's to drain and then to
     close the socket. Should the parent be killed, the kernel kills this process too.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    parent = os.getppid()
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    # It may have ended long ago: this process has imported torch since it was started.
     if os.getppid() != parent:
         sys.exit("the parent ended before this process began")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import socket
 import subprocess
 import sys
@@ -28,10 +29,12 @@ FAULT_EXIT_CODE = 1
 def core_command(settings: EngineSettings, fd: int) -> list[str]:
     """The command line of a core that speaks `services.engine.messages` over the inherited socket `fd`.
 
-    Start it from a thread that lives as long as the core should: the kernel kills the core when that thread ends.
+    Start it from this process, and a thread of it that lives as long as the core should: the kernel kills the core when
+    that thread ends.
     """
     as_json = msgspec.json.encode(dataclasses.asdict(settings)).decode()
-    return [sys.executable, "-m", "services.engine.core", "--fd", str(fd), "--settings", as_json]
+    parent = str(os.getpid())
+    return [sys.executable, "-m", "services.engine.core", "--fd", str(fd), "--parent", parent, "--settings", as_json]
 
 
 def follower_command(settings: EngineSettings, fd: int, tp_rank: int, rendezvous: Path) -> list[str]:
