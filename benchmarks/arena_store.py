@@ -155,7 +155,7 @@ async def _serve(cache: HostCache, port: int) -> None:
         return found
 
     turns = StreamTurns()
-    delivery = WeightDelivery(pin, cache.arena, StoreMetrics(CollectorRegistry()), 60.0, turns)
+    delivery = WeightDelivery(pin, cache, StoreMetrics(CollectorRegistry()), 60.0, turns)
     server = grpc.aio.server(options=SERVER_OPTIONS, interceptors=[CallsFirst(turns)])
     add_to_server(_ArenaServicer(delivery), server)
     bare: Any = grpc.unary_stream_rpc_method_handler(_bare)

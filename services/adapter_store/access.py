@@ -31,6 +31,7 @@ ALLOWED: Mapping[str, frozenset[Role]] = {
     "FetchAdapter": frozenset({Role.OPERATOR, Role.ENGINE, Role.TENANT}),
     # The arena holds everyone's weights: who reads it must be trusted with all of them.
     "ShareAdapter": frozenset({Role.OPERATOR, Role.ENGINE}),
+    "ReportCopies": frozenset({Role.OPERATOR, Role.ENGINE}),
     # Engines and gateways find the replicas by it; it says where arenas lie.
     "ListReplicas": frozenset({Role.OPERATOR, Role.GATEWAY, Role.ENGINE}),
     "ReportAdapterUse": frozenset({Role.OPERATOR, Role.GATEWAY}),

@@ -7,7 +7,7 @@ next store that starts with that directory, whichever it is.
 
 Readers find the file by its path and know it by the arena's id, which lies behind the arena. They map it to read only,
 and whoever else may do so is decided by the file's mode. What a reader still maps of an arena that is gone costs no
-memory (unless a driver pins it) and reads as zeros: it never faults, no digest fits it, and no lease lasts.
+memory (unless a driver pins it) and reads as zeros: it never faults, no digest fits it, and nothing is resident.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ import numpy as np
 import numpy.typing as npt
 
 from services.adapter_store.extents import ExtentAllocator
-from services.adapter_store.lease_words import LeaseWords
+from services.adapter_store.residency_words import ResidencyWords
 
 SEGMENT_PREFIX = "slora-arena-"
-TRAILER_BYTES = mmap.PAGESIZE
+TRAILER_BYTES = 2**19
 ID_BYTES = 16
 """The trailer behind the arena begins with its id. Part of the API: see the Arena message."""
-NUM_LEASE_WORDS = (4096 - ID_BYTES) // 8
-"""What follows the id. Part of the API too."""
+NUM_RESIDENCY_WORDS = (TRAILER_BYTES - ID_BYTES) // 8
+"""What follows the id. Part of the API too. More adapters than that are lent to nobody, only sent."""
 
 ROOM_SECONDS = 10.0
 """How long to wait for the memory of a store that is gone, which its readers' drivers may have pinned."""
@@ -68,7 +68,7 @@ class Arena:
         self._map = mmap.mmap(self._fd, num_bytes, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
         words_at = self.extents.capacity + ID_BYTES
         self._map[self.extents.capacity : words_at] = self.arena_id
-        self.lease_words = LeaseWords(np.frombuffer(self._map, np.uint64, NUM_LEASE_WORDS, words_at))
+        self.residency_words = ResidencyWords(np.frombuffer(self._map, np.uint64, NUM_RESIDENCY_WORDS, words_at))
         self._bytes: npt.NDArray[np.uint8] = np.frombuffer(self._map, np.uint8, self.extents.capacity)
 
     def view(self, offset: int, num_bytes: int) -> npt.NDArray[np.uint8]:
@@ -79,7 +79,7 @@ class Arena:
         """Removes the segment. Idempotent."""
         with contextlib.suppress(FileNotFoundError):
             self.path.unlink()
-        self.lease_words.close()
+        self.residency_words.close()
         if self._fd >= 0:
             _free_pages(self._map)
             os.close(self._fd)
@@ -193,6 +193,6 @@ def _lock_stale(fd: int) -> None:
 def _free_pages(segment: mmap.mmap) -> None:
     """Gives a segment's memory back although readers may map it: they read zeros where there was something."""
     with contextlib.suppress(OSError):  # a file system that cannot; the memory goes with the last mapping
-        # The lease words go first: whoever finds an id there has not copied zeros.
+        # The words go first: whoever finds an id there has not copied zeros.
         segment.madvise(mmap.MADV_REMOVE, max(len(segment) - TRAILER_BYTES, 0))
         segment.madvise(mmap.MADV_REMOVE)

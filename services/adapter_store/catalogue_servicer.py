@@ -35,7 +35,7 @@ class CatalogueServicer(AdapterStoreServicer):
         self._store = store
         settings = store.settings
         stall_seconds = settings.stall_seconds
-        delivery = WeightDelivery(self._pin, store.cache.arena, store.metrics, stall_seconds, turns)
+        delivery = WeightDelivery(self._pin, store.cache, store.metrics, stall_seconds, turns)
         super().__init__(
             store.registry,
             delivery,

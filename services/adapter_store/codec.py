@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 
 from google.protobuf.timestamp_pb2 import Timestamp
@@ -9,7 +10,11 @@ from slora.adapter_store.v1 import adapter_pb2, adapter_store_pb2
 
 from services.adapter_store.catalogue_watch import CatalogueEvent, EventKind
 from services.adapter_store.identifiers import MAX_LABELS, too_many_labels
-from services.adapter_store.manifest import AdapterRecord
+from services.adapter_store.manifest import AdapterRecord, PackedName
+from services.common.errors import Reason, SloraError
+
+MAX_COPIED = 10_000
+"""Adapters in one report of copies."""
 
 
 def adapter_message(record: AdapterRecord, deleted: bool = False) -> adapter_pb2.Adapter:
@@ -61,3 +66,14 @@ def event_message(event: CatalogueEvent) -> adapter_store_pb2.WatchAdaptersRespo
         adapter=None if event.record is None else adapter_message(event.record, deleted),
         resume_token=event.resume_token,
     )
+
+
+def copies_by_name(request: adapter_store_pb2.ReportCopiesRequest) -> Counter[PackedName]:
+    """How often each adapter or shard was copied; REQUEST_INVALID for too many."""
+    if len(request.copies) > MAX_COPIED:
+        message = f"{len(request.copies)} adapters at once; at most {MAX_COPIED} are taken"
+        raise SloraError(Reason.REQUEST_INVALID, message, field="copies", limit=MAX_COPIED)
+    counted: Counter[PackedName] = Counter()
+    for copied in request.copies:
+        counted[PackedName(copied.digest, copied.tp_rank, copied.tp_size or 1)] += copied.num_copies
+    return counted

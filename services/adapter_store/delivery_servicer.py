@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from typing import Any, TypeAlias
 
 import grpc
@@ -13,8 +13,8 @@ from google.protobuf.message import DecodeError
 from slora.adapter_store.v1 import adapter_store_pb2 as pb
 from slora.adapter_store.v1 import adapter_store_pb2_grpc
 
-from services.adapter_store.arena import Arena
-from services.adapter_store.host_cache import Pin
+from services.adapter_store.host_cache import HostCache, Pin
+from services.adapter_store.manifest import PackedName
 from services.adapter_store.manifest_codec import manifest_message
 from services.adapter_store.metrics import StoreMetrics
 from services.adapter_store.stream_turns import StreamTurns
@@ -47,7 +47,7 @@ class _MessagesEndedError(Exception):
 class WeightDelivery:
     """Sends what `pin(digest, only_resident, tp_rank, tp_size)` gives, or lends it.
 
-    It stays where it is in `arena` meanwhile.
+    It stays where it is in the cache's arena meanwhile.
 
     A reader that stands still for `stall_seconds`, or keeps a lease for so long, pins memory no longer.
     """
@@ -55,13 +55,14 @@ class WeightDelivery:
     def __init__(
         self,
         pin: Callable[[str, bool, int, int], Awaitable[Pin]],
-        arena: Arena,
+        cache: HostCache,
         metrics: StoreMetrics,
         stall_seconds: float,
         turns: StreamTurns,
     ) -> None:
         self._pin = pin
-        self._arena = arena
+        self._cache = cache
+        arena = cache.arena
         self._arena_message = pb.Arena(arena_id=arena.arena_id, path=str(arena.path), num_bytes=arena.extents.capacity)
         self._metrics = metrics
         self._stall_seconds = stall_seconds
@@ -78,7 +79,8 @@ class WeightDelivery:
             if size - request.offset > CHUNK_BYTES:
                 self._turns.answered()  # not a short answer
             manifest = manifest_message(pin.manifest)
-            await self._write(context, pb.FetchAdapterResponse(manifest=manifest, arena_id=self._arena.arena_id))
+            arena_id = self._cache.arena.arena_id
+            await self._write(context, pb.FetchAdapterResponse(manifest=manifest, arena_id=arena_id))
             for begin in range(request.offset, size, CHUNK_BYTES):
                 with pin.content[begin : begin + CHUNK_BYTES] as chunk:
                     # The first goes at once: an adapter of one chunk does not wait for others' hundreds.
@@ -107,17 +109,15 @@ class WeightDelivery:
                 await self._found(request, request.only_resident) as pin,
                 self._metrics.open_leases.track_inprogress(),
                 self._metrics.tiers.in_flight(Tier.ARENA),
-                self._arena.lease_words.lasting() as word,  # it ends before the pin does
             ):
                 outcome = "expired"
-                self._metrics.shared_bytes.inc(len(pin.content))
-                self._metrics.tiers.on_read(Tier.ARENA, len(pin.content))
+                self._count_copies(pin, 1)
                 lent = pb.ShareAdapterResponse(
                     manifest=manifest_message(pin.manifest),
                     arena=self._arena_message,
                     offset=pin.offset,
-                    lease_id=word.lease_id,
-                    lease_word=word.number,
+                    residency_id=pin.word.residency_id,
+                    residency_word=pin.word.number,
                 )
                 with _until_its_reader_leaves(context):
                     await self._write(context, lent)
@@ -133,8 +133,27 @@ class WeightDelivery:
         finally:
             self._metrics.leases.labels(outcome).inc()
 
+    def note_copies(self, copies: Mapping[PackedName, int]) -> int:
+        """Notes what readers copied without a lease, by what they know of an earlier one: used now, and counted. Gives
+        how many of the adapters are still in memory."""
+        num_noted = 0
+        for name, num_copies in copies.items():
+            pin = self._cache.pin(*name)
+            if pin is not None:
+                with pin:
+                    self._metrics.copies.inc(num_copies)
+                    self._metrics.tiers.on_hits(Tier.ARENA, num_copies)
+                    self._count_copies(pin, num_copies)
+                num_noted += 1
+        return num_noted
+
+    def _count_copies(self, pin: Pin, num_copies: int) -> None:
+        num_bytes = len(pin.content) * num_copies
+        self._metrics.shared_bytes.inc(num_bytes)
+        self._metrics.tiers.on_read(Tier.ARENA, num_bytes)
+
     async def _await_the_copy(self, requests: AsyncIterator[pb.ShareAdapterRequest | DecodeError]) -> None:
-        """Until the reader says that it has copied. One that says nothing looks at its lease's word, and leaves."""
+        """Until the reader says that it has copied. One that says nothing looks at the adapter's word, and leaves."""
         try:
             await self._next_part(requests, "copied")
         except _MessagesEndedError:

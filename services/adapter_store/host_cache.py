@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from services.adapter_store.arena import Arena
 from services.adapter_store.manifest import PackedManifest, PackedName
+from services.adapter_store.residency_words import ResidencyWord
 from services.common.errors import Reason, SloraError
 
 
@@ -24,24 +25,30 @@ class _Entry:
 
     manifest: PackedManifest
     offset: int
+    word: ResidencyWord
     last_used: int
     num_pins: int = 0
     doomed: bool = False
 
 
 class Pin:
-    """Keeps one adapter's bytes where they are, `offset` bytes into the arena, until closed. A context manager."""
+    """Keeps one adapter's bytes where they are, `offset` bytes into the arena, until closed. A context manager.
+
+    `word` tells readers that they are there, and may go on to when the pin is closed.
+    """
 
     def __init__(
         self,
         manifest: PackedManifest,
         offset: int,
+        word: ResidencyWord,
         view: npt.NDArray[np.uint8],
         release: Callable[[], None],
         share: Callable[[], Pin],
     ) -> None:
         self.manifest = manifest
         self.offset = offset
+        self.word = word
         self.content = view.data.toreadonly()
         self._release: Callable[[], None] | None = release
         self._share = share
@@ -231,7 +238,7 @@ class HostCache:
         entry.last_used = self._clock
         entry.num_pins += 1
         view = self.arena.view(entry.offset, entry.manifest.layout.packed_bytes)
-        return Pin(entry.manifest, entry.offset, view, lambda: self._unpin(entry), lambda: self._pin(entry))
+        return Pin(entry.manifest, entry.offset, entry.word, view, lambda: self._unpin(entry), lambda: self._pin(entry))
 
     def _unpin(self, entry: _Entry) -> None:
         entry.num_pins -= 1
@@ -244,7 +251,7 @@ class HostCache:
             self._give_back(offset)
             return self._pin(present)
         self._reserved.remove(offset)
-        entry = _Entry(manifest, offset, self._clock)
+        entry = _Entry(manifest, offset, self.arena.residency_words.take(), self._clock)
         self._entries[manifest.name] = self._by_offset[offset] = entry
         if manifest.tp_size > 1:
             self._shards[manifest.digest].add(manifest.name)
@@ -264,4 +271,5 @@ class HostCache:
 
     def _remove(self, entry: _Entry) -> None:
         del self._by_offset[entry.offset]
+        self.arena.residency_words.give_back(entry.word)
         self.arena.extents.free(entry.offset)

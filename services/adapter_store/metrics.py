@@ -33,6 +33,10 @@ class StoreMetrics:
             "outcome",
         )
         self.leases.labels("returned")  # the rate needs a zero to rise from
+        self.copies = self._counter(
+            "copies",
+            "Adapters that readers copied out of the arena without a lease, where one had been",
+        )
         self.open_leases = self._gauge("open_leases", "Leases by which readers copy out of the arena now")
         self.registrations = self._counter(
             "registrations", "Registrations and uploads: created, exists or the error's reason", "outcome"

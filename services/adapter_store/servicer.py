@@ -15,7 +15,7 @@ from slora.adapter_store.v1 import adapter_store_pb2_grpc
 from services.adapter_store.access import Door
 from services.adapter_store.callers import Caller
 from services.adapter_store.catalogue import Registration
-from services.adapter_store.codec import adapter_message, event_message, few_labels
+from services.adapter_store.codec import adapter_message, copies_by_name, event_message, few_labels
 from services.adapter_store.delivery_servicer import WeightDelivery
 from services.adapter_store.identifiers import parse_adapter_id
 from services.adapter_store.isolation import Isolation
@@ -115,6 +115,14 @@ class AdapterStoreServicer(adapter_store_pb2_grpc.AdapterStoreServiceServicer):
     async def ShareAdapter(self, requests: AsyncIterator[pb.ShareAdapterRequest], context: Context) -> None:  # noqa: N802
         """Lends packed weights to a reader on this host."""
         await self._answer("ShareAdapter", context, lambda caller: self._delivery.lend(requests, context))
+
+    async def ReportCopies(self, request: pb.ReportCopiesRequest, context: Context) -> pb.ReportCopiesResponse:  # noqa: N802
+        """Notes what readers on this host copied by themselves."""
+
+        async def note(caller: Caller) -> int:
+            return self._delivery.note_copies(copies_by_name(request))
+
+        return pb.ReportCopiesResponse(num_noted=await self._answer("ReportCopies", context, note))
 
     async def WatchAdapters(self, request: pb.WatchAdaptersRequest, context: Context) -> None:  # noqa: N802
         """Streams the catalogue and its changes."""

@@ -109,6 +109,10 @@ class TierMetrics:
         with self._waiting.labels(tier.value).track_inprogress():
             yield
 
+    def on_hits(self, tier: Tier, num_hits: int) -> None:
+        """So many adapters were found in the tier by those who looked for themselves."""
+        self._lookups.labels(tier.value, "hit").inc(num_hits)
+
     def on_read(self, tier: Tier, num_bytes: int) -> None:
         """So many bytes came out of the tier."""
         self._read_bytes.labels(tier.value).inc(num_bytes)

@@ -1,13 +1,13 @@
 """One fetch of one adapter, from whichever replica of the adapter store gives it.
 
-A store on this host lends the weights where they lie; another sends them. What fails at one replica is asked of the
+A store on this host lends the weights where they lie; another sends them. What was lent before, and is still there, is
+read without asking anybody. What fails at one replica is asked of the
 next at once, from the byte where it broke; when all have failed, all are asked again, with growing pauses, until the
 deadline. Replicas pack alike: one whose manifest differs from what was begun is not read from, so bytes never mix.
 """
 
 from __future__ import annotations
 
-import functools
 import logging
 import random
 import threading
@@ -21,10 +21,11 @@ from slora.adapter_store.v1 import adapter_store_pb2
 from services.common.errors import Reason, SloraError, Status
 from services.common.grpc_errors import from_store_error
 from services.common.tracing import Headers
+from services.engine.adapters.known_extents import KnownExtent, KnownExtents
 from services.engine.adapters.layout import PackedShard
 from services.engine.adapters.lease_client import LeaseCall, StoreLease, to_place
 from services.engine.adapters.manifest_codec import to_manifest
-from services.engine.adapters.mapped_arena import EXTENT_ALIGNMENT, NO_ARENA, NUM_LEASE_WORDS, ArenaReader
+from services.engine.adapters.mapped_arena import NO_ARENA, ArenaReader, ExtentPlace
 from services.engine.adapters.replica_client import FetchCall, FetchPart, ReplicaClient
 from services.engine.adapters.replica_directory import ReplicaDirectory
 from services.engine.adapters.replica_order import Attempt, attempts
@@ -58,15 +59,17 @@ class StoreFetch:
         directory: ReplicaDirectory,
         wanted: PackedShard,
         arenas: ArenaReader | None,
+        known: KnownExtents | None,
         through_local: bool,
         metadata: Headers = (),
     ) -> None:
-        """Calls carry `metadata`."""
+        """Calls carry `metadata`. `known`: where adapters are that were lent out of `arenas`."""
         self._metadata = metadata
         self._directory = directory
         self._wanted = wanted
         self._digest = wanted.digest
         self._arenas = arenas
+        self._known = known
         self._through_local = through_local
         self._manifest: AdapterManifest | None = None
         self._lease: StoreLease | None = None
@@ -76,6 +79,7 @@ class StoreFetch:
         self._call_offset = 0
         # Who is asked, and who failed since all were asked for the last time.
         self._current: ReplicaAttempt | None = None
+        self._revisited = ""  # whose arena it was found in without asking
         self._failed: set[ReplicaAttempt] = set()
         self._is_hopeful = False  # whether one of them failed by what may pass
         self._num_failovers = 0
@@ -85,11 +89,12 @@ class StoreFetch:
     @property
     def delivery(self) -> Delivery:
         """Who gave it, or is asked just now."""
-        return Delivery(self._current.replica.replica_id if self._current else "", self._num_failovers)
+        replica_id = self._current.replica.replica_id if self._current else self._revisited
+        return Delivery(replica_id, self._num_failovers)
 
     def manifest(self, deadline: float) -> AdapterManifest:
         """The manifest; blocks until it is here."""
-        if self._manifest is None:
+        if self._manifest is None and not self._revisit():
             self._directory.await_first_look(min(FIRST_LOOK_SECONDS, max(deadline - time.monotonic(), 0.0)))
         while self._manifest is None:
             try:
@@ -103,7 +108,7 @@ class StoreFetch:
     def lease(self, deadline: float) -> StoreLease | None:
         """The packed bytes in the store's arena; None if they cannot be read here, or not now."""
         self.manifest(deadline)
-        if self._lease is None:
+        if self._lease is None and not self._revisit():
             try:
                 self._borrow(self._choose(), deadline)
             except SloraError as error:
@@ -172,6 +177,20 @@ class StoreFetch:
             self._failed.add(failed)
         return failed
 
+    def _revisit(self) -> bool:
+        """Opens a lease without a call if the adapter is where it was when it was lent; False if it is not."""
+        if self._known is None or self._cancelled.is_set() or self._directory.is_closed:
+            return False
+        found = self._known.revisit(self._wanted)
+        if found is None:
+            return False
+        known, extent = found
+        if self._manifest is not None and known.manifest != self._manifest:
+            return False
+        self._manifest, self._revisited = known.manifest, known.replica_id
+        self._lease = StoreLease(extent)
+        return True
+
     def _borrow(self, attempt: ReplicaAttempt, deadline: float) -> bool:
         """Opens a lease and keeps the manifest that comes with it; False if the arena is out of reach."""
         replica = attempt.replica
@@ -192,28 +211,33 @@ class StoreFetch:
         if lent is None:
             replica.arena_id = NO_ARENA
         else:
-            self._keep(to_manifest(lent.manifest, self._wanted), replica)
-            self._lease = self._open_lease(replica, call, lent)
+            manifest = to_manifest(lent.manifest, self._wanted)
+            self._keep(manifest, replica)
+            self._lease = self._open_lease(replica, call, lent, manifest)
         if self._lease is None:
             self.pause()
         return self._lease is not None
 
     def _open_lease(
-        self, replica: ReplicaClient, call: LeaseCall, lent: adapter_store_pb2.ShareAdapterResponse
+        self,
+        replica: ReplicaClient,
+        call: LeaseCall,
+        lent: adapter_store_pb2.ShareAdapterResponse,
+        manifest: AdapterManifest,
     ) -> StoreLease | None:
         assert self._arenas is not None
-        replica.arena_id = lent.arena.arena_id
+        arena_id = replica.arena_id = lent.arena.arena_id
         arena = self._arenas.map(to_place(lent.arena))
-        if arena is None or not lent.lease_id:  # a lease that nothing is seen of is none
+        if arena is None or not lent.residency_id:  # a lease that nothing is seen of is none
             return None
-        memory = arena.memory
-        end = lent.offset + lent.manifest.packed_bytes
-        # What is mapped counts, not how large the store says now that it is.
-        if lent.offset % EXTENT_ALIGNMENT or end > len(memory) or lent.lease_word >= NUM_LEASE_WORDS:
-            where = f"bytes {lent.offset} to {end} of an arena of {len(memory)}, word {lent.lease_word}"
+        place = ExtentPlace(lent.offset, manifest.packed_bytes, lent.residency_id, lent.residency_word)
+        extent = arena.extent(place)
+        if extent is None:
+            where = f"{place.num_bytes} bytes at {place.offset} of {len(arena.memory)}, word {place.residency_word}"
             raise SloraError(Reason.INTERNAL, f"adapter store {replica.address} lent no extent of its arena: {where}")
-        lasts = functools.partial(arena.lasts, lent.lease_id, lent.lease_word)
-        return StoreLease(call, memory[lent.offset : end], lasts)
+        if self._known is not None:
+            self._known.keep(self._wanted, KnownExtent(manifest, replica.replica_id, arena_id, place))
+        return StoreLease(extent, call)
 
     def _connect(self, attempt: ReplicaAttempt, offset: int, deadline: float) -> None:
         """Opens a call at `offset` and reads its manifest."""

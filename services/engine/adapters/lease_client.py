@@ -1,8 +1,7 @@
-"""A lease of an adapter's weights in the store's arena: one ShareAdapter call, and a word in the arena."""
+"""A lease of an adapter's weights in the store's arena: one ShareAdapter call, and a word behind the arena."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from types import TracebackType
 from typing import Protocol
 
@@ -11,7 +10,7 @@ from slora.adapter_store.v1 import adapter_store_pb2
 
 from services.common.errors import Reason, SloraError
 from services.common.grpc_errors import from_store_error
-from services.engine.adapters.mapped_arena import ArenaPlace
+from services.engine.adapters.mapped_arena import ArenaExtent, ArenaPlace
 
 
 class SharedResponses(Protocol):
@@ -48,11 +47,14 @@ class LeaseCall:
 
 
 class StoreLease:
-    """A `WeightsLease`: `content` lies in a mapped arena while `call` is open, and its word there says so."""
+    """A `WeightsLease`: what lies at an extent of a mapped arena. It is kept there while `call` is open.
 
-    def __init__(self, call: LeaseCall, content: memoryview, lasts: Callable[[], bool]) -> None:
-        self.content = content
-        self.lasts = lasts
+    Without a call nothing keeps it there, but whether it was there is seen as well.
+    """
+
+    def __init__(self, extent: ArenaExtent, call: LeaseCall | None = None) -> None:
+        self.content = extent.content
+        self.lasts = extent.lasts
         self._call = call
 
     def __enter__(self) -> StoreLease:
@@ -61,7 +63,8 @@ class StoreLease:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._call.cancel()
+        if self._call is not None:
+            self._call.cancel()
 
 
 def to_place(arena: adapter_store_pb2.Arena) -> ArenaPlace:

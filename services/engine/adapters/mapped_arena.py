@@ -13,13 +13,15 @@ import mmap
 import os
 import stat
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from services.engine.adapters.device import HostMemory
 
-TRAILER_BYTES = 4096
+TRAILER_BYTES = 2**19
 ID_BYTES = 16
-NUM_LEASE_WORDS = (TRAILER_BYTES - ID_BYTES) // 8
+NUM_RESIDENCY_WORDS = (TRAILER_BYTES - ID_BYTES) // 8
+"""What lies behind an arena. See the Arena message."""
 EXTENT_ALIGNMENT = 4096
 """Where an adapter may begin in an arena. Devices copy from aligned addresses. See ShareAdapterResponse."""
 
@@ -41,8 +43,26 @@ class ArenaPlace:
     num_bytes: int
 
 
+@dataclass(frozen=True, slots=True)
+class ExtentPlace:
+    """Where an adapter lies in an arena, and which word says so with what id. See ShareAdapterResponse."""
+
+    offset: int
+    num_bytes: int
+    residency_id: int
+    residency_word: int
+
+
+@dataclass(frozen=True, slots=True)
+class ArenaExtent:
+    """The bytes of an adapter; what was copied of them is the adapter's if it `lasts` after that."""
+
+    content: memoryview
+    lasts: Callable[[], bool]
+
+
 class MappedArena:
-    """One arena. `memory` may be read under a lease; it stays mapped while anybody holds a view of it."""
+    """One arena. `memory` stays mapped while anybody holds a view of it."""
 
     def __init__(self, place: ArenaPlace) -> None:
         """Raises OSError if there is no such file for us, or it is another one."""
@@ -53,7 +73,7 @@ class MappedArena:
             size = place.num_bytes + TRAILER_BYTES
             mapped = memoryview(mmap.mmap(self._fd, size, mmap.MAP_SHARED, mmap.PROT_READ))
             self.memory = mapped[: place.num_bytes]
-            self._lease_words = mapped[place.num_bytes + ID_BYTES :].cast("Q")
+            self._words = mapped[place.num_bytes + ID_BYTES :].cast("Q")
         except BaseException:
             os.close(self._fd)
             raise
@@ -68,9 +88,24 @@ class MappedArena:
         fcntl.flock(self._fd, fcntl.LOCK_UN)
         return True
 
-    def lasts(self, lease_id: int, word: int) -> bool:
-        """Whether the lease with this id, whose word is number `word`, has lasted until now."""
-        return self._lease_words[word] == lease_id
+    @property
+    def is_whole(self) -> bool:
+        """Whether all of the file is there still. Whoever touches what its user has cut off is ended by the kernel."""
+        try:
+            return os.fstat(self._fd).st_size == len(self.memory) + TRAILER_BYTES
+        except OSError:  # it was just let go
+            return False
+
+    def extent(self, place: ExtentPlace) -> ArenaExtent | None:
+        """What lies at `place`; None if that is not within the arena.
+
+        What is mapped counts, not how large its store says now that it is.
+        """
+        end = place.offset + place.num_bytes
+        if place.offset % EXTENT_ALIGNMENT or end > len(self.memory) or place.residency_word >= NUM_RESIDENCY_WORDS:
+            return None
+        words, number, residency_id = self._words, place.residency_word, place.residency_id
+        return ArenaExtent(self.memory[place.offset : end], lambda: words[number] == residency_id)
 
     def close(self) -> None:
         """Closes the file; the mapping goes with its last view."""
@@ -110,13 +145,14 @@ class ArenaReader:
             if self._closed or place.arena_id in self._unreadable:
                 return None
             arena = self._arenas.get(place.arena_id)
+            if arena is not None and not arena.is_whole:
+                self._cannot_read(place, "the file was cut off")
+                return None
             if arena is None:
                 try:
                     arena = MappedArena(place)
                 except OSError as error:
-                    self._unreadable.add(place.arena_id)
-                    why = {"path": place.path, "error": str(error)}
-                    logger.info("the adapter store's arena is out of reach here: adapters are streamed", extra=why)
+                    self._cannot_read(place, str(error))
                     return None
                 self._arenas[place.arena_id] = arena
                 logger.info("mapped the adapter store's arena", extra={"path": place.path})
@@ -125,12 +161,23 @@ class ArenaReader:
                 self._changed.set()
             return arena
 
+    def mapped(self, arena_id: bytes) -> MappedArena | None:
+        """The arena with this id, if it is mapped now and whole."""
+        with self._lock:
+            arena = self._arenas.get(arena_id)
+            return arena if arena is not None and arena.is_whole else None
+
     def close(self) -> None:
         """Lets every arena go. Idempotent."""
         self._closed = True
         self._changed.set()
         if self._keeper.is_alive():
             self._keeper.join()
+
+    def _cannot_read(self, place: ArenaPlace, why: str) -> None:
+        self._unreadable.add(place.arena_id)
+        told = {"path": place.path, "error": why}
+        logger.info("the adapter store's arena is out of reach here: adapters are streamed", extra=told)
 
     def _keep(self) -> None:
         while not self._closed:

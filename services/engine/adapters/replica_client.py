@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
@@ -21,6 +22,9 @@ from services.engine.adapters.mapped_arena import ArenaPlace
 
 AVOID_SECONDS = 2.0
 """For how long one that failed is asked last: by then the others name it no longer, or it is back."""
+
+MAX_TOLD = 10_000
+"""Adapters whose copies are told at once: more are not taken."""
 
 _FETCH_METHOD = "/slora.adapter_store.v1.AdapterStoreService/FetchAdapter"
 _SHARE_METHOD = "/slora.adapter_store.v1.AdapterStoreService/ShareAdapter"
@@ -166,6 +170,19 @@ class ReplicaClient:
             for replica in response.replicas
         ]
         return ReplicaList(replicas, response.num_homes, response.is_current)
+
+    def report_copies(self, copies: Mapping[PackedShard, int], timeout_seconds: float) -> None:
+        """Tells how often adapters were copied out of its arena unasked. ADAPTER_STORE_UNAVAILABLE and others."""
+        told = itertools.islice(copies.items(), MAX_TOLD)
+        request = adapter_store_pb2.ReportCopiesRequest(
+            copies=[adapter_store_pb2.CopiedAdapter(num_copies=count, **shard._asdict()) for shard, count in told]
+        )
+        try:
+            self._stub.ReportCopies(request, timeout=timeout_seconds)
+        except ValueError as closed:
+            raise self._gone() from closed
+        except grpc.RpcError as error:
+            raise from_store_error(error) from error
 
     def close(self) -> None:
         """Ends every call, from any thread: who waits for one hears that the store is unavailable. Idempotent."""

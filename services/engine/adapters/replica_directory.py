@@ -12,7 +12,8 @@ from collections.abc import Sequence
 
 from services.common.errors import Reason, SloraError
 from services.common.tls import PLAIN_TEXT, ChannelSecurity
-from services.engine.adapters.mapped_arena import ArenaReader
+from services.engine.adapters.known_extents import KnownExtents
+from services.engine.adapters.mapped_arena import NO_ARENA, ArenaReader
 from services.engine.adapters.replica_client import ReplicaClient, ReplicaList, ReplicaPlace
 
 LOOK_SECONDS = 1.0
@@ -32,11 +33,16 @@ class ReplicaDirectory:
     """
 
     def __init__(
-        self, addresses: Sequence[str], arenas: ArenaReader | None, security: ChannelSecurity = PLAIN_TEXT
+        self,
+        addresses: Sequence[str],
+        arenas: ArenaReader | None,
+        security: ChannelSecurity = PLAIN_TEXT,
+        known: KnownExtents | None = None,
     ) -> None:
-        """Raises TlsError."""
+        """Replicas are told what was copied out of their arenas by what is `known`. Raises TlsError."""
         self._security = security
         self._arenas = arenas
+        self._known = known
         self._given = [ReplicaClient(address, security) for address in dict.fromkeys(addresses)]
         self._named: dict[str, ReplicaClient] = {}
         self._last_asked: ReplicaClient | None = None
@@ -81,6 +87,7 @@ class ReplicaDirectory:
         while not self._closed.is_set():
             try:
                 self._look()
+                self._tell_of_copies()
             except Exception:
                 logger.exception("looking for replicas of the adapter store failed")
             self._looked.set()
@@ -107,6 +114,17 @@ class ReplicaDirectory:
                 stale = (client, told)
         if stale is not None and not self._named:
             self._take(*stale)
+
+    def _tell_of_copies(self) -> None:
+        """To a store that does not hear of them, adapters look as if nobody used them; nothing worse."""
+        copies = {} if self._known is None else self._known.take_copies()
+        for client in self.replicas:
+            copied = copies.get(client.arena_id or NO_ARENA)
+            if copied:
+                try:
+                    client.report_copies(copied, ANSWER_SECONDS)
+                except SloraError as error:
+                    logger.debug("adapter store %s was not told of copies: %s", client.address, error.message)
 
     def _take(self, asked: ReplicaClient, told: ReplicaList) -> None:
         if not told.replicas:

@@ -192,6 +192,11 @@ RAW: list[tuple[str, Any, grpc.StatusCode]] = [
         pb.ReportAdapterUseRequest(uses=[pb.AdapterUse(adapter_id="a@1")] * 200_000),
         grpc.StatusCode.INVALID_ARGUMENT,
     ),
+    (
+        "ReportCopies",
+        pb.ReportCopiesRequest(copies=[pb.CopiedAdapter(digest="sha256:")] * 100_000),
+        grpc.StatusCode.INVALID_ARGUMENT,
+    ),
     *(
         (
             "ReportAdapterUse",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import subprocess
@@ -13,8 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from services.adapter_store.residency_words import NO_WORD
 from services.engine.adapters import mapped_arena
 from services.engine.adapters.load_job import LoadInstalled
+from services.engine.adapters.mapped_arena import NUM_RESIDENCY_WORDS
 from tests.fixtures.lease_store import LeaseStore
 from tests.fixtures.leasing import A, Engine, eventually
 
@@ -108,19 +109,22 @@ def test_a_store_without_leases_is_asked_once(
     assert engine.weights() == weights
 
 
-def test_a_lease_that_no_word_is_left_for_is_none(
+def test_a_lease_of_an_adapter_that_has_no_word_is_none(
     make_store: Callable[..., LeaseStore], make_engine: Callable[..., Engine]
 ) -> None:
     store = make_store()
+    words = store.arena.residency_words
+    taken = [words.take() for _ in range(NUM_RESIDENCY_WORDS)]
+    assert words.take() == NO_WORD
     weights = store.add(A, 1)
     engine = make_engine(store.address)
-    with contextlib.ExitStack() as leases:
-        while leases.enter_context(store.arena.lease_words.lasting()).lease_id:
-            pass
-        event = engine.load(A)
-        assert isinstance(event, LoadInstalled), event
-        assert not event.lent
-        assert engine.weights() == weights
+    event = engine.load(A)
+    assert isinstance(event, LoadInstalled), event
+    assert not event.lent
+    assert engine.weights() == weights
+    store.discard(A)
+    words.give_back(taken[0])
+    store.add(A, 1)
     event = engine.load(A)
     assert isinstance(event, LoadInstalled), event
     assert event.lent

@@ -36,7 +36,7 @@ def test_a_killed_reader_holds_nothing(
     store.add(B, 2)
 
 
-def test_a_reader_that_was_stopped_for_too_long_learns_that_its_lease_has_ended(
+def test_a_reader_that_was_stopped_for_too_long_learns_that_its_bytes_have_gone(
     make_store: Callable[..., LeaseStore], reader: Callable[[str, str], subprocess.Popen[str]]
 ) -> None:
     store = make_store(num_adapters=1, stall_seconds=0.5)
@@ -45,7 +45,7 @@ def test_a_reader_that_was_stopped_for_too_long_learns_that_its_lease_has_ended(
     os.kill(process.pid, signal.SIGSTOP)
     eventually(lambda: store.metric("leases_total", outcome="expired") == 1)
     store.add(B, 2)
-    store.add(A, 1)  # the same bytes at the same place again: still no lease
+    store.add(A, 1)  # the same bytes at the same place again: still another stay
     os.kill(process.pid, signal.SIGCONT)
     assert go_on(process) == f"ended {hashlib.sha256(weights).hexdigest()}"
 
@@ -84,6 +84,9 @@ def test_a_store_that_is_killed_and_comes_back_continues_no_lease_of_before(make
         assert isinstance(event, LoadInstalled), event
         assert event.lent, "out of the new store's arena"
         assert engine.weights(1) == before
+        event = engine.load(one)
+        assert isinstance(event, LoadInstalled), event
+        assert engine.weights(2) == engine.weights(0), "where it was in the old one says nothing of the new one"
 
 
 def test_a_paused_fetch_lets_go_of_its_lease_and_takes_another(make_store: Callable[..., LeaseStore]) -> None:
@@ -111,7 +114,9 @@ def test_a_cancelled_fetch_ends_its_lease(make_store: Callable[..., LeaseStore])
     lease = fetch.lease(soon())
     assert lease is not None
     fetch.cancel()
-    eventually(lambda: store.metric("open_leases") == 0)
+    eventually(lambda: store.metric("open_leases") == store.metric("pinned_adapters") == 0)
+    assert lease.lasts(), "its bytes are still there"
+    store.discard(A)
     assert not lease.lasts()
     other = client.open(A)
     other.cancel()

@@ -52,6 +52,10 @@ ON_ANOTHERS: dict[str, tuple[Reason | None, list[Attempt]]] = {
     ),
     "FetchAdapter": (Reason.ADAPTER_NOT_FOUND, [lambda name, digest: [pb.FetchAdapterRequest(digest=digest)]]),
     "ShareAdapter": (Reason.NOT_PERMITTED, [lambda name, digest: [pb.ShareAdapterRequest(digest=digest)]]),
+    "ReportCopies": (
+        Reason.NOT_PERMITTED,
+        [lambda name, digest: [pb.ReportCopiesRequest(copies=[pb.CopiedAdapter(digest=digest, num_copies=1)])]],
+    ),
     "WatchAdapters": (None, []),
     "SetAlias": (Reason.ADAPTER_NOT_FOUND, [of_id(pb.SetAliasRequest, "name", alias="mine", version=1)]),
     "DeleteAlias": (Reason.ADAPTER_NOT_FOUND, [of_id(pb.DeleteAliasRequest, "name", alias="prod")]),

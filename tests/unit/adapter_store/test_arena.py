@@ -13,7 +13,14 @@ from typing import Any
 
 import pytest
 
-from services.adapter_store.arena import SEGMENT_PREFIX, Arena, _available_memory, _free_pages, _is_in_memory
+from services.adapter_store.arena import (
+    SEGMENT_PREFIX,
+    TRAILER_BYTES,
+    Arena,
+    _available_memory,
+    _free_pages,
+    _is_in_memory,
+)
 
 SHARED = "/dev/shm"
 
@@ -117,7 +124,7 @@ def test_more_than_the_memory_that_is_left_is_refused_before_it_is_taken(monkeyp
     """A tmpfs may claim to be larger than that; filling it would kill processes."""
     monkeypatch.setattr("services.adapter_store.arena._available_memory", lambda: 8 * 2**20)
     before = own_segments()
-    with pytest.raises(ValueError, match=f"has no room for {16 * 2**20 + 4096} bytes"):
+    with pytest.raises(ValueError, match=f"has no room for {16 * 2**20 + TRAILER_BYTES} bytes"):
         Arena(16 * 2**20, SHARED)
     assert own_segments() == before
     Arena(4 * 2**20, SHARED).close()
@@ -133,7 +140,7 @@ def test_a_reader_knows_the_segment_by_its_trailer_and_may_read_it_as_the_mode_s
     for group_readable, mode in ((False, 0o600), (True, 0o640)):
         arena = Arena(2 * 4096, str(tmp_path), group_readable)
         found = arena.path.stat()
-        assert (found.st_mode & 0o777, found.st_size) == (mode, 3 * 4096)
+        assert (found.st_mode & 0o777, found.st_size) == (mode, 2 * 4096 + TRAILER_BYTES)
         assert arena.path.read_bytes()[2 * 4096 :][:16] == arena.arena_id
         assert len(arena.view(0, 3 * 4096)) == 2 * 4096, "the trailer is nobody's extent"
         arena.close()
@@ -178,8 +185,8 @@ def test_a_new_store_waits_for_the_memory_that_readers_of_the_old_one_have_pinne
 
 
 @pytest.mark.parametrize("num_pages", [1, 2, 257])
-def test_lease_words_go_before_the_bytes_that_were_lent(num_pages: int) -> None:
-    """Whoever has copied zeros must not find its lease's id."""
+def test_the_words_go_before_the_bytes_that_were_lent(num_pages: int) -> None:
+    """Whoever has copied zeros must not find an id."""
     arena = Arena(num_pages * 4096, SHARED)
     arena.view(0, num_pages * 4096)[:] = 7
     seen = []
@@ -190,10 +197,10 @@ def test_lease_words_go_before_the_bytes_that_were_lent(num_pages: int) -> None:
 
         def madvise(self, *what: int) -> None:
             arena._map.madvise(*what)
-            seen.append((any(arena._map[-4096:]), any(arena._map[:-4096])))
+            seen.append((any(arena._map[-TRAILER_BYTES:]), any(arena._map[:-TRAILER_BYTES])))
 
-    with arena.lease_words.lasting():
-        segment: Any = Segment()
-        _free_pages(segment)
+    assert arena.residency_words.take().residency_id
+    segment: Any = Segment()
+    _free_pages(segment)
     assert seen == [(False, True), (False, False)]
     arena.close()

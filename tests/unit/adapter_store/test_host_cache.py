@@ -3,6 +3,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -12,6 +13,7 @@ from services.adapter_store.arena import Arena
 from services.adapter_store.extents import ExtentAllocator
 from services.adapter_store.host_cache import HostCache, Pin, Reservation
 from services.adapter_store.manifest import ElementType, PackedLayout, PackedManifest
+from services.adapter_store.residency_words import ResidencyWord, ResidencyWords
 from services.common.errors import Reason, SloraError
 
 BLOCK = 4096
@@ -139,17 +141,20 @@ class MemoryArena:
     """An arena without shared memory, for speed."""
 
     def __init__(self, num_blocks: int) -> None:
-        import numpy as np
-
         self.extents = ExtentAllocator(num_blocks * BLOCK)
         self.bytes = np.zeros(num_blocks * BLOCK, np.uint8)
+        self.words = np.zeros(6, np.uint64)  # fewer than there may be adapters
+        self.residency_words = ResidencyWords(self.words)
 
     def view(self, offset: int, num_bytes: int) -> object:
         return self.bytes[offset : offset + num_bytes]
 
 
 class CacheMachine(RuleBasedStateMachine):
-    """Any order of loads, pins, discards and failures: what a pin shows never changes, and no byte is lost."""
+    """Any order of loads, pins, discards and failures: what a pin shows never changes, and no byte is lost.
+
+    Nor does what lies where a reader was once told that an adapter does, as long as the adapter's word says so.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -159,6 +164,7 @@ class CacheMachine(RuleBasedStateMachine):
         self.reserved: list[tuple[Reservation, int]] = []
         self.fills: dict[str, int] = {}
         self.count = 0
+        self.told: list[tuple[ResidencyWord, int, int, int]] = []  # word, begin, end, fill
 
     @rule(num_blocks=st.integers(1, 13), evict=st.booleans())
     def reserve(self, num_blocks: int, evict: bool) -> None:
@@ -181,7 +187,12 @@ class CacheMachine(RuleBasedStateMachine):
         fill = self.fills[name] if present else self.count % 251
         reservation.view[:] = fill
         self.fills[name] = fill
-        self.pins.append((reservation.commit(manifest_of(name, num_blocks * BLOCK)), fill))
+        pin = reservation.commit(manifest_of(name, num_blocks * BLOCK))
+        self.pins.append((pin, fill))
+        if pin.word.residency_id:
+            self.told.append((pin.word, pin.offset, pin.offset + len(pin.content), fill))
+        else:
+            assert self.arena.words.all(), "a word was free"
 
     @precondition(lambda self: self.reserved)
     @rule()
@@ -209,6 +220,10 @@ class CacheMachine(RuleBasedStateMachine):
         self.cache.check_integrity()
         for pin, fill in self.pins:
             assert pin.content[0] == pin.content[-1] == fill, "pinned bytes changed"
+            assert pin.word.residency_id in (0, self.arena.words[pin.word.number]), "pinned bytes seem to have gone"
+        for word, begin, end, fill in self.told:
+            if self.arena.words[word.number] == word.residency_id:
+                assert self.arena.bytes[begin] == self.arena.bytes[end - 1] == fill, "a reader would copy other bytes"
 
     def teardown(self) -> None:
         for pin, _ in self.pins:
@@ -219,6 +234,7 @@ class CacheMachine(RuleBasedStateMachine):
             self.cache.discard(name)
         figures = self.cache.figures()
         assert figures.free_bytes == figures.largest_free_bytes == figures.capacity_bytes
+        assert not self.arena.words.any()
 
 
 CacheMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=50, deadline=None)

@@ -90,6 +90,8 @@ def call(tracing: Tracing, collector: TraceCollector) -> Called:
                 if engine.was_called:
                     break
         await server.grpc.stop(None)
+        await server._calls.all_ended()  # one whose caller's deadline passed is cancelled a moment later
+        await asyncio.sleep(0.01)
         await tracing.close()
         (span,) = collector.named(GENERATE)
         return span

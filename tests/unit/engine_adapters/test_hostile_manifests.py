@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 import tracemalloc
 from collections.abc import Callable
 from itertools import pairwise
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -25,6 +27,7 @@ from services.adapter_store.target_resolution import AdaptedModule
 from services.common.errors import Reason, SloraError
 from services.engine.adapters.layout import PackedShard, TargetModule
 from services.engine.adapters.manifest_codec import to_manifest
+from services.engine.adapters.mapped_arena import ArenaPlace, MappedArena
 from services.engine.adapters.replica_client import parse_part
 from services.engine.adapters.source import AdapterManifest
 from services.engine.adapters.store_client import StoreFetch
@@ -207,48 +210,50 @@ def test_what_fills_a_message_is_refused_before_it_is_read(
 
 
 class OneArena:
-    """The arenas of an engine that has mapped one."""
+    """The arenas of an engine that has mapped one, of eight pages, whose last word holds a 7."""
 
-    memory = memoryview(bytearray(8 * 4096)).toreadonly()
+    def __init__(self, path: Path) -> None:
+        path.write_bytes(bytes(8 * 4096) + b"a" * 16 + bytes(8 * 65_533) + (7).to_bytes(8, sys.byteorder))
+        self._arena = MappedArena(ArenaPlace(b"a" * 16, str(path), 8 * 4096))
 
-    def map(self, place: Any) -> OneArena:
-        return self
-
-    def lasts(self, lease_id: int, word: int) -> bool:
-        return (lease_id, word) == (7, 509)
+    def map(self, place: Any) -> MappedArena:
+        return self._arena
 
 
 @pytest.mark.parametrize(
     ("offset", "word", "says"),
     [
-        (0, 509, ""),
-        (7 * 4096, 509, ""),
-        (8 * 4096, 509, "no extent"),
-        (2**64 - 4096, 509, "no extent"),
-        (16, 509, "no extent"),
-        (0, 510, "no extent"),
+        (0, 65_533, ""),
+        (7 * 4096, 65_533, ""),
+        (8 * 4096, 65_533, "no extent"),
+        (2**64 - 4096, 65_533, "no extent"),
+        (16, 65_533, "no extent"),
+        (0, 65_534, "no extent"),
         (0, 2**32 - 1, "no extent"),
     ],
 )
-def test_a_lease_lies_within_what_is_mapped_whatever_the_store_says(offset: int, word: int, says: str) -> None:
+def test_a_lease_lies_within_what_is_mapped_whatever_the_store_says(
+    tmp_path: Path, offset: int, word: int, says: str
+) -> None:
     manifest = sound_message()
     assert manifest.packed_bytes < 4096
     arena = adapter_store_pb2.Arena(arena_id=b"a" * 16, path="/dev/shm/a", num_bytes=2**63)
     lent = adapter_store_pb2.ShareAdapterResponse(
-        manifest=manifest, arena=arena, offset=offset, lease_id=7, lease_word=word
+        manifest=manifest, arena=arena, offset=offset, residency_id=7, residency_word=word
     )
     nothing: Any = None
-    arenas: Any = OneArena()
+    arenas: Any = OneArena(tmp_path / "arena")
     replica: Any = SimpleNamespace(address="store:1", arena_id=None)
-    fetch = StoreFetch(nothing, PackedShard(DIGEST), arenas, through_local=False)
+    fetch = StoreFetch(nothing, PackedShard(DIGEST), arenas, None, through_local=False)
+    sound = to_manifest(manifest, PackedShard(DIGEST))
     if says:
         with pytest.raises(SloraError, match=says) as caught:
-            fetch._open_lease(replica, nothing, lent)
+            fetch._open_lease(replica, nothing, lent, sound)
         assert caught.value.reason is Reason.INTERNAL
         return
-    lease = fetch._open_lease(replica, nothing, lent)
+    lease = fetch._open_lease(replica, nothing, lent, sound)
     assert lease is not None
     assert len(lease.content) == manifest.packed_bytes
     assert lease.lasts()
-    lent.lease_id = 0
-    assert fetch._open_lease(replica, nothing, lent) is None, "a lease that nothing is seen of"
+    lent.residency_id = 0
+    assert fetch._open_lease(replica, nothing, lent, sound) is None, "a lease that nothing is seen of"

@@ -171,18 +171,42 @@ class CopiedExtent(_message.Message):
     def __init__(self) -> None: ...
 
 class ShareAdapterResponse(_message.Message):
-    __slots__ = ("manifest", "arena", "offset", "lease_id", "lease_word")
+    __slots__ = ("manifest", "arena", "offset", "residency_id", "residency_word")
     MANIFEST_FIELD_NUMBER: _ClassVar[int]
     ARENA_FIELD_NUMBER: _ClassVar[int]
     OFFSET_FIELD_NUMBER: _ClassVar[int]
-    LEASE_ID_FIELD_NUMBER: _ClassVar[int]
-    LEASE_WORD_FIELD_NUMBER: _ClassVar[int]
+    RESIDENCY_ID_FIELD_NUMBER: _ClassVar[int]
+    RESIDENCY_WORD_FIELD_NUMBER: _ClassVar[int]
     manifest: _adapter_pb2.PackedManifest
     arena: Arena
     offset: int
-    lease_id: int
-    lease_word: int
-    def __init__(self, manifest: _Optional[_Union[_adapter_pb2.PackedManifest, _Mapping]] = ..., arena: _Optional[_Union[Arena, _Mapping]] = ..., offset: _Optional[int] = ..., lease_id: _Optional[int] = ..., lease_word: _Optional[int] = ...) -> None: ...
+    residency_id: int
+    residency_word: int
+    def __init__(self, manifest: _Optional[_Union[_adapter_pb2.PackedManifest, _Mapping]] = ..., arena: _Optional[_Union[Arena, _Mapping]] = ..., offset: _Optional[int] = ..., residency_id: _Optional[int] = ..., residency_word: _Optional[int] = ...) -> None: ...
+
+class ReportCopiesRequest(_message.Message):
+    __slots__ = ("copies",)
+    COPIES_FIELD_NUMBER: _ClassVar[int]
+    copies: _containers.RepeatedCompositeFieldContainer[CopiedAdapter]
+    def __init__(self, copies: _Optional[_Iterable[_Union[CopiedAdapter, _Mapping]]] = ...) -> None: ...
+
+class CopiedAdapter(_message.Message):
+    __slots__ = ("digest", "tp_rank", "tp_size", "num_copies")
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    TP_RANK_FIELD_NUMBER: _ClassVar[int]
+    TP_SIZE_FIELD_NUMBER: _ClassVar[int]
+    NUM_COPIES_FIELD_NUMBER: _ClassVar[int]
+    digest: str
+    tp_rank: int
+    tp_size: int
+    num_copies: int
+    def __init__(self, digest: _Optional[str] = ..., tp_rank: _Optional[int] = ..., tp_size: _Optional[int] = ..., num_copies: _Optional[int] = ...) -> None: ...
+
+class ReportCopiesResponse(_message.Message):
+    __slots__ = ("num_noted",)
+    NUM_NOTED_FIELD_NUMBER: _ClassVar[int]
+    num_noted: int
+    def __init__(self, num_noted: _Optional[int] = ...) -> None: ...
 
 class Arena(_message.Message):
     __slots__ = ("arena_id", "path", "num_bytes")

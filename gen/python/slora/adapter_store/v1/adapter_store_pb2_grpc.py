@@ -32,8 +32,8 @@ class AdapterStoreServiceStub:
     also the errors UNAUTHENTICATED (no credential, or one that is not valid), PERMISSION_DENIED (it is not for this
     caller) and UNAVAILABLE (keys cannot be looked up). A tenant sees adapters that are its own and those that are nobody's
     in particular, under the names that it may use; all others are NOT_FOUND to it, and left out of lists and watches. It
-    changes and uploads only what is its own. RegisterAdapter, SyncAdapters, ShareAdapter and ReportAdapterUse are not for
-    tenants.
+    changes and uploads only what is its own. RegisterAdapter, SyncAdapters, ShareAdapter, ReportCopies and
+    ReportAdapterUse are not for tenants.
     """
 
     def __init__(self, channel):
@@ -76,6 +76,11 @@ class AdapterStoreServiceStub:
                 '/slora.adapter_store.v1.AdapterStoreService/ShareAdapter',
                 request_serializer=slora_dot_adapter__store_dot_v1_dot_adapter__store__pb2.ShareAdapterRequest.SerializeToString,
                 response_deserializer=slora_dot_adapter__store_dot_v1_dot_adapter__store__pb2.ShareAdapterResponse.FromString,
+                _registered_method=True)
+        self.ReportCopies = channel.unary_unary(
+                '/slora.adapter_store.v1.AdapterStoreService/ReportCopies',
+                request_serializer=slora_dot_adapter__store_dot_v1_dot_adapter__store__pb2.ReportCopiesRequest.SerializeToString,
+                response_deserializer=slora_dot_adapter__store_dot_v1_dot_adapter__store__pb2.ReportCopiesResponse.FromString,
                 _registered_method=True)
         self.WatchAdapters = channel.unary_stream(
                 '/slora.adapter_store.v1.AdapterStoreService/WatchAdapters',
@@ -126,8 +131,8 @@ class AdapterStoreServiceServicer:
     also the errors UNAUTHENTICATED (no credential, or one that is not valid), PERMISSION_DENIED (it is not for this
     caller) and UNAVAILABLE (keys cannot be looked up). A tenant sees adapters that are its own and those that are nobody's
     in particular, under the names that it may use; all others are NOT_FOUND to it, and left out of lists and watches. It
-    changes and uploads only what is its own. RegisterAdapter, SyncAdapters, ShareAdapter and ReportAdapterUse are not for
-    tenants.
+    changes and uploads only what is its own. RegisterAdapter, SyncAdapters, ShareAdapter, ReportCopies and
+    ReportAdapterUse are not for tenants.
     """
 
     def RegisterAdapter(self, request, context):
@@ -194,12 +199,23 @@ class AdapterStoreServiceServicer:
         """Lends an adapter's packed weights to a reader on the same host, which copies them out of the store's arena: no
         weights travel. The reader's first message names the adapter; the one answer says where its bytes lie. While the
         call is open (the lease) they stay there, also if the adapter is deleted. Before the store lets go of them, for
-        whatever reason, it takes the lease's id out of its word behind the arena (see Arena): a reader that finds the id
+        whatever reason, it takes their residency_id out of its word behind the arena (see Arena): a reader that finds the id
         there after it has copied has copied what was lent. It then cancels the call. A reader may also ask instead of look:
         it says in a second message that it has copied, and the call ends with OK if the lease lasted until then; any other
         end proves nothing about the bytes. Idempotent. Read through from S3 like FetchAdapter.
+        A reader that keeps the answer may copy again without a call, if it finds the id in its word afterwards: nothing
+        keeps the bytes there meanwhile, but they are mostly there. It tells of it by ReportCopies.
         Errors: as FetchAdapter; INVALID_ARGUMENT (a message out of order, or no first one); DEADLINE_EXCEEDED (the reader
         kept the lease for too long: it has ended); NOT_FOUND (ADAPTER_NOT_RESIDENT: see only_resident).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ReportCopies(self, request, context):
+        """Tells what a reader copied out of the arena without a lease, so that it counts as used and stays in memory as what is
+        lent does. Engines send it once a second. Not idempotent: copies are counted. Errors: INVALID_ARGUMENT (more than
+        10,000 adapters).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -318,6 +334,11 @@ def add_AdapterStoreServiceServicer_to_server(servicer, server):
                     request_deserializer=slora_dot_adapter__store_dot_v1_dot_adapter__store__pb2.ShareAdapterRequest.FromString,
                     response_serializer=slora_dot_adapter__store_dot_v1_dot_adapter__store__pb2.ShareAdapterResponse.SerializeToString,
             ),
+            'ReportCopies': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReportCopies,
+                    request_deserializer=slora_dot_adapter__store_dot_v1_dot_adapter__store__pb2.ReportCopiesRequest.FromString,
+                    response_serializer=slora_dot_adapter__store_dot_v1_dot_adapter__store__pb2.ReportCopiesResponse.SerializeToString,
+            ),
             'WatchAdapters': grpc.unary_stream_rpc_method_handler(
                     servicer.WatchAdapters,
                     request_deserializer=slora_dot_adapter__store_dot_v1_dot_adapter__store__pb2.WatchAdaptersRequest.FromString,
@@ -373,8 +394,8 @@ class AdapterStoreService:
     also the errors UNAUTHENTICATED (no credential, or one that is not valid), PERMISSION_DENIED (it is not for this
     caller) and UNAVAILABLE (keys cannot be looked up). A tenant sees adapters that are its own and those that are nobody's
     in particular, under the names that it may use; all others are NOT_FOUND to it, and left out of lists and watches. It
-    changes and uploads only what is its own. RegisterAdapter, SyncAdapters, ShareAdapter and ReportAdapterUse are not for
-    tenants.
+    changes and uploads only what is its own. RegisterAdapter, SyncAdapters, ShareAdapter, ReportCopies and
+    ReportAdapterUse are not for tenants.
     """
 
     @staticmethod
@@ -556,6 +577,33 @@ class AdapterStoreService:
             '/slora.adapter_store.v1.AdapterStoreService/ShareAdapter',
             slora_dot_adapter__store_dot_v1_dot_adapter__store__pb2.ShareAdapterRequest.SerializeToString,
             slora_dot_adapter__store_dot_v1_dot_adapter__store__pb2.ShareAdapterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReportCopies(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/slora.adapter_store.v1.AdapterStoreService/ReportCopies',
+            slora_dot_adapter__store_dot_v1_dot_adapter__store__pb2.ReportCopiesRequest.SerializeToString,
+            slora_dot_adapter__store_dot_v1_dot_adapter__store__pb2.ReportCopiesResponse.FromString,
             options,
             channel_credentials,
             insecure,

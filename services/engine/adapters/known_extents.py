@@ -1,0 +1,71 @@
+"""Where adapters lay in arenas of this host when they were last lent: one that is still there is copied without a call.
+
+A word behind the arena says whether it is where it was (see ShareAdapterResponse.residency_id). Nothing keeps it there,
+so what is copied counts only if the word says so afterwards too; else the store is asked, as if nothing were known.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter, OrderedDict, defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from services.engine.adapters.layout import PackedShard
+from services.engine.adapters.mapped_arena import ArenaExtent, ArenaReader, ExtentPlace
+from services.engine.adapters.source import AdapterManifest
+
+MAX_KNOWN = 16_384
+"""Some 3 KB each, for each process that loads."""
+
+
+@dataclass(frozen=True, slots=True)
+class KnownExtent:
+    """What a lease told: the adapter, who lent it, and where it lies."""
+
+    manifest: AdapterManifest
+    replica_id: str
+    arena_id: bytes
+    place: ExtentPlace
+
+
+class KnownExtents:
+    """The latest that were lent out of `arenas`, and how often each was copied since. For any number of threads."""
+
+    def __init__(self, arenas: ArenaReader, max_known: int = MAX_KNOWN) -> None:
+        self._arenas = arenas
+        self._max_known = max_known
+        self._lock = threading.Lock()
+        self._known: OrderedDict[PackedShard, KnownExtent] = OrderedDict()
+        self._copies: defaultdict[bytes, Counter[PackedShard]] = defaultdict(Counter)
+
+    def keep(self, shard: PackedShard, extent: KnownExtent) -> None:
+        """Remembers where it is; forgets what was not looked for the longest if that is too many."""
+        with self._lock:
+            self._known[shard] = extent
+            self._known.move_to_end(shard)
+            if len(self._known) > self._max_known:
+                self._known.popitem(last=False)
+
+    def revisit(self, shard: PackedShard) -> tuple[KnownExtent, ArenaExtent] | None:
+        """The adapter where it was, to be copied now; None if it is not there any more, or nothing is known."""
+        with self._lock:
+            known = self._known.get(shard)
+            if known is None:
+                return None
+            self._known.move_to_end(shard)
+        arena = self._arenas.mapped(known.arena_id)
+        extent = None if arena is None else arena.extent(known.place)
+        with self._lock:
+            if extent is None or not extent.lasts():
+                if self._known.get(shard) is known:
+                    del self._known[shard]
+                return None
+            self._copies[known.arena_id][shard] += 1
+        return known, extent
+
+    def take_copies(self) -> Mapping[bytes, Counter[PackedShard]]:
+        """How often adapters were revisited since the last call, by their arenas' ids."""
+        with self._lock:
+            copies, self._copies = self._copies, defaultdict(Counter)
+        return copies

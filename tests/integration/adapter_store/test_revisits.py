@@ -1,0 +1,198 @@
+"""Adapters that an engine copies where they were lent before, without asking: still right, or asked for again."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import threading
+import time
+from collections.abc import Callable
+
+import pytest
+
+from services.common.errors import Reason, SloraError
+from services.engine.adapters import replica_directory
+from services.engine.adapters.load_job import LoadEnded, LoadInstalled
+from tests.fakes.fake_model import digest_of
+from tests.fixtures.lease_store import PACKED_BYTES, LeaseStore
+from tests.fixtures.leasing import A, B, Engine, eventually
+
+MakeStore = Callable[..., LeaseStore]
+MakeEngine = Callable[..., Engine]
+
+
+@pytest.fixture(autouse=True)
+def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replica_directory, "LOOK_SECONDS", 0.05)
+
+
+def lent(engine: Engine, digest: str, weights: bytes) -> None:
+    """Loads an adapter, which is right and was not streamed."""
+    event = engine.load(digest)
+    assert isinstance(event, LoadInstalled), event
+    assert event.lent
+    assert engine.weights(engine.num_loads - 1) == weights
+
+
+def test_what_is_still_there_is_copied_without_a_call(make_store: MakeStore, make_engine: MakeEngine) -> None:
+    store = make_store()
+    weights = {digest: store.add(digest, seed) for seed, digest in enumerate((A, B))}
+    engine = make_engine(store.address)
+    for _ in range(3):
+        for digest in (A, B):
+            lent(engine, digest, weights[digest])
+    assert store.calls == ["share", "share"]
+    eventually(lambda: store.metric("copies_total") == 4)
+    assert store.metric("shared_bytes_total") == 6 * PACKED_BYTES
+    assert store.metric("tier_read_bytes_total", tier="arena") == 6 * PACKED_BYTES
+    assert store.metric("tier_lookups_total", tier="arena", result="hit") == 4  # this store counts no others
+    assert store.metric("leases_total", outcome="returned") == 2
+
+
+def test_its_replica_is_named_as_when_it_was_asked(make_store: MakeStore, make_engine: MakeEngine) -> None:
+    store = make_store()
+    store.add(A, 1)
+    engine = make_engine(store.address)
+    events = [engine.load(A) for _ in range(2)]
+    assert store.calls == ["share"]
+    assert [event.delivery.replica for event in events if isinstance(event, LoadInstalled)] == [store.address] * 2
+
+
+def test_what_was_evicted_is_asked_for(make_store: MakeStore, make_engine: MakeEngine) -> None:
+    """Other bytes lie where it was, and later its own again, elsewhere or in the same place: the store says so."""
+    store = make_store(num_adapters=1)
+    engine = make_engine(store.address)
+    for _ in range(2):
+        for seed, digest in enumerate((A, B)):
+            eventually(lambda: store.metric("pinned_adapters") == 0)
+            lent(engine, digest, store.add(digest, seed))
+    assert store.calls == ["share"] * 4
+
+
+def test_what_was_evicted_while_it_was_copied_is_streamed(
+    make_store: MakeStore, make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing kept it there: what was copied is not used, nor is anybody blamed for its digest."""
+    store = make_store(num_adapters=1)
+    weights = store.add(A, 1)
+    engine = make_engine(store.address)
+    lent(engine, A, weights)
+    write, num_writes = engine.device.write, 0
+
+    def late_write(*what: object) -> None:
+        nonlocal num_writes
+        num_writes += 1
+        if num_writes == 1:
+            store.add(B, 2)
+        write(*what)  # type: ignore[arg-type]
+        if num_writes == 1:
+            store.add(A, 1)
+
+    monkeypatch.setattr(engine.device, "write", late_write)
+    event = engine.load(A)
+    assert isinstance(event, LoadInstalled), event
+    assert not event.lent
+    assert engine.weights(1) == weights
+    assert store.calls == ["share", "fetch"]
+
+
+def test_amid_evictions_an_engine_never_has_other_bytes(
+    make_store: MakeStore, make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether they come before it looks, while it copies, or not at all."""
+    store = make_store(num_adapters=3)
+    digests = [digest_of(name) for name in "pqrs"]
+    seeds = {digest: random.getrandbits(32) for digest in digests}
+    draw, done = random.Random(), threading.Event()
+
+    def churn() -> None:
+        while not done.wait(draw.choice((0.001, 0.05))):
+            digest = draw.choice(digests)
+            with contextlib.suppress(SloraError):  # all are lent
+                store.add(digest, seeds[digest])
+
+    engine = make_engine(store.address)
+    write = engine.device.write
+
+    def slow_write(*what: object) -> None:
+        time.sleep(draw.choice((0.0, 0.0, 0.02)))
+        write(*what)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(engine.device, "write", slow_write)
+    churning = threading.Thread(target=churn)
+    churning.start()
+    num_installed, until = 0, time.monotonic() + 60
+    try:
+        while (num_installed < 50 or store.metric("copies_total") == 0) and time.monotonic() < until:
+            digest = draw.choice(digests)
+            engine.num_loads = 0
+            event = engine.load(digest)
+            if isinstance(event, LoadInstalled):
+                assert engine.weights() == random.Random(seeds[digest]).randbytes(PACKED_BYTES)
+                engine.device.remove(0)
+                num_installed += 1
+            else:
+                assert isinstance(event, LoadEnded)
+                assert event.error is not None
+                assert event.error.reason is Reason.ADAPTER_NOT_FOUND, event.error  # evicted, with nothing behind it
+    finally:
+        done.set()
+        churning.join()
+    assert num_installed >= 50
+    assert store.metric("copies_total") > 0
+
+
+def test_what_was_deleted_is_not_found_any_more(make_store: MakeStore, make_engine: MakeEngine) -> None:
+    store = make_store()
+    engine = make_engine(store.address)
+    lent(engine, A, store.add(A, 1))
+    store.discard(A)
+    event = engine.load(A)
+    assert isinstance(event, LoadEnded)
+    assert event.error is not None
+    assert event.error.reason is Reason.ADAPTER_NOT_FOUND
+
+
+def test_bytes_that_went_bad_since_they_were_lent_are_refused(make_store: MakeStore, make_engine: MakeEngine) -> None:
+    store = make_store()
+    engine = make_engine(store.address)
+    lent(engine, A, store.add(A, 1))
+    with store.call(lambda: store._pin(A)) as pin:
+        store.arena.view(pin.offset, PACKED_BYTES)[PACKED_BYTES // 2] ^= 1
+    event = engine.load(A)
+    assert isinstance(event, LoadEnded)
+    assert event.error is not None
+    assert event.error.reason is Reason.ADAPTER_CHANGED
+    assert store.calls == ["share"]
+
+
+def test_copies_count_as_use(make_store: MakeStore, make_engine: MakeEngine) -> None:
+    """The store evicts what nobody used for the longest, and hears of it that this one was."""
+    store = make_store(num_adapters=2)
+    engine = make_engine(store.address)
+    first = store.add(A, 1)
+    lent(engine, A, first)
+    lent(engine, B, store.add(B, 2))
+    lent(engine, A, first)
+    eventually(lambda: store.metric("copies_total") == 1)
+    store.add("sha256:" + "c" * 64, 3)
+    assert (A in store.cache, B in store.cache) == (True, False)
+
+
+def test_a_store_that_wants_to_hear_of_no_copies_still_lends(
+    make_store: MakeStore, make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    async def refuse(store: LeaseStore, request: object, context: object) -> None:
+        asked.append(request)
+        raise NotImplementedError
+
+    monkeypatch.setattr(LeaseStore, "ReportCopies", refuse)
+    store = make_store()
+    weights = store.add(A, 1)
+    engine = make_engine(store.address)
+    for number in range(3):
+        lent(engine, A, weights)
+        eventually(lambda expected=number: len(asked) >= expected)  # type: ignore[misc]
+    assert store.calls == ["share"]
