@@ -1,8 +1,8 @@
 """Claim: a store's adapters reach an engine on the same host at memory's speed, another at nearly gRPC's own.
 
-Four ways, each with one reader and with eight: *bare*, a gRPC stream of equal chunks that does nothing else; *fetch*,
-the chunks of FetchAdapter, not looked at; *streamed* and *shared*, whole loads by the engine's loader into a pool of
-pages, verified, over FetchAdapter and out of the arena. Store and readers are two processes that share the cores. The
+Five ways, each with one reader and with eight: *bare*, a gRPC stream of equal chunks that does nothing else; *fetch*,
+the chunks of FetchAdapter, not looked at; *streamed*, *lent* and *revisited*, whole loads by the engine's loader into a
+pool of pages, verified: over FetchAdapter, out of the arena with a lease for each, and out of it again, without. Store and readers are two processes that share the cores. The
 readers are threads of one process, as in an engine. The best of several rounds, in which the ways take turns: what else
 runs on the host only adds time.
 
@@ -12,6 +12,7 @@ Run: python -m benchmarks.bench_adapter_transfer
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import json
 import math
@@ -123,10 +124,12 @@ def loads(address: str, digests: list[str], num_bytes: int, readers: int) -> Ite
     config = PoolConfig(NUM_LAYERS, num_pages * len(digests), 16, 32, 128)
     device = PagedAdapterDevice(Pool(config, torch.bfloat16, torch.device("cpu")), GROUPS, len(digests))
     streamed = Loads(StoreClient([address]), device, config.page_elems)
-    shared = Loads(StoreClient([address], ArenaReader(device)), device, config.page_elems)
-    yield {"streamed": lambda: streamed.run(digests, readers), "shared": lambda: shared.run(digests, readers)}
-    streamed.close()
-    shared.close()
+    lent = Loads(StoreClient([address], ArenaReader(device), asks_always=True), device, config.page_elems)
+    revisited = Loads(StoreClient([address], ArenaReader(device)), device, config.page_elems)
+    ways = {"streamed": streamed, "lent": lent, "revisited": revisited}
+    yield {name: functools.partial(way.run, digests, readers) for name, way in ways.items()}
+    for way in ways.values():
+        way.close()
 
 
 def best_seconds(ways: dict[str, Way]) -> dict[str, float]:
