@@ -2,9 +2,9 @@
 
 Five ways, each with one reader and with eight: *bare*, a gRPC stream of equal chunks that does nothing else; *fetch*,
 the chunks of FetchAdapter, not looked at; *streamed*, *lent* and *revisited*, whole loads by the engine's loader into a
-pool of pages, verified: over FetchAdapter, out of the arena with a lease for each, and out of it again, without. Store and readers are two processes that share the cores. The
-readers are threads of one process, as in an engine. The best of several rounds, in which the ways take turns: what else
-runs on the host only adds time.
+pool of pages, verified: over FetchAdapter, out of the arena with a lease for each, and out of it again, without. Store
+and readers are two processes that share the cores. The readers are threads of one process, as in an engine. The best of
+several rounds, in which the ways take turns: what else runs on the host only adds time.
 
 Run: python -m benchmarks.bench_adapter_transfer
 """
