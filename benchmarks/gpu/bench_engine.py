@@ -234,7 +234,8 @@ def measure_load(bench: Bench, setting: str) -> Iterator[Row]:
 
 
 def measure_store_load(bench: Bench, setting: str) -> Iterator[Row]:
-    """The same out of a store's arena on this host, once it is pinned, and streamed by that store.
+    """The same out of a store's arena on this host, once it is pinned: with a lease each, without one where they were
+    lent before; and streamed by that store.
 
     Sixteen fit; the second time round an engine knows their sizes.
     """
@@ -244,9 +245,9 @@ def measure_store_load(bench: Bench, setting: str) -> Iterator[Row]:
     packed_bytes = stored.layout(largest).packed_bytes
     settings = dataclasses.replace(bench.settings, max_adapters=16)
     with running_arena_store(stored) as store:
-        for way in ("lent", "streamed"):
-            arenas = ArenaReader(bench.runner.adapter_device) if way == "lent" else None
-            client = StoreClient([store.address], arenas)
+        for way in ("lent", "revisited", "streamed"):
+            arenas = None if way == "streamed" else ArenaReader(bench.runner.adapter_device)
+            client = StoreClient([store.address], arenas, asks_always=way == "lent")
             label: dict[str, object] = {"adapters": 32, "packed_bytes": packed_bytes, "way": way}
             if arenas is not None:
                 label["direct"] = _await_pinned(bench, client, adapters)
