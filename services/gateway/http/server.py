@@ -17,6 +17,11 @@ from services.gateway.http.tls import http_context
 
 _BACKLOG = 1024
 _HIGHEST_PORT = 65_535
+_GONE_SECONDS = 60
+"""A client that acknowledges nothing for so long has gone: its connection ends, and so does what it asked for. By itself
+TCP tries for a quarter of an hour, and for ever where nothing is sent."""
+_IDLE_SECONDS, _PROBE_SECONDS = 30, 10
+"""A silent connection is asked whether anybody is there after this time, and again."""
 _CUT_SECONDS = 1
 """What still runs at the end, when the drain is over, has this long to notice that it is cut."""
 
@@ -73,6 +78,15 @@ def _listen(address: str) -> socket.socket:
         if not 0 <= int(port) <= _HIGHEST_PORT:
             raise ValueError(f"a port is a number up to {_HIGHEST_PORT}")
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        return socket.create_server((host, int(port)), family=family, backlog=_BACKLOG)
+        listening = socket.create_server((host, int(port)), family=family, backlog=_BACKLOG)
     except (OSError, ValueError) as error:
         raise AddressError(f"--http {address}: {error}") from error
+    # Connections have what the socket has that they are accepted from.
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in (
+        (socket.TCP_KEEPIDLE, _IDLE_SECONDS),
+        (socket.TCP_KEEPINTVL, _PROBE_SECONDS),
+        (socket.TCP_USER_TIMEOUT, 1000 * _GONE_SECONDS),
+    ):
+        listening.setsockopt(socket.IPPROTO_TCP, option, value)
+    return listening

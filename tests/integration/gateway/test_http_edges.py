@@ -354,3 +354,19 @@ def test_an_address_that_cannot_be_served_on_is_named() -> None:
         with pytest.raises(AddressError, match=f"--http {address}"):
             HttpServer(address, app, ServerTls())
     asyncio.run(first.stop())
+
+
+async def test_a_client_that_has_gone_without_a_word_is_noticed_within_a_minute() -> None:
+    """By the kernel: what it is told for the socket that listens holds for the connections accepted from it."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None: ...
+
+    server = HttpServer("127.0.0.1:0", app, ServerTls())
+    with socket.create_connection(("127.0.0.1", server.port)):
+        connection, _ = server._socket.accept()
+        with connection:
+            assert connection.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+            options = (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_USER_TIMEOUT)
+            idle, interval, gone = (connection.getsockopt(socket.IPPROTO_TCP, option) for option in options)
+            assert idle + interval < gone / 1000 <= 60
+    await server.stop()
