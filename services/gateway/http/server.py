@@ -18,8 +18,8 @@ from services.gateway.http.tls import http_context
 _BACKLOG = 1024
 _HIGHEST_PORT = 65_535
 _GONE_SECONDS = 60
-"""A client that acknowledges nothing for so long has gone: its connection ends, and so does what it asked for. TCP alone
-tries for a quarter of an hour, and for ever where nothing is sent."""
+"""A client that acknowledges nothing for so long has gone: its connection ends, and so does what it asked for. TCP by
+itself tries for a quarter of an hour, and for ever where nothing is sent."""
 _IDLE_SECONDS, _PROBE_SECONDS = 30, 10
 """A silent connection is asked whether anybody is there after this time, and again."""
 _CUT_SECONDS = 1
