@@ -30,6 +30,7 @@ from services.adapter_store.s3_errors import (
 )
 from services.adapter_store.s3_retries import RetryPolicy
 from services.adapter_store.threads import run_to_end
+from services.common import heap
 from services.common.errors import Reason, SloraError
 
 if TYPE_CHECKING:
@@ -190,6 +191,7 @@ class BlobStore:
                 loop = asyncio.get_running_loop()
                 try:
                     self._client = await loop.run_in_executor(self._threads, self._connect)
+                    heap.settle()  # it is large, and made at its first use
                 except (botocore.exceptions.BotoCoreError, ValueError) as error:
                     unavailable(str(error))
             return self._client

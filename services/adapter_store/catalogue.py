@@ -132,7 +132,7 @@ class Catalogue:
 
     async def find_digest(self, digest: str) -> list[AdapterRecord]:
         """Every version that has this content."""
-        return decode_rows(await self._redis.look(scripts.FIND_DIGEST, digest))
+        return await decode_rows(await self._redis.look(scripts.FIND_DIGEST, digest))
 
     async def list_page(
         self, page_size: int, page_token: str, name_prefix: str, tenant: str | None
@@ -157,7 +157,8 @@ class Catalogue:
         lowest = f"({after}" if after >= name_prefix and after else f"[{name_prefix}"
         found: list[AdapterRecord] = []
         for index in (":index",) if owners is None else [f":index:{owner}" for owner in owners]:
-            found += decode_rows(await self._redis.look(scripts.PAGE, index, lowest, f"[{name_prefix}{LAST}", limit))
+            rows = await self._redis.look(scripts.PAGE, index, lowest, f"[{name_prefix}{LAST}", limit)
+            found += await decode_rows(rows)
         found.sort(key=member_of)
         return found[:limit]
 

@@ -87,7 +87,7 @@ class CatalogueMarks:
 
     async def pinned(self) -> list[AdapterRecord]:
         """Every pinned version."""
-        return decode_rows(await self._redis.look(scripts.PINNED))
+        return await decode_rows(await self._redis.look(scripts.PINNED))
 
     async def use(self, last_use_ms: Mapping[tuple[str, int], int]) -> int:
         """Notes when versions (name, version) were last used; later times win. Gives how many exist."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+import itertools
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from services.adapter_store import catalogue_fill_scripts as scripts
@@ -53,12 +54,11 @@ class CatalogueSync:
                 return seen
 
     async def discover(
-        self, root: str, tenant: str, fresh: Sequence[Found], while_filling: bool
+        self, root: str, tenant: str, fresh: Iterator[Found], while_filling: bool
     ) -> AsyncIterator[tuple[Found, Discovery]]:
         """Gives each of these adapters a version, unless the catalogue has it, and removes those that it replaces."""
         script = scripts.DISCOVER_WHILE_FILLING if while_filling else scripts.DISCOVER
-        for begin in range(0, len(fresh), _ADAPTERS_A_CALL):
-            batch = fresh[begin : begin + _ADAPTERS_A_CALL]
+        while batch := list(itertools.islice(fresh, _ADAPTERS_A_CALL)):
             arguments: list[str] = []
             for found in batch:
                 record = replace(found.record, tenant=tenant)

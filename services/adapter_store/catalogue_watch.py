@@ -10,6 +10,7 @@ from typing import Any
 
 from services.adapter_store import catalogue_scripts as scripts
 from services.adapter_store.catalogue_redis import CatalogueRedis
+from services.adapter_store.loop_turns import in_turns
 from services.adapter_store.manifest import AdapterRecord
 from services.adapter_store.record_json import ResumeToken, decode_row, decode_rows, index_member
 from services.common.errors import Reason, SloraError
@@ -62,7 +63,7 @@ class CatalogueWatches:
                 yield CatalogueEvent(EventKind.RESET, None, position.encode())
                 continue
             events = await self._listed(position) if position.listing else changes
-            for event in events:
+            async for event in in_turns(events):
                 yield event
                 position = ResumeToken.decode(event.resume_token)
             if not events:
@@ -76,9 +77,10 @@ class CatalogueWatches:
 
         It is not one moment's, but what changed since it began lies behind `position.sequence` and follows it.
         """
-        page = decode_rows(await self._redis.look(scripts.PAGE, ":index", _behind(position.after), "+", _SNAPSHOT_PAGE))
+        rows = await self._redis.look(scripts.PAGE, ":index", _behind(position.after), "+", _SNAPSHOT_PAGE)
+        page = await decode_rows(rows)
         events = []
-        for record in page:
+        async for record in in_turns(page):
             token = replace(position, after=index_member(record.name, record.version))
             events.append(CatalogueEvent(EventKind.REGISTERED, record, token.encode()))
         if len(page) < _SNAPSHOT_PAGE:
@@ -96,7 +98,7 @@ class CatalogueWatches:
         if not known:
             return None
         events = []
-        for number, kind, *row in entries:
+        async for number, kind, *row in in_turns(entries):
             token = ResumeToken(position.epoch, int(number.partition("-")[0]))
             events.append(CatalogueEvent(EventKind(kind), decode_row(*row), token.encode()))
         return events

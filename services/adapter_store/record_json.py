@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from services.adapter_store.loop_turns import in_turns
 from services.adapter_store.manifest import AdapterRecord, Marks, SourceLocation, TargetModule
 
 # Separates name and version in index members. It sorts before every character a name may have, so that members sort
@@ -69,9 +70,10 @@ def encode_marks(labels: Mapping[str, str], pinned: bool = False) -> str:
     return json.dumps(marks | ({"pinned": True} if pinned else {}), ensure_ascii=False, separators=(",", ":"))
 
 
-def decode_rows(flat: Sequence[str]) -> list[AdapterRecord]:
+async def decode_rows(flat: Sequence[str]) -> list[AdapterRecord]:
     """The records of rows, one behind the other."""
-    return [decode_row(*flat[begin : begin + ROW_PARTS]) for begin in range(0, len(flat), ROW_PARTS)]
+    begins = in_turns(range(0, len(flat), ROW_PARTS))
+    return [decode_row(*flat[begin : begin + ROW_PARTS]) async for begin in begins]
 
 
 def decode_row(member: str, text: str, marks: str, aliases: str, used: str) -> AdapterRecord:

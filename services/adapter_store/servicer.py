@@ -19,6 +19,7 @@ from services.adapter_store.codec import adapter_message, copies_by_name, event_
 from services.adapter_store.delivery_servicer import WeightDelivery
 from services.adapter_store.identifiers import parse_adapter_id
 from services.adapter_store.isolation import Isolation
+from services.adapter_store.loop_turns import in_turns
 from services.adapter_store.metrics import StoreMetrics
 from services.adapter_store.registry import AdapterRegistry
 from services.adapter_store.sender_pace import SenderPace
@@ -101,7 +102,8 @@ class AdapterStoreServicer(adapter_store_pb2_grpc.AdapterStoreServiceServicer):
             context,
             lambda caller: listed(caller, request.page_size, request.page_token, request.name_prefix, tenant),
         )
-        return pb.ListAdaptersResponse(adapters=[adapter_message(r) for r in records], next_page_token=token)
+        adapters = [adapter_message(record) async for record in in_turns(records)]
+        return pb.ListAdaptersResponse(adapters=adapters, next_page_token=token)
 
     async def DeleteAdapter(self, request: pb.DeleteAdapterRequest, context: Context) -> pb.DeleteAdapterResponse:  # noqa: N802
         """Deletes one version or all of a name."""

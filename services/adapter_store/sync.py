@@ -11,6 +11,7 @@ import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 from services.adapter_store.base_model import BaseModel
 from services.adapter_store.blob_store import BlobStore, ListedObject
@@ -25,11 +26,14 @@ from services.adapter_store.identifiers import (
     source_digest,
 )
 from services.adapter_store.journal import Journal
+from services.adapter_store.loop_turns import in_turns
 from services.adapter_store.manifest import AdapterRecord, SourceLocation
 from services.adapter_store.peft_config import MAX_CONFIG_BYTES
 from services.common.errors import Reason, SloraError
 
-_FOLDERS_AT_ONCE = 50
+_Listed: TypeAlias = tuple[str, int]
+"""What a listing tells of an adapter: what syncs compare (see `Found`), and when its weights were written, in ms. Of a
+hundred thousand of these Python's garbage collector looks at none; records it would, and everybody would wait."""
 
 logger = logging.getLogger(__name__)
 
@@ -92,8 +96,8 @@ class PrefixSync:
                 )
             if found:
                 tenant = await self._journal.remember_root(root.uri, tenant)
-            fresh = [folder for name, folder in found.items() if seen.get(name) != folder.seen]
-            await self._add(root, tenant, fresh, report)
+            fresh = _fresh(found, seen)
+            await self._add(root, tenant, fresh, found, report)
             # What is half there is being written, or a mistake: nothing is removed for it.
             await self._remove(root, sorted(seen.keys() - found.keys() - report.refused.keys()), report)
         counts = {"num_found": len(found), "num_added": len(report.added), "num_changed": len(report.changed)}
@@ -107,34 +111,48 @@ class PrefixSync:
         report = SyncReport(root.uri)
         found = await self._list(root, report)
         seen = await self._catalogue.seen(root.uri, while_filling=True)
-        fresh = [folder for name, folder in found.items() if seen.get(name) != folder.seen]
-        await self._add(root, tenant, fresh, report, while_filling=True)
+        await self._add(root, tenant, _fresh(found, seen), found, report, while_filling=True)
 
-    async def _list(self, root: ObjectPrefix, report: SyncReport) -> dict[str, Found]:
-        """The adapters under `root` by name, in order; those that cannot be any go to the report."""
-        folders: dict[str, dict[str, ListedObject]] = {}
+    async def _list(self, root: ObjectPrefix, report: SyncReport) -> dict[str, _Listed]:
+        """The adapters under `root` by name; folders that cannot be any go to the report."""
+        found: dict[str, _Listed] = {}
+        partial: dict[str, dict[str, ListedObject]] = {}  # folders of which not both files were met yet
         async for page in self._blob_store.list_pages(root):
-            for entry in page:
+            async for entry in in_turns(page):
                 folder, _, file = entry.name.partition("/")
-                if file and "/" not in file:
-                    folders.setdefault(folder, {})[file] = entry
-        found = {}
-        for number, (name, files) in enumerate(folders.items()):
-            if not number % _FOLDERS_AT_ONCE:
-                await asyncio.sleep(0)  # others have their turn
-            try:
-                found[name] = self._describe(root, name, files)
-            except SloraError as error:
-                report.refused[name] = error
+                if not file or "/" in file or folder in found or folder in report.refused:
+                    continue
+                files = partial.setdefault(folder, {})
+                files[file] = entry
+                if CONFIG_FILE in files and WEIGHTS_FILE in files:
+                    self._take(root, folder, partial.pop(folder), found, report)
+        for folder, files in partial.items():
+            self._take(root, folder, files, found, report)
         report.num_found = len(found)
         return found
 
-    def _describe(self, root: ObjectPrefix, name: str, files: Mapping[str, ListedObject]) -> Found:
-        self._check(name, files)
+    def _take(
+        self,
+        root: ObjectPrefix,
+        name: str,
+        files: Mapping[str, ListedObject],
+        found: dict[str, _Listed],
+        report: SyncReport,
+    ) -> None:
+        try:
+            self._check(name, files)
+            parse_source_uri(f"{root.uri}{name}/")
+        except SloraError as error:
+            report.refused[name] = error
+            return
         config, weights = files[CONFIG_FILE], files[WEIGHTS_FILE]
-        uri = f"{root.uri}{name}/"
-        parse_source_uri(uri)
         identity = (config.etag, config.num_bytes, weights.etag, weights.num_bytes)
+        found[name] = (json.dumps(identity), weights.modified_ms)
+
+    def _describe(self, root: ObjectPrefix, name: str, listed: _Listed) -> Found:
+        seen, modified_ms = listed
+        config_etag, config_bytes, weights_etag, weights_bytes = identity = json.loads(seen)
+        uri = f"{root.uri}{name}/"
         record = AdapterRecord(
             name=name,
             version=0,
@@ -144,17 +162,17 @@ class PrefixSync:
             packed_bytes=0,
             packed_digest="",
             packing="",
-            config_bytes=config.num_bytes,
-            weights_bytes=weights.num_bytes,
-            config_etag=config.etag,
-            weights_etag=weights.etag,
+            config_bytes=config_bytes,
+            weights_bytes=weights_bytes,
+            config_etag=config_etag,
+            weights_etag=weights_etag,
             source=SourceLocation(uri),
             tenant="",
             base_model=self._base.name,
-            create_time_ms=weights.modified_ms,
+            create_time_ms=modified_ms,
             content="",
         )
-        return Found(record, json.dumps(identity))
+        return Found(record, seen)
 
     def _check(self, name: str, files: Mapping[str, ListedObject]) -> None:
         """Whether a folder can be an adapter, as far as its listing tells."""
@@ -173,16 +191,28 @@ class PrefixSync:
                 raise SloraError(Reason.ADAPTER_TOO_LARGE, message, num_bytes=size, max_bytes=limit)
 
     async def _add(
-        self, root: ObjectPrefix, tenant: str, fresh: Sequence[Found], report: SyncReport, while_filling: bool = False
+        self,
+        root: ObjectPrefix,
+        tenant: str,
+        fresh: Sequence[str],
+        found: Mapping[str, _Listed],
+        report: SyncReport,
+        while_filling: bool = False,
     ) -> None:
-        async for found, answer in self._catalogue.discover(root.uri, tenant, fresh, while_filling):
+        described = (self._describe(root, name, found[name]) for name in fresh)
+        async for one, answer in self._catalogue.discover(root.uri, tenant, described, while_filling):
             if answer.version:
-                adapter_id = f"{found.record.name}@{answer.version}"
+                adapter_id = f"{one.record.name}@{answer.version}"
                 (report.changed if answer.is_change else report.added).append(adapter_id)
-            report.kept += [f"{found.record.name}@{version}" for version in answer.kept]
+            report.kept += [f"{one.record.name}@{version}" for version in answer.kept]
 
     async def _remove(self, root: ObjectPrefix, names: Sequence[str], report: SyncReport) -> None:
         async for name, kept in self._catalogue.vanish(root.uri, names):
             report.kept += [f"{name}@{version}" for version in kept]
             if not kept:
                 report.removed.append(name)
+
+
+def _fresh(found: Mapping[str, _Listed], seen: Mapping[str, str]) -> list[str]:
+    """Names of what was not seen before as it is now."""
+    return [name for name, (text, _) in found.items() if seen.get(name) != text]

@@ -14,6 +14,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health_aio
 from grpc_reflection.v1alpha import reflection
 
+from services.common import heap
 from services.common.call_scope import CallScope
 from services.common.exposure import warn_of_plain_text
 from services.common.grpc_credentials import server_credentials
@@ -148,6 +149,7 @@ class GrpcServer:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stop.set)
+        heap.settle()
         await stop.wait()
         logger.info("draining for at most %g s", drain_seconds)
         deadline = loop.time() + drain_seconds

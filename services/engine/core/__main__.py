@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from services.common import heap
 from services.common.telemetry import configure_logging
 from services.common.tls import TlsError
 from services.engine.adapters.mapped_arena import ArenaReader
@@ -129,6 +130,7 @@ def _open(
     except TlsError as error:
         logger.critical("the adapter store cannot be called: %s", error)
         raise _CannotLoad(USAGE_EXIT_CODE) from error
+    heap.settle()
     return runner, store
 
 
