@@ -191,7 +191,10 @@ def _lock_stale(fd: int) -> None:
 
 
 def _free_pages(segment: mmap.mmap) -> None:
-    """Gives a segment's memory back although readers may map it: they read zeros where there was something."""
+    """Gives a segment's memory back although readers may map it: they read zeros where there was something.
+
+    The file has lost its name by then: readers look whether it has one before they touch it unasked.
+    """
     with contextlib.suppress(OSError):  # a file system that cannot; the memory goes with the last mapping
         # The words go first: whoever finds an id there has not copied zeros.
         segment.madvise(mmap.MADV_REMOVE, max(len(segment) - TRAILER_BYTES, 0))

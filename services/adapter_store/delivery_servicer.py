@@ -111,7 +111,7 @@ class WeightDelivery:
                 self._metrics.tiers.in_flight(Tier.ARENA),
             ):
                 outcome = "expired"
-                self._count_copies(pin, 1)
+                self._count_bytes(len(pin.content))
                 lent = pb.ShareAdapterResponse(
                     manifest=manifest_message(pin.manifest),
                     arena=self._arena_message,
@@ -134,21 +134,22 @@ class WeightDelivery:
             self._metrics.leases.labels(outcome).inc()
 
     def note_copies(self, copies: Mapping[PackedName, int]) -> int:
-        """Notes what readers copied without a lease, by what they know of an earlier one: used now, and counted. Gives
-        how many of the adapters are still in memory."""
-        num_noted = 0
+        """Notes what readers copied without a lease: used now, and counted. How many of the adapters are in memory."""
+        num_noted = total_copies = total_bytes = 0
         for name, num_copies in copies.items():
             pin = self._cache.pin(*name)
             if pin is not None:
                 with pin:
-                    self._metrics.copies.inc(num_copies)
-                    self._metrics.tiers.on_hits(Tier.ARENA, num_copies)
-                    self._count_copies(pin, num_copies)
+                    total_bytes += len(pin.content) * num_copies
+                total_copies += num_copies
                 num_noted += 1
+        # Once for all: the event loop waits for this.
+        self._metrics.copies.inc(total_copies)
+        self._metrics.tiers.on_hits(Tier.ARENA, total_copies)
+        self._count_bytes(total_bytes)
         return num_noted
 
-    def _count_copies(self, pin: Pin, num_copies: int) -> None:
-        num_bytes = len(pin.content) * num_copies
+    def _count_bytes(self, num_bytes: int) -> None:
         self._metrics.shared_bytes.inc(num_bytes)
         self._metrics.tiers.on_read(Tier.ARENA, num_bytes)
 

@@ -1,9 +1,9 @@
 """One fetch of one adapter, from whichever replica of the adapter store gives it.
 
 A store on this host lends the weights where they lie; another sends them. What was lent before, and is still there, is
-read without asking anybody. What fails at one replica is asked of the
-next at once, from the byte where it broke; when all have failed, all are asked again, with growing pauses, until the
-deadline. Replicas pack alike: one whose manifest differs from what was begun is not read from, so bytes never mix.
+read without asking anybody. What fails at one replica is asked of the next at once, from the byte where it broke; when
+all have failed, all are asked again, with growing pauses, until the deadline. Replicas pack alike: one whose manifest
+differs from what was begun is not read from, so bytes never mix.
 """
 
 from __future__ import annotations
@@ -80,6 +80,7 @@ class StoreFetch:
         # Who is asked, and who failed since all were asked for the last time.
         self._current: ReplicaAttempt | None = None
         self._revisited = ""  # whose arena it was found in without asking
+        self._has_no_word = False  # what was lent cannot be looked at
         self._failed: set[ReplicaAttempt] = set()
         self._is_hopeful = False  # whether one of them failed by what may pass
         self._num_failovers = 0
@@ -187,14 +188,15 @@ class StoreFetch:
         known, extent = found
         if self._manifest is not None and known.manifest != self._manifest:
             return False
-        self._manifest, self._revisited = known.manifest, known.replica_id
-        self._lease = StoreLease(extent)
+        self.pause()  # a stream may have begun before another load was lent it
+        self._current, self._revisited = None, known.replica_id
+        self._manifest, self._lease = known.manifest, StoreLease(extent)
         return True
 
     def _borrow(self, attempt: ReplicaAttempt, deadline: float) -> bool:
         """Opens a lease and keeps the manifest that comes with it; False if the arena is out of reach."""
         replica = attempt.replica
-        if self._arenas is None or not self._arenas.may_be_readable(replica.arena_id):
+        if self._arenas is None or self._has_no_word or not self._arenas.may_be_readable(replica.arena_id):
             return False
         self.pause()
         timeout = max(deadline - time.monotonic(), 0.001)
@@ -228,7 +230,8 @@ class StoreFetch:
         assert self._arenas is not None
         arena_id = replica.arena_id = lent.arena.arena_id
         arena = self._arenas.map(to_place(lent.arena))
-        if arena is None or not lent.residency_id:  # a lease that nothing is seen of is none
+        self._has_no_word = not lent.residency_id
+        if arena is None or self._has_no_word:  # a lease that nothing is seen of is none
             return None
         place = ExtentPlace(lent.offset, manifest.packed_bytes, lent.residency_id, lent.residency_word)
         extent = arena.extent(place)

@@ -96,6 +96,15 @@ class MappedArena:
         except OSError:  # it was just let go
             return False
 
+    @property
+    def has_name(self) -> bool:
+        """Whether the file is still where it was. It goes before its memory is given back: what is touched after that
+        is allocated anew, and where there is nothing left to allocate the kernel ends who touches it."""
+        try:
+            return os.fstat(self._fd).st_nlink > 0
+        except OSError:  # it was just let go
+            return False
+
     def extent(self, place: ExtentPlace) -> ArenaExtent | None:
         """What lies at `place`; None if that is not within the arena.
 
@@ -122,7 +131,7 @@ class MappedArena:
 class ArenaReader:
     """Maps arenas when they are met, has the device register them, and lets them go when their stores are gone.
 
-    Any thread calls `map` and `may_be_readable`; a thread of its own does what takes time.
+    Any thread calls `map`, `mapped` and `may_be_readable`; a thread of its own does what takes time.
     """
 
     def __init__(self, host_memory: HostMemory) -> None:
@@ -162,10 +171,10 @@ class ArenaReader:
             return arena
 
     def mapped(self, arena_id: bytes) -> MappedArena | None:
-        """The arena with this id, if it is mapped now and whole."""
+        """The arena with this id, if it is mapped now and can be touched though its store was not asked."""
         with self._lock:
             arena = self._arenas.get(arena_id)
-            return arena if arena is not None and arena.is_whole else None
+            return arena if arena is not None and arena.is_whole and arena.has_name else None
 
     def close(self) -> None:
         """Lets every arena go. Idempotent."""

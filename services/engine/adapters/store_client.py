@@ -20,8 +20,8 @@ class StoreClient:
     """An `AdapterSource`: the adapter store with the replicas behind `addresses` (`host:port`). None need be up yet.
 
     With `arenas`, weights of a store on this host are read where they lie, and without asking (unless `asks_always`)
-    where they were lent before; `through_local`: what is loaded is always
-    asked of that one first. A process of several takes its own shard.
+    where they were lent before; `through_local`: what is loaded is always asked of that one first. A process of several
+    takes its own shard.
     """
 
     def __init__(

@@ -7,15 +7,21 @@ import random
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
+from services.adapter_store.residency_words import NO_WORD
 from services.common.errors import Reason, SloraError
 from services.engine.adapters import replica_directory
 from services.engine.adapters.load_job import LoadEnded, LoadInstalled
+from services.engine.adapters.mapped_arena import ArenaReader
+from services.engine.adapters.replica_order import Attempt
+from services.engine.adapters.store_client import StoreClient
+from tests.fakes.fake_device import FakeDevice
 from tests.fakes.fake_model import digest_of
 from tests.fixtures.lease_store import PACKED_BYTES, LeaseStore
-from tests.fixtures.leasing import A, B, Engine, eventually
+from tests.fixtures.leasing import A, B, Engine, eventually, soon
 
 MakeStore = Callable[..., LeaseStore]
 MakeEngine = Callable[..., Engine]
@@ -164,6 +170,67 @@ def test_bytes_that_went_bad_since_they_were_lent_are_refused(make_store: MakeSt
     assert event.error is not None
     assert event.error.reason is Reason.ADAPTER_CHANGED
     assert store.calls == ["share"]
+
+
+def test_an_adapter_without_a_word_is_asked_for_once_and_streamed(
+    make_store: MakeStore, make_engine: MakeEngine
+) -> None:
+    store = make_store()
+    while store.arena.residency_words.take() != NO_WORD:
+        pass
+    weights = store.add(A, 1)
+    engine = make_engine(store.address)
+    for number in range(2):
+        event = engine.load(A)
+        assert isinstance(event, LoadInstalled), event
+        assert not event.lent
+        assert engine.weights(number) == weights
+    assert store.calls == ["share", "fetch"] * 2
+    eventually(lambda: store.metric("pinned_adapters") == 0)
+
+
+def test_a_stream_is_left_for_what_another_load_was_lent_meanwhile(make_store: MakeStore) -> None:
+    store = make_store()
+    weights = store.add(A, 1)
+    client = StoreClient([store.address], ArenaReader(FakeDevice(1)))
+    store.is_old = True
+    fetch = client.open(A)
+    fetch.manifest(soon())
+    assert fetch._call is not None, "a stream has begun"
+    store.is_old = False
+    for replica in client._directory.replicas:
+        replica.arena_id = None  # heard of again
+    with client.open(A).lease(soon()) as lease:  # type: ignore[union-attr]
+        assert lease.lasts()
+    lease = fetch.lease(soon())
+    assert lease is not None
+    assert lease.content == weights
+    assert lease.lasts()
+    assert fetch._call is None, "nobody reads it any more"
+    assert store.calls == ["fetch", "share"]
+    client.close()
+
+
+def test_copies_are_told_to_the_store_whose_arena_they_came_from(tmp_path: Path) -> None:
+    """Two on one host: each hears of its own, and only of those."""
+    stores = [LeaseStore(tmp_path) for _ in range(2)]
+    weights = [store.add(digest, seed) for seed, (store, digest) in enumerate(zip(stores, (A, B), strict=True))]
+    client = StoreClient([store.address for store in stores], ArenaReader(FakeDevice(1)))
+    # Each adapter is in one of them only: who does not have it is not who is asked.
+    for digest, replica in zip((A, B), client._directory.replicas, strict=True):
+        fetch = client.open(digest)
+        fetch._choose = lambda replica=replica: Attempt(replica)  # type: ignore[assignment, misc]
+        with fetch.lease(soon()) as lease:  # type: ignore[union-attr]
+            assert lease.lasts()
+    for number, digest in enumerate((A, B, B)):
+        lease = client.open(digest).lease(soon())
+        assert lease is not None
+        assert lease.content == weights[min(number, 1)]
+    eventually(lambda: [store.metric("copies_total") for store in stores] == [1, 2])
+    assert [store.calls for store in stores] == [["share"]] * 2
+    client.close()
+    for store in stores:
+        store.close()
 
 
 def test_copies_count_as_use(make_store: MakeStore, make_engine: MakeEngine) -> None:

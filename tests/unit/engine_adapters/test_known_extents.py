@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,8 @@ import pytest
 from services.adapter_store.arena import Arena
 from services.adapter_store.residency_words import ResidencyWord
 from services.engine.adapters.known_extents import KnownExtent, KnownExtents
-from services.engine.adapters.layout import AdapterLayout, PackedShard
-from services.engine.adapters.mapped_arena import ArenaPlace, ArenaReader, ExtentPlace
+from services.engine.adapters.layout import AdapterLayout, ModulePlacement, PackedShard, TargetModule
+from services.engine.adapters.mapped_arena import ArenaPlace, ArenaReader, ExtentPlace, MappedArena
 from services.engine.adapters.source import AdapterManifest
 from tests.fakes.fake_device import FakeDevice
 from tests.fakes.fake_model import digest_of
@@ -90,12 +91,40 @@ def test_what_was_not_looked_for_the_longest_is_forgotten(arena: Arena, arenas: 
     assert [known.revisit(shard) is not None for shard in (a, b, c)] == [True, False, True]
 
 
+def test_adapters_whose_layers_differ_take_more_of_the_room(arena: Arena, arenas: ArenaReader) -> None:
+    known = KnownExtents(arenas, max_layers=8)
+    a, b, c = (PackedShard(digest_of(name)) for name in "abc")
+    place = ModulePlacement(TargetModule.Q, 8, 64, 64, 0, 512)
+    for shard, layers in ((a, ((),) * 100), (b, tuple((replace(place, rank=rank),) for rank in range(1, 6)))):
+        extent = enter(arena, shard, 0)
+        layout = replace(extent.manifest.layout, layers=layers)
+        for _ in range(3):  # again at the same place takes no more
+            known.keep(shard, replace(extent, manifest=replace(extent.manifest, layout=layout)))
+    assert known.revisit(a)
+    assert known.revisit(b)
+    known.keep(c, KnownExtent(known._known[b].manifest, "store-0", arena.arena_id, enter(arena, c, 1).place))
+    assert [known.revisit(shard) is not None for shard in (a, b, c)] == [False, False, True]
+    arena.residency_words.close()
+    assert known.revisit(c) is None
+    assert known._num_layers == 0
+
+
 def test_nothing_is_found_in_an_arena_that_was_let_go(arena: Arena, arenas: ArenaReader) -> None:
     known, shard = KnownExtents(arenas), PackedShard(digest_of("a"))
     known.keep(shard, enter(arena, shard, 0))
     arenas.close()
     assert known.revisit(shard) is None
     assert not known._known, "it was forgotten"
+
+
+def test_memory_that_was_given_back_is_not_touched(
+    arena: Arena, arenas: ArenaReader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even a look at a word would allocate some of it anew, or end this process where the next store has it all."""
+    monkeypatch.setattr(MappedArena, "is_abandoned", False)  # nobody has looked yet
+    assert arenas.mapped(arena.arena_id) is not None
+    arena.close()
+    assert arenas.mapped(arena.arena_id) is None
 
 
 def test_many_threads_copy_and_none_of_it_is_lost(arena: Arena, arenas: ArenaReader) -> None:
