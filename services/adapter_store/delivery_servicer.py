@@ -14,6 +14,7 @@ from slora.adapter_store.v1 import adapter_store_pb2 as pb
 from slora.adapter_store.v1 import adapter_store_pb2_grpc
 
 from services.adapter_store.host_cache import HostCache, Pin
+from services.adapter_store.loop_turns import in_turns
 from services.adapter_store.manifest import PackedName
 from services.adapter_store.manifest_codec import manifest_message
 from services.adapter_store.metrics import StoreMetrics
@@ -133,17 +134,16 @@ class WeightDelivery:
         finally:
             self._metrics.leases.labels(outcome).inc()
 
-    def note_copies(self, copies: Mapping[PackedName, int]) -> int:
+    async def note_copies(self, copies: Mapping[PackedName, int]) -> int:
         """Notes what readers copied without a lease: used now, and counted. How many of the adapters are in memory."""
         num_noted = total_copies = total_bytes = 0
-        for name, num_copies in copies.items():
+        async for name, num_copies in in_turns(list(copies.items())):
             pin = self._cache.pin(*name)
             if pin is not None:
                 with pin:
                     total_bytes += len(pin.content) * num_copies
                 total_copies += num_copies
                 num_noted += 1
-        # Once for all: the event loop waits for this.
         self._metrics.copies.inc(total_copies)
         self._metrics.tiers.on_hits(Tier.ARENA, total_copies)
         self._count_bytes(total_bytes)

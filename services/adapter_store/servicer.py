@@ -122,7 +122,7 @@ class AdapterStoreServicer(adapter_store_pb2_grpc.AdapterStoreServiceServicer):
         """Notes what readers on this host copied by themselves."""
 
         async def note(caller: Caller) -> int:
-            return self._delivery.note_copies(copies_by_name(request))
+            return await self._delivery.note_copies(copies_by_name(request))
 
         return pb.ReportCopiesResponse(num_noted=await self._answer("ReportCopies", context, note))
 
