@@ -8,6 +8,8 @@ STAMP := $(VENV)/.installed
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 # uv does not look into pip's local wheel folder by itself; without it torch would bring gigabytes of CUDA.
 export UV_FIND_LINKS := $(PIP_FIND_LINKS)
+# Tests, demo and benchmarks start hundreds of processes: each would compile all that it imports, half of its seconds.
+unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help setup proto lint format test test-gpu test-compose release-check bench bench-gpu demo up down clean
@@ -44,7 +46,7 @@ lint: setup ## Check style, types, protos, generated code and who imports whom
 	python -m pytest -q tests/architecture
 
 test: setup ## Run every test that needs no accelerator
-	python -m pytest tests --numprocesses 2 --dist loadfile
+	python -m pytest tests --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 test-gpu: setup ## Run the tests of the accelerator's kernels and runner, on an accelerator
 	python -m pytest tests/kernels/gpu tests/unit/engine_execution/test_gpu_runner.py tests/gpu

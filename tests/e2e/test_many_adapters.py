@@ -32,8 +32,8 @@ class MergedReference:
         self._model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
 
     @torch.inference_mode()
-    def greedy(self, adapter: Path, prompt: list[int]) -> tuple[list[int], list[float]]:
-        """Greedy tokens, and how far ahead of the second best each was."""
+    def lag(self, adapter: Path, prompt: list[int], answer: list[int]) -> float:
+        """How far behind the best token one of the answer is at most, each judged by what stands before it."""
         tensors, deltas = load_file(adapter / "adapter_model.safetensors"), []
         for key in [key for key in tensors if key.endswith("lora_A.weight")]:
             name = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
@@ -41,14 +41,11 @@ class MergedReference:
             deltas.append((self._model.get_submodule(name).weight, 2.0 * (b @ a)))  # lora_alpha is twice the rank
         for weight, delta in deltas:
             weight += delta
-        tokens, margins = list(prompt), []
-        for _ in range(MAX_TOKENS):
-            best = self._model(torch.tensor([tokens])).logits[0, -1].log_softmax(-1).topk(2)
-            tokens.append(int(best.indices[0]))
-            margins.append(float(best.values[0] - best.values[1]))
+        logits = self._model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
         for weight, delta in deltas:
             weight -= delta
-        return tokens[len(prompt) :], margins
+        chosen = logits.gather(1, torch.tensor(answer)[:, None])
+        return float((logits.max(dim=1, keepdim=True).values - chosen).max())
 
 
 def resident_bytes(stack: LocalStack) -> dict[str, int]:
@@ -122,11 +119,11 @@ def test_two_thousand_adapters_through_a_pool_for_twenty(tmp_path: Path) -> None
         assert growth < 24 * 2**20, f"{process} grew by {growth >> 20} MiB over the last 1000 adapters: {memory}"
     wrong = 0
     for name, tokens in answers.items():
-        expected, margins = reference.greedy(directories[name], prompts[name])
-        differs = next((i for i, pair in enumerate(zip(tokens, expected, strict=True)) if pair[0] != pair[1]), None)
-        if differs is not None and margins[differs] >= TIE:
+        assert len(tokens) == MAX_TOKENS
+        lag = reference.lag(directories[name], prompts[name], tokens)
+        if lag >= TIE:
             wrong += 1
-            print(name, tokens, expected, margins)
+            print(name, tokens, lag)
     assert not wrong, f"{wrong} of {NUM_ADAPTERS} adapters answered wrongly"
     base_like = sum(answers[name] == answers[names[0]] for name in names)
     assert base_like < NUM_ADAPTERS // 2, "adapters must differ visibly for this test to mean anything"

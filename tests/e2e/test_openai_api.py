@@ -81,7 +81,8 @@ async def test_tokens_are_those_of_transformers_and_peft(
         (choice,) = done.choices
         assert choice.logprobs is not None
         tokens, logprobs = choice.model_extra["token_ids"], [entry.logprob for entry in choice.logprobs.content or []]  # type: ignore[index]
-        expected = reference.generate(prompt, 12, adapter)
+        assert len(tokens) == 12
+        expected = reference.judge(prompt, tokens, adapter)
         assert_same_tokens(tokens, logprobs, expected, f"chat with {adapter}")
         assert choice.message.content == tokenizer.decode(tokens, skip_special_tokens=True)
         assert done.usage is not None

@@ -180,8 +180,8 @@ def make_store(tmp_path: Path) -> Iterator[Callable[..., LeaseStore]]:
 def make_engine() -> Iterator[Callable[..., Engine]]:
     engines: list[Engine] = []
 
-    def make(address: str, shares: bool = True) -> Engine:
-        engines.append(Engine(address, shares))
+    def make(address: str, **changes: Any) -> Engine:
+        engines.append(Engine(address, **changes))
         return engines[-1]
 
     yield make

@@ -175,7 +175,7 @@ def test_an_arena_that_is_cut_off_gives_nobody_bytes_and_the_next_stores_are_rig
     adapters = StoredAdapters(NUM_LAYERS, ((0, 2048, 2048),), (8,), 2, "float32")
     one, two = adapters.digests()
     with running_arena_store(adapters) as store:
-        engine = make_engine(store.address)
+        engine = make_engine(store.address, load_seconds=3.0)  # one of its loads waits in vain
         assert isinstance(engine.load(one), LoadInstalled)
         right = engine.weights()
         process = halted(store.address, two, "before")

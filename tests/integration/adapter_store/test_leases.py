@@ -26,7 +26,7 @@ def test_what_is_lent_lands_in_the_pool_as_what_is_streamed(
     store = make_store()
     store.add(B, 2)
     weights = store.add(A, 1)
-    engines = [make_engine(store.address, shares) for shares in (True, False)]
+    engines = [make_engine(store.address, shares=shares) for shares in (True, False)]
     for engine, way in zip(engines, ("share", "fetch"), strict=True):
         store.calls.clear()
         event = engine.load(A)

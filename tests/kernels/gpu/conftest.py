@@ -7,6 +7,9 @@ import random
 import pytest
 import torch
 
+from tests.fixtures.interpreter import hurry
+
+hurry()
 ON_GPU = torch.cuda.is_available()
 
 

@@ -22,8 +22,6 @@ from services.common.errors import Reason, SloraError
 from tests.fixtures.packed_weights import ModuleWeights, unpack
 from tests.fixtures.tiny_models import FAMILIES, make_checkpoint, quiet
 
-torch.set_num_threads(1)
-
 
 def files_in(directory: Path) -> AdapterFiles:
     config = (directory / "adapter_config.json").read_bytes()

@@ -21,8 +21,6 @@ from tests.fixtures.adapter_kinds import KINDS, peft_model
 from tests.fixtures.shard_packer import pack_shard
 from tests.fixtures.tiny_models import make_checkpoint, quiet
 
-torch.set_num_threads(1)
-
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 

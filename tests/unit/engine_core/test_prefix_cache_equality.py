@@ -6,7 +6,6 @@ import dataclasses
 import hashlib
 import random
 import threading
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -110,15 +109,6 @@ def assert_same(one: list[TokenEvent], other: list[TokenEvent], what: str) -> No
         assert a.logprob == pytest.approx(b.logprob, abs=1e-3), f"{what}, token {place}"
 
 
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """Several threads of a small model mostly wait for each other, above all beside other tests."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @dataclass
 class Pressure:
     """Counts, in a core, prompts' pages that are evicted from the prefix cache, and what resumed sequences found."""
@@ -188,7 +178,6 @@ def serve_twice(directory: Path, seed: int) -> Crowd:
     return Crowd(requests, given[False], given[True])
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_a_crowd_in_a_tiny_pool_has_the_answers_of_a_large_one_without_the_cache(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -211,7 +200,6 @@ def test_a_crowd_in_a_tiny_pool_has_the_answers_of_a_large_one_without_the_cache
     pytest.fail("there was no crowd")
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_random_traffic_gives_the_same_tokens_on_and_off(tmp_path: Path) -> None:
     seed = random.SystemRandom().randrange(1 << 32)
     print("seed", seed)

@@ -1,16 +1,5 @@
-"""One thread: on a machine that others use too, a team of threads waits longer for each other than these ops take."""
-
 from __future__ import annotations
 
-from collections.abc import Iterator
+from tests.fixtures.interpreter import hurry
 
-import pytest
-import torch
-
-
-@pytest.fixture(autouse=True, scope="session")
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+hurry()
