@@ -86,7 +86,9 @@ async def test_errors_say_what_would_be_right(slora: Slora, make_adapter: MakeAd
     as_json = json.loads((await slora("show", "pirate@9", "--json", status=1)).stderr)
     assert as_json["error"]["reason"] == "ADAPTER_NOT_FOUND"
     assert as_json["error"]["metadata"]["versions"] == "1"
-    assert "adapter_config.json is missing" in (await slora("push", str(tmp_path / "none"), status=1)).stderr
+    assert "adapter_config.json is missing" in (await slora("push", str(tmp_path), "x", status=1)).stderr
+    for source in (str(tmp_path / "none"), "hub/adapter", "ftp://host/adapter"):
+        assert f"slora: {source} is no directory; give one" in (await slora("push", source, status=1)).stderr
     assert "give KEY=VALUE" in (await slora("push", str(make_adapter(1)), "x", "--label", "a", status=1)).stderr
     away = await slora("ls", store=f"localhost:{free_port()}", status=3)
     assert "UNAVAILABLE" in away.stderr
