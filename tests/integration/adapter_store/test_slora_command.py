@@ -101,6 +101,9 @@ async def test_sync_tells_what_it_did(slora: Slora, make_adapter: MakeAdapter, s
     told = (await slora("sync", "s3://adapters/lib/")).stdout
     assert "2 adapters; 2 added, 0 changed, 0 removed, 1 refused" in told
     assert "ADAPTER_NAME_INVALID" in told
+    assert "no folder" not in told
+    for prefix in ("libs", "lib/a"):
+        assert "no folder lies there" in (await slora("sync", f"s3://adapters/{prefix}/")).stdout
     assert "not read yet" in (await slora("ls")).stdout
     report = json.loads((await slora("sync", "s3://adapters/lib/", "--json")).stdout)
     assert (report["num_found"], report["num_added"], report["refused"][0]["name"]) == (2, 0, "-bad")
