@@ -212,6 +212,8 @@ class AdapterFiles:
             (Path(directory) / "adapter_config.json", config_part),
             (Path(directory) / "adapter_model.safetensors", weights_part),
         )
+        if not Path(directory).is_dir():
+            raise NotADirectoryError(f"{directory} is no directory; give one that PEFT's save_pretrained made")
         for path, _ in self._files:
             if not path.is_file():
                 raise FileNotFoundError(f"{path} is missing; save the adapter with PEFT's save_pretrained")

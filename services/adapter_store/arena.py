@@ -106,8 +106,9 @@ def _make_segment(path: Path, num_bytes: int, mode: int, room_until: float) -> i
     except OSError as error:
         os.close(fd)
         path.unlink()
-        full = error.errno in (errno.ENOSPC, errno.ENOMEM)
-        why = f"{path.parent} has no room for {num_bytes} bytes" if full else str(error.strerror)
+        why = str(error.strerror)
+        if error.errno in (errno.ENOSPC, errno.ENOMEM):
+            why = f"{path.parent} has no room for {num_bytes} bytes: {_room_left(path.parent)} are left"
         raise ValueError(f"cannot make the arena: {why}; see the settings arena_bytes and arena_dir") from error
     return fd
 
@@ -124,12 +125,14 @@ def _await_room(directory: Path, num_bytes: int, until: float) -> None:
 
 def _check_room(directory: Path, num_bytes: int) -> None:
     """OSError(ENOSPC) before memory runs out: a tmpfs may claim more than is left, and filling it kills processes."""
+    if num_bytes > _room_left(directory):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def _room_left(directory: Path) -> int:
     room = os.statvfs(directory)
     left = room.f_bavail * room.f_frsize
-    if _is_in_memory(directory):
-        left = min(left, _available_memory())
-    if num_bytes > left:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    return min(left, _available_memory()) if _is_in_memory(directory) else left
 
 
 def _is_in_memory(directory: Path) -> bool:

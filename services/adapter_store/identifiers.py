@@ -158,7 +158,8 @@ def parse_source_uri(uri: str) -> ObjectPrefix:
     if not sound:
         raise SloraError(
             Reason.SOURCE_URI_INVALID,
-            f"{uri[:200]!r} is no source: it must be s3://bucket/prefix/, where {CONFIG_FILE} and {WEIGHTS_FILE} lie",
+            f"{uri[:200]!r} is no source: it must be s3://bucket/prefix/, where {CONFIG_FILE} and {WEIGHTS_FILE} lie "
+            "(to sync: where a folder an adapter lies)",
             source_uri=uri[:200],
         )
     return ObjectPrefix(bucket, prefix)

@@ -19,7 +19,7 @@ from services.common.tracing import current_span, using
 from services.gateway.admission import Admission
 from services.gateway.dispatcher import Dispatcher, OpenStream, Work
 from services.gateway.metrics import GatewayMetrics
-from services.gateway.models import Models, ResolvedModel
+from services.gateway.models import HOW_TO_LIST, Models, ResolvedModel
 from services.gateway.relay_turns import RelayTurns
 from services.gateway.request_record import CANCELLED, OK, RequestRecord
 from services.gateway.router import Wish
@@ -223,7 +223,7 @@ def _as_callers_error(error: SloraError, model: ResolvedModel) -> SloraError:
     caller named is a model."""
     if error.reason is not Reason.ADAPTER_NOT_FOUND:
         return error
-    message = f"no model {model.public_id!r} any more: it was deleted; ListModels lists what there is"
+    message = f"no model {model.public_id!r} any more: it was deleted; {HOW_TO_LIST} lists what there is"
     return SloraError(Reason.MODEL_NOT_FOUND, message, model=model.public_id)
 
 

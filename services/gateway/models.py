@@ -13,6 +13,7 @@ from services.gateway.catalogue import AdapterEntry, Catalogue
 from services.gateway.engine_pool import EnginePool
 from services.tenancy.tenants import ANONYMOUS, Tenant
 
+HOW_TO_LIST = "ListModels (`slora models`, GET /v1/models)"
 _NAME_SHOWN = 128
 _LONGEST_ID = 192
 """Characters of `name@alias` at most, by the adapter store's rules."""
@@ -200,7 +201,7 @@ class Models:
             return SloraError(Reason.MODEL_NOT_FOUND, message, model=shown, versions=numbers, aliases=means)
         message = (
             f"no model {shown!r}: there are the base model {_quoted(base_models)} and {len(self._catalogue)} adapters "
-            f"(by name, name@version or name@alias); ListModels lists them"
+            f"(by name, name@version or name@alias); {HOW_TO_LIST} lists them"
         )
         return SloraError(Reason.MODEL_NOT_FOUND, message, model=shown)
 
@@ -213,7 +214,7 @@ def _seen(adapter: AdapterEntry | None, tenant: Tenant) -> AdapterEntry | None:
 def _not_offered(model: str) -> SloraError:
     """The same whether there is no such adapter or it is another tenant's: names are not told."""
     shown = _shown(model)
-    message = f"no model {shown!r} that you may use; ListModels lists those that you may"
+    message = f"no model {shown!r} that you may use; {HOW_TO_LIST} lists those that you may"
     return SloraError(Reason.MODEL_NOT_FOUND, message, model=shown)
 
 

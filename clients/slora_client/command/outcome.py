@@ -21,7 +21,10 @@ from slora_client.errors import SloraRequestError
 
 REFUSED, AWAY = 1, 3
 _NOT_OURS = {"UNAVAILABLE": "no service answers there", "UNIMPLEMENTED": "another service answers there"}
-_WHERE = "--gateway or SLORA_GATEWAY says where the gateway is, --store or SLORA_ADAPTER_STORE where the store is"
+_WHERE = (
+    "--gateway or SLORA_GATEWAY (host:port) says where the gateway is, "
+    "--store or SLORA_ADAPTER_STORE where the store is"
+)
 _PIPE_WIDTH = 240  # a pipe has no width: whoever reads it wants whole lines
 
 

@@ -96,6 +96,9 @@ def sync_summary(report: SyncReport) -> RenderableType:
         f"{report.num_removed} removed, {report.num_refused} refused"
     )
     parts: list[RenderableType] = [Text(counts)]
+    if not report.num_found and not report.refused:
+        # A misspelt prefix, or that of one adapter, is no error to S3.
+        parts.append(Text("  no folder lies there; an adapter is a folder under the prefix"))
     for title, names in (("added", report.added), ("changed", report.changed), ("removed", report.removed)):
         if names:
             parts.append(Text(f"  {title}: {_some(names)}"))

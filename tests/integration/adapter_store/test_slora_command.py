@@ -86,7 +86,9 @@ async def test_errors_say_what_would_be_right(slora: Slora, make_adapter: MakeAd
     as_json = json.loads((await slora("show", "pirate@9", "--json", status=1)).stderr)
     assert as_json["error"]["reason"] == "ADAPTER_NOT_FOUND"
     assert as_json["error"]["metadata"]["versions"] == "1"
-    assert "adapter_config.json is missing" in (await slora("push", str(tmp_path / "none"), status=1)).stderr
+    assert "adapter_config.json is missing" in (await slora("push", str(tmp_path), "x", status=1)).stderr
+    for source in (str(tmp_path / "none"), "hub/adapter", "ftp://host/adapter"):
+        assert f"slora: {source} is no directory; give one" in (await slora("push", source, status=1)).stderr
     assert "give KEY=VALUE" in (await slora("push", str(make_adapter(1)), "x", "--label", "a", status=1)).stderr
     away = await slora("ls", store=f"localhost:{free_port()}", status=3)
     assert "UNAVAILABLE" in away.stderr
@@ -99,6 +101,9 @@ async def test_sync_tells_what_it_did(slora: Slora, make_adapter: MakeAdapter, s
     told = (await slora("sync", "s3://adapters/lib/")).stdout
     assert "2 adapters; 2 added, 0 changed, 0 removed, 1 refused" in told
     assert "ADAPTER_NAME_INVALID" in told
+    assert "no folder" not in told
+    for prefix in ("libs", "lib/a"):
+        assert "no folder lies there" in (await slora("sync", f"s3://adapters/{prefix}/")).stdout
     assert "not read yet" in (await slora("ls")).stdout
     report = json.loads((await slora("sync", "s3://adapters/lib/", "--json")).stdout)
     assert (report["num_found"], report["num_added"], report["refused"][0]["name"]) == (2, 0, "-bad")

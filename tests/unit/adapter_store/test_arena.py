@@ -124,7 +124,7 @@ def test_more_than_the_memory_that_is_left_is_refused_before_it_is_taken(monkeyp
     """A tmpfs may claim to be larger than that; filling it would kill processes."""
     monkeypatch.setattr("services.adapter_store.arena._available_memory", lambda: 8 * 2**20)
     before = own_segments()
-    with pytest.raises(ValueError, match=f"has no room for {16 * 2**20 + TRAILER_BYTES} bytes"):
+    with pytest.raises(ValueError, match=f"has no room for {16 * 2**20 + TRAILER_BYTES} bytes: {8 * 2**20} are left;"):
         Arena(16 * 2**20, SHARED)
     assert own_segments() == before
     Arena(4 * 2**20, SHARED).close()

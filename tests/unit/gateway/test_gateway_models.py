@@ -104,7 +104,7 @@ async def test_refusals() -> None:
     unknown = await refusal(known, "nobody")
     assert unknown.reason is Reason.MODEL_NOT_FOUND
     assert unknown.metadata == {"model": "nobody"}
-    for word in ("'nobody'", "'base'", "2 adapters", "ListModels"):
+    for word in ("'nobody'", "'base'", "2 adapters", "ListModels", "`slora models`", "GET /v1/models"):
         assert word in unknown.message
     assert len((await refusal(known, "n" * 10_000)).message) < 500
 

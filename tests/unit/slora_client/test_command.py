@@ -179,7 +179,8 @@ async def test_a_wrong_address_says_how_it_is_given(gateway: FakeGateway) -> Non
     nobody = f"127.0.0.1:{free_port()}"
     for address, found in ((nobody, "no service answers there"), (gateway.address, "another service answers there")):
         result = await asyncio.to_thread(CliRunner().invoke, app, ["adapters", "ls", "--store", address])
-        assert re.search(rf"; {found}: --gateway or SLORA_GATEWAY .* --store or SLORA_ADAPTER_STORE", result.output)
+        where = r"--gateway or SLORA_GATEWAY \(host:port\) .* --store or SLORA_ADAPTER_STORE"
+        assert re.search(f"; {found}: {where}", result.output)
     gateway.error = SloraError(Reason.ENGINE_UNAVAILABLE, "no engine")
     chat = await run(gateway, "chat", "poet", text="Hi\n")
     assert "slora: ENGINE_UNAVAILABLE: no engine\n" in chat.output
