@@ -86,8 +86,15 @@ class Harness:
             self.half_life,
         )
         self.scheduler = Scheduler(config, self.allocator, self.residency, self.policy, self.clock)
-
+        self.dropped: list[Sequence] = []  # by the last plan, behind those that it let run
+        self.scheduler._drop = self._drop_and_note  # type: ignore[method-assign]
         self.oracle = PageOracle(self.tokens_per_page, self.across_tenants)
+
+    def _drop_and_note(self, step_is_full: bool) -> None:
+        before = self.waiting()
+        Scheduler._drop(self.scheduler, step_is_full)
+        left = set(self.waiting())
+        self.dropped = [sequence for sequence in before if sequence not in left]
 
     def clock(self) -> float:
         """Time goes on with whoever asks; what is idle longer, and what computing takes, is the test's seed's."""
@@ -229,9 +236,9 @@ class Harness:
         Beyond the look-ahead, those without their adapter are not looked at.
         """
         started = [s for s in self.running() if s.request_id not in held]
-        queue = sorted([*started, *self.waiting()], key=lambda s: s.turn)
+        queue = sorted([*started, *self.dropped, *self.waiting()], key=lambda s: s.turn)
         for position, sequence in enumerate(queue):
-            if sequence in started:
+            if sequence in started or sequence in self.dropped:
                 continue
             if position >= admission_module.LOOK_AHEAD and sequence not in self.scheduler._queue._ready:
                 continue

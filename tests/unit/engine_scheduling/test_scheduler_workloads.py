@@ -368,3 +368,16 @@ def test_planning_and_commit_are_fast(max_in_flight: int) -> None:
             assert len(plan.chunks) == 64
     assert best < 2e-3, f"{best * 1e3:.2f} ms"
     print(f"plan + commit of 64 sequences, 936 waiting: {best * 1e3:.3f} ms")
+
+
+def test_whom_a_drop_brings_into_sight_was_not_passed() -> None:
+    """Beyond the look-ahead when others were let run, within it when the step was planned."""
+    machine = PriorityMachine()
+    machine.start(
+        num_pages=7, max_running=3, max_step_tokens=5, max_adapters=2, sizes=[0, 0, 1, 0, 0, 0], look_ahead=2, seed=0
+    )
+    names = ("a0", "a1", None, "a2", "a0", None, "a2", "a0", "a0")
+    for name, max_tokens, prompt_len in zip(names, (1, 1, 4, 6, 4, 1, 1, 1, 1), (1, 1, 1, 19, *[1] * 5), strict=True):
+        machine.add(prompt_len, max_tokens, name, min_tokens=0, ignore_eos=False, stop=set())
+    machine.teardown()
+    assert machine.harness.scheduler.num_dropped
