@@ -38,10 +38,12 @@ HTTP = "gateway-http"
 DRAIN_SECONDS = 5
 _NOTICE_SECONDS = 5.0
 
-PATIENT_THREADS = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "200000"}
-"""Threads of an engine that wait for each other spin for a moment (some 0.1 ms) and then sleep. Several processes share
-this host's cores, and threads that spin on take the time of those they wait for: eight times slower was measured on two
-busy cores. Sleeping at once costs a wake-up for each of a step's hundreds of products: 97 ms a step, not 72."""
+PATIENT_THREADS = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "5000"}
+"""Threads of an engine that wait for each other spin for some microseconds and then sleep. Others share this host's
+cores, and threads that spin on take the time of those they wait for. A decode step of 100 million parameters on two
+cores, alone and beside a process that keeps one of them busy: 17.6 and 248 ms with spins of 200,000, 17.7 and 83 with
+20,000, 17.7 and 46 with these, 21.9 and 35 with 1,000; 23.5 and 33 where they sleep at once, as each of the step's
+hundreds of products then waits for a wake-up."""
 
 SLEEPING_THREADS = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}
 """Threads that train where anything else may run, such as in a container, sleep at once: on two cores that others kept
