@@ -178,7 +178,7 @@ checksum/secrets: {{ toJson .Values.secrets | sha256sum }}
 {{- if eq .Values.adapterStore.placement "node" }}
   hostPath: {path: /dev/shm, type: Directory}
 {{- else }}
-  # A little above the arena: it has a page of its own behind it.
+  # A little above the arena: there is half a MiB behind it.
   emptyDir: {medium: Memory, sizeLimit: {{ add (int64 .Values.adapterStore.arenaBytes) 16777216 | quote }}}
 {{- end }}
 {{- end }}
