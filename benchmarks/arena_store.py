@@ -32,7 +32,7 @@ from services.adapter_store.host_cache import HostCache, Pin
 from services.adapter_store.manifest import ElementType, ModulePlacement, PackedLayout, PackedManifest, TargetModule
 from services.adapter_store.metrics import StoreMetrics
 from services.adapter_store.stream_turns import StreamTurns
-from services.common import grpc_loop
+from services.common import grpc_loop, heap
 from services.common.errors import SloraError
 from services.common.grpc_errors import abort
 from services.common.grpc_server import SERVER_OPTIONS
@@ -162,6 +162,7 @@ async def _serve(cache: HostCache, port: int) -> None:
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(BARE_SERVICE, {BARE_METHOD: bare}),))
     port = server.add_insecure_port(f"127.0.0.1:{port}")
     await server.start()
+    heap.settle()  # as every service does
     store = ArenaStore(f"127.0.0.1:{port}", str(cache.arena.path), os.getpid())
     print(json.dumps(dataclasses.asdict(store)), flush=True)
     ended = asyncio.Event()

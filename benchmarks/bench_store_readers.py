@@ -40,6 +40,7 @@ from slora.adapter_store.v1 import adapter_store_pb2_grpc
 from benchmarks.arena_store import StoredAdapters, running_arena_store
 from benchmarks.command_line import parser_of
 from benchmarks.record import record, say
+from services.common import heap
 from services.common.grpc_client import open_channel
 
 NUM_READERS, NUM_PROCESSES = 64, 4
@@ -118,6 +119,7 @@ async def run_load(address: str, first: int, number: int, way: str, pause: float
     async with readers(address, number) as all_readers:
         for reader in all_readers:
             await reader.lease(SMALL[0])
+        heap.settle()
         print("ready", flush=True)
         await asyncio.to_thread(sys.stdin.readline)
         began = time.perf_counter()
@@ -178,6 +180,7 @@ async def time_hits(address: str, way: str, seconds: float) -> list[float]:
     async with readers(address, 1) as (reader,):
         for _ in range(10):  # warms up
             await reader.lease(SMALL[0])
+        heap.settle()
         began = time.perf_counter() + 0.2
 
         async def hit(number: int) -> None:
