@@ -225,7 +225,7 @@ def measure(seconds: float) -> Iterator[dict[str, object]]:
 def main(arguments: Sequence[str]) -> None:
     """Measures, says and records."""
     parser = parser_of(__doc__)
-    parser.add_argument("--seconds", type=float, default=10.0, help="length of each measurement")
+    parser.add_argument("--seconds", type=float, default=30.0, help="length of each measurement")
     parser.add_argument("--no-record", action="store_true", help="only say what was measured")
     parser.add_argument("--load", nargs=6, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
