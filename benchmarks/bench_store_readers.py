@@ -15,7 +15,7 @@ claim is about that. With the others taking *all* they can, the processors have 
 that measures included; those figures are told too, and nothing is claimed of them. The readers run at a lower priority
 (nice 10): in a fleet they have processors of their own, and what is measured is how long the store lets a hit wait.
 
-Run: python -m benchmarks.bench_store_readers [--seconds 10] [--no-record]
+Run: python -m benchmarks.bench_store_readers [--seconds 30] [--no-record]
 """
 
 from __future__ import annotations
