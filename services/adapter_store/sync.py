@@ -126,7 +126,7 @@ class PrefixSync:
                 files[file] = entry
                 if CONFIG_FILE in files and WEIGHTS_FILE in files:
                     self._take(root, folder, partial.pop(folder), found, report)
-        for folder, files in partial.items():
+        async for folder, files in in_turns(list(partial.items())):
             self._take(root, folder, files, found, report)
         report.num_found = len(found)
         return found

@@ -126,26 +126,18 @@ def test_a_cancelled_fetch_ends_its_lease(make_store: Callable[..., LeaseStore])
 
 
 def test_a_lease_that_ends_before_its_time_leads_to_a_stream(
-    make_store: Callable[..., LeaseStore], make_engine: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+    make_store: Callable[..., LeaseStore], make_engine: Callable[..., Engine]
 ) -> None:
     """As when the reader was stopped: other bytes lie there, the digest is wrong, and nobody is blamed."""
     store = make_store(num_adapters=1, stall_seconds=0.3)
     weights = store.add(A, 1)
     engine = make_engine(store.address)
-    write = engine.device.write
-    num_writes = 0
 
-    def slow_write(*what: object) -> None:
-        nonlocal num_writes
-        num_writes += 1
-        if num_writes == 1:
-            eventually(lambda: store.metric("leases_total", outcome="expired") == 1)
-            store.add(B, 2)
-        write(*what)  # type: ignore[arg-type]
-        if num_writes == 1:
-            store.add(A, 1)
+    def expire() -> None:
+        eventually(lambda: store.metric("leases_total", outcome="expired") == 1)
+        store.add(B, 2)
 
-    monkeypatch.setattr(engine.device, "write", slow_write)
+    engine.around_first_write(expire, lambda: store.add(A, 1))
     event = engine.load(A)
     assert isinstance(event, LoadInstalled), event
     assert not event.lent

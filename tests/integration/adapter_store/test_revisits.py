@@ -75,26 +75,13 @@ def test_what_was_evicted_is_asked_for(make_store: MakeStore, make_engine: MakeE
     assert store.calls == ["share"] * 4
 
 
-def test_what_was_evicted_while_it_was_copied_is_streamed(
-    make_store: MakeStore, make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_was_evicted_while_it_was_copied_is_streamed(make_store: MakeStore, make_engine: MakeEngine) -> None:
     """Nothing kept it there: what was copied is not used, nor is anybody blamed for its digest."""
     store = make_store(num_adapters=1)
     weights = store.add(A, 1)
     engine = make_engine(store.address)
     lent(engine, A, weights)
-    write, num_writes = engine.device.write, 0
-
-    def late_write(*what: object) -> None:
-        nonlocal num_writes
-        num_writes += 1
-        if num_writes == 1:
-            store.add(B, 2)
-        write(*what)  # type: ignore[arg-type]
-        if num_writes == 1:
-            store.add(A, 1)
-
-    monkeypatch.setattr(engine.device, "write", late_write)
+    engine.around_first_write(lambda: store.add(B, 2), lambda: store.add(A, 1))
     event = engine.load(A)
     assert isinstance(event, LoadInstalled), event
     assert not event.lent
@@ -131,16 +118,7 @@ def test_amid_evictions_an_engine_never_has_other_bytes(
     try:
         while (num_installed < 50 or store.metric("copies_total") == 0) and time.monotonic() < until:
             digest = draw.choice(digests)
-            engine.num_loads = 0
-            event = engine.load(digest)
-            if isinstance(event, LoadInstalled):
-                assert engine.weights() == random.Random(seeds[digest]).randbytes(PACKED_BYTES)
-                engine.device.remove(0)
-                num_installed += 1
-            else:
-                assert isinstance(event, LoadEnded)
-                assert event.error is not None
-                assert event.error.reason is Reason.ADAPTER_NOT_FOUND, event.error  # evicted, with nothing behind it
+            num_installed += engine.loads_rightly(digest, random.Random(seeds[digest]).randbytes(PACKED_BYTES))
     finally:
         done.set()
         churning.join()
