@@ -29,15 +29,10 @@ import numpy as np
 import torch
 
 from benchmarks.command_line import parser_of
+from benchmarks.gpu.synthetic import packed_layout
 from benchmarks.record import record, say
 from services.adapter_store.base_model import load_base_model
-from services.adapter_store.manifest import ModulePlacement as StoreModulePlacement
-from services.adapter_store.manifest import PackedName, TargetModule
-from services.adapter_store.packing import plan_layout
-from services.adapter_store.sharding import plan_shard, shard_geometry
-from services.adapter_store.target_resolution import AdaptedModule
-from services.engine.adapters.layout import AdapterLayout, ModulePlacement
-from services.engine.adapters.layout import TargetModule as EngineModule
+from services.engine.adapters.layout import TargetModule
 from services.engine.config import EngineSettings
 from services.engine.execution.communicator import Pending, ProcessGroup, SoleProcess, Traffic
 from services.engine.execution.model_runner import ModelRunner
@@ -171,31 +166,15 @@ def work(end: Connection, checkpoint: Path, rendezvous: Path, tp_rank: int, tp_s
 
 def install_adapters(runner: ModelRunner, checkpoint: Path, partition: Partition) -> tuple[int, int]:
     """Random adapters on all modules; bytes of one, and the first page behind them."""
-    base = load_base_model(str(checkpoint))
-    targets = [AdaptedModule(layer, module, RANK, 1.0) for layer in range(LAYERS) for module in TargetModule]
-    layout = plan_layout(targets, base)
-    if partition.tp_size > 1:
-        layout = plan_shard(layout, shard_geometry(base, PackedName("", partition.tp_rank, partition.tp_size)))
-    layers = tuple(tuple(map(as_engine_placement, layer)) for layer in layout.layers)
-    ours = AdapterLayout(
-        "random", "float32", layout.tile_elems, LAYERS, layout.layer_elems, layers, partition.tp_rank, partition.tp_size
-    )
-    num_pages = ours.num_pages(runner.pool_config.page_elems)
+    layout = packed_layout(load_base_model(str(checkpoint)), RANK, tuple(TargetModule), partition)
+    num_pages = layout.num_pages(runner.pool_config.page_elems)
     weights = np.random.default_rng(0).standard_normal(LAYERS * layout.layer_elems, np.float32) * np.float32(0.01)
     for slot in range(NUM_ADAPTERS):
         pages = range(slot * num_pages, (slot + 1) * num_pages)
-        runner.adapter_device.check(ours)
-        runner.adapter_device.write(ours, pages, memoryview(weights.tobytes()))
-        runner.adapter_device.enter(slot, ours, pages)
-    return layout.packed_bytes, NUM_ADAPTERS * num_pages
-
-
-def as_engine_placement(place: StoreModulePlacement) -> ModulePlacement:
-    """The store's placement as the engine has it."""
-    return ModulePlacement(
-        EngineModule(place.module), place.rank, place.in_features, place.out_features,
-        place.lora_a_offset, place.lora_b_offset,
-    )  # fmt: skip
+        runner.adapter_device.check(layout)
+        runner.adapter_device.write(layout, pages, memoryview(weights.tobytes()))
+        runner.adapter_device.enter(slot, layout, pages)
+    return weights.nbytes, NUM_ADAPTERS * num_pages
 
 
 def decode_plan(first_page: int, adapters: bool, step: int) -> StepPlan:

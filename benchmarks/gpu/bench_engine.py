@@ -21,7 +21,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,7 +30,7 @@ import torch
 from benchmarks.arena_store import running_arena_store
 from benchmarks.gpu.bench_model import BenchModel, chosen_model, keep_rows, model_arguments
 from benchmarks.gpu.core_driver import CoreDriver, CoreRun, request
-from benchmarks.gpu.synthetic import SyntheticAdapters, make_adapters, make_runner, settings_of, stored_adapters
+from benchmarks.gpu.synthetic import WHOLE, SyntheticAdapters, make_adapters, make_runner, settings_of, stored_adapters
 from benchmarks.record import Row, say
 from benchmarks.trace import draw_mix
 from services.engine.adapters.mapped_arena import ArenaReader
@@ -40,6 +40,7 @@ from services.engine.core.launch import SWITCH_SECONDS
 from services.engine.execution.gpu.gpu_runner import GpuRunner
 from services.engine.execution.model_runner import ModelRunner
 from services.engine.messages import Abort, Adapter, Generate, Prefetch, StepReport
+from services.engine.model.partition import Partition
 
 PROMPT, OUTPUT = 256, 128
 DECODE_BATCHES = (1, 32, 128)
@@ -60,6 +61,7 @@ class Bench:
     model: BenchModel
     settings: EngineSettings
     runner: ModelRunner | GpuRunner
+    partition: Partition = WHOLE
 
     @classmethod
     def open(cls, model: BenchModel, scratch: Path) -> Bench:
@@ -78,7 +80,8 @@ class Bench:
         """Adapters of a setting; none for the base."""
         if setting == "base":
             return SyntheticAdapters({}, {}, ())
-        return make_adapters(self.runner.config, setting, self.model.targets, number, self.runner.adapter_device)
+        config, device = self.runner.config, self.runner.adapter_device
+        return make_adapters(config, setting, self.model.targets, number, device, self.partition)
 
     def batch(self, draw: random.Random, adapters: tuple[Adapter, ...], size: int) -> list[Generate]:
         """Requests of PROMPT and OUTPUT tokens, each with another adapter as far as there are any."""
@@ -117,9 +120,17 @@ def _median_seconds(work: Callable[[], torch.Tensor]) -> float:
 
 
 def measure_decode(bench: Bench, sizes: tuple[int, ...]) -> Iterator[Row]:
-    """Time a step between tokens, when every sequence has its first token; settings in turns, the median of rounds."""
+    """Time a step between tokens, when every sequence has its first token."""
     sources = {setting: bench.source(setting, max(sizes)) for setting in SETTINGS}
     driver = CoreDriver(bench.settings, bench.runner, sources["base"] | sources["S1"] | sources["S2"])
+    yield from decode_rows(bench, driver, sources, sizes)
+    driver.close()
+
+
+def decode_rows(
+    bench: Bench, driver: CoreDriver, sources: Mapping[str, SyntheticAdapters], sizes: tuple[int, ...]
+) -> Iterator[Row]:
+    """Settings in turns, the median of rounds."""
     draw = random.Random(1)
     for setting in SETTINGS:  # adapters become resident, kernels are compiled, clocks rise
         driver.run(bench.batch(draw, sources[setting].adapters, max(sizes)))
@@ -127,7 +138,6 @@ def measure_decode(bench: Bench, sizes: tuple[int, ...]) -> Iterator[Row]:
     for _, setting, size in itertools.product(range(NUM_ROUNDS), SETTINGS, sizes):
         run = driver.run(bench.batch(draw, sources[setting].adapters, size))
         times.setdefault((setting, size), []).append(_step_ms(run, size))
-    driver.close()
     for (setting, size), steps in times.items():
         labels = {"batch": size, "distinct": min(size, len(sources[setting].adapters))}
         yield bench.model.row("decode", setting, "tpot_ms", statistics.median(steps), **labels)
@@ -156,16 +166,21 @@ def measure_idle_adapters(bench: Bench) -> Iterator[Row]:
 
 
 def measure_prefill(bench: Bench) -> Iterator[Row]:
-    """128 prompts of 256 tokens, each with another adapter; one token each. Settings in turns, the median of rounds."""
+    """128 prompts of 256 tokens, each with another adapter; one token each."""
     sources = {setting: bench.source(setting, 128) for setting in SETTINGS}
     driver = CoreDriver(bench.settings, bench.runner, sources["base"] | sources["S1"] | sources["S2"])
+    yield from prefill_rows(bench, driver, sources)
+    driver.close()
+
+
+def prefill_rows(bench: Bench, driver: CoreDriver, sources: Mapping[str, SyntheticAdapters]) -> Iterator[Row]:
+    """Settings in turns, the median of rounds."""
     draw = random.Random(3)
     seconds: dict[str, list[float]] = {setting: [] for setting in SETTINGS}
     for _, setting in itertools.product(range(NUM_ROUNDS + 1), SETTINGS):
         adapters = sources[setting].adapters
         asks = [request(bench.prompt(draw, PROMPT), 1, adapters[i] if adapters else None) for i in range(128)]
         seconds[setting].append(driver.run(asks).seconds)
-    driver.close()
     for setting, values in seconds.items():
         labels = {"batch": 128, "distinct": len(sources[setting].adapters)}
         yield bench.model.row("prefill", setting, "seconds", statistics.median(values[1:]), **labels)

@@ -28,9 +28,13 @@ class BenchModel:
     max_len: int = 1024
     lengths: Lengths = PAPER_LENGTHS
     """Of the prompts and outputs of a mix or trace."""
+    tp_size: int | None = None
+    """Processes that share the model, where numbers of them are compared."""
 
     def row(self, bench: str, setting: str, metric: str, value: float, **labels: object) -> Row:
         """A row of the results, printed at once."""
+        if self.tp_size is not None:
+            bench, labels = f"parallel_{bench}", {"tp_size": self.tp_size, **labels}
         return print_row(bench, self.shape, setting, self.targets, metric, value, **labels)
 
 

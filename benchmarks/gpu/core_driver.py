@@ -7,12 +7,12 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from services.engine.adapters.source import AdapterSource
 from services.engine.config import EngineSettings
-from services.engine.core.engine_core import EngineCore
-from services.engine.execution.gpu.gpu_runner import GpuRunner
-from services.engine.execution.model_runner import ModelRunner
+from services.engine.core.engine_core import EngineCore, Runner
+from services.engine.core.followers import Followers
 from services.engine.messages import Adapter, CoreLoad, Generate, SamplingParams, StepReport, StopParams
 
 GREEDY = SamplingParams(temperature=0.0)
@@ -46,11 +46,13 @@ class CoreRun:
 
 
 class CoreDriver:
-    """One core over a runner; `close` gives the runner back, with every page free."""
+    """One core over a runner; `close` gives the runner back, with every page free, and lets `followers` end."""
 
-    def __init__(self, settings: EngineSettings, runner: ModelRunner | GpuRunner, source: AdapterSource) -> None:
+    def __init__(
+        self, settings: EngineSettings, runner: Runner[Any], source: AdapterSource, followers: Followers | None = None
+    ) -> None:
         self._news = threading.Event()
-        self.core = EngineCore(settings, runner, source, self._news.set)
+        self.core = EngineCore(settings, runner, source, self._news.set, followers)
 
     def run(
         self, requests: Sequence[Generate], on_report: Callable[[StepReport, float], None] | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import mmap
@@ -13,6 +14,13 @@ from pathlib import Path
 import torch
 
 from benchmarks.arena_store import StoredAdapters
+from services.adapter_store.base_model import BaseModel
+from services.adapter_store.manifest import ElementType, PackedName
+from services.adapter_store.manifest import ModulePlacement as StorePlacement
+from services.adapter_store.manifest import TargetModule as StoreModule
+from services.adapter_store.packing import plan_layout
+from services.adapter_store.sharding import plan_shard, shard_geometry
+from services.adapter_store.target_resolution import AdaptedModule
 from services.common.packed_digest import packed_digest
 from services.engine.adapters.device import HostMemory
 from services.engine.adapters.layout import AdapterLayout, ModulePlacement, TargetModule
@@ -24,6 +32,7 @@ from services.engine.execution.model_runner import ModelRunner
 from services.engine.execution.open_runner import open_runner
 from services.engine.messages import Adapter, Origin
 from services.engine.model.config import ModelConfig
+from services.engine.model.partition import Partition
 from services.engine.model.random_weights import NAME_PREFIX
 from services.engine.model.step_ops import module_groups
 
@@ -64,6 +73,8 @@ SHAPES: dict[str, dict[str, object]] = {
 
 RANKS: dict[str, tuple[int, ...]] = {"S1": (8,), "S2": (64, 32, 16, 8)}
 """Ranks that adapters of a setting have in turn (S-LoRA, section 7)."""
+
+WHOLE = Partition()
 
 _T = TargetModule
 TARGETS: dict[str, tuple[TargetModule, ...]] = {"attn": (_T.Q, _T.K, _T.V, _T.O), "all": tuple(TargetModule)}
@@ -173,11 +184,11 @@ class _OwnMemory(AbstractContextManager["WeightsLease"]):
 
 
 def make_adapters(
-    config: ModelConfig, setting: str, targets: str, number: int, device: HostMemory
+    config: ModelConfig, setting: str, targets: str, number: int, device: HostMemory, partition: Partition = WHOLE
 ) -> SyntheticAdapters:
-    """`number` adapters, ranks in turn, on the modules of `targets`, packed as the adapter store packs."""
-    tile = model_tile_elems(module_groups(config))
-    by_rank = {rank: _pack(config, rank, TARGETS[targets], tile) for rank in RANKS[setting]}
+    """`number` adapters, ranks in turn, on the modules of `targets`, packed as the adapter store packs; or shards."""
+    base = _as_base_model(config)
+    by_rank = {rank: _random_adapter(base, rank, TARGETS[targets], partition) for rank in RANKS[setting]}
     for _, packed, _ in by_rank.values():
         device.register(packed, lambda: True)
     manifests, weights, adapters = {}, {}, []
@@ -186,11 +197,41 @@ def make_adapters(
         layout, packed, digest_of_bytes = by_rank[rank]
         name = f"{setting}-{targets}-{i}"
         digest = f"sha256:{hashlib.sha256(name.encode()).hexdigest()}"
-        own = AdapterLayout(digest, layout.dtype, tile, layout.num_layers, layout.layer_elems, layout.layers)
+        own = dataclasses.replace(layout, digest=digest)
         manifests[digest] = AdapterManifest(own, packed.nbytes, digest_of_bytes)
         weights[digest] = packed
         adapters.append(Adapter(f"{name}@1", digest))
     return SyntheticAdapters(manifests, weights, tuple(adapters), device)
+
+
+def packed_layout(base: BaseModel, rank: int, modules: tuple[TargetModule, ...], partition: Partition) -> AdapterLayout:
+    """How the adapter store packs an adapter of one rank for a process, in the engine's words; its digest is empty."""
+    targets = [
+        AdaptedModule(layer, StoreModule(module), rank, 1.0) for layer in range(base.num_layers) for module in modules
+    ]
+    layout = plan_layout(targets, base)
+    if partition.tp_size > 1:
+        layout = plan_shard(layout, shard_geometry(base, PackedName("", partition.tp_rank, partition.tp_size)))
+    return AdapterLayout(
+        "", layout.element_type.value, layout.tile_elems, layout.num_layers, layout.layer_elems,
+        tuple(tuple(map(_as_engine_placement, layer)) for layer in layout.layers),
+        partition.tp_rank, partition.tp_size,
+    )  # fmt: skip
+
+
+def _as_engine_placement(place: StorePlacement) -> ModulePlacement:
+    return ModulePlacement(
+        TargetModule(place.module), place.rank, place.in_features, place.out_features,
+        place.lora_a_offset, place.lora_b_offset,
+    )  # fmt: skip
+
+
+def _as_base_model(config: ModelConfig) -> BaseModel:
+    dtype = ElementType(str(config.dtype).removeprefix("torch."))
+    return BaseModel(
+        "", config.family, dtype, config.num_layers, config.hidden_size, config.intermediate_size,
+        config.num_heads, config.num_kv_heads, config.head_dim,
+    )  # fmt: skip
 
 
 def stored_adapters(config: ModelConfig, setting: str, targets: str, number: int) -> StoredAdapters:
@@ -209,19 +250,12 @@ def _shapes(config: ModelConfig) -> dict[TargetModule, tuple[int, int]]:
     }
 
 
-def _pack(
-    config: ModelConfig, rank: int, modules: tuple[TargetModule, ...], tile: int
+def _random_adapter(
+    base: BaseModel, rank: int, modules: tuple[TargetModule, ...], partition: Partition
 ) -> tuple[AdapterLayout, memoryview, str]:
-    shapes = _shapes(config)
-    offset_b = rank * sum(shapes[module][0] for module in modules)
-    offset_a, placements = 0, []
-    for module in modules:
-        inputs, outputs = shapes[module]
-        placements.append(ModulePlacement(module, rank, inputs, outputs, offset_a, offset_b))
-        offset_a, offset_b = offset_a + rank * inputs, offset_b + rank * outputs
-    dtype = str(config.dtype).removeprefix("torch.")
-    layout = AdapterLayout("", dtype, tile, config.num_layers, offset_b, (tuple(placements),) * config.num_layers)
-    packed = (torch.randn(config.num_layers, offset_b) * 0.01).to(config.dtype)
+    """Its layout, its bytes, and their digest."""
+    layout = packed_layout(base, rank, modules, partition)
+    packed = (torch.randn(layout.num_layers, layout.layer_elems) * 0.01).to(getattr(torch, layout.dtype))
     data = packed.view(torch.uint8).numpy().data.cast("B")
     # Whole pages of memory: what a driver pins.
     memory = memoryview(mmap.mmap(-1, data.nbytes))
