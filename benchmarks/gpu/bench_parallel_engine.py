@@ -60,15 +60,15 @@ def measure(model: BenchModel, tp_size: int) -> Iterator[Row]:
         driver = CoreDriver(bench.settings, runner, all_of(sources), followers)
         yield from decode_rows(bench, driver, sources, sizes)
         yield from prefill_rows(bench, driver, sources)
-        driver.close()
+        driver.close()  # the other processes end with it
         for process, _ in started:
             process.wait()
 
 
 def join(model: BenchModel, settings: EngineSettings, tp_rank: int, scratch: Path) -> Bench:
     """A process's part of the model, once all are there."""
-    group = join_group(settings, tp_rank, scratch / "rendezvous") if settings.tp_size > 1 else None
     own = settings.for_process(tp_rank)
+    group = join_group(own, tp_rank, scratch / "rendezvous") if settings.tp_size > 1 else None
     return Bench(model, own, open_runner(own, group), Partition(tp_rank, settings.tp_size))
 
 
@@ -140,4 +140,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    sys.stdout.flush()
+    # As an engine's processes end: NCCL would wait for graphs that hold its collectives.
+    os._exit(code)

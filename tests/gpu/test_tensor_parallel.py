@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import multiprocessing
+import os
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -54,7 +55,8 @@ def run_process(end: Any, tp_rank: int, rendezvous: Path, settings: EngineSettin
     group = ProcessGroup(Partition(tp_rank, TP_SIZE), torch.device(own.device), rendezvous, START_SECONDS)
     end.send(run_model(group, own, *arguments, GpuRunner))
     end.recv()  # both are done
-    group.close()
+    # As an engine's processes end: NCCL would wait for graphs that hold its collectives.
+    os._exit(0)
 
 
 def run_on_two(rendezvous: Path, settings: EngineSettings, *arguments: Any) -> list[Outcome]:
