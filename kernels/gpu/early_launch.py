@@ -7,8 +7,9 @@ begin as the last programs of the kernel ahead end, if that is an ordinary one, 
   launch costs less. On one H200 a decode step of Llama-7B took 4.43 ms at 1 token without and 4.35 with, 5.82 and 5.77
   at 32, 11.15 and 11.07 at 128 with as many adapters of rank 8.
 - row_product reads the model's weight before it waits, which never changes.
-- LoRA's kernels for decoded tokens (row_shrink, planned_shrink, row_expand, planned_expand) read before they wait:
-  slots, tables, pages of adapters, and the plan. They write nothing before.
+- LoRA's kernels for decoded tokens (row_shrink, planned_shrink, row_expand, planned_expand, and those that expand and
+  do what lies behind it: expand_rope_kv_write, expand_silu_mul, expand_add_rms_norm) read before they wait: what a step
+  is told of its tokens, tables, pages of adapters, and the plan. They write nothing before.
 
 This is right, in any order of these kernels, because
 - adapters that a step names were installed before the step was submitted, and stay until it has ended;

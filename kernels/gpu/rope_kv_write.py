@@ -36,6 +36,42 @@ def _normed(a, b, weight, half_columns, HALF: tl.constexpr, inside, eps):
 
 
 @triton.jit
+def put_heads(
+    a, b, head, half_columns, inside, row, pages, slot, position, rope, q_norm, k_norm, eps,
+    NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HALF: tl.constexpr, TOKENS_PER_PAGE: tl.constexpr,
+    QK_NORM: tl.constexpr,
+):  # fmt: skip
+    """Normalises and rotates a token's heads, `a` and `b` their halves, and puts them into `row` or the token's slot.
+
+    `head` `[n]` counts queries, keys and values in one; a, b and `inside` are `[n, columns of a half]`.
+    """
+    is_query, is_value = head < NUM_HEADS, head >= NUM_HEADS + NUM_KV_HEADS
+    if QK_NORM:
+        qa, qb = _normed(a, b, q_norm, half_columns, HALF, inside, eps)
+        ka, kb = _normed(a, b, k_norm, half_columns, HALF, inside, eps)
+        na = tl.where(is_query[:, None], qa, ka)
+        nb = tl.where(is_query[:, None], qb, kb)
+        a = tl.where(is_value[:, None], a, na)
+        b = tl.where(is_value[:, None], b, nb)
+    table = rope + position.to(tl.int64) * (2 * HALF)
+    cos = tl.load(table + half_columns, mask=half_columns < HALF, other=0.0)[None, :]
+    sin = tl.load(table + HALF + half_columns, mask=half_columns < HALF, other=0.0)[None, :]
+    x, y = a.to(tl.float32), b.to(tl.float32)
+    ra = tl.where(is_value[:, None], a, (x * cos - y * sin).to(a.dtype))
+    rb = tl.where(is_value[:, None], b, (y * cos + x * sin).to(a.dtype))
+    place = head[:, None] * (2 * HALF) + half_columns[None, :]
+    to_query = inside & is_query[:, None]
+    tl.store(row + place, ra, mask=to_query)
+    tl.store(row + place + HALF, rb, mask=to_query)
+    # Keys lie before values, so a page's heads are numbered on from the queries.
+    page_head = (slot // TOKENS_PER_PAGE).to(tl.int64) * (2 * NUM_KV_HEADS) + (head - NUM_HEADS)
+    target = (page_head * TOKENS_PER_PAGE + slot % TOKENS_PER_PAGE) * (2 * HALF)
+    to_page = inside & (head >= NUM_HEADS)[:, None]
+    tl.store(pages + target[:, None] + half_columns[None, :], ra, mask=to_page)
+    tl.store(pages + target[:, None] + half_columns[None, :] + HALF, rb, mask=to_page)
+
+
+@triton.jit
 def _kernel(
     qkv, pages, positions, slots, rope, q_norm, k_norm, eps,
     NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HALF: tl.constexpr, BLOCK_HALF: tl.constexpr,
@@ -53,29 +89,11 @@ def _kernel(
     place = head[:, None] * (2 * HALF) + half_columns[None, :]
     a = tl.load(row + place, mask=inside, other=0.0)
     b = tl.load(row + place + HALF, mask=inside, other=0.0)
-    is_query, is_value = head < NUM_HEADS, head >= NUM_HEADS + NUM_KV_HEADS
-    if QK_NORM:
-        qa, qb = _normed(a, b, q_norm, half_columns, HALF, inside, eps)
-        ka, kb = _normed(a, b, k_norm, half_columns, HALF, inside, eps)
-        na = tl.where(is_query[:, None], qa, ka)
-        nb = tl.where(is_query[:, None], qb, kb)
-        a = tl.where(is_value[:, None], a, na)
-        b = tl.where(is_value[:, None], b, nb)
-    table = rope + tl.load(positions + token).to(tl.int64) * (2 * HALF)
-    cos = tl.load(table + half_columns, mask=half_columns < HALF, other=0.0)[None, :]
-    sin = tl.load(table + HALF + half_columns, mask=half_columns < HALF, other=0.0)[None, :]
-    x, y = a.to(tl.float32), b.to(tl.float32)
-    ra = tl.where(is_value[:, None], a, (x * cos - y * sin).to(a.dtype))
-    rb = tl.where(is_value[:, None], b, (y * cos + x * sin).to(a.dtype))
-    to_query = inside & is_query[:, None]
-    tl.store(row + place, ra, mask=to_query)
-    tl.store(row + place + HALF, rb, mask=to_query)
-    # Keys lie before values, so a page's heads are numbered on from the queries.
-    page_head = (slot // TOKENS_PER_PAGE).to(tl.int64) * (2 * NUM_KV_HEADS) + (head - NUM_HEADS)
-    target = (page_head * TOKENS_PER_PAGE + slot % TOKENS_PER_PAGE) * (2 * HALF)
-    to_page = inside & (head >= NUM_HEADS)[:, None]
-    tl.store(pages + target[:, None] + half_columns[None, :], ra, mask=to_page)
-    tl.store(pages + target[:, None] + half_columns[None, :] + HALF, rb, mask=to_page)
+    position = tl.load(positions + token)
+    put_heads(
+        a, b, head, half_columns, inside, row, pages, slot, position, rope, q_norm, k_norm, eps,
+        NUM_HEADS, NUM_KV_HEADS, HALF, TOKENS_PER_PAGE, QK_NORM,
+    )  # fmt: skip
 
 
 def rope_kv_write(

@@ -86,8 +86,8 @@ def row_expand(
 ) -> None:
     """Adds what the adapters say to `y` (module docstring). max_rank: no adapter has a larger one on a module."""
     layout = tables.layout
-    blocks = blocks or _blocks_for(u.shape[0], u.shape[1], group, layout.tile_elems, max_rank)
-    grid, constants = _launch(u.shape, group, layout, pages.shape[1], blocks)
+    blocks = blocks or blocks_for(u.shape[0], u.shape[1], group, layout.tile_elems, max_rank)
+    grid, constants = expand_launch(u.shape, group, layout, pages.shape[1], blocks)
     _row_expand_kernel[grid](
         u, slots, slots, pages, tables.page_table, tables.rank, tables.lora_b_tile, y,
         y.stride(0), layer * layout.layer_stride + group.first_module, 0, ORDERED=False, **constants,
@@ -106,8 +106,8 @@ def planned_expand(
 ) -> None:
     """`row_expand` for the plan's `group`."""
     tables, modules, layout = plan.tables, plan.groups[group], plan.tables.layout
-    blocks = blocks or _blocks_for(u.shape[0], u.shape[1], modules, layout.tile_elems, max_rank)
-    grid, constants = _launch(u.shape, modules, layout, pages.shape[1], blocks)
+    blocks = blocks or blocks_for(u.shape[0], u.shape[1], modules, layout.tile_elems, max_rank)
+    grid, constants = expand_launch(u.shape, modules, layout, pages.shape[1], blocks)
     _row_expand_kernel[grid](
         u, plan.slots, plan.order, pages, tables.page_table, tables.rank, tables.lora_b_tile, y,
         y.stride(0), layer * layout.layer_stride + modules.first_module,
@@ -116,7 +116,8 @@ def planned_expand(
 
 
 @functools.cache
-def _blocks_for(num_splits: int, batch: int, group: LoraGroup, tile_elems: int, max_rank: int) -> ExpandBlocks:
+def blocks_for(num_splits: int, batch: int, group: LoraGroup, tile_elems: int, max_rank: int) -> ExpandBlocks:
+    """How the work is cut where nobody says."""
     programs = batch * group.num_out_blocks(tile_elems, _BLOCKS_OF_ONE_WAVE.tiles)
     large = _BLOCKS_OF_ONE_WAVE if programs <= _MOST_PROGRAMS_OF_ONE_WAVE else _BLOCKS_OF_MANY_PROGRAMS
     if max_rank <= FEW_RANKS:
@@ -129,9 +130,10 @@ def _blocks_for(num_splits: int, batch: int, group: LoraGroup, tile_elems: int, 
 
 
 @functools.cache
-def _launch(
+def expand_launch(
     u_shape: tuple[int, int, int], group: LoraGroup, layout: TableLayout, page_elems: int, blocks: ExpandBlocks
 ) -> Launch:
+    """Programs and constants of `u` `[num_splits, batch, ...]` over a group."""
     num_splits, batch, u_stride = u_shape
     gdc = has_early_launch(layout.device)
     constants = layout.constants(group, page_elems) | group.out_constants(layout.tile_elems)
@@ -176,15 +178,9 @@ def _row_expand_kernel(
     rank, start, first = module_rows(rank_ptr, b_tile_ptr, slot * TABLE_STRIDE + table_offset, module, NUM_MODULES)
     page_table_ptr += slot * PAGE_TABLE_STRIDE
 
-    rows = tl.arange(0, BLOCK_R)
-    # The rows of B are read a block ahead, their page ids two: no load in the loop waits for another.
-    tile = first + rows[:, None] * width + own[None, :]
-    mask = (rows < rank)[:, None] & has_tile[None, :]
-    page = load_pages(page_table_ptr, tile, mask, PAGE_TILES)
-    lora_b = load_tiles(pages_ptr, page, tile, mask, PAGE_TILES, TILE)
-    tile += BLOCK_R * width
-    mask = (BLOCK_R + rows < rank)[:, None] & has_tile[None, :]
-    page = load_pages(page_table_ptr, tile, mask, PAGE_TILES)
+    tile, page, lora_b = first_rows(
+        pages_ptr, page_table_ptr, first, rank, width, own, has_tile, PAGE_TILES, TILE, BLOCK_R
+    )
     if GDC:
         tl.extra.cuda.gdc_wait()
 
@@ -192,10 +188,45 @@ def _row_expand_kernel(
     y_pointers = y_ptr + (column + own)[:, None] * TILE + tl.arange(0, TILE)[None, :]
     y_mask = has_tile[:, None] & (rank > 0)
     sums = tl.load(y_pointers, mask=y_mask, other=0.0).to(tl.float32)
+    sums = add_rows(
+        sums, u_ptr + token * U_STRIDE + start, batch * U_STRIDE, tile, page, lora_b,
+        pages_ptr, page_table_ptr, rank, width, has_tile, PAGE_TILES, TILE, NUM_SPLITS, SPLITS, BLOCK_R,
+    )  # fmt: skip
+    tl.store(y_pointers, sums.to(y_ptr.dtype.element_ty), mask=y_mask)
+
+
+@triton.jit
+def first_rows(
+    pages_ptr, page_table_ptr, first, rank, width, own, has_tile,
+    PAGE_TILES: tl.constexpr, TILE: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """What `add_rows` reads first: the first block of rows of B, of tiles `own`, and tiles and pages of the second.
+
+    The rows of B are read a block ahead, their page ids two: no load waits for another.
+    """
+    rows = tl.arange(0, BLOCK_R)
+    tile = first + rows[:, None] * width + own[None, :]
+    mask = (rows < rank)[:, None] & has_tile[None, :]
+    page = load_pages(page_table_ptr, tile, mask, PAGE_TILES)
+    lora_b = load_tiles(pages_ptr, page, tile, mask, PAGE_TILES, TILE)
+    tile += BLOCK_R * width
+    mask = (BLOCK_R + rows < rank)[:, None] & has_tile[None, :]
+    return tile, load_pages(page_table_ptr, tile, mask, PAGE_TILES), lora_b
+
+
+@triton.jit
+def add_rows(
+    sums, u_ptr, split_stride, tile, page, lora_b, pages_ptr, page_table_ptr, rank, width, has_tile,
+    PAGE_TILES: tl.constexpr, TILE: tl.constexpr, NUM_SPLITS: tl.constexpr, SPLITS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """`sums` `[tiles, TILE]` with what the `rank` rows of B add; u_ptr: the token's first rank of the module."""
+    rows = tl.arange(0, BLOCK_R)
+    mask = (BLOCK_R + rows < rank)[:, None] & has_tile[None, :]
     # u is read a block ahead too.
     splits = tl.arange(0, SPLITS)[:, None]
     has_split = splits < NUM_SPLITS
-    u_pointers = u_ptr + (splits * batch + token) * U_STRIDE + start + rows[None, :]
+    u_pointers = u_ptr + splits * split_stride + rows[None, :]
     parts = tl.load(u_pointers, mask=has_split & (rows < rank)[None, :], other=0.0)
     for begin in range(0, rank, BLOCK_R):
         following = load_tiles(pages_ptr, page, tile, mask, PAGE_TILES, TILE)
@@ -207,4 +238,4 @@ def _row_expand_kernel(
         weights = tl.sum(parts, 0)
         sums += tl.sum(lora_b.to(tl.float32) * weights[:, None, None], 0)
         lora_b, parts = following, following_parts
-    tl.store(y_pointers, sums.to(y_ptr.dtype.element_ty), mask=y_mask)
+    return sums

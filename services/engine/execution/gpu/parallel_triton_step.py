@@ -16,7 +16,8 @@ from kernels.gpu.rank_join import rank_join
 from kernels.gpu.segment_expand import segment_expand
 from kernels.gpu.segment_shrink import segment_shrink
 from services.engine.execution.communicator import Communicator, Pending, Traffic
-from services.engine.execution.gpu.triton_step import DeviceState, StepTensors, TritonStep, base_product
+from services.engine.execution.gpu.step_tensors import DeviceState, StepTensors
+from services.engine.execution.gpu.triton_step import TritonStep, base_product
 from services.engine.execution.parallel_step import SUMMED_GROUPS
 from services.engine.model.linear import Linear
 from services.engine.model.step_ops import Group
@@ -73,7 +74,7 @@ class ParallelTritonStep(TritonStep):
         num_row_elems = num_decode * row_width
         sent = torch.empty(num_row_elems + len(x) * segment_width, dtype=x.dtype, device=x.device)
         if row_width:
-            u = self._shrink_rows(layer, group, x)[:, :, :row_width]
+            u = self._rows.shrink(layer, group, x)[:, :, :row_width]
             sent[:num_row_elems].view(-1, row_width).copy_(u.sum(0))
         if segments is not None and segment_width:
             tables, pages = state.adapters.tables, state.layers[layer]
@@ -93,7 +94,7 @@ class ParallelTritonStep(TritonStep):
             parts = arrived[:, : ranks.num_row_elems].view(len(arrived), -1, ranks.row_width)
             width = step.max_row_rank * modules.num_modules
             u = self._joined(layer, group, parts, step.adapter_slots, width, torch.float32)
-            self._expand_rows(layer, group, u.unsqueeze(0), y)
+            self._rows.expand(layer, group, u.unsqueeze(0), y)
         if step.segments is not None and ranks.segment_width:
             assert step.segment_slots is not None
             parts = arrived[:, ranks.num_row_elems :].view(len(arrived), -1, ranks.segment_width)

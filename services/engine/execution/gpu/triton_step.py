@@ -2,91 +2,32 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
-from kernels.gpu.adapter_tables import MAX_RANK
 from kernels.gpu.add_rms_norm import add_rms_norm
-from kernels.gpu.decode_attention import DecodeScratch, decode_attention
+from kernels.gpu.decode_attention import decode_attention
+from kernels.gpu.expand_rope_kv_write import Rotation
 from kernels.gpu.pick_tokens import resolve_tokens
-from kernels.gpu.planned_shrink import planned_shrink
-from kernels.gpu.prefill_attention import PrefillPlan, prefill_attention
+from kernels.gpu.prefill_attention import prefill_attention
 from kernels.gpu.rope_kv_write import rope_kv_write
-from kernels.gpu.row_expand import planned_expand, row_expand
-from kernels.gpu.row_plan import RowPlan, RowPlanner
 from kernels.gpu.row_product import row_product
-from kernels.gpu.row_shrink import num_splits_for, row_shrink
 from kernels.gpu.segment_expand import segment_expand
-from kernels.gpu.segment_shrink import DEFAULT_BLOCK_M, num_segment_splits, segment_shrink
+from kernels.gpu.segment_shrink import num_segment_splits, segment_shrink
 from kernels.gpu.silu_mul import silu_mul
-from services.engine.execution.gpu.adapter_device import GpuAdapterDevice, GroupRanks
-from services.engine.memory.pool import Pool
-from services.engine.model.config import ModelConfig
+from services.engine.execution.gpu.row_lora import RowLora
+from services.engine.execution.gpu.step_tensors import DeviceState, Segments, StepTensors
 from services.engine.model.linear import Linear
 from services.engine.model.step_ops import Group, QkNorm
 
 
-@dataclass(frozen=True, slots=True)
-class Segments:
-    """Tokens by adapter: blocks of the kernels' plan, and by `Group` the largest ranks of any adapter."""
+class _Unexpanded(NamedTuple):
+    """Rank space whose second half the op behind the projection computes."""
 
-    plan: torch.Tensor
-    max_ranks: tuple[GroupRanks, ...]
-    block_m: int = DEFAULT_BLOCK_M
-
-
-@dataclass(frozen=True, slots=True)
-class StepTensors:
-    """A step's integers on the device, int32. Decode tokens `[0, num_decode)` come first, then prefill chunks."""
-
-    # [num_tokens]; see services.engine.execution.gpu.step_layout. A slot of -1: padding, no such token.
-    token_ids: torch.Tensor
-    source: torch.Tensor
-    positions: torch.Tensor
-    slots: torch.Tensor
-    num_decode: int
-    # [num_sequences, max_pages], decoding sequences first; context_lens [num_decode], 0: padding.
-    block_tables: torch.Tensor
-    context_lens: torch.Tensor
-    num_splits: int
-    # [num_decode]; and the groups that any of these adapters changes: none where no decoded token has an adapter.
-    adapter_slots: torch.Tensor
-    row_groups: frozenset[Group]
-    prefill: PrefillPlan | None = None
-    segments: Segments | None = None
-    # [num_sampled]; None: every token's logits are wanted.
-    logit_rows: torch.Tensor | None = None
-    # No module of a decoded token's adapter has a larger rank.
-    max_row_rank: int = MAX_RANK
-    # The decoded tokens by adapter, where those of one are computed together.
-    runs: Segments | None = None
-    # Where several processes share the model and segments are present: the adapter's slot of every token that is
-    # prefilled, -1 for the others ([num_tokens]).
-    segment_slots: torch.Tensor | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class DeviceState:
-    """What outlives a step: memory of the device that every step uses, on one stream."""
-
-    config: ModelConfig
-    pool: Pool
-    # The pool's pages, by layer.
-    layers: tuple[torch.Tensor, ...]
-    adapters: GpuAdapterDevice
-    # float32 [max_len, 2, head_dim / 2]
-    rope: torch.Tensor
-    # int32: tokens drawn by the step before, and those that this step reads.
-    drawn: torch.Tensor
-    resolved: torch.Tensor
-    attention: DecodeScratch
-    # [max_tokens, num_heads, head_dim]. Kept, so that what padding reads of it is finite.
-    attended: torch.Tensor
-    row_planner: RowPlanner
-    # float32, flat: rank space of decoded tokens.
-    rank_space: torch.Tensor
+    layer: int
+    group: Group
+    u: torch.Tensor
 
 
 class TritonStep:
@@ -95,27 +36,27 @@ class TritonStep:
     def __init__(self, state: DeviceState, step: StepTensors) -> None:
         self._state = state
         self._step = step
-        # Of a large batch only.
-        self._row_plan: RowPlan | None = None
-        # Scratch of decoded and of prefilled tokens, by group: the same for all layers.
-        self._row_spaces: dict[Group, torch.Tensor] = {}
+        self._rows = RowLora(state, step)
+        # Scratch of prefilled tokens, by group: the same for all layers.
         self._segment_spaces: dict[tuple[Group, int], torch.Tensor] = {}
+        self._unexpanded: _Unexpanded | None = None
 
     def embed(self, table: torch.Tensor) -> torch.Tensor:
         """The tokens' rows of the embedding; tokens that were not known to the host are taken from the device."""
         step, resolved = self._step, self._state.resolved[: len(self._step.token_ids)]
         resolve_tokens(step.token_ids, step.source, self._state.drawn, resolved)
-        planner = self._state.row_planner
-        if step.row_groups and step.runs is None and planner.needs_plan(step.num_decode):
-            # Ahead of the first norm and product, as row_plan asks.
-            self._row_plan = planner.plan(step.adapter_slots)
+        if step.row_groups and step.runs is None:
+            self._rows.plan()
         return table.index_select(0, resolved)
 
     def add_norm(
         self, hidden: torch.Tensor, branch: torch.Tensor | None, weight: torch.Tensor, eps: float
     ) -> torch.Tensor:
         """`hidden += branch`, then `hidden` normalised."""
-        return add_rms_norm(hidden, branch, weight, eps)
+        late = self._take_unexpanded()
+        if late is None or branch is None:
+            return add_rms_norm(hidden, branch, weight, eps)
+        return self._rows.expand_add_norm(late.layer, late.group, late.u, hidden, branch, weight, eps)
 
     def project(self, layer: int, group: Group, linear: Linear, x: torch.Tensor) -> torch.Tensor:
         """The product, with what the adapters add to it."""
@@ -123,7 +64,11 @@ class TritonStep:
         if step.runs is not None:
             self._add_segments(layer, group, x[: step.num_decode], step.runs, y)
         elif group in step.row_groups:
-            self._add_rows(layer, group, x, y)
+            u = self._rows.shrink(layer, group, x)
+            if self._rows.expands_late(group):
+                self._unexpanded = _Unexpanded(layer, group, u)
+            else:
+                self._rows.expand(layer, group, u, y)
         if step.segments is not None:
             self._add_segments(layer, group, x, step.segments, y)
         return y
@@ -132,7 +77,12 @@ class TritonStep:
         """Attention of the tokens over what is in their pages, themselves included."""
         state, step = self._state, self._step
         config, pages = state.config, state.pool.kv_pages(layer)
-        rope_kv_write(qkv, pages, step.positions, step.slots, state.rope, qk_norm, config.norm_eps)
+        rotation = Rotation(step.positions, step.slots, state.rope, qk_norm, config.norm_eps)
+        late = self._take_unexpanded()
+        if late is None:
+            rope_kv_write(qkv, pages, *rotation)
+        else:
+            self._rows.expand_rotate(layer, late.u, qkv, rotation)
         q = qkv.view(len(qkv), -1, config.head_dim)[:, : config.num_heads]
         out = state.attended[: len(qkv)]
         scale, n = config.head_dim**-0.5, step.num_decode
@@ -145,7 +95,8 @@ class TritonStep:
 
     def gate(self, gate_up: torch.Tensor) -> torch.Tensor:
         """`silu(gate) * up`."""
-        return silu_mul(gate_up)
+        late = self._take_unexpanded()
+        return silu_mul(gate_up) if late is None else self._rows.expand_gate(late.layer, late.u, gate_up)
 
     def sampled(self, rows: torch.Tensor) -> torch.Tensor:
         """The rows whose logits are wanted."""
@@ -155,30 +106,9 @@ class TritonStep:
         """They are."""
         return logits
 
-    def _add_rows(self, layer: int, group: Group, x: torch.Tensor, y: torch.Tensor) -> None:
-        """The decoded tokens' part: the first rows of x and y."""
-        self._expand_rows(layer, group, self._shrink_rows(layer, group, x), y)
-
-    def _shrink_rows(self, layer: int, group: Group, x: torch.Tensor) -> torch.Tensor:
-        state, slots, max_rank, plan = self._state, self._step.adapter_slots, self._step.max_row_rank, self._row_plan
-        tables, modules, pages = state.adapters.tables, state.adapters.groups[group], state.layers[layer]
-        u = self._row_spaces.get(group)
-        if u is None:
-            shape = (num_splits_for(len(slots), modules, tables.tile_elems), len(slots), MAX_RANK * modules.num_modules)
-            u = self._row_spaces[group] = state.rank_space[: math.prod(shape)].view(shape)
-        if plan is None:
-            row_shrink(x, slots, layer, pages, tables, modules, u, max_rank)
-        else:
-            planned_shrink(x, plan, layer, group, pages, u)
-        return u
-
-    def _expand_rows(self, layer: int, group: Group, u: torch.Tensor, y: torch.Tensor) -> None:
-        state, slots, max_rank, plan = self._state, self._step.adapter_slots, self._step.max_row_rank, self._row_plan
-        tables, modules, pages = state.adapters.tables, state.adapters.groups[group], state.layers[layer]
-        if plan is None:
-            row_expand(u, slots, layer, pages, tables, modules, y, max_rank)
-        else:
-            planned_expand(u, plan, layer, group, pages, y, max_rank)
+    def _take_unexpanded(self) -> _Unexpanded | None:
+        late, self._unexpanded = self._unexpanded, None
+        return late
 
     def _add_segments(self, layer: int, group: Group, x: torch.Tensor, segments: Segments, y: torch.Tensor) -> None:
         state, plan, ranks, block_m = self._state, segments.plan, segments.max_ranks[group], segments.block_m

@@ -1,0 +1,102 @@
+"""The LoRA of decoded tokens, one by one: a first half, and a second half alone or with the op behind the projection.
+
+Made once a step, as TritonStep is. A step's launches are what few adapters cost: where all tokens are decoded ones, the
+second half is computed by the kernel that takes the projection's output anyway.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from kernels.gpu.adapter_tables import FEW_RANKS, MAX_RANK, LoraGroup
+from kernels.gpu.expand_add_rms_norm import expand_add_rms_norm
+from kernels.gpu.expand_rope_kv_write import Rotation, expand_rope_kv_write, fits, planned_expand_rope_kv_write
+from kernels.gpu.expand_silu_mul import expand_silu_mul, planned_expand_silu_mul
+from kernels.gpu.planned_shrink import planned_shrink
+from kernels.gpu.row_expand import planned_expand, row_expand
+from kernels.gpu.row_plan import RowPlan
+from kernels.gpu.row_shrink import num_splits_for, row_shrink
+from services.engine.execution.gpu.step_tensors import DeviceState, StepTensors
+from services.engine.model.step_ops import Group
+
+
+class RowLora:
+    """Of one step."""
+
+    def __init__(self, state: DeviceState, step: StepTensors) -> None:
+        self._state = state
+        self._step = step
+        # Of a large batch only.
+        self._plan: RowPlan | None = None
+        # Scratch, by group: the same for all layers.
+        self._spaces: dict[Group, torch.Tensor] = {}
+
+    def plan(self) -> None:
+        """At the step's beginning, ahead of the first norm and product, as row_plan asks."""
+        planner = self._state.row_planner
+        if planner.needs_plan(self._step.num_decode):
+            self._plan = planner.plan(self._step.adapter_slots)
+
+    def expands_late(self, group: Group) -> bool:
+        """Whether the second half is left to the op behind the projection."""
+        step, state = self._step, self._state
+        if step.prefill is not None or step.segments is not None or step.logit_rows is not None:
+            return False
+        if group == Group.QKV:
+            return fits(state.config.head_dim, state.adapters.tables.tile_elems)
+        # A norm has a program a token: it would be long for large ranks.
+        return group == Group.GATE_UP or step.max_row_rank <= FEW_RANKS
+
+    def shrink(self, layer: int, group: Group, x: torch.Tensor) -> torch.Tensor:
+        """The first half, of the first rows of x: rank space, float32 `[num_splits, num_decode, ranks]`."""
+        state, slots = self._state, self._step.adapter_slots
+        tables, modules, pages = state.adapters.tables, self._modules(group), state.layers[layer]
+        u = self._spaces.get(group)
+        if u is None:
+            shape = (num_splits_for(len(slots), modules, tables.tile_elems), len(slots), MAX_RANK * modules.num_modules)
+            u = self._spaces[group] = state.rank_space[: math.prod(shape)].view(shape)
+        if self._plan is None:
+            row_shrink(x, slots, layer, pages, tables, modules, u, self._step.max_row_rank)
+        else:
+            planned_shrink(x, self._plan, layer, group, pages, u)
+        return u
+
+    def expand(self, layer: int, group: Group, u: torch.Tensor, y: torch.Tensor) -> None:
+        """The second half, added to the first rows of y."""
+        state, slots, max_rank = self._state, self._step.adapter_slots, self._step.max_row_rank
+        pages = state.layers[layer]
+        if self._plan is None:
+            row_expand(u, slots, layer, pages, state.adapters.tables, self._modules(group), y, max_rank)
+        else:
+            planned_expand(u, self._plan, layer, group, pages, y, max_rank)
+
+    def expand_rotate(self, layer: int, u: torch.Tensor, qkv: torch.Tensor, rotation: Rotation) -> None:
+        """The second half of q k v, and what lies between them and attention."""
+        state, slots, max_rank = self._state, self._step.adapter_slots, self._step.max_row_rank
+        pages, modules = state.pool.kv_pages(layer), self._modules(Group.QKV)
+        if self._plan is None:
+            expand_rope_kv_write(u, slots, layer, pages, state.adapters.tables, modules, qkv, rotation, max_rank)
+        else:
+            planned_expand_rope_kv_write(u, self._plan, layer, Group.QKV, pages, qkv, rotation, max_rank)
+
+    def expand_gate(self, layer: int, u: torch.Tensor, gate_up: torch.Tensor) -> torch.Tensor:
+        """The second half of gate and up, and the gate."""
+        state, slots, max_rank = self._state, self._step.adapter_slots, self._step.max_row_rank
+        pages, modules = state.layers[layer], self._modules(Group.GATE_UP)
+        if self._plan is None:
+            return expand_silu_mul(u, slots, layer, pages, state.adapters.tables, modules, gate_up, max_rank)
+        return planned_expand_silu_mul(u, self._plan, layer, Group.GATE_UP, pages, gate_up, max_rank)
+
+    def expand_add_norm(
+        self, layer: int, group: Group, u: torch.Tensor, hidden: torch.Tensor, branch: torch.Tensor,
+        weight: torch.Tensor, eps: float,
+    ) -> torch.Tensor:  # fmt: skip
+        """The second half of o or down, the sum with `hidden`, and its norm."""
+        state, slots = self._state, self._step.adapter_slots
+        tables, modules, pages = state.adapters.tables, self._modules(group), state.layers[layer]
+        return expand_add_rms_norm(u, slots, layer, pages, tables, modules, hidden, branch, weight, eps)
+
+    def _modules(self, group: Group) -> LoraGroup:
+        return self._state.adapters.groups[group]

@@ -1,0 +1,88 @@
+"""expand_add_rms_norm and expand_silu_mul against row_expand followed by the op behind it."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from kernels.gpu.adapter_tables import LoraGroup
+from kernels.gpu.add_rms_norm import add_rms_norm
+from kernels.gpu.expand_add_rms_norm import expand_add_rms_norm
+from kernels.gpu.expand_silu_mul import expand_silu_mul, planned_expand_silu_mul
+from kernels.gpu.row_expand import ExpandBlocks, row_expand
+from kernels.gpu.row_plan import RowPlanner
+from kernels.gpu.row_shrink import row_shrink
+from kernels.gpu.silu_mul import silu_mul
+from tests.kernels.gpu.gpu_lora_cases import (
+    LAYER,
+    POPULARITIES,
+    LoraCase,
+    random_case,
+    random_ranks,
+    random_slots,
+)
+
+ROUNDING = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+BATCH = 7
+
+
+def random_rank_space(
+    rng: random.Random, group: LoraGroup, ranks: list[int], dtype: torch.dtype, device: torch.device
+) -> tuple[LoraCase, torch.Tensor, torch.Tensor]:
+    """Adapters, the tokens' slots, and rank space; what no adapter has is NaN."""
+    case = random_case(
+        rng, group, [random_ranks(rng, group, ranks) for _ in range(4)], 16, rng.choice([4, 64]), dtype, device
+    )
+    slots = random_slots(rng, 4, BATCH, rng.choice(POPULARITIES))
+    slot_tensor = torch.tensor(slots, dtype=torch.int32, device=device)
+    u = torch.full((rng.choice([1, 2, 3]), BATCH, group.num_modules * 256), float("nan"), device=device)
+    x = torch.randn(BATCH, group.in_features).to(dtype).to(device)
+    row_shrink(x, slot_tensor, LAYER, case.pages, case.tables, group, u)
+    return case, slot_tensor, u
+
+
+def assert_near(out: torch.Tensor, expected: torch.Tensor) -> None:
+    tolerance = ROUNDING[out.dtype]
+    torch.testing.assert_close(out, expected, rtol=tolerance, atol=tolerance * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("size", [80, 128, 1024])
+@pytest.mark.parametrize("ranks", [[1, 3, 8, 16], [17, 70]], ids=str)
+def test_sum_and_norm(
+    rng: random.Random, size: int, ranks: list[int], dtype: torch.dtype, device: torch.device
+) -> None:
+    group = LoraGroup(3, 96, (size,))
+    case, slots, u = random_rank_space(rng, group, ranks, dtype, device)
+    hidden = (torch.randn(BATCH, size) * 3).to(dtype).to(device)
+    branch = torch.randn(BATCH, size + 16).to(dtype).to(device)[:, :size]
+    weight = torch.randn(size).to(dtype).to(device)
+    added, summed, before = branch.clone(), hidden.clone(), branch.clone()
+    row_expand(u, slots, LAYER, case.pages, case.tables, group, added)
+    expected = add_rms_norm(summed, added, weight, 1e-5)
+    out = expand_add_rms_norm(u, slots, LAYER, case.pages, case.tables, group, hidden, branch, weight, 1e-5)
+    assert_near(hidden, summed)
+    assert_near(out, expected)
+    assert torch.equal(branch, before)
+    assert (slots < 0).all() or not case.adapters[int(slots.max())].lora_a or not torch.equal(added, branch)
+
+
+@pytest.mark.parametrize("blocks", [None, ExpandBlocks(1, 8, 1), ExpandBlocks(4, 2, 2)], ids=str)
+@pytest.mark.parametrize("planned", [False, True])
+@pytest.mark.parametrize("size", [80, 512])
+def test_gate(
+    rng: random.Random, size: int, planned: bool, blocks: ExpandBlocks | None, dtype: torch.dtype, device: torch.device
+) -> None:
+    group = LoraGroup(4, 96, (size, size))
+    case, slots, u = random_rank_space(rng, group, [1, 3, 8, 17, 40], dtype, device)
+    gate_up = (torch.randn(BATCH, 2 * size) * 3).to(dtype).to(device)
+    added, before = gate_up.clone(), gate_up.clone()
+    row_expand(u, slots, LAYER, case.pages, case.tables, group, added)
+    if planned:
+        plan = RowPlanner(case.tables, [LoraGroup(2, 16, (16,)), group], BATCH).plan(slots)
+        out = planned_expand_silu_mul(u, plan, LAYER, 1, case.pages, gate_up, blocks=blocks)
+    else:
+        out = expand_silu_mul(u, slots, LAYER, case.pages, case.tables, group, gate_up, blocks=blocks)
+    assert_near(out, silu_mul(added))
+    assert torch.equal(gate_up, before)
