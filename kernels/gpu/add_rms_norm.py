@@ -39,10 +39,13 @@ def _kernel(
     tl.store(out + token * SIZE + columns, (normed * gain).to(x.dtype), mask=inside)
 
 
-def add_rms_norm(hidden: torch.Tensor, branch: torch.Tensor | None, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """Adds `branch` to `hidden` in place and returns `hidden` normalised, a new tensor."""
+def add_rms_norm(
+    hidden: torch.Tensor, branch: torch.Tensor | None, weight: torch.Tensor, eps: float, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Adds `branch` to `hidden` in place and returns `hidden` normalised: `out`, or a new tensor."""
     num_tokens, size = hidden.shape
-    out = torch.empty((num_tokens, size), dtype=hidden.dtype, device=hidden.device)
+    if out is None:
+        out = torch.empty((num_tokens, size), dtype=hidden.dtype, device=hidden.device)
     block = triton.next_power_of_2(size)
     gdc = has_early_launch(hidden.device)
     _kernel[(num_tokens,)](

@@ -36,19 +36,18 @@ def expand_add_rms_norm(
     branch: torch.Tensor,
     weight: torch.Tensor,
     eps: float,
-) -> torch.Tensor:
-    """Adds `branch`, and what adapters add to it, to `hidden` in place; returns `hidden` normalised, a new tensor.
+    out: torch.Tensor,
+) -> None:
+    """Adds `branch`, and what adapters add to it, to `hidden` in place; `out` is `hidden` normalised.
 
-    group has one module. pages `[num_pages, page_elems]`.
+    Tokens are as many as slots: rows behind are left alone. group has one module. pages `[num_pages, page_elems]`.
     """
-    out = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device)
     layout = tables.layout
     grid, constants = _launch(u.shape, group, layout, pages.shape[1])
     _expand_norm_kernel[grid](
         u, slots, pages, tables.page_table, tables.rank, tables.lora_b_tile, hidden, branch, weight, out,
         hidden.stride(0), branch.stride(0), layer * layout.layer_stride + group.first_module, eps, **constants,
     )  # fmt: skip
-    return out
 
 
 @functools.cache

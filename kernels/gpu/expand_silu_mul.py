@@ -37,11 +37,15 @@ def expand_silu_mul(
     tables: GpuAdapterTables,
     group: LoraGroup,
     gate_up: torch.Tensor,
+    out: torch.Tensor,
     max_rank: int = MAX_RANK,
     blocks: ExpandBlocks | None = None,
-) -> torch.Tensor:
-    """The gated half of `gate_up` with what adapters add, a new tensor. blocks: tiles of gate, and as many of up."""
-    return _launch_gated(u, slots, slots, 0, False, layer, pages, tables, group, gate_up, max_rank, blocks)
+) -> None:
+    """`out` is the gated half of `gate_up` with what adapters add. blocks: tiles of gate, and as many of up.
+
+    Tokens are as many as slots: rows behind are left alone.
+    """
+    _launch_gated(u, slots, slots, 0, False, layer, pages, tables, group, gate_up, out, max_rank, blocks)
 
 
 def planned_expand_silu_mul(
@@ -51,30 +55,29 @@ def planned_expand_silu_mul(
     group: int,
     pages: torch.Tensor,
     gate_up: torch.Tensor,
+    out: torch.Tensor,
     max_rank: int = MAX_RANK,
     blocks: ExpandBlocks | None = None,
-) -> torch.Tensor:
+) -> None:
     """The same for the plan's `group`."""
     offset, modules = (layer * len(plan.groups) + group) * plan.batch, plan.groups[group]
-    return _launch_gated(
-        u, plan.slots, plan.order, offset, True, layer, pages, plan.tables, modules, gate_up, max_rank, blocks
+    _launch_gated(
+        u, plan.slots, plan.order, offset, True, layer, pages, plan.tables, modules, gate_up, out, max_rank, blocks
     )
 
 
 def _launch_gated(
     u: torch.Tensor, slots: torch.Tensor, order: torch.Tensor, order_offset: int, ordered: bool, layer: int,
-    pages: torch.Tensor, tables: GpuAdapterTables, group: LoraGroup, gate_up: torch.Tensor, max_rank: int,
-    blocks: ExpandBlocks | None,
-) -> torch.Tensor:  # fmt: skip
+    pages: torch.Tensor, tables: GpuAdapterTables, group: LoraGroup, gate_up: torch.Tensor, out: torch.Tensor,
+    max_rank: int, blocks: ExpandBlocks | None,
+) -> None:  # fmt: skip
     layout = tables.layout
     blocks = blocks or _half(blocks_for(u.shape[0], u.shape[1], group, layout.tile_elems, max_rank))
-    out = torch.empty(len(gate_up), gate_up.shape[1] // 2, dtype=gate_up.dtype, device=gate_up.device)
     grid, constants = _launch(u.shape, group, layout, pages.shape[1], blocks)
     _expand_gate_kernel[grid](
         u, slots, order, pages, tables.page_table, tables.rank, tables.lora_b_tile, gate_up, out,
         layer * layout.layer_stride + group.first_module, order_offset, ORDERED=ordered, **constants,
     )  # fmt: skip
-    return out
 
 
 def _half(blocks: ExpandBlocks) -> ExpandBlocks:

@@ -71,14 +71,14 @@ def put_heads(
     tl.store(pages + target[:, None] + half_columns[None, :] + HALF, rb, mask=to_page)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_token"])
 def _kernel(
-    qkv, pages, positions, slots, rope, q_norm, k_norm, eps,
+    qkv, pages, positions, slots, rope, q_norm, k_norm, eps, first_token,
     NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HALF: tl.constexpr, BLOCK_HALF: tl.constexpr,
     TOKENS_PER_PAGE: tl.constexpr, HEADS: tl.constexpr, QK_NORM: tl.constexpr, GDC: tl.constexpr,
 ):  # fmt: skip
     start_early(GDC)
-    token = tl.program_id(0)
+    token = first_token + tl.program_id(0)
     slot = tl.load(slots + token)
     if slot < 0:
         return
@@ -104,14 +104,20 @@ def rope_kv_write(
     rope: torch.Tensor,
     qk_norm: tuple[torch.Tensor, torch.Tensor] | None,
     eps: float,
+    first_token: int = 0,
 ) -> None:
-    """Rotates queries in place and puts keys and values into their pages. No two tokens share a slot."""
+    """Rotates queries in place and puts keys and values into their pages, from `first_token` on.
+
+    No two tokens share a slot.
+    """
     num_kv_heads, tokens_per_page, head_dim = pages.shape[2:]
     num_tokens, num_columns = qkv.shape
     num_all = num_columns // head_dim
     q_norm, k_norm = (rope, rope) if qk_norm is None else qk_norm
     gdc = has_early_launch(qkv.device)
-    _kernel[(num_tokens, triton.cdiv(num_all, _HEADS))](
+    if num_tokens == first_token:
+        return
+    _kernel[(num_tokens - first_token, triton.cdiv(num_all, _HEADS))](
         qkv,
         pages,
         positions,
@@ -120,6 +126,7 @@ def rope_kv_write(
         q_norm,
         k_norm,
         eps,
+        first_token,
         NUM_HEADS=num_all - 2 * num_kv_heads,
         NUM_KV_HEADS=num_kv_heads,
         HALF=head_dim // 2,

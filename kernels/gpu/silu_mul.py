@@ -31,11 +31,12 @@ def _kernel(gate_up, out, SIZE: tl.constexpr, BLOCK: tl.constexpr, GDC: tl.const
     tl.store(out + token * SIZE + columns, (silu * up.to(tl.float32)).to(gate.dtype), mask=inside)
 
 
-def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
-    """The gated half of `gate_up`, a new tensor."""
+def silu_mul(gate_up: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    """The gated half of `gate_up`: `out`, or a new tensor."""
     num_tokens, double = gate_up.shape
     size = double // 2
-    out = torch.empty((num_tokens, size), dtype=gate_up.dtype, device=gate_up.device)
+    if out is None:
+        out = torch.empty((num_tokens, size), dtype=gate_up.dtype, device=gate_up.device)
     grid, gdc = (num_tokens, triton.cdiv(size, _BLOCK)), has_early_launch(gate_up.device)
     _kernel[grid](gate_up, out, SIZE=size, BLOCK=_BLOCK, GDC=gdc, num_warps=4, launch_pdl=gdc)
     return out

@@ -42,11 +42,11 @@ class Decoder:
         hidden, branch = ops.embed(self._embedding), None
         for layer in self._layers:
             branch = layer.forward(hidden, branch, ops)
-        hidden = ops.sampled(hidden)
-        if hidden.shape[0] == 0:
-            return hidden.new_empty((0, self._config.vocab_size))
-        branch = None if branch is None else ops.sampled(branch)
-        return ops.whole_logits(self._logits(ops.add_norm(hidden, branch, self._norm, self._config.norm_eps)))
+        hidden = ops.add_norm(hidden, branch, self._norm, self._config.norm_eps)
+        sampled = ops.sampled(hidden)
+        if len(sampled) == 0:
+            return sampled.new_empty((0, self._config.vocab_size))
+        return ops.whole_logits(self._logits(sampled))
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Of the part of the vocabulary that is held."""

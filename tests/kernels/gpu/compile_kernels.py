@@ -112,7 +112,7 @@ def call_row_lora(model: Model, batch: int, rank: int) -> None:
     ]
     x = [empty(batch, group.in_features) for group in model.groups]
     y = [empty(batch, sum(group.out_features)) for group in model.groups]
-    planner = RowPlanner(tables, model.groups, batch)
+    planner, gated = RowPlanner(tables, model.groups, batch), empty(batch, INNER)
     rotation = Rotation(slots, slots, model.rope, None, 1e-5)
     if planner.needs_plan(batch):
         plan = planner.plan(slots)
@@ -120,17 +120,17 @@ def call_row_lora(model: Model, batch: int, rank: int) -> None:
             planned_shrink(x[number], plan, 0, number, pages, u[number])
             planned_expand(u[number], plan, 0, number, pages, y[number], rank)
         planned_expand_rope_kv_write(u[0], plan, 0, 0, model.kv_pages, y[0], rotation, rank)
-        planned_expand_silu_mul(u[2], plan, 0, 2, pages, y[2], rank)
+        planned_expand_silu_mul(u[2], plan, 0, 2, pages, y[2], gated, rank)
         return
     for number, group in enumerate(model.groups):
         row_shrink(x[number], slots, 0, pages, tables, group, u[number], rank)
         row_expand(u[number], slots, 0, pages, tables, group, y[number], rank)
     for one in (rotation, rotation._replace(qk_norm=model.qk_norm)):
         expand_rope_kv_write(u[0], slots, 0, model.kv_pages, tables, model.qkv, y[0], one, rank)
-    expand_silu_mul(u[2], slots, 0, pages, tables, model.gate_up, y[2], rank)
+    expand_silu_mul(u[2], slots, 0, pages, tables, model.gate_up, y[2], gated, rank)
     for number in (1, 3):
         branch, group = y[number], model.groups[number]
-        expand_add_rms_norm(u[number], slots, 0, pages, tables, group, y[1], branch, model.norm_weight, 1e-5)
+        expand_add_rms_norm(u[number], slots, 0, pages, tables, group, y[1], branch, model.norm_weight, 1e-5, x[1])
 
 
 def call_segment_lora(model: Model) -> None:

@@ -61,7 +61,8 @@ def test_sum_and_norm(
     added, summed, before = branch.clone(), hidden.clone(), branch.clone()
     row_expand(u, slots, LAYER, case.pages, case.tables, group, added)
     expected = add_rms_norm(summed, added, weight, 1e-5)
-    out = expand_add_rms_norm(u, slots, LAYER, case.pages, case.tables, group, hidden, branch, weight, 1e-5)
+    out = torch.empty_like(hidden)
+    expand_add_rms_norm(u, slots, LAYER, case.pages, case.tables, group, hidden, branch, weight, 1e-5, out)
     assert_near(hidden, summed)
     assert_near(out, expected)
     assert torch.equal(branch, before)
@@ -79,10 +80,11 @@ def test_gate(
     gate_up = (torch.randn(BATCH, 2 * size) * 3).to(dtype).to(device)
     added, before = gate_up.clone(), gate_up.clone()
     row_expand(u, slots, LAYER, case.pages, case.tables, group, added)
+    out = gate_up.new_empty(BATCH, size)
     if planned:
         plan = RowPlanner(case.tables, [LoraGroup(2, 16, (16,)), group], BATCH).plan(slots)
-        out = planned_expand_silu_mul(u, plan, LAYER, 1, case.pages, gate_up, blocks=blocks)
+        planned_expand_silu_mul(u, plan, LAYER, 1, case.pages, gate_up, out, blocks=blocks)
     else:
-        out = expand_silu_mul(u, slots, LAYER, case.pages, case.tables, group, gate_up, blocks=blocks)
+        expand_silu_mul(u, slots, LAYER, case.pages, case.tables, group, gate_up, out, blocks=blocks)
     assert_near(out, silu_mul(added))
     assert torch.equal(gate_up, before)

@@ -1,7 +1,7 @@
 """The LoRA of decoded tokens, one by one: a first half, and a second half alone or with the op behind the projection.
 
-Made once a step, as TritonStep is. A step's launches are what few adapters cost: where all tokens are decoded ones, the
-second half is computed by the kernel that takes the projection's output anyway.
+Made once a step, as TritonStep is. A step's launches are what few adapters cost: where it can, the kernel that takes
+the projection's output anyway computes the second half. Decoded tokens are a step's first rows.
 """
 
 from __future__ import annotations
@@ -41,13 +41,10 @@ class RowLora:
 
     def expands_late(self, group: Group) -> bool:
         """Whether the second half is left to the op behind the projection."""
-        step, state = self._step, self._state
-        if step.prefill is not None or step.segments is not None or step.logit_rows is not None:
-            return False
         if group == Group.QKV:
-            return fits(state.config.head_dim, state.adapters.tables.tile_elems)
+            return fits(self._state.config.head_dim, self._state.adapters.tables.tile_elems)
         # A norm has a program a token: it would be long for large ranks.
-        return group == Group.GATE_UP or step.max_row_rank <= FEW_RANKS
+        return group == Group.GATE_UP or self._step.max_row_rank <= FEW_RANKS
 
     def shrink(self, layer: int, group: Group, x: torch.Tensor) -> torch.Tensor:
         """The first half, of the first rows of x: rank space, float32 `[num_splits, num_decode, ranks]`."""
@@ -81,22 +78,23 @@ class RowLora:
         else:
             planned_expand_rope_kv_write(u, self._plan, layer, Group.QKV, pages, qkv, rotation, max_rank)
 
-    def expand_gate(self, layer: int, u: torch.Tensor, gate_up: torch.Tensor) -> torch.Tensor:
+    def expand_gate(self, layer: int, u: torch.Tensor, gate_up: torch.Tensor, out: torch.Tensor) -> None:
         """The second half of gate and up, and the gate."""
         state, slots, max_rank = self._state, self._step.adapter_slots, self._step.max_row_rank
         pages, modules = state.layers[layer], self._modules(Group.GATE_UP)
         if self._plan is None:
-            return expand_silu_mul(u, slots, layer, pages, state.adapters.tables, modules, gate_up, max_rank)
-        return planned_expand_silu_mul(u, self._plan, layer, Group.GATE_UP, pages, gate_up, max_rank)
+            expand_silu_mul(u, slots, layer, pages, state.adapters.tables, modules, gate_up, out, max_rank)
+        else:
+            planned_expand_silu_mul(u, self._plan, layer, Group.GATE_UP, pages, gate_up, out, max_rank)
 
     def expand_add_norm(
         self, layer: int, group: Group, u: torch.Tensor, hidden: torch.Tensor, branch: torch.Tensor,
-        weight: torch.Tensor, eps: float,
-    ) -> torch.Tensor:  # fmt: skip
+        weight: torch.Tensor, eps: float, out: torch.Tensor,
+    ) -> None:  # fmt: skip
         """The second half of o or down, the sum with `hidden`, and its norm."""
         state, slots = self._state, self._step.adapter_slots
         tables, modules, pages = state.adapters.tables, self._modules(group), state.layers[layer]
-        return expand_add_rms_norm(u, slots, layer, pages, tables, modules, hidden, branch, weight, eps)
+        expand_add_rms_norm(u, slots, layer, pages, tables, modules, hidden, branch, weight, eps, out)
 
     def _modules(self, group: Group) -> LoraGroup:
         return self._state.adapters.groups[group]

@@ -53,10 +53,14 @@ class TritonStep:
         self, hidden: torch.Tensor, branch: torch.Tensor | None, weight: torch.Tensor, eps: float
     ) -> torch.Tensor:
         """`hidden += branch`, then `hidden` normalised."""
-        late = self._take_unexpanded()
+        late, n = self._take_unexpanded(), self._step.num_decode
         if late is None or branch is None:
             return add_rms_norm(hidden, branch, weight, eps)
-        return self._rows.expand_add_norm(late.layer, late.group, late.u, hidden, branch, weight, eps)
+        out = torch.empty_like(hidden)
+        self._rows.expand_add_norm(late.layer, late.group, late.u, hidden, branch, weight, eps, out)
+        if n < len(hidden):
+            add_rms_norm(hidden[n:], branch[n:], weight, eps, out[n:])
+        return out
 
     def project(self, layer: int, group: Group, linear: Linear, x: torch.Tensor) -> torch.Tensor:
         """The product, with what the adapters add to it."""
@@ -78,11 +82,9 @@ class TritonStep:
         state, step = self._state, self._step
         config, pages = state.config, state.pool.kv_pages(layer)
         rotation = Rotation(step.positions, step.slots, state.rope, qk_norm, config.norm_eps)
-        late = self._take_unexpanded()
-        if late is None:
-            rope_kv_write(qkv, pages, *rotation)
-        else:
+        if (late := self._take_unexpanded()) is not None:
             self._rows.expand_rotate(layer, late.u, qkv, rotation)
+        rope_kv_write(qkv, pages, *rotation, first_token=0 if late is None else step.num_decode)
         q = qkv.view(len(qkv), -1, config.head_dim)[:, : config.num_heads]
         out = state.attended[: len(qkv)]
         scale, n = config.head_dim**-0.5, step.num_decode
@@ -95,8 +97,14 @@ class TritonStep:
 
     def gate(self, gate_up: torch.Tensor) -> torch.Tensor:
         """`silu(gate) * up`."""
-        late = self._take_unexpanded()
-        return silu_mul(gate_up) if late is None else self._rows.expand_gate(late.layer, late.u, gate_up)
+        late, n = self._take_unexpanded(), self._step.num_decode
+        if late is None:
+            return silu_mul(gate_up)
+        out = gate_up.new_empty(len(gate_up), gate_up.shape[1] // 2)
+        self._rows.expand_gate(late.layer, late.u, gate_up, out)
+        if n < len(gate_up):
+            silu_mul(gate_up[n:], out[n:])
+        return out
 
     def sampled(self, rows: torch.Tensor) -> torch.Tensor:
         """The rows whose logits are wanted."""
