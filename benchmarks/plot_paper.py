@@ -39,7 +39,7 @@ AXES = {
     "alpha": ("alpha", "exponent of the adapters' popularity (1: all alike)"),
 }
 
-TTFT_TICKS = (0.05, 0.2, 1, 6, 30, 150)
+TTFT_TICKS = (0.02, 0.1, 1, 6, 30, 150)
 GRAY = "#bbbbbb"
 
 Rows = Sequence[Mapping[str, Any]]
@@ -137,7 +137,7 @@ def _draw_lines(axes: Axes, rows: Rows, metric: str, field: str) -> None:
     if metric in ("attainment", "satisfaction"):
         axes.set_ylim(-0.03, 1.05)
     elif metric == "ttft_mean_s":
-        axes.set(yscale="log", ylim=(0.03, 250))
+        axes.set(yscale="log", ylim=(0.012, 250))
         axes.set_yticks(TTFT_TICKS, [f"{tick:g}" for tick in TTFT_TICKS])
         axes.minorticks_off()
         axes.axhline(6.0, color=GRAY, linewidth=1, zorder=0)

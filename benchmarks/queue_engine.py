@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from benchmarks.routing_trace import SizedRequest
-from benchmarks.step_model import StepModel, StepWork, adapter_bytes, adapter_pages
+from benchmarks.step_model import StepModel, StepWork, adapter_bytes, adapter_pages, lora_bytes_read
 from benchmarks.virtual_engine import EngineShape
 
 LOOK_AHEAD = 32
@@ -80,6 +80,8 @@ class QueueEngine:
         # Who decodes, by the number of the step after which it ends; how many tokens they hold.
         self._decoding: list[tuple[int, int, Job]] = []
         self._context = 0
+        # By adapter, how many decode.
+        self._decodes: Counter[str] = Counter()
         self._num_added = 0
         self._num_free = shape.num_pages
         self._pins: Counter[str] = Counter()
@@ -166,7 +168,7 @@ class QueueEngine:
             num_prefilled += chunk
             if job.num_left_of_prompt == 0:
                 step.prefilled.append(job)
-        lora_bytes = num_decoding * self._adapter_bytes
+        lora_bytes = lora_bytes_read(num_decoding, [(self._adapter_bytes, count) for count in self._decodes.values()])
         work = StepWork(num_decoding, context, num_prefilled, lora_bytes, num_prefilled, bool(self._loading))
         step.ends_at = now + self._model.step_seconds(work)
         self._step = step
@@ -245,6 +247,7 @@ class QueueEngine:
         while self._decoding and self._decoding[0][0] <= self._num_steps:
             job = heapq.heappop(self._decoding)[2]
             self._context -= job.request.num_prompt + job.request.num_outputs
+            _take_one(self._decodes, job.digest)
             ended.append(job)
         for job in step.prefilled:
             job.first_token_at = step.ends_at
@@ -256,6 +259,7 @@ class QueueEngine:
             last = self._num_steps + job.request.num_outputs - 1
             heapq.heappush(self._decoding, (last, self._num_added, job))
             self._context += job.request.num_prompt + 1
+            self._decodes[job.digest] += 1
         for job in ended:
             job.ended_at = step.ends_at
             self._release(job)
@@ -263,7 +267,13 @@ class QueueEngine:
 
     def _release(self, job: Job) -> None:
         self._num_free += job.num_pages
-        self._pins[job.digest] -= 1
-        if not self._pins[job.digest]:
-            del self._pins[job.digest]
+        _take_one(self._pins, job.digest)
+        if job.digest not in self._pins:
             self._idle[job.digest] = None
+
+
+def _take_one(counts: Counter[str], digest: str) -> None:
+    """One less of `digest`, which is left out when there is none."""
+    counts[digest] -= 1
+    if not counts[digest]:
+        del counts[digest]

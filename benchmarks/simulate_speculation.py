@@ -44,6 +44,8 @@ class Scene:
     waves: Waves | None
     engine: EngineShape
     load_seconds: float
+    setting: str = "S1"
+    """Whose steps these are (`benchmarks.step_model`): S2's where adapters are large."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,8 @@ def draw(scene: Scene, seed: int) -> list[Arrival]:
 def serve(scene: Scene, half_life: float, arrivals: Sequence[Arrival]) -> Seen:
     """Takes `arrivals` through an engine; `half_life` 0 is without speculation."""
     shape = replace(scene.engine, popularity_half_life_seconds=half_life)
-    engine = VirtualEngine(PolicyConfig(), shape, replace(measured_model(), load=scene.load_seconds, load_byte=0.0))
+    model = replace(measured_model(scene.setting), load=scene.load_seconds, load_byte=0.0)
+    engine = VirtualEngine(PolicyConfig(), shape, model)
     begin = arrivals[-1].request.arrival_seconds / 2
     return _seen(engine, [one for one in engine.serve(arrivals) if one.arrival.request.arrival_seconds >= begin])
 
@@ -131,7 +134,7 @@ def scenes(duration: float) -> dict[str, Scene]:
     return {
         "rank 8, 5 ms a load": first,
         "rank 8, 50 ms a load": replace(first, load_seconds=0.05),
-        "rank 64, 67 ms a load": replace(first, engine=large, load_seconds=0.067),
+        "rank 64, 67 ms a load": replace(first, engine=large, load_seconds=0.067, setting="S2"),
         "rank 8, 50 ms, prefix cache": replace(first, engine=replace(small, prefix_cache=True), load_seconds=0.05),
         "rank 8, 50 ms, no waves": replace(first, waves=None, engine=EngineShape(num_pages=1500), load_seconds=0.05),
         "rank 8, 5 ms, room for all": replace(first, engine=EngineShape()),

@@ -1,20 +1,25 @@
 """How long an engine's steps and loads take: fitted to rows that were measured on an H200.
 
 The rows are those of `benchmarks/results/h200.json`, Llama-7B's shape in bfloat16, LoRA on q, k, v, o: decode steps of
-several batches, without and with adapters; the quiet steps of *churn*, whose sequences are longer; prefill; loads.
-Those of *paper_mix* are left out: they are what `benchmarks.simulate_paper` holds the model to.
+several batches, without and with adapters; the quiet steps of *churn*, whose sequences are longer; steps with prompts;
+prefill; loads. Those of *paper_mix* are left out: they are what `benchmarks.simulate_paper` holds the model to.
 
 A step's time is a sum, as its parts follow one another on the device: the base model's products, each decode, each
 token that decodes look back on, what a prompt adds to any step, and what LoRA adds to decodes and prompts. The products
-take as long as reading the weights, or as multiplying the step's tokens by them, whichever is longer. In decode each
-sequence reads its own adapter's rows, so that what counts is the bytes of all sequences' adapters, shared or not; rows
-of sequences that share one would tell them apart, but there are none.
+take as long as reading the weights, or as multiplying the step's tokens by them, whichever is longer. What LoRA adds to
+decodes goes by the bytes that they read of adapters: where the engine computes sequences of one adapter together
+(ADR 32; the rule is the engine's) each adapter's once, else those of each sequence's own, shared or not.
+
+Left out, because no row of a step tells it: that sequences that are computed together have kernels of their own; and
+that where they are not, bytes that several of them read come out of the cache. Left out to keep it simple: the sizes to
+which steps are padded, and a batch of one, which has kernels of its own too.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +28,10 @@ from typing import Any
 import numpy as np
 
 from benchmarks.record import RESULTS
+from kernels.gpu.adapter_tables import FEW_RANKS
+from kernels.gpu.segment_shrink import RUN_BLOCK_M
+from services.engine.execution.gpu.step_arrays import TOKENS_OF_RUN_BLOCK
+from services.engine.execution.gpu.step_graphs import CaptureSizes
 
 RANKS: Mapping[str, tuple[int, ...]] = {"base": (), "S1": (8,), "S2": (64, 32, 16, 8)}
 """Ranks of the adapters of a setting, in turn."""
@@ -37,6 +46,9 @@ PAGE_BYTES = 2**23
 DECODE_CONTEXT, CHURN_CONTEXT = 256 + 128 / 2, 256 + 768 / 2
 CHURN_BATCH = 32
 PREFILL_TOKENS = 128 * 256
+
+RUNS_FROM = CaptureSizes(decode=()).runs_from
+"""Sequences that decode, from which on those of one adapter may be computed together."""
 
 Rows = Iterable[Mapping[str, Any]]
 
@@ -54,12 +66,28 @@ def adapter_pages(rank: int) -> int:
     return -(-adapter_bytes(rank) // PAGE_BYTES)
 
 
+def lora_bytes_read(num_decodes: int, adapters: Sequence[tuple[int, int]]) -> int:
+    """By a step's decodes, of adapters of these sizes in bytes, each with the number of sequences that have it."""
+    if runs_together(num_decodes, adapters):
+        return sum(size for size, _ in adapters)
+    return sum(size * count for size, count in adapters)
+
+
+def runs_together(num_decodes: int, adapters: Sequence[tuple[int, int]]) -> bool:
+    """Whether a runner computes sequences of one adapter together: its rule (ADR 32), by numbers instead of slots."""
+    max_rank = max((size for size, _ in adapters), default=0) // RANK_BYTES
+    if num_decodes < RUNS_FROM or max_rank <= FEW_RANKS:
+        return False
+    num_blocks = sum(-(-count // RUN_BLOCK_M) for _, count in adapters)
+    return num_blocks <= sum(count for _, count in adapters) // TOKENS_OF_RUN_BLOCK
+
+
 @dataclass(frozen=True, slots=True)
 class StepWork:
     """What there is to do in a step.
 
-    `num_context` are the tokens that decodes look back on, themselves included; `lora_bytes` is the sum over decodes of
-    the sizes of their adapters; `is_loading` says that an adapter is being loaded beside it.
+    `num_context` are the tokens that decodes look back on, themselves included; `lora_bytes` is what decodes read of
+    adapters (`lora_bytes_read`); `is_loading` says that an adapter is being loaded beside it.
     """
 
     num_decodes: int
@@ -120,7 +148,7 @@ def measured_model(setting: str = "S1", way: str = "lent") -> StepModel:
 def fit(rows: Rows, setting: str, way: str) -> StepModel:
     """Least squares of relative errors. Raises ValueError for rows that are missing, or a setting that is not known.
 
-    A batch of one is left out: it has kernels of its own, and no engine that is busy runs it.
+    A batch of one is left out: no engine that is busy runs it.
     """
     if setting not in RANKS:
         raise ValueError(f"a setting is one of {', '.join(RANKS)}, not {setting!r}")
@@ -159,25 +187,28 @@ def base_steps(rows: Rows) -> list[tuple[int, float, float]]:
 
 def lora_steps(rows: Rows, setting: str) -> list[tuple[int, int, float]]:
     """The same with adapters, a different one for each sequence: sequences, bytes of their adapters, seconds."""
-    ranks = RANKS[setting]
     return [
-        (row["batch"], sum(adapter_bytes(ranks[i % len(ranks)]) for i in range(row["batch"])), row["value"] / 1e3)
+        (row["batch"], _bytes_in_turn(setting, row["batch"]), row["value"] / 1e3)
         for row in _find(rows, "decode", setting, "tpot_ms")
     ]
 
 
 def mixed_steps(rows: Rows, setting: str) -> list[tuple[StepWork, float]]:
-    """Steps that were measured with a prompt in them, all with adapters or none; seconds. S1's stand for all ranks'."""
-    measured = "base" if setting == "base" else "S1"
+    """Steps that were measured with a prompt in them, all with adapters, a different one for each, or none; seconds."""
     return [
-        (_mixed_work(row["batch"], row["prompt"], RANKS[measured]), row["value"] / 1e3)
-        for row in _find(rows, "mixed", measured, "step_ms")
+        (_mixed_work(setting, row["batch"], row["prompt"]), row["value"] / 1e3)
+        for row in _find(rows, "mixed", setting, "step_ms")
     ]
 
 
-def _mixed_work(batch: int, prompt: int, ranks: tuple[int, ...]) -> StepWork:
-    lora_bytes = sum(adapter_bytes(ranks[i % len(ranks)]) for i in range(batch)) if ranks else 0
-    return StepWork(batch, round(batch * DECODE_CONTEXT), prompt, lora_bytes, prompt if ranks else 0)
+def _mixed_work(setting: str, batch: int, prompt: int) -> StepWork:
+    lora_bytes = _bytes_in_turn(setting, batch)
+    return StepWork(batch, round(batch * DECODE_CONTEXT), prompt, lora_bytes, prompt if lora_bytes else 0)
+
+
+def _bytes_in_turn(setting: str, count: int) -> int:
+    """Of so many adapters, whose ranks are the setting's in turn."""
+    return sum(adapter_bytes(rank) for rank in itertools.islice(itertools.cycle(RANKS[setting]), count))
 
 
 def _fit_prompt_steps(model: StepModel, rows: Sequence[Mapping[str, Any]], setting: str) -> StepModel:
@@ -187,12 +218,7 @@ def _fit_prompt_steps(model: StepModel, rows: Sequence[Mapping[str, Any]], setti
         return float(np.mean([seconds - model.step_seconds(work) for work, seconds in mixed_steps(rows, setting)]))
 
     model = dataclasses.replace(model, prompt_step=left(model, "base"))
-    if setting == "base":
-        return model
-    # The mixed steps with adapters have S1's.
-    token = (_value(rows, "prefill", "S1", "seconds") - _value(rows, "prefill", "base", "seconds")) / PREFILL_TOKENS
-    of_s1 = dataclasses.replace(model, lora_prompt_token=token, **_fit_decode_lora(rows, "S1"))
-    return dataclasses.replace(model, lora_prompt_step=left(of_s1, setting))
+    return model if setting == "base" else dataclasses.replace(model, lora_prompt_step=left(model, setting))
 
 
 def _fit_decode_lora(rows: Sequence[Mapping[str, Any]], setting: str) -> dict[str, float]:

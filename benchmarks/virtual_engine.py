@@ -8,7 +8,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import cast
 
-from benchmarks.step_model import RANKS, StepModel, StepWork, adapter_bytes, adapter_pages, measured_model
+from benchmarks.step_model import (
+    RANKS,
+    StepModel,
+    StepWork,
+    adapter_bytes,
+    adapter_pages,
+    lora_bytes_read,
+    measured_model,
+)
 from benchmarks.trace import TraceRequest
 from services.engine.adapters.device import AdapterDevice
 from services.engine.adapters.load_job import Grant, LoadEnded, LoadEvent, LoadInstalled, LoadJob, LoadSized
@@ -93,7 +101,7 @@ class _Loader:
         # Granted ones in order; the first is under way and done at `_done_at`.
         self._loading: collections.deque[LoadJob] = collections.deque()
         self._done_at = 0.0
-        self.bytes_of_slot = {BASE_SLOT: 0}
+        self.bytes_of_slot: dict[int, int] = {}
         """Of the adapter that has each slot."""
 
     @property
@@ -205,16 +213,20 @@ class VirtualEngine:
 
     def _work_of(self, plan: StepPlan) -> StepWork:
         bytes_of_slot = self._loader.bytes_of_slot
-        num_decodes = num_context = num_prompt_tokens = lora_bytes = num_lora_prompt_tokens = 0
+        num_decodes = num_context = num_prompt_tokens = num_lora_prompt_tokens = 0
+        decodes_of_slot: collections.Counter[int] = collections.Counter()
         for chunk in plan.chunks:
             num_tokens = len(chunk.token_ids)
             if num_tokens == 1:
                 num_decodes += 1
                 num_context += chunk.start + 1
-                lora_bytes += bytes_of_slot[chunk.adapter_slot]
+                if chunk.adapter_slot != BASE_SLOT:
+                    decodes_of_slot[chunk.adapter_slot] += 1
             else:
                 num_prompt_tokens += num_tokens
                 num_lora_prompt_tokens += num_tokens if chunk.adapter_slot != BASE_SLOT else 0
+        adapters = [(bytes_of_slot[slot], count) for slot, count in decodes_of_slot.items()]
+        lora_bytes = lora_bytes_read(num_decodes, adapters)
         is_loading = self._loader.next_at is not None
         return StepWork(num_decodes, num_context, num_prompt_tokens, lora_bytes, num_lora_prompt_tokens, is_loading)
 

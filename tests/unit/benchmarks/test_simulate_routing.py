@@ -5,16 +5,18 @@ from __future__ import annotations
 import itertools
 import random
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
 
+from benchmarks import step_model
 from benchmarks.hash_routing import BoundedHashing, ConsistentHashing
 from benchmarks.queue_engine import Job, QueueEngine
 from benchmarks.routing_fleet import FleetShape
 from benchmarks.routing_trace import RoutingTraceShape, SizedRequest, draw_routing_trace
 from benchmarks.simulate_routing import Case, simulate
-from benchmarks.step_model import StepModel, measured_model
+from benchmarks.step_model import StepModel, measured_model, runs_together
 from benchmarks.trace import TraceRequest
 from benchmarks.virtual_engine import Arrival, EngineShape, VirtualEngine
 from services.engine.config import PolicyConfig
@@ -62,6 +64,25 @@ def test_the_queue_is_the_real_scheduler_to_the_step(rng: random.Random, rate: f
     assert real.scheduler.num_preemptions == 0
     assert queue.num_loads == real.num_loads > 100
     assert [job.first_token_at for job in jobs] == pytest.approx([one.first_token_at for one in outcomes])
+    assert [job.ended_at for job in jobs] == pytest.approx([one.ended_at for one in outcomes])
+
+
+def test_the_queue_knows_which_sequences_share_an_adapter(rng: random.Random, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Adapters of a rank that makes the engine compute sequences of one adapter together, if enough share."""
+    together: list[bool] = []
+
+    def noted(num_decodes: int, adapters: Sequence[tuple[int, int]]) -> bool:
+        together.append(runs_together(num_decodes, adapters))
+        return together[-1]
+
+    monkeypatch.setattr(step_model, "runs_together", noted)
+    engine = EngineShape(num_pages=9000, max_running=128, max_adapters=60, ranks=(64,))
+    trace = draw_routing_trace(RoutingTraceShape(40.0, 5.0, num_adapters=50, zipf=1.5), rng.randrange(2**32))
+    queue, real = QueueEngine(engine, measured_model("S2")), VirtualEngine(PolicyConfig(), engine, measured_model("S2"))
+    jobs = serve_alone(trace, queue)
+    assert {True, False} == set(together)
+    requests = [TraceRequest(r.arrival_seconds, (1,) * r.num_prompt, r.num_outputs, r.adapter) for r in trace]
+    outcomes = real.serve([Arrival(request) for request in requests])
     assert [job.ended_at for job in jobs] == pytest.approx([one.ended_at for one in outcomes])
 
 

@@ -7,7 +7,9 @@ import random
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from benchmarks.record import RESULTS
 from benchmarks.step_model import (
@@ -15,6 +17,7 @@ from benchmarks.step_model import (
     CHURN_CONTEXT,
     DECODE_CONTEXT,
     PREFILL_TOKENS,
+    RANK_BYTES,
     RANKS,
     WORKLOAD,
     StepModel,
@@ -23,6 +26,7 @@ from benchmarks.step_model import (
     adapter_pages,
     base_steps,
     fit,
+    lora_bytes_read,
     lora_steps,
     measured_model,
     mixed_steps,
@@ -30,6 +34,9 @@ from benchmarks.step_model import (
 from benchmarks.trace import TraceRequest
 from benchmarks.virtual_engine import Arrival, EngineShape, VirtualEngine
 from services.engine.config import PolicyConfig
+from services.engine.execution.gpu.step_arrays import cut_runs
+from services.engine.execution.gpu.step_graphs import StepGraphs, capture_sizes
+from services.engine.step import BASE_SLOT
 
 
 @pytest.fixture
@@ -78,7 +85,7 @@ def rows_of(model: StepModel, setting: str) -> list[dict[str, Any]]:
 
     quiet = 1e3 * model.step_seconds(StepWork(CHURN_BATCH, round(CHURN_BATCH * CHURN_CONTEXT), 0))
     prefill = PREFILL_TOKENS * model.token
-    names = {"base"} if setting == "base" else {"base", "S1", setting}
+    names = {"base", setting}
     rows = [row("decode", name, "tpot_ms", decode_ms(name, n), batch=n) for name in names for n in (32, 128)]
     rows.append(row("decode", setting, "tpot_ms", 99.0, batch=1))  # other kernels: not looked at
     for name in ("S1", "S2"):
@@ -128,8 +135,8 @@ def test_the_recorded_rows_give_a_model_that_is_close_to_them(setting: str) -> N
     for work, seconds in zip(steps, measured, strict=True):
         if work.num_decodes > 1:
             assert model.step_seconds(work) == pytest.approx(seconds, rel=0.02)
-    for work, seconds in mixed_steps(rows, "S1"):
-        assert measured_model("S1").step_seconds(work) == pytest.approx(seconds, rel=0.06)
+    for work, seconds in mixed_steps(rows, setting):
+        assert model.step_seconds(work) == pytest.approx(seconds, rel=0.06)
     assert min(vars(model).values()) > 0, "everything costs something"
 
 
@@ -152,6 +159,33 @@ def test_a_step_costs_what_is_in_it(rng: random.Random) -> None:
     )
     loading = replace(many, is_loading=True)
     assert model.step_seconds(loading) == pytest.approx((1 + model.beside_load) * model.step_seconds(many))
+
+
+def test_what_decodes_read_of_adapters_goes_by_the_runners_own_rule(rng: random.Random) -> None:
+    graphs = StepGraphs(lambda _: torch.empty(0), capture_sizes(256, 8192), max_pages=1, tile_tokens=64)
+    seen = set()
+    for _ in range(300):
+        most = rng.choice((2, 8, 40))
+        sizes = (adapter_bytes(rng.choice((8, 16, 17, 64))) for _ in range(rng.randrange(250 // most)))
+        adapters = [(size, rng.randrange(1, most + 1)) for size in sizes]
+        slots = [BASE_SLOT] * rng.choice((0, 0, 30)) + [
+            slot for slot, (_, count) in enumerate(adapters) for _ in range(count)
+        ]
+        max_rank = max((size // RANK_BYTES for size, _ in adapters), default=0)
+        together = graphs.may_run_together(len(slots), max_rank) and bool(cut_runs(np.array(slots, dtype=np.int32)))
+        read = lora_bytes_read(len(slots), adapters)
+        assert read == sum(size * (1 if together else count) for size, count in adapters)
+        seen.add((together, graphs.may_run_together(len(slots), max_rank)))
+    assert seen == {(True, True), (False, False), (False, True)}, "the last: too few share one"
+
+
+def test_sequences_that_share_a_large_adapter_are_computed_together_in_virtual_time(rng: random.Random) -> None:
+    model = replace(draw_model(rng, "S2"), lora_byte=1.0)
+    request = TraceRequest(0.0, (1, 1), 2, 0)
+    for num_requests, num_read in ((63, 63), (64, 1)):
+        engine = VirtualEngine(PolicyConfig(), EngineShape(ranks=(64,)), model)
+        engine.serve([Arrival(request)] * num_requests)
+        assert engine.now == pytest.approx(num_read * adapter_bytes(64), rel=1e-6), "nothing else takes as long"
 
 
 def test_virtual_time_is_the_sum_of_the_steps_with_ranks_in_turn(rng: random.Random) -> None:
