@@ -33,27 +33,33 @@ class TenancyRedis:
             retry=Retry(NoBackoff(), 0),
         )
         self._client = redis.asyncio.Redis.from_pool(pool)
+        self._timeout_seconds = timeout_seconds
         self._prefix = "{" + prefix + "}"
         self._scripts: dict[str, Any] = {}
 
     async def run(self, script: str, *arguments: str | int) -> Any:
-        """Runs a script, which may run twice: once more if the connection was dead, for it may have died while idle."""
+        """Runs a script, which may run twice: once more if the connection was dead, for it may have died while idle.
+
+        All of it takes one timeout at most. The pool's wait for a connection and the connection each have as much, one
+        after the other.
+        """
         if script not in self._scripts:
             self._scripts[script] = self._client.register_script(script)
         command = self._scripts[script]
         try:
-            try:
-                answer = await command(args=[self._prefix, *arguments])
-            except redis.exceptions.ConnectionError:
+            async with asyncio.timeout(self._timeout_seconds):
+                try:
+                    answer = await command(args=[self._prefix, *arguments])
+                except redis.exceptions.ConnectionError:
+                    _obey_cancellation()
+                    # The idle ones are as old: each would fail one more call after Redis is back.
+                    await self._client.connection_pool.disconnect(inuse_connections=False)
+                    answer = await command(args=[self._prefix, *arguments])
                 _obey_cancellation()
-                # The idle ones are as old: each would fail one more call after Redis is back.
-                await self._client.connection_pool.disconnect(inuse_connections=False)
-                answer = await command(args=[self._prefix, *arguments])
         except (redis.exceptions.RedisError, OSError) as error:
             _obey_cancellation()
             message = f"Redis, which holds API keys and limits, is out of reach: {type(error).__name__}; retry later"
             raise SloraError(Reason.TENANCY_UNAVAILABLE, message) from error
-        _obey_cancellation()
         return answer
 
     async def close(self) -> None:
