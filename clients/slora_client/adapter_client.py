@@ -10,7 +10,7 @@ import grpc
 from slora.adapter_store.v1 import adapter_store_pb2, adapter_store_pb2_grpc
 
 from slora_client.adapter_codec import ValidationSource, to_set_alias, to_sync_report, to_update, to_validation
-from slora_client.codec import PAGE_SIZE, Progress, UploadSource, to_adapter
+from slora_client.codec import PAGE_SIZE, Progress, UploadSource, to_adapter, to_pushed
 from slora_client.grpc_channels import open_channel
 from slora_client.grpc_errors import authorization, to_request_error
 from slora_client.tls import Tls
@@ -45,7 +45,7 @@ class AdapterClient:
         request = adapter_store_pb2.RegisterAdapterRequest(
             name=name, source_uri=source_uri, tenant=tenant, labels=labels or {}
         )
-        return to_adapter(self._call(self._stub.RegisterAdapter, request, timeout).adapter)
+        return to_pushed(self._call(self._stub.RegisterAdapter, request, timeout))
 
     def upload(
         self,
@@ -60,7 +60,7 @@ class AdapterClient:
         """Uploads and registers an adapter directory as PEFT saves it (adapter_config.json and
         adapter_model.safetensors). `on_progress` hears how many bytes of how many were read."""
         source = UploadSource(name, directory, tenant, labels, on_progress)
-        return to_adapter(self._call(self._stub.UploadAdapter, source.messages(), timeout).adapter)
+        return to_pushed(self._call(self._stub.UploadAdapter, source.messages(), timeout))
 
     def get(self, adapter_id: str, *, timeout: float | None = None) -> Adapter:
         """The adapter `name` (its newest version), `name@version` or `name@alias`."""

@@ -12,7 +12,7 @@ import grpc
 from slora.adapter_store.v1 import adapter_store_pb2, adapter_store_pb2_grpc
 
 from slora_client.adapter_codec import ValidationSource, to_set_alias, to_sync_report, to_update, to_validation
-from slora_client.codec import PAGE_SIZE, Progress, UploadSource, to_adapter
+from slora_client.codec import PAGE_SIZE, Progress, UploadSource, to_adapter, to_pushed
 from slora_client.grpc_channels import open_async_channel, open_channel
 from slora_client.grpc_errors import authorization, to_request_error
 from slora_client.tls import Tls
@@ -51,7 +51,7 @@ class AsyncAdapterClient:
         request = adapter_store_pb2.RegisterAdapterRequest(
             name=name, source_uri=source_uri, tenant=tenant, labels=labels or {}
         )
-        return to_adapter((await self._answer(self._stub.RegisterAdapter, request, timeout)).adapter)
+        return to_pushed(await self._answer(self._stub.RegisterAdapter, request, timeout))
 
     async def upload(
         self,
@@ -67,7 +67,7 @@ class AsyncAdapterClient:
         adapter_model.safetensors). `on_progress` hears, on another thread, how many bytes of how many were read."""
         source = await asyncio.to_thread(UploadSource, name, directory, tenant, labels, on_progress)
         call = self._send(self._file_stub.UploadAdapter, source.messages(), timeout)
-        return to_adapter((await _file_answer(call)).adapter)
+        return to_pushed(await _file_answer(call))
 
     async def get(self, adapter_id: str, *, timeout: float | None = None) -> Adapter:
         """The adapter `name` (its newest version), `name@version` or `name@alias`."""

@@ -165,7 +165,14 @@ def to_model(model: inference_pb2.Model) -> Model:
     )
 
 
-def to_adapter(adapter: adapter_pb2.Adapter) -> Adapter:
+def to_pushed(
+    response: adapter_store_pb2.RegisterAdapterResponse | adapter_store_pb2.UploadAdapterResponse,
+) -> Adapter:
+    """An adapter that was registered or uploaded, which knows whether it was there before."""
+    return to_adapter(response.adapter, is_new=response.created)
+
+
+def to_adapter(adapter: adapter_pb2.Adapter, is_new: bool | None = None) -> Adapter:
     """An adapter of the store."""
     return Adapter(
         name=adapter.name,
@@ -185,6 +192,7 @@ def to_adapter(adapter: adapter_pb2.Adapter) -> Adapter:
         labels=dict(adapter.labels),
         pinned=adapter.pinned,
         last_use_time=_to_datetime(adapter.last_use_time) if adapter.HasField("last_use_time") else None,
+        is_new=is_new,
     )
 
 

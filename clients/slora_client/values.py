@@ -131,6 +131,9 @@ class Adapter:
     """Whether stores keep it in memory."""
     last_use_time: datetime | None = None
     """When a gateway last sent a request to it (UTC), some seconds late; None for never."""
+    is_new: bool | None = field(default=None, compare=False)
+    """Of what an upload or a registration returns: whether that made the version; False where the name had this content
+    already. None elsewhere."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -57,10 +57,8 @@ class Arena:
 
         Processes of the same user may map it, and with `group_readable` those of the same group.
         """
-        room_until = time.monotonic() + (ROOM_SECONDS if _remove_stale_segments(Path(directory)) else 0.0)
-        self.extents = ExtentAllocator(num_bytes)
-        if not self.extents.capacity:
-            raise ValueError(f"arena_bytes is {num_bytes}; it must be at least {self.extents.alignment}")
+        room_until = _make_room(directory)
+        self.extents = _extents(num_bytes)
         self.path = Path(directory) / f"{SEGMENT_PREFIX}{os.getpid()}-{secrets.token_hex(4)}"
         self.arena_id = secrets.token_bytes(ID_BYTES)
         num_bytes = self.extents.capacity + TRAILER_BYTES
@@ -90,6 +88,28 @@ class Arena:
             self._map.close()
 
 
+def check_arena(num_bytes: int, directory: str) -> None:
+    """Raises what an Arena without room would, and takes none. Removes segments of stores that are gone, too."""
+    room_until = _make_room(directory)
+    needed = _extents(num_bytes).capacity + TRAILER_BYTES
+    try:
+        _await_room(Path(directory), needed, room_until)
+    except OSError as error:
+        raise _no_arena(error, Path(directory), needed) from error
+
+
+def _make_room(directory: str) -> float:
+    """Removes what is stale; until when room may still come of it."""
+    return time.monotonic() + (ROOM_SECONDS if _remove_stale_segments(Path(directory)) else 0.0)
+
+
+def _extents(num_bytes: int) -> ExtentAllocator:
+    extents = ExtentAllocator(num_bytes)
+    if not extents.capacity:
+        raise ValueError(f"arena_bytes is {num_bytes}; it must be at least {extents.alignment}")
+    return extents
+
+
 def _make_segment(path: Path, num_bytes: int, mode: int, room_until: float) -> int:
     # It gets its real name only with the lock held; before, another store that starts would take it for a stale one.
     nameless = path.with_name("." + path.name)
@@ -106,11 +126,15 @@ def _make_segment(path: Path, num_bytes: int, mode: int, room_until: float) -> i
     except OSError as error:
         os.close(fd)
         path.unlink()
-        why = str(error.strerror)
-        if error.errno in (errno.ENOSPC, errno.ENOMEM):
-            why = f"{path.parent} has no room for {num_bytes} bytes: {_room_left(path.parent)} are left"
-        raise ValueError(f"cannot make the arena: {why}; see the settings arena_bytes and arena_dir") from error
+        raise _no_arena(error, path.parent, num_bytes) from error
     return fd
+
+
+def _no_arena(error: OSError, directory: Path, num_bytes: int) -> ValueError:
+    why = str(error.strerror)
+    if error.errno in (errno.ENOSPC, errno.ENOMEM):
+        why = f"{directory} has no room for {num_bytes} bytes: {_room_left(directory)} are left"
+    return ValueError(f"cannot make the arena: {why}; see the settings arena_bytes and arena_dir")
 
 
 def _await_room(directory: Path, num_bytes: int, until: float) -> None:

@@ -127,7 +127,8 @@ class Catalogue:
         more = f" (the newest {_MOST_NAMED} of {count})" if count > _MOST_NAMED else ""
         named = ", ".join(f"{alias} → {version}" for alias, version in decode_aliases(aliases).items()) or "none"
         what = f"alias {adapter_id.alias!r}" if adapter_id.alias else f"version {adapter_id.version}"
-        message = f"{adapter_id.name!r} has no {what}; its versions are {versions}{more}, its aliases: {named}"
+        there_are = f"only version is {versions}" if count == 1 else f"versions are {versions}{more}"
+        message = f"{adapter_id.name!r} has no {what}; its {there_are}, its aliases: {named}"
         return SloraError(Reason.ADAPTER_NOT_FOUND, message, adapter_id=shown, versions=versions, aliases=named)
 
     async def find_digest(self, digest: str) -> list[AdapterRecord]:

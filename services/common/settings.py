@@ -40,8 +40,29 @@ def parse_settings(
     cls: type[T], program: str, argv: Sequence[str] | None = None, environ: Mapping[str, str] | None = None
 ) -> T:
     """Fills `cls` for `program` (such as `engine`); ends the process with a usage message on bad input."""
-    environ = os.environ if environ is None else environ
     parser = argparse.ArgumentParser(prog=program, description=cls.__doc__, allow_abbrev=False)
+    return _parse(parser, cls, program, argv, os.environ if environ is None else environ)
+
+
+def check_settings(cls: type[T], program: str, options: Mapping[str, object], environ: Mapping[str, str]) -> T:
+    """What `program` will make of `options` (by name) and its environment; ValueError says what it would."""
+    argv = [part for name, value in options.items() for part in (option_name(name), str(value))]
+    return _parse(_RaisingParser(add_help=False, allow_abbrev=False), cls, program, argv, environ)
+
+
+def option_name(name: str) -> str:
+    """How the setting `name` is called on the command line."""
+    return f"--{name.replace('_', '-')}"
+
+
+class _RaisingParser(argparse.ArgumentParser):
+    def error(self, message: str) -> typing.NoReturn:
+        raise ValueError(message)
+
+
+def _parse(
+    parser: argparse.ArgumentParser, cls: type[T], program: str, argv: Sequence[str] | None, environ: Mapping[str, str]
+) -> T:
     hints = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):  # type: ignore[arg-type]
         _add_argument(parser, program, field, hints[field.name], environ)
@@ -80,7 +101,7 @@ def _add_argument(
     described = field.metadata.get("help", "")
     shown = "" if required or default in (None, "", ()) else f" (default {default})"
     parser.add_argument(
-        f"--{field.name.replace('_', '-')}",
+        option_name(field.name),
         type=convert,
         default=None if required else default,
         required=required,

@@ -94,8 +94,11 @@ async def serve(
             serving.result()
             return 0
         reason = supervising.exception()
+        if isinstance(reason, CoreStartError) and reason.is_usage:
+            logger.critical("the engine cannot start: %s", reason)
+            return USAGE_EXIT_CODE
         logger.critical("the engine gives up: %s", reason)
-        return USAGE_EXIT_CODE if isinstance(reason, CoreStartError) and reason.is_usage else 1
+        return 1
     finally:
         serving.cancel()
         await supervisor.stop()

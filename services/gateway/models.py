@@ -197,7 +197,8 @@ class Models:
                 else ""
             )
             means = ", ".join(f"{alias} → {version}" for alias, version in aliases.items()) or "none"
-            message = f"no model {shown!r}: {name!r} has the versions {numbers}{more}; its aliases: {means}"
+            there_are = f"only version {numbers}" if len(versions) == 1 else f"the versions {numbers}{more}"
+            message = f"no model {shown!r}: {name!r} has {there_are}; its aliases: {means}"
             return SloraError(Reason.MODEL_NOT_FOUND, message, model=shown, versions=numbers, aliases=means)
         message = (
             f"no model {shown!r}: there are the base model {_quoted(base_models)} and {len(self._catalogue)} adapters "

@@ -26,6 +26,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
+from services.common.settings import option_name
 from services.local.checkpoint import BadInput, makes_weights_up, open_checkpoint
 from services.local.embedded_redis import EmbeddedRedis
 from services.local.embedded_s3 import EmbeddedS3
@@ -274,7 +275,7 @@ class LocalStack:
         }
         # Where the service is encrypted, its health is asked for at a port of its own.
         probed = str(everything.get("health") or address)
-        options = [part for key, value in everything.items() for part in (f"--{key.replace('_', '-')}", str(value))]
+        options = [part for key, value in everything.items() for part in (option_name(key), str(value))]
         return ProcessSpec(
             name,
             (sys.executable, "-m", f"services.{module}", *options),

@@ -18,6 +18,7 @@ from services.local.narrator import Narrator
 from services.local.pid_file import claimed, stop_running
 from services.local.ports import claiming
 from services.local.s3_client import S3Place, named_endpoint
+from services.local.service_options import check_options
 from services.local.stack import LocalStack, Options, check_gateway_ports
 
 GATEWAY_PORT = 50051
@@ -50,9 +51,11 @@ class UpRequest:
 def run_up(request: UpRequest, narrator: Narrator) -> int:
     """Serves until it is interrupted (Ctrl-C, SIGTERM or `down`); then 0."""
     with claimed(_pid_path(request.state_dir)), claiming() as claim:
-        # Before the demo's model is made, which takes a while; another `up` may be at the same point.
+        # All this before the demo's model is made, which takes a while; another `up` may be at the same point.
         check_gateway_ports(request.gateway_port, request.http_port, claim)
         store_port = _store_port(claim, request.gateway_port, request.http_port)
+        engine_options = request.engine_options or {}
+        check_options(request.store_options, engine_options, request.gateway_options, os.environ)
         try:
             _serve(request, store_port, narrator)
         except KeyboardInterrupt:

@@ -267,6 +267,16 @@ def test_down_ends_one_that_is_just_starting(checkpoint: Path, tmp_path: Path) -
         assert up.out.endswith("\nstopped\n")
 
 
+def test_a_setting_that_only_the_engines_core_can_judge_is_refused_in_one_line(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    options = ("--checkpoint", checkpoint, "--port", 0, "--http-port", 0, "--engine-option", "max-model-len=1000000")
+    ended = run(tmp_path / "state", "up", *options)
+    assert ended.returncode == 2
+    said = "max_model_len 1000000 is outside 1 to 512, the checkpoint's longest"
+    assert ended.stderr == f"slora: the engine cannot start: {said}\n"
+
+
 def test_a_model_that_is_not_served_is_refused_in_one_line(checkpoint: Path, tmp_path: Path) -> None:
     unknown = tmp_path / "unknown"
     shutil.copytree(checkpoint, unknown)

@@ -24,6 +24,7 @@ class FakeGateway(inference_pb2_grpc.InferenceServiceServicer):
         self.error: SloraError | None = None
         self.bare_error: grpc.StatusCode | None = None
         self.hangs = False
+        self.seconds_before_answers = 0.0
         self.arrived = asyncio.Event()
         self.cancelled = asyncio.Event()
         self.models: list[inference_pb2.Model] = []
@@ -40,6 +41,7 @@ class FakeGateway(inference_pb2_grpc.InferenceServiceServicer):
             raise
 
     async def _answer(self, context: Context) -> None:
+        await asyncio.sleep(self.seconds_before_answers)
         for response in self.responses:
             await context.write(response)
         if self.error is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -42,7 +43,7 @@ def push(
     timeout: Timeout = 600.0,
     as_json: AsJson = False,
 ) -> None:
-    """Upload an adapter directory, or register one that lies in S3: a new version, unless the content is there."""
+    """Upload an adapter directory, or register one that lies in S3: a new version, unless the name has the content."""
     with explained(as_json), AdapterClient(store, api_key(), tls()) as client:
         labels, _ = _labels(label or [], removable=False)
         name = name or _default_name(source)
@@ -53,6 +54,7 @@ def push(
                 pushed = client.upload(
                     name, source, tenant=tenant, labels=labels, on_progress=on_progress, timeout=timeout
                 )
+        is_new = pushed.is_new
         # Content that was there before keeps what it has besides.
         if not labels.items() <= pushed.labels.items():
             pushed = client.update(pushed.adapter_id, set_labels=labels, timeout=timeout)
@@ -60,7 +62,11 @@ def push(
             pushed = client.set_alias(pushed.adapter_id, each, timeout=timeout)
         if pin:
             pushed = client.update(pushed.adapter_id, pinned=True, timeout=timeout)
-        _show(pushed, as_json)
+        if not as_json:
+            console().print(
+                f"{pushed.adapter_id} " + ("is new" if is_new else "had this content already: not a new version")
+            )
+        _show(dataclasses.replace(pushed, is_new=is_new), as_json)
 
 
 @app.command()

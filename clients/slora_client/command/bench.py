@@ -6,7 +6,7 @@ import asyncio
 import itertools
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from slora_client.async_client import AsyncSloraClient
@@ -41,24 +41,32 @@ class Outcome:
     """The reason of a request that failed."""
 
 
-async def run_load(gateway: str, api_key: str, load: Load, tls: Tls | None = None) -> tuple[list[Outcome], float]:
-    """Every request's outcome, and how long all of them took together, in seconds."""
+async def run_load(
+    gateway: str, api_key: str, load: Load, tls: Tls | None = None, on_outcome: Callable[[Outcome], None] | None = None
+) -> tuple[list[Outcome], float]:
+    """Every request's outcome, and how long all took together, in seconds. `on_outcome` hears each as it ends."""
     draw = random.Random(load.seed)
     models = itertools.islice(itertools.cycle(load.models), load.num_requests)
     asks = [(model, draw.choices(_IDS, k=load.prompt_tokens)) for model in models]
     waiting, outcomes = iter(asks), list[Outcome]()
+
+    def note(outcome: Outcome) -> None:
+        outcomes.append(outcome)
+        if on_outcome is not None:
+            on_outcome(outcome)
+
     started_at = time.perf_counter()
     async with AsyncSloraClient(gateway, api_key, tls) as client, asyncio.TaskGroup() as group:
         for _ in range(min(load.concurrency, load.num_requests)):
-            group.create_task(_ask_in_turn(client, waiting, load.output_tokens, outcomes))
+            group.create_task(_ask_in_turn(client, waiting, load.output_tokens, note))
     return outcomes, time.perf_counter() - started_at
 
 
 async def _ask_in_turn(
-    client: AsyncSloraClient, waiting: Iterator[tuple[str, list[int]]], num_tokens: int, outcomes: list[Outcome]
+    client: AsyncSloraClient, waiting: Iterator[tuple[str, list[int]]], num_tokens: int, note: Callable[[Outcome], None]
 ) -> None:
     for model, prompt in waiting:
-        outcomes.append(await _ask(client, model, prompt, num_tokens))
+        note(await _ask(client, model, prompt, num_tokens))
 
 
 async def _ask(client: AsyncSloraClient, model: str, prompt: list[int], num_tokens: int) -> Outcome:

@@ -11,7 +11,8 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from slora_client.command.bench import Load, run_load
+from slora_client.command.bench import Load, Outcome, run_load
+from slora_client.command.bench_progress import shown_progress
 from slora_client.command.bench_report import report_of, table_of
 from slora_client.command.conversation import Conversation
 from slora_client.command.options import (
@@ -108,9 +109,12 @@ def bench(
     seed: Annotated[int, typer.Option(help="of the prompts")] = 0,
     as_json: JsonOption = False,
 ) -> None:
-    """Put a closed-loop load on a gateway and measure throughput and latencies. Exits with 1 if a request failed."""
+    """Put a closed-loop load on a gateway and measure throughput and latencies. Exits with 1 if a request failed.
+
+    How far it is goes to stderr.
+    """
     load = Load(tuple(model), num_requests, concurrency, prompt_tokens, output_tokens, seed)
-    outcomes, seconds = asyncio.run(run_load(gateway, api_key(), load, tls()))
+    outcomes, seconds = asyncio.run(_run_shown(gateway, load))
     report = report_of(outcomes, seconds)
     if as_json:
         typer.echo(json.dumps({"load": dataclasses.asdict(load), **dataclasses.asdict(report)}, indent=2))
@@ -118,6 +122,11 @@ def bench(
         console().print(table_of(report))
     if report.errors:
         raise typer.Exit(1)
+
+
+async def _run_shown(gateway: str, load: Load) -> tuple[list[Outcome], float]:
+    async with shown_progress(load.num_requests) as on_outcome:
+        return await run_load(gateway, api_key(), load, tls(), on_outcome)
 
 
 def _opening(system: str | None) -> list[ChatMessage]:

@@ -28,6 +28,7 @@ from services.engine.config import EngineSettings
 from services.engine.core.follower import run_follower
 from services.engine.core.followers import Followers
 from services.engine.core.launch import (
+    CANNOT_START,
     FAULT_EXIT_CODE,
     SWITCH_SECONDS,
     USAGE_EXIT_CODE,
@@ -112,7 +113,7 @@ def _open(
         communicator = None if rendezvous is None else join_group(settings, tp_rank, rendezvous)
         runner = open_runner(settings, communicator)
     except (ValueError, OSError) as error:
-        logger.critical("the model cannot be loaded: %s", error)
+        logger.critical(CANNOT_START + "%s", error)
         raise _CannotLoad(USAGE_EXIT_CODE) from error
     except Exception as error:
         logger.critical("the model cannot be loaded", exc_info=True)
@@ -128,7 +129,7 @@ def _open(
             settings.tp_size,
         )
     except TlsError as error:
-        logger.critical("the adapter store cannot be called: %s", error)
+        logger.critical(CANNOT_START + "the adapter store cannot be called: %s", error)
         raise _CannotLoad(USAGE_EXIT_CODE) from error
     heap.settle()
     return runner, store

@@ -22,6 +22,9 @@ mix of 768 requests over 1000 adapters of ranks 64 to 8 runs at 30 instead of 24
 USAGE_EXIT_CODE = 2
 """Settings or checkpoint are wrong: another try would end the same way."""
 
+CANNOT_START = "cannot start: "
+"""What a core logs before the one line that says why, when it ends with USAGE_EXIT_CODE: the frontend repeats that."""
+
 FAULT_EXIT_CODE = 1
 """The core no longer trusts its own state; its log has the reason. A new one may take over."""
 

@@ -11,7 +11,7 @@ from services.engine.config import EngineSettings
 from services.engine.core.connection import FrontendConnection
 from services.engine.core.engine_core import CoreFault, EngineCore, Runner
 from services.engine.core.followers import Followers
-from services.engine.core.launch import FAULT_EXIT_CODE, USAGE_EXIT_CODE
+from services.engine.core.launch import CANNOT_START, FAULT_EXIT_CODE, USAGE_EXIT_CODE
 from services.engine.memory.page_allocator import PageIntegrityError
 
 logger = logging.getLogger(__name__)
@@ -33,7 +33,7 @@ def run_core(
     try:
         core = EngineCore(settings, runner, source, connection.wake, followers)
     except ValueError as error:
-        logger.critical("these settings cannot work: %s", error)
+        logger.critical(CANNOT_START + "%s", error)
         return USAGE_EXIT_CODE
     connection.start()
     connection.send(core.ready())

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from services.engine.core.launch import CANNOT_START
 from services.engine.frontend.core_link import CoreLink
 from services.engine.messages import CoreReady, StepReport, ToCore
 
@@ -43,6 +44,15 @@ class CoreDeath:
     exit_code: int
     reason: str
     last_words: str
+
+    @property
+    def refusal(self) -> str:
+        """In one line what is wrong with settings or checkpoint; empty unless it said so.
+
+        It is what was said first: a core of several processes says next that one of them has ended.
+        """
+        said = (line.partition(CANNOT_START)[2] for line in self.last_words.splitlines())
+        return next(filter(None, said), "")
 
     def __str__(self) -> str:
         if self.exit_code >= 0:

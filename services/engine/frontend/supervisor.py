@@ -28,7 +28,7 @@ STABLE_SECONDS = 60.0
 
 class CoreStartError(Exception):
     """No core could be started; the message has the last one's last words. `is_usage`: settings or checkpoint are
-    wrong, so that starting again is of no use."""
+    wrong, so that starting again is of no use; the message is what is wrong with them."""
 
     def __init__(self, message: str, is_usage: bool) -> None:
         super().__init__(message)
@@ -95,12 +95,13 @@ def _report_death(death: CoreDeath, was_ready: bool, failed_starts: int) -> None
     if was_ready:
         logger.error("the core died: %s; starting another", death)
         return
-    is_usage = death.exit_code == USAGE_EXIT_CODE
-    if failed_starts >= START_ATTEMPTS or is_usage:
+    if death.exit_code == USAGE_EXIT_CODE and death.refusal:
+        raise CoreStartError(death.refusal, is_usage=True)
+    if failed_starts >= START_ATTEMPTS or death.exit_code == USAGE_EXIT_CODE:
         raise CoreStartError(
             f"the core ended before it was ready ({failed_starts} in a row): {death}. "
             f"Its last words: {death.last_words or 'none'}",
-            is_usage,
+            death.exit_code == USAGE_EXIT_CODE,
         )
     logger.error("the core ended before it was ready: %s; trying again", death)
 

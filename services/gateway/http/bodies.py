@@ -17,6 +17,7 @@ MAX_SECONDS = 60.0
 """A body that takes longer to come is given up: whoever dribbles it must not hold a connection for ever."""
 
 _PATH = re.compile(r" - at `(\$\S*)`$")
+_OUT_OF_RANGE = re.compile(r"Expected `\w+` [<>]=")
 _UNKNOWN, _MISSING = re.compile(r"unknown field `(.*?)`"), re.compile(r"missing required field `(.*?)`")
 
 
@@ -64,4 +65,5 @@ def _as_api_error(message: str) -> ApiError:
         name = prefix + found[1]
         return invalid(name, f"{name} is required", "missing_required_parameter")
     parameter = re.split(r"[.\[]", where)[0] or None
-    return invalid(parameter, f"{where or 'the body'}: {message[:1].lower()}{message[1:]}", "invalid_type")
+    code = "invalid_value" if _OUT_OF_RANGE.match(message) else "invalid_type"
+    return invalid(parameter, f"{where or 'the body'}: {message[:1].lower()}{message[1:]}", code)

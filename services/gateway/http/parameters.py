@@ -23,6 +23,7 @@ MAX_CHOICES = 128
 DEFAULT_COMPLETION_TOKENS = 16
 
 Count = Annotated[int, Meta(ge=0, lt=2**32)]
+Limit = Annotated[int, Meta(ge=1, lt=2**32)]
 TokenId = Annotated[int, Meta(ge=0, lt=2**32)]
 
 _SAMPLING = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
@@ -75,7 +76,7 @@ class _Body(Struct, forbid_unknown_fields=True, kw_only=True):
     seed: int | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    max_tokens: Count | None = None
+    max_tokens: Limit | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     # Beyond OpenAI's, as vLLM calls them.
@@ -117,7 +118,7 @@ class ChatBody(_Body, kw_only=True):
     """The body of `/v1/chat/completions`."""
 
     messages: list[MessageBody]
-    max_completion_tokens: Count | None = None
+    max_completion_tokens: Limit | None = None
     logprobs: bool | None = None
     top_logprobs: Count | None = None
     add_generation_prompt: bool | None = None

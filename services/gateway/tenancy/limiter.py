@@ -123,17 +123,21 @@ class RedisLimiter:
             admitted.quota = await self._take(lease)
         except OverLimitError:
             raise
-        except BaseException:
+        except BaseException as error:
             # The answer of Redis was lost, or nobody waits for it any more: it may have let it in.
             admitted.was_refused = True
-            await self._end(lease, admitted)
+            ending = self._end(lease, admitted)
+            if not isinstance(error, SloraError):
+                await asyncio.shield(ending)
+            # Else Redis is away, and would let the refusal wait as long again.
             raise
         self._held.add(lease)
         try:
             yield admitted
         finally:
             self._held.discard(lease)
-            await self._end(lease, admitted)
+            # Waited for, so that who asks again finds the place free.
+            await asyncio.shield(self._end(lease, admitted))
 
     async def run(self) -> None:
         """Renews the leases of what runs, until it is cancelled."""
@@ -178,12 +182,12 @@ class RedisLimiter:
             raise refusal
         return quota
 
-    async def _end(self, lease: _Lease, admitted: Admitted) -> None:
-        """Settles, also if the caller's task is cancelled. Awaited, so that who asks again finds the place free."""
+    def _end(self, lease: _Lease, admitted: Admitted) -> asyncio.Task[None]:
+        """Settles, also if the caller's task is cancelled."""
         ending = asyncio.create_task(self._settle(lease, admitted))
         self._ending.add(ending)
         ending.add_done_callback(self._ending.discard)
-        await asyncio.shield(ending)
+        return ending
 
     async def _settle(self, lease: _Lease, admitted: Admitted) -> None:
         limits = lease.tenant.limits

@@ -42,5 +42,7 @@ def draw_pool(samples: Sequence[PoolSample], num_pages: int, path: Path) -> None
     )
     adapters.set(ylim=(0, None), ylabel="resident adapters")
     handles, labels = pages.get_legend_handles_labels()
-    figure.legend([*handles, line], [*labels, "resident adapters"], loc="outside lower center", ncols=5, frameon=False)
-    figure.savefig(path)
+    labels.append("resident adapters")
+    figure.legend([*handles, line], labels, loc="outside lower center", ncols=5, frameon=False)
+    # So that a picture can be asked what it shows.
+    figure.savefig(path, metadata={"Description": f"The pool over time: {', '.join(labels)}"})

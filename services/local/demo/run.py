@@ -20,11 +20,11 @@ from services.local.demo.pool_watch_client import PoolWatch, watch_pool
 from services.local.demo.reference import compare
 from services.local.demo.workload import MANY_CLIENTS, Act, Served, acts_for, serve_all
 from services.local.narrator import Narrator
+from services.local.service_options import check_options
 from services.local.stack import LocalStack
 
-NUM_PAGES = 512
-MAX_RUNNING = 128
-ARENA_BYTES = 128 * 2**20
+STORE_OPTIONS = {"arena_bytes": 128 * 2**20}
+ENGINE_OPTIONS = {"num_pages": 512, "max_running": 128}
 SETTLE_SECONDS = 10.0
 
 
@@ -40,6 +40,7 @@ def run_demo(state_dir: Path, out_dir: Path, narrator: Narrator) -> int:
     """Runs everything; 0 if every stream matched and no page is lost, 1 otherwise."""
     began = time.perf_counter()
     torch.set_num_threads(min(2, os.cpu_count() or 1))
+    check_options(STORE_OPTIONS, ENGINE_OPTIONS, {}, os.environ)
     narrator.heading("1. A small Llama and its adapters")
     materials = obtain_materials(state_dir / "demo-cache", narrator)
     adapters = {**materials.manners, **materials.random_adapters}
@@ -72,8 +73,8 @@ def _run_stack(
         state_dir,
         materials.checkpoint,
         base_model=BASE_NAME,
-        store_options={"arena_bytes": ARENA_BYTES},
-        engine_options={"num_pages": NUM_PAGES, "max_running": MAX_RUNNING},
+        store_options=STORE_OPTIONS,
+        engine_options=ENGINE_OPTIONS,
         report=narrator.line,
     )
     try:

@@ -69,6 +69,22 @@ async def test_push_list_show_alias_pin_and_remove(slora: Slora, make_adapter: M
     assert json.loads((await slora("rm", "pirate", "--all", "--json")).stdout)["num_deleted"] == 1
 
 
+async def test_a_push_says_whether_the_content_was_there(
+    slora: Slora, make_adapter: MakeAdapter, s3_server: S3Server
+) -> None:
+    first, second = make_adapter(1), str(make_adapter(2))
+    s3_server.put_directory(first, "elsewhere/pirate")
+    assert (await slora("push", str(first), "pirate")).stdout.startswith("pirate@1 is new\n")
+    assert (await slora("push", second, "pirate")).stdout.startswith("pirate@2 is new\n")
+    for source in (str(first), "s3://adapters/elsewhere/pirate/"):
+        # What changes the version afterwards does not make it new.
+        again = await slora("push", source, "pirate", "--label", "run=1", "--pin")
+        assert again.stdout.startswith("pirate@1 had this content already: not a new version\n")
+        assert json.loads((await slora("push", source, "pirate", "--json")).stdout)["is_new"] is False
+    assert json.loads((await slora("push", second, "poet", "--alias", "prod", "--json")).stdout)["is_new"] is True
+    assert json.loads((await slora("show", "poet", "--json")).stdout)["is_new"] is None
+
+
 async def test_content_that_was_there_gets_the_labels_it_is_pushed_with(
     slora: Slora, make_adapter: MakeAdapter
 ) -> None:
@@ -82,7 +98,7 @@ async def test_content_that_was_there_gets_the_labels_it_is_pushed_with(
 async def test_errors_say_what_would_be_right(slora: Slora, make_adapter: MakeAdapter, tmp_path: Path) -> None:
     await slora("push", str(make_adapter(1)), "pirate")
     missing = await slora("show", "pirate@9", status=1)
-    assert "its versions are 1, its aliases: none" in missing.stderr
+    assert "has no version 9; its only version is 1, its aliases: none" in missing.stderr
     as_json = json.loads((await slora("show", "pirate@9", "--json", status=1)).stderr)
     assert as_json["error"]["reason"] == "ADAPTER_NOT_FOUND"
     assert as_json["error"]["metadata"]["versions"] == "1"

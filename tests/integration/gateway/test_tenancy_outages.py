@@ -31,6 +31,31 @@ async def test_with_redis_away_nobody_is_let_in_soon_and_then_again(
     await ask(fleet, key, num_tokens=1)
 
 
+async def test_a_refusal_with_redis_frozen_takes_one_timeout(
+    fleet_of: FleetFactory, desk: Desk, redis_server: RedisServer
+) -> None:
+    timeout_seconds = 4.0
+    options: dict[str, float] = {"tenancy_timeout_seconds": timeout_seconds, "tenancy_cache_seconds": 600.0}
+    fleet = await fleet_of(1, tenancy_redis=redis_server.url, **options)
+    key = await desk.key(max_concurrent=1000)
+    await ask(fleet, key)  # from now on the key is known: what is asked of Redis is to let a generation in
+
+    async def refused() -> float:
+        began = time.monotonic()
+        assert (await fleet.refusal(ask(fleet, key))).reason is Reason.TENANCY_UNAVAILABLE
+        return time.monotonic() - began
+
+    redis_server.freeze()
+    try:
+        # More than there are connections: some wait for one.
+        took = [await refused(), *await asyncio.gather(*(refused() for _ in range(50)))]
+    finally:
+        redis_server.thaw()
+    assert timeout_seconds * 0.9 < min(took)
+    assert max(took) < timeout_seconds * 1.8
+    await ask(fleet, key, num_tokens=1)
+
+
 async def test_told_to_fail_open_known_keys_go_on(
     fleet_of: FleetFactory, desk: Desk, redis_server: RedisServer
 ) -> None:

@@ -7,6 +7,7 @@ In mode `slow-start` it is not ready before a file beside FILE, with the suffix 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import select
 import socket
@@ -14,6 +15,7 @@ import sys
 import time
 from pathlib import Path
 
+from services.engine.core.launch import CANNOT_START
 from services.engine.messages import (
     LENGTH,
     Abort,
@@ -113,7 +115,11 @@ def main() -> None:
     if settings.mode == "bad-checkpoint":
         sys.exit("the checkpoint holds no weights\n")
     if settings.mode == "usage":
-        sys.stderr.write("num_pages is too small\n")
+        said = ["loading", f"{CANNOT_START}num_pages is too small", "the core ends: one of two processes is gone"]
+        sys.stderr.writelines(json.dumps({"level": "CRITICAL", "message": message}) + "\n" for message in said)
+        sys.exit(2)
+    if settings.mode == "usage-without-a-word":
+        sys.stderr.write("usage: engine-core\n")
         sys.exit(2)
     connection = socket.socket(fileno=settings.fd)
     FakeCore(connection, settings.mode, settings.pace, settings.log).run()

@@ -259,9 +259,10 @@ async def test_cores_that_die_before_they_are_ready_end_it() -> None:
 
 async def test_a_usage_error_is_not_tried_again() -> None:
     keeper = CoreSupervisor(command("usage"), Listener(), Serving())
-    with pytest.raises(CoreStartError, match=r"1 in a row.*exit code 2.*num_pages is too small") as caught:
+    with pytest.raises(CoreStartError) as caught:
         await keeper.run()
     assert caught.value.is_usage
+    assert str(caught.value) == "num_pages is too small"
 
 
 async def test_a_crash_loop_slows_down(monkeypatch: pytest.MonkeyPatch) -> None:

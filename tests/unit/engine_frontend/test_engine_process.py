@@ -320,8 +320,14 @@ def test_a_core_that_cannot_start(launch: Any) -> None:
 def test_a_core_that_refuses_its_settings(launch: Any) -> None:
     process = launch("usage")
     assert process.exit_code() == 2
-    assert "num_pages is too small" in process.logged("gives up")["message"]
+    assert process.lines[-1]["message"] == "the engine cannot start: num_pages is too small"
     assert not [line for line in process.lines if "trying again" in line["message"]]
+
+
+def test_a_core_that_refuses_its_settings_without_saying_why(launch: Any) -> None:
+    process = launch("usage-without-a-word")
+    assert process.exit_code() == 2
+    assert process.lines[-1]["message"].endswith("Its last words: usage: engine-core")
 
 
 def test_requests_before_the_core_is_ready(launch: Any, connect: Any) -> None:

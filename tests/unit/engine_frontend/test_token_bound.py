@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -18,11 +19,13 @@ from services.engine.frontend.request import Chat, ChatMessage, ModelLimits
 from services.engine.frontend.token_bound import TokenBound, token_bound
 from services.engine.frontend.tokenizer import TextTokenizer, load_tokenizer
 from services.engine.messages import Generate
+from tests.fixtures.large_tokenizers import LONGEST_RUN, like_llama_3, like_qwen
 from tests.unit.engine_frontend.conftest import byte_level_tokenizer, sentencepiece_tokenizer, word_tokenizer
 
 # Decomposed letters, of which four become one; spaces of all kinds; what vocabularies lack.
 PIECES = ["a\u0304\u0301", "\u1f82", "\u03b1\u0313\u0300\u0345", "q\u0323\u0307", "e\u0301", "ﬃ", "İ", "\u212a", "日"]
 PIECES += [" ", "   ", "\n\t ", "\u00a0", "\u3000\u2028", "\x1c\x85", "▁", "\x00", "\ufffd", "🙂", "word", "12", "a.b"]
+MOST_COMPOSED = 4
 NO_ROOM = ModelLimits(vocab_size=10**6, max_model_len=1)
 
 
@@ -65,18 +68,25 @@ BOUND: dict[str, Callable[[], Tokenizer]] = {
     "an unknown a character": lambda: characters(unk_token="<unk>"),
     "a long added token": lambda: adding(AddedToken("word" * 30)),
     "an added token that grows": lambda: adding(AddedToken("ﬃ" * 9), normalizer=normalizers.NFKD()),
+    "of Llama 3's shape": functools.cache(lambda: like_llama_3(fresh_draw())),
+    "of Qwen's shape": functools.cache(lambda: like_qwen(fresh_draw())),
     "takes spaces before it": lambda: adding(AddedToken("<|left|>", lstrip=True)),
     "takes spaces behind it": lambda: adding(AddedToken("<|right|>", rstrip=True, normalized=False)),
 }
 
 
-def texts_of(tokenizer: Tokenizer, count: int = 60) -> list[str]:
-    """The longest tokens many times over, and mixtures of these and of what is hard."""
+def fresh_draw() -> random.Random:
     seed = random.randrange(2**32)
     print("seed", seed)
-    draw = random.Random(seed)
+    return random.Random(seed)
+
+
+def texts_of(tokenizer: Tokenizer, count: int = 60) -> list[str]:
+    """The longest tokens many times over, and mixtures of these and of what is hard."""
+    draw = fresh_draw()
     added = [token.content for token in tokenizer.get_added_tokens_decoder().values()]
-    decoded = [tokenizer.decode([number], skip_special_tokens=False) for number in range(tokenizer.get_vocab_size())]
+    alone = [[number] for number in range(tokenizer.get_vocab_size())]
+    decoded = tokenizer.decode_batch(alone, skip_special_tokens=False)
     longest = sorted(decoded, key=len)[-8:]
     texts = [piece * 40 for piece in (*longest, *added, *PIECES)]
     texts += [" " * 500 + content + "\u3000 \n" * 200 for content in added]
@@ -120,6 +130,18 @@ UNBOUND: dict[str, Callable[[], Tokenizer]] = {
 @pytest.mark.parametrize("name", UNBOUND)
 def test_there_is_no_bound_where_a_token_may_stand_for_anything(name: str) -> None:
     assert token_bound(UNBOUND[name]()) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "characters"),
+    [("of Llama 3's shape", 128_256, LONGEST_RUN), ("of Qwen's shape", 151_646, LONGEST_RUN * MOST_COMPOSED)],
+)
+def test_large_vocabularies_have_the_bound_of_their_longest_token(name: str, size: int, characters: int) -> None:
+    tokenizer = BOUND[name]()
+    assert tokenizer.get_vocab_size() == size
+    assert token_bound(tokenizer) == TokenBound(characters)
+    # It is reached, so that nothing lower would do.
+    assert len(tokenizer.encode(" " * LONGEST_RUN, add_special_tokens=False).ids) == 1
 
 
 def test_space_beside_tokens_that_take_it_is_not_counted() -> None:

@@ -196,6 +196,11 @@ async def test_a_version_that_is_not_there_says_which_are() -> None:
         assert "has the versions 1, 3; its aliases: prod → 3" in error.message
 
 
+async def test_the_only_version_is_called_so() -> None:
+    error = await refusal(models(pool_of("base"), catalogue_of(entry("pirate", 1))), "pirate@3")
+    assert error.message == "no model 'pirate@3': 'pirate' has only version 1; its aliases: none"
+
+
 async def test_before_any_engine_was_heard_of_nothing_is_denied() -> None:
     assert (await refusal(models(pool_of(None), catalogue_of()), "base")).reason is Reason.ENGINE_UNAVAILABLE
     assert (await refusal(models(pool_of(None), catalogue_of(entry("a"))), "a")).reason is Reason.ENGINE_UNAVAILABLE

@@ -176,6 +176,9 @@ COMPLETION_REFUSALS: dict[str, tuple[dict[str, Any], str, str]] = {
     "a flag for a number": ({"n": True}, "n", "expected `int"),
     "n is 0": ({"n": 0}, "n", "n: expected `int` >= 1"),
     "n is too large": ({"n": 129}, "n", "n: expected `int` <= 128"),
+    "no tokens": ({"max_tokens": 0}, "max_tokens", "max_tokens: expected `int` >= 1$"),
+    "less than no tokens": ({"max_tokens": -1}, "max_tokens", "max_tokens: expected `int` >= 1$"),
+    "tokens beyond any message": ({"max_tokens": 2**32}, "max_tokens", "max_tokens: expected `int` <= 4294967295$"),
     "priority too high": ({"priority": 11}, "priority", "priority: expected `int` <= 10"),
     "priority too low": ({"priority": -11}, "priority", "priority: expected `int` >= -10"),
     "priority beyond any message": ({"priority": 2**40}, "priority", "priority: expected `int` <= 10"),
@@ -203,6 +206,22 @@ def test_refused_completions(name: str) -> None:
     with pytest.raises(ApiError, match=complaint) as caught:
         completion(**fields)
     assert (caught.value.status, caught.value.param) == (400, param)
+
+
+@pytest.mark.parametrize(
+    ("max_tokens", "code"), [(0, "invalid_value"), (2**32, "invalid_value"), (1.5, "invalid_type")]
+)
+def test_a_number_out_of_its_range_is_of_the_right_type(max_tokens: float, code: str) -> None:
+    with pytest.raises(ApiError) as caught:
+        completion(max_tokens=max_tokens)
+    assert caught.value.code == code
+
+
+@pytest.mark.parametrize("ask", [completion, chat])
+@pytest.mark.parametrize("max_tokens", [1, 2**32 - 1])
+def test_the_bounds_of_max_tokens_reach_the_engine(ask: Callable[..., GenerationRequest], max_tokens: int) -> None:
+    message = engine_request_of(ask(max_tokens=max_tokens), 0)("id", ResolvedModel("base", None))
+    assert message.stopping.max_tokens == max_tokens
 
 
 CHAT_REFUSALS: dict[str, tuple[dict[str, Any], str, str]] = {
@@ -233,6 +252,8 @@ CHAT_REFUSALS: dict[str, tuple[dict[str, Any], str, str]] = {
     "tool_choice": ({"tool_choice": "required"}, "tool_choice", "tool_choice is not served"),
     "response_format": ({"response_format": {"type": "json_object"}}, "response_format", "is not served"),
     "reasoning_effort": ({"reasoning_effort": "low"}, "reasoning_effort", "is not served"),
+    "no tokens": ({"max_completion_tokens": 0}, "max_completion_tokens", "expected `int` >= 1$"),
+    "less than no tokens": ({"max_completion_tokens": -1}, "max_completion_tokens", "expected `int` >= 1$"),
     "both limits": ({"max_tokens": 1, "max_completion_tokens": 1}, "max_tokens", "not both"),
     "top_logprobs alone": ({"top_logprobs": 2}, "top_logprobs", "needs logprobs"),
     "completions' logprobs": ({"logprobs": 2}, "logprobs", "expected `bool"),

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from services.adapter_store.arena import TRAILER_BYTES
 from services.local import __main__ as command_line
 from services.local.child_process import StartFailed
 from services.local.narrator import Narrator
@@ -162,6 +163,46 @@ def test_a_port_that_is_taken_is_refused(tmp_path: Path, capsys: pytest.CaptureF
     assert "cannot be the gateway's for gRPC and for HTTP" in refusal(
         capsys, [*argv, "--port", port, "--http-port", port]
     )
+
+
+@pytest.fixture
+def nothing_trained(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the demo's model would be made."""
+
+    def obtain_materials(cache_dir: Path, narrator: Narrator) -> None:
+        raise AssertionError("it trains")
+
+    monkeypatch.setattr("services.local.demo.materials.obtain_materials", obtain_materials)
+    monkeypatch.setattr("services.local.demo.run.obtain_materials", obtain_materials)
+
+
+@pytest.mark.usefixtures("nothing_trained")
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (
+            ["--store-option", f"arena-bytes={2**60}"],
+            f"adapter-store: cannot make the arena: /dev/shm has no room for {2**60 + TRAILER_BYTES} bytes: ",
+        ),
+        (["--store-option", "num_homes=0"], "adapter-store: num_homes is 0; it must be above 0"),
+        (["--engine-option", "num-pagse=3"], "engine: unrecognized arguments: --num-pagse 3"),
+        (["--engine-option", "tp-size=0"], "engine: tp_size is 0; it must be in 1 to "),
+        (["--gateway-option", "max-attempts=many"], "gateway: argument --max-attempts: invalid int value: 'many'"),
+    ],
+)
+def test_what_a_service_would_refuse_is_refused_before_the_demos_model_is_made(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], said: str
+) -> None:
+    assert refusal(capsys, ["--state-dir", tmp_path, "up", *ANY_PORTS, *options]).startswith(said)
+
+
+@pytest.mark.usefixtures("nothing_trained")
+def test_a_machine_too_small_for_the_demo_is_told_so_before_its_model_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("services.adapter_store.arena._available_memory", lambda: 64 * 2**20)
+    said = refusal(capsys, ["--state-dir", tmp_path, "demo", "--out", tmp_path])
+    assert f"/dev/shm has no room for {128 * 2**20 + TRAILER_BYTES} bytes: {64 * 2**20} are left" in said
 
 
 def test_a_second_up_is_refused_and_a_refused_one_does_not_stay(

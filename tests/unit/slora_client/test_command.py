@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from slora.engine.v1 import generation_pb2
 from slora.gateway.v1 import inference_pb2
-from slora_client.command import terminal
+from slora_client.command import bench_progress, terminal
 from slora_client.command.bench import Outcome
 from slora_client.command.bench_report import Percentiles, percentiles, report_of
 from slora_client.command.main import app
@@ -113,7 +113,7 @@ main()
 """
 
 
-async def start(gateway: FakeGateway, *argv: str) -> asyncio.subprocess.Process:
+async def start(gateway: FakeGateway, *argv: str, stderr: int = asyncio.subprocess.PIPE) -> asyncio.subprocess.Process:
     words = (argv[0], "--gateway", gateway.address, *argv[1:])
     path = os.pathsep.join(str(ROOT / place) for place in ("gen/python", "clients"))
     pipe = asyncio.subprocess.PIPE
@@ -122,7 +122,7 @@ async def start(gateway: FakeGateway, *argv: str) -> asyncio.subprocess.Process:
         env={**os.environ, "PYTHONPATH": path},
         stdin=pipe,
         stdout=pipe,
-        stderr=pipe,
+        stderr=stderr,
     )
 
 
@@ -211,6 +211,37 @@ async def test_bench_counts_failures(gateway: FakeGateway) -> None:
     assert measured["errors"] == {"QUEUE_FULL": 4}
     assert measured["ttft_seconds"] is None
     assert measured["requests_per_second"] == 0
+
+
+async def test_bench_says_how_far_it_is_where_its_errors_go(
+    gateway: FakeGateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench_progress, "LINE_EVERY_SECONDS", 0.01)
+    gateway.error, gateway.seconds_before_answers = SloraError(Reason.QUEUE_FULL, "full"), 0.1
+    result = await run(gateway, "bench", "base", "--requests", 4, "--concurrency", 1, "--json")
+    assert json.loads(result.stdout)["num_requests"] == 4, "nothing but the report"
+    said = re.findall(r"^(\d) of 4 requests(?:, (\d) failed)?, \d s$", result.stderr, re.MULTILINE)
+    assert len(said) == len(result.stderr.splitlines())
+    assert said[0] == ("0", ""), "by the clock, before anything has ended"
+    assert any(done != "0" for done, _ in said)
+    assert all(failed == done.strip("0") for done, failed in said)
+
+
+async def test_bench_draws_a_bar_on_a_terminal(gateway: FakeGateway) -> None:
+    gateway.responses, gateway.seconds_before_answers = says("a"), 0.2
+    ours, theirs = os.openpty()
+    try:
+        bench = await start(gateway, "bench", "base", "--requests", "4", "--concurrency", "2", "--json", stderr=theirs)
+        out, _ = await asyncio.wait_for(bench.communicate(), 20)
+        drawn = os.read(ours, 1 << 16).decode()
+    finally:
+        os.close(ours)
+        os.close(theirs)
+    assert bench.returncode == 0
+    assert json.loads(out)["num_requests"] == 4, "nothing but the report"
+    assert "requests" in drawn
+    assert "0/4" in drawn
+    assert "4/4" in drawn
 
 
 def test_percentiles_are_values_that_occurred() -> None:
