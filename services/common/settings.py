@@ -31,9 +31,25 @@ class AddressError(UnusableSettingsError):
     """An address of the settings cannot be served on, or called; the message says which and why."""
 
 
-def setting(default: Any = dataclasses.MISSING, help: str = "") -> Any:
-    """A dataclass field with its help text; without a default the setting is required."""
-    return dataclasses.field(default=default, metadata={"help": help})
+def setting(
+    default: Any = dataclasses.MISSING, help: str = "", *, at_least: float | None = None, above: float | None = None
+) -> Any:
+    """A dataclass field with its help text; without a default the setting is required. Bounds: see `check_bounds`."""
+    return dataclasses.field(default=default, metadata={"help": help, "at_least": at_least, "above": above})
+
+
+def check_bounds(settings: Any) -> None:
+    """Raises ValueError for a number of these settings that is not `at_least` or `above` what its field says.
+
+    For `__post_init__`.
+    """
+    for field in dataclasses.fields(settings):
+        value, least, below = getattr(settings, field.name), field.metadata.get("at_least"), field.metadata.get("above")
+        # Asked this way round: no number is none of it.
+        if least is not None and not value >= least:
+            raise ValueError(f"{field.name} is {value}; it must be at least {least}")
+        if below is not None and not value > below:
+            raise ValueError(f"{field.name} is {value}; it must be above {below}")
 
 
 def parse_settings(

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from services.common.settings import LogFormat, LogLevel, setting
+from services.common.settings import LogFormat, LogLevel, check_bounds, setting
 from services.common.tls import ChannelSecurity, ServerTls
 
 OrderName = Literal["fcfs", "priority", "fair"]
@@ -34,29 +34,37 @@ class EngineSettings:
     device: str = setting("cpu", "torch device: cpu or cuda")
     dtype: str = setting("auto", "auto (the checkpoint's), float32, bfloat16 or float16")
     random_weights: bool = setting(False, "make up the weights of config.json's model and read none: to size a machine")
-    num_threads: int = setting(0, "CPU threads of the core; 0: torch's own choice, with tp_size its share of the CPUs")
+    num_threads: int = setting(
+        0, "CPU threads of the core; 0: torch's own choice, with tp_size its share of the CPUs", at_least=0
+    )
     tp_size: int = setting(1, "processes (on accelerators: devices) of this host that share the model")
     step_timeout_seconds: float = setting(
-        120.0, "with tp_size: a step that takes longer ends the core: a process hangs"
+        120.0, "with tp_size: a step that takes longer ends the core: a process hangs", above=0
     )
     pool_bytes: int = setting(
-        0, "bytes of each process's pool; 0: 512 MiB on a CPU, what the weights leave on an accelerator"
+        0, "bytes of each process's pool; 0: 512 MiB on a CPU, what the weights leave on an accelerator", at_least=0
     )
-    num_pages: int = setting(0, "pages of the pool; 0: as many as pool_bytes holds")
-    tokens_per_page: int = setting(16, "tokens whose K and V one page holds")
+    num_pages: int = setting(0, "pages of the pool; 0: as many as pool_bytes holds", at_least=0)
+    tokens_per_page: int = setting(16, "tokens whose K and V one page holds", above=0)
     prefix_cache: bool = setting(True, "keep KV of finished prompts and outputs, for those that begin alike")
     prefix_cache_across_tenants: bool = setting(
         False, "let tenants find each other's prefixes: their times and usage then tell who sent what before"
     )
-    max_adapters: int = setting(1024, "most adapters resident at once (rows of the device's adapter table)")
+    max_adapters: int = setting(1024, "most adapters resident at once (rows of the device's adapter table)", above=0)
     popularity_half_life_seconds: float = setting(
-        0.0, "half-life of adapters' counts of requests, by which popular ones are loaded ahead of requests; 0: none is"
+        0.0,
+        "half-life of adapters' counts of requests, by which popular ones are loaded ahead of requests; 0: none is",
+        at_least=0,
     )
-    max_running: int = setting(0, "most sequences that run at once; 0: 64 on a CPU, 256 on an accelerator")
-    max_step_tokens: int = setting(0, "most tokens of a step, prefill and decode; 0: 512 on a CPU, 8192 otherwise")
-    admission_batch: int = setting(0, "when full, fill so many places at a time; 0: 1 on a CPU, 4 on an accelerator")
-    max_model_len: int = setting(0, "longest sequence in tokens; 0: the checkpoint's")
-    max_waiting: int = setting(4096, "most requests in the queue; further ones are refused")
+    max_running: int = setting(0, "most sequences that run at once; 0: 64 on a CPU, 256 on an accelerator", at_least=0)
+    max_step_tokens: int = setting(
+        0, "most tokens of a step, prefill and decode; 0: 512 on a CPU, 8192 otherwise", at_least=0
+    )
+    admission_batch: int = setting(
+        0, "when full, fill so many places at a time; 0: 1 on a CPU, 4 on an accelerator", at_least=0
+    )
+    max_model_len: int = setting(0, "longest sequence in tokens; 0: the checkpoint's", at_least=0)
+    max_waiting: int = setting(4096, "most requests in the queue; further ones are refused", at_least=0)
     policy: OrderName = setting("fcfs", "in which order requests are admitted: fcfs, priority or fair")
     priority_head_start: int = setting(256, "priority: requests that each point of priority puts a request ahead of")
     fairness_by: ClientKind = setting("tenant", "fair: between whom: tenant or adapter")
@@ -67,11 +75,15 @@ class EngineSettings:
         0.0625, "fair: share of the places that the client which was served the most lately may not take"
     )
     fairness_prompt_tokens: int = setting(
-        512, "fair: prompt tokens of a step with which the client served most, if it has to wait, may join; 0: any"
+        512,
+        "fair: prompt tokens of a step with which the client served most, if it has to wait, may join; 0: any",
+        at_least=0,
     )
-    latency_goal_seconds: float = setting(0.0, "drop at once whose first token cannot come in this time; 0: nobody")
-    max_adapters_a_batch: int = setting(0, "soft limit on different adapters that run at once; 0: none")
-    clustering_patience_seconds: float = setting(1.0, "one that waited so long may exceed that limit")
+    latency_goal_seconds: float = setting(
+        0.0, "drop at once whose first token cannot come in this time; 0: nobody", at_least=0
+    )
+    max_adapters_a_batch: int = setting(0, "soft limit on different adapters that run at once; 0: none", at_least=0)
+    clustering_patience_seconds: float = setting(1.0, "one that waited so long may exceed that limit", at_least=0)
     tls_certificate: str = setting(
         "", "PEM file with the certificate that is shown, then its issuers; empty: plain text"
     )
@@ -87,8 +99,8 @@ class EngineSettings:
     load_through_local: bool = setting(
         False, "load everything through a store on this host, if it can lend, wherever adapters have their homes"
     )
-    load_timeout_seconds: float = setting(30.0, "an adapter load that takes longer fails")
-    drain_seconds: float = setting(30.0, "on SIGTERM running requests have this long to end")
+    load_timeout_seconds: float = setting(30.0, "an adapter load that takes longer fails", above=0)
+    drain_seconds: float = setting(30.0, "on SIGTERM running requests have this long to end", at_least=0)
     log_level: LogLevel = setting("INFO", "DEBUG, INFO, WARNING or ERROR")
     log_format: LogFormat = setting("json", "json (an object a line) or text (for people)")
     otlp_endpoint: str = setting("", "http(s)://host:port of a collector of traces, OTLP over gRPC; empty: no traces")
@@ -97,8 +109,7 @@ class EngineSettings:
     def __post_init__(self) -> None:
         if not 1 <= self.tp_size <= MAX_TP_SIZE:
             raise ValueError(f"tp_size is {self.tp_size}; it must be in 1 to {MAX_TP_SIZE}")
-        if not self.step_timeout_seconds > 0:
-            raise ValueError(f"step_timeout_seconds is {self.step_timeout_seconds}; it must be above 0")
+        check_bounds(self)
 
     @property
     def server_tls(self) -> ServerTls:

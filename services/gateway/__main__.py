@@ -36,10 +36,10 @@ async def run(settings: GatewaySettings, admin_secret: str, tracing: Tracing) ->
 
 def main() -> None:
     """The entry point."""
-    settings = parse_settings(GatewaySettings, "gateway")
-    if not settings.engines:
-        raise SystemExit("gateway: --engines names no engine; give host:port, several separated by commas")
     try:
+        settings = parse_settings(GatewaySettings, "gateway")
+        if not settings.engines:
+            raise SystemExit("gateway: --engines names no engine; give host:port, several separated by commas")
         admin_secret = read_admin_key(settings, os.environ)
     except ValueError as error:
         raise SystemExit(f"gateway: {error}") from None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from services.common.settings import LogFormat, LogLevel, setting
+from services.common.settings import LogFormat, LogLevel, check_bounds, setting
 from services.common.tls import ChannelSecurity, ServerTls
 
 RoutingName = Literal["adapter_aware", "least_loaded", "round_robin"]
@@ -22,20 +22,28 @@ class GatewaySettings:
     listen: str = setting("127.0.0.1:50051", "host:port to serve gRPC on; port 0 takes a free one")
     metrics: str = setting("", "host:port to serve Prometheus metrics on; empty for none")
     http: str = setting("", "host:port to serve the OpenAI-compatible HTTP API on; empty for none")
-    http_max_body_bytes: int = setting(4 * 2**20, "largest body of an HTTP request")
+    http_max_body_bytes: int = setting(4 * 2**20, "largest body of an HTTP request", above=0)
     http_allow_adapter_updates: bool = setting(False, "whether /v1/load_lora_adapter and unload may change adapters")
-    max_concurrent: int = setting(4096, "most requests in flight; further ones are refused")
-    max_attempts: int = setting(3, "most engines a request is sent to before its first token")
-    engine_wait_seconds: float = setting(2.0, "how long a request waits for an engine that is expected back")
-    engine_grace_seconds: float = setting(10.0, "an engine heard of this recently is expected back")
-    engine_silence_seconds: float = setting(3.0, "an engine whose state stream is silent this long gets no requests")
+    max_concurrent: int = setting(4096, "most requests in flight; further ones are refused", above=0)
+    max_attempts: int = setting(3, "most engines a request is sent to before its first token", above=0)
+    engine_wait_seconds: float = setting(
+        2.0, "how long a request waits for an engine that is expected back", at_least=0
+    )
+    engine_grace_seconds: float = setting(10.0, "an engine heard of this recently is expected back", at_least=0)
+    engine_silence_seconds: float = setting(
+        3.0, "an engine whose state stream is silent this long gets no requests", above=0
+    )
     routing: RoutingName = setting(
         "adapter_aware", "how engines are chosen: adapter_aware, or for comparison least_loaded or round_robin"
     )
-    spill_share: float = setting(0.125, "an adapter's engine may be fuller than the emptiest by this share of it")
-    spill_requests: int = setting(4, "... or by this many requests, whichever is more")
-    loading_seconds: float = setting(10.0, "an adapter sent to an engine this recently is thought to be loading there")
-    store_timeout_seconds: float = setting(5.0, "how long a look-up in the adapter store may take")
+    spill_share: float = setting(
+        0.125, "an adapter's engine may be fuller than the emptiest by this share of it", at_least=0
+    )
+    spill_requests: int = setting(4, "... or by this many requests, whichever is more", at_least=0)
+    loading_seconds: float = setting(
+        10.0, "an adapter sent to an engine this recently is thought to be loading there", at_least=0
+    )
+    store_timeout_seconds: float = setting(5.0, "how long a look-up in the adapter store may take", above=0)
     tls_certificate: str = setting(
         "", "PEM file with the certificate that is shown, then its issuers; empty: plain text"
     )
@@ -58,19 +66,24 @@ class GatewaySettings:
         "", "redis:// URL where API keys, tenants and limits are kept; empty: no keys asked for"
     )
     tenancy_prefix: str = setting("slora:tenancy", "what the keys of tenancy in Redis begin with")
-    tenancy_timeout_seconds: float = setting(1.0, "how long a call to that Redis may take")
-    tenancy_cache_seconds: float = setting(5.0, "how long an API key is believed: so late a revocation may be noticed")
-    tenancy_lease_seconds: float = setting(15.0, "a killed gateway's requests count as running for this long")
+    tenancy_timeout_seconds: float = setting(1.0, "how long a call to that Redis may take", above=0)
+    tenancy_cache_seconds: float = setting(
+        5.0, "how long an API key is believed: so late a revocation may be noticed", at_least=0
+    )
+    tenancy_lease_seconds: float = setting(15.0, "a killed gateway's requests count as running for this long", above=0)
     tenancy_fail_open: bool = setting(False, "whether known keys are served, without limits, while that Redis is away")
     admin_key_file: str = setting(
         "", "file with the key of AdminService (or SLORA_GATEWAY_ADMIN_KEY has the key); without one it is not served"
     )
-    max_model_labels: int = setting(100, "most models with metrics of their own; the rest count as `other`")
-    drain_seconds: float = setting(30.0, "on SIGTERM running requests have this long to end")
+    max_model_labels: int = setting(100, "most models with metrics of their own; the rest count as `other`", at_least=0)
+    drain_seconds: float = setting(30.0, "on SIGTERM running requests have this long to end", at_least=0)
     log_level: LogLevel = setting("INFO", "DEBUG, INFO, WARNING or ERROR")
     log_format: LogFormat = setting("json", "json (an object a line) or text (for people)")
     otlp_endpoint: str = setting("", "http(s)://host:port of a collector of traces, OTLP over gRPC; empty: no traces")
     trace_sample_ratio: float = setting(1.0, "share of traces kept that begin here; a caller's own are kept as it says")
+
+    def __post_init__(self) -> None:
+        check_bounds(self)
 
     @property
     def server_tls(self) -> ServerTls:

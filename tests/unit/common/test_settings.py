@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+import typing
 from dataclasses import dataclass
 
 import pytest
 
-from services.common.settings import AddressError, LogLevel, check_peers, parse_settings, setting
+from services.adapter_store.config import AdapterStoreSettings
+from services.common.settings import AddressError, LogLevel, check_bounds, check_peers, parse_settings, setting
+from services.engine.config import EngineSettings
+from services.gateway.config import GatewaySettings
 
 
 @dataclass(frozen=True)
@@ -58,3 +63,42 @@ def test_peers_are_given_by_host_and_port() -> None:
 def test_what_is_no_peer_is_refused(address: str) -> None:
     with pytest.raises(AddressError, match=r"--engines .*: a peer is given as host:port"):
         check_peers("--engines", ["localhost:50051", address])
+
+
+@dataclass(frozen=True)
+class Bounded:
+    """Two numbers."""
+
+    seconds: float = setting(1.0, "how long", above=0)
+    count: int = setting(0, "how many; 0: any", at_least=0)
+
+    def __post_init__(self) -> None:
+        check_bounds(self)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--seconds", "0", "seconds is 0.0; it must be above 0"),
+        ("--seconds", "nan", "seconds is nan; it must be above 0"),
+        ("--count", "-1", "count is -1; it must be at least 0"),
+    ],
+)
+def test_numbers_out_of_bounds_are_named(option: str, value: str, message: str) -> None:
+    assert parse_settings(Bounded, "p", ["--seconds", "0.5", "--count", "0"], {}) == Bounded(0.5, 0)
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        parse_settings(Bounded, "p", [option, value], {})
+
+
+@pytest.mark.parametrize("settings", [AdapterStoreSettings, EngineSettings, GatewaySettings])
+def test_every_number_has_a_bound(settings: type) -> None:
+    """No service takes a negative time or size and behaves oddly later."""
+    hints = typing.get_type_hints(settings)
+    numbers = [field for field in dataclasses.fields(settings) if hints[field.name] in (int, float)]
+    checked_elsewhere = {
+        "tp_size", "priority_head_start", "input_price", "output_price", "fairness_headroom", "trace_sample_ratio",
+        "arena_bytes", "disk_cache_bytes",
+    }  # fmt: skip
+    assert len(numbers) > 10
+    unbounded = {f.name for f in numbers if f.metadata["at_least"] is None and f.metadata["above"] is None}
+    assert unbounded <= checked_elsewhere, unbounded - checked_elsewhere
