@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from kernels.gpu.adapter_tables import FEW_RANKS
 from services.engine.execution.gpu.step_arrays import StepCuts
 from services.engine.execution.gpu.step_graphs import SizedStep
 from services.engine.execution.gpu.step_layout import StepLayout
 from services.engine.execution.gpu.step_shape import StepAdapters
+from services.engine.execution.gpu.step_tensors import StepTensors
+from services.engine.execution.gpu.triton_step import TritonStep
 from services.engine.messages import SamplingParams
-from services.engine.model.step_ops import Group
+from services.engine.model.step_ops import Group, StepOps
 from services.engine.step import BASE_SLOT, PENDING_TOKEN, SampledToken, SampleRequest, ScheduledChunk, StepPlan
 from tests.fixtures.adapter_packer import pack_adapter
 from tests.fixtures.model_oracle import ModelOracle
@@ -154,6 +158,28 @@ def test_small_ranks_say_what_peft_says(tmp_path: Path, rng: random.Random, fami
         batch.oracle.check(sequence, name)
     assert num_steps[True] > 0
     assert num_steps[False] > 0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there steps are captured")
+@pytest.mark.parametrize("op", ["attend", "gate", "add_norm"])
+def test_no_second_half_is_left_out(tmp_path: Path, rng: random.Random, op: str) -> None:
+    """A step whose op does not take what the projection ahead of it left to it fails, and the next one is right."""
+    batch = MixedBatch(tmp_path, rng, "llama", {"everything": ADAPTERS["everything"]})
+    runner = batch.driver.runner
+    make_step = runner._make_step
+
+    def forgetful(tensors: StepTensors) -> StepOps:
+        ops, plain = make_step(tensors), TritonStep(runner._state, tensors)
+        setattr(ops, op, getattr(plain, op))
+        return ops
+
+    sequence = DrivenSequence([rng.randrange(VOCABULARY)], 1, batch.slots["everything"], ALL_LOGPROBS)
+    runner._make_step = forgetful
+    with pytest.raises(AssertionError):
+        batch.driver.run([replace(sequence, output=[], pages=[], results=[])])
+    runner._make_step = make_step
+    batch.driver.run([sequence])
+    batch.oracle.check(sequence, "everything")
 
 
 def test_sampling_equals_the_cpus(tmp_path: Path, rng: random.Random) -> None:
