@@ -8,7 +8,7 @@ of each module one run of rows of its `out_features`. In rank space the ranks of
 the rank space of a group is split over processes (kernels.lora_plan), the run holds a part of the rows of A.
 
 What does not change in a model (strides, sizes, blocks) is compiled into kernels, and looked up once for all layers: a
-step launches two kernels for every group of every layer, and the host's time for each counts.
+step launches a kernel or two for every group of every layer, and the host's time for each counts.
 
 Source: S-LoRA sections 5 and 6 (arXiv 2311.03285).
 """

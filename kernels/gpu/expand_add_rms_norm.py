@@ -1,8 +1,8 @@
 """LoRA's second half of o or down and the norm behind it in one pass: row_expand, then add_rms_norm, of decoded tokens.
 
 Semantics and shapes are those of `row_expand` into `branch` followed by `add_rms_norm`; only that branch stays as it
-was. A program has a whole token, as the norm does: for small ranks (FEW_RANKS), whose rows of B a program can hold, and
-which it reads before it waits. Starts early, as kernels.gpu.early_launch says.
+was. A program has a whole token, as the norm does, and reads all rows of B of the token's adapter: for small ranks
+(FEW_RANKS). Starts early, as kernels.gpu.early_launch says.
 
 One launch a layer less, and the branch crosses the cache once less.
 

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from kernels.gpu.adapter_tables import FEW_RANKS
 from services.engine.execution.gpu.step_arrays import StepCuts
 from services.engine.execution.gpu.step_graphs import SizedStep
 from services.engine.execution.gpu.step_layout import StepLayout
 from services.engine.execution.gpu.step_shape import StepAdapters
+from services.engine.execution.gpu.step_tensors import StepTensors
+from services.engine.execution.gpu.triton_step import TritonStep
 from services.engine.messages import SamplingParams
+from services.engine.model.step_ops import Group, StepOps
 from services.engine.step import BASE_SLOT, PENDING_TOKEN, SampledToken, SampleRequest, ScheduledChunk, StepPlan
 from tests.fixtures.adapter_packer import pack_adapter
 from tests.fixtures.model_oracle import ModelOracle
@@ -119,6 +125,61 @@ def test_tokens_that_share_an_adapter_say_what_peft_says(tmp_path: Path, rng: ra
     for name, sequence in zip(names, sequences, strict=True):
         batch.oracle.check(sequence, name)
     assert in_runs[True] == 2, in_runs
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "plan_from"), [("llama", 64), ("qwen3", 2)], ids=["one by one", "planned"])
+def test_small_ranks_say_what_peft_says(tmp_path: Path, rng: random.Random, family: str, plan_from: int) -> None:
+    """Then the norm behind o and down adds what adapters add, of decoded tokens alone and beside prompts."""
+    small = ("attention", "everything", "q and v", "patterns", "one layer")
+    batch = MixedBatch(tmp_path, rng, family, {name: ADAPTERS[name] for name in small})
+    runner, num_steps = batch.driver.runner, Counter[bool]()
+    runner._state.row_planner._from_batch = plan_from
+    find = runner._graphs.find
+
+    def watched(layout: StepLayout, cuts: StepCuts, adapters: StepAdapters) -> SizedStep:
+        step = find(layout, cuts, adapters)
+        assert step.adapters.groups == frozenset(Group)
+        assert step.adapters.max_rank == FEW_RANKS
+        num_steps[bool(layout.prefills)] += 1
+        return step
+
+    runner._graphs.find = watched
+    names: list[str | None] = [*small, None]
+    rng.shuffle(names)
+    # Prompts of one token are decoded together from the first step on; two others are computed beside them.
+    sequences = [DrivenSequence([rng.randrange(VOCABULARY)], 3, batch.slots[name], ALL_LOGPROBS) for name in names]
+    for name in (rng.choice(small), None):
+        prompt = [rng.randrange(VOCABULARY) for _ in range(5)]
+        sequences.append(DrivenSequence(prompt, 1, batch.slots[name], ALL_LOGPROBS, begins_at=1))
+        names.append(name)
+    batch.driver.run(sequences)
+    for name, sequence in zip(names, sequences, strict=True):
+        batch.oracle.check(sequence, name)
+    assert num_steps[True] > 0
+    assert num_steps[False] > 0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there steps are captured")
+@pytest.mark.parametrize("op", ["attend", "gate", "add_norm"])
+def test_no_second_half_is_left_out(tmp_path: Path, rng: random.Random, op: str) -> None:
+    """A step whose op does not take what the projection ahead of it left to it fails, and the next one is right."""
+    batch = MixedBatch(tmp_path, rng, "llama", {"everything": ADAPTERS["everything"]})
+    runner = batch.driver.runner
+    make_step = runner._make_step
+
+    def forgetful(tensors: StepTensors) -> StepOps:
+        ops, plain = make_step(tensors), TritonStep(runner._state, tensors)
+        setattr(ops, op, getattr(plain, op))
+        return ops
+
+    sequence = DrivenSequence([rng.randrange(VOCABULARY)], 1, batch.slots["everything"], ALL_LOGPROBS)
+    runner._make_step = forgetful
+    with pytest.raises(AssertionError):
+        batch.driver.run([replace(sequence, output=[], pages=[], results=[])])
+    runner._make_step = make_step
+    batch.driver.run([sequence])
+    batch.oracle.check(sequence, "everything")
 
 
 def test_sampling_equals_the_cpus(tmp_path: Path, rng: random.Random) -> None:

@@ -53,9 +53,10 @@ class TritonStep:
         self, hidden: torch.Tensor, branch: torch.Tensor | None, weight: torch.Tensor, eps: float
     ) -> torch.Tensor:
         """`hidden += branch`, then `hidden` normalised."""
-        late, n = self._take_unexpanded(), self._step.num_decode
-        if late is None or branch is None:
+        late, n = self._take_unexpanded(Group.OUTPUT, Group.DOWN), self._step.num_decode
+        if late is None:
             return add_rms_norm(hidden, branch, weight, eps)
+        assert branch is not None
         out = torch.empty_like(hidden)
         self._rows.expand_add_norm(late.layer, late.group, late.u, hidden, branch, weight, eps, out)
         if n < len(hidden):
@@ -70,6 +71,7 @@ class TritonStep:
         elif group in step.row_groups:
             u = self._rows.shrink(layer, group, x)
             if self._rows.expands_late(group):
+                assert self._unexpanded is None
                 self._unexpanded = _Unexpanded(layer, group, u)
             else:
                 self._rows.expand(layer, group, u, y)
@@ -82,7 +84,7 @@ class TritonStep:
         state, step = self._state, self._step
         config, pages = state.config, state.pool.kv_pages(layer)
         rotation = Rotation(step.positions, step.slots, state.rope, qk_norm, config.norm_eps)
-        if (late := self._take_unexpanded()) is not None:
+        if (late := self._take_unexpanded(Group.QKV)) is not None:
             self._rows.expand_rotate(layer, late.u, qkv, rotation)
         rope_kv_write(qkv, pages, *rotation, first_token=0 if late is None else step.num_decode)
         q = qkv.view(len(qkv), -1, config.head_dim)[:, : config.num_heads]
@@ -97,7 +99,7 @@ class TritonStep:
 
     def gate(self, gate_up: torch.Tensor) -> torch.Tensor:
         """`silu(gate) * up`."""
-        late, n = self._take_unexpanded(), self._step.num_decode
+        late, n = self._take_unexpanded(Group.GATE_UP), self._step.num_decode
         if late is None:
             return silu_mul(gate_up)
         out = gate_up.new_empty(len(gate_up), gate_up.shape[1] // 2)
@@ -114,8 +116,10 @@ class TritonStep:
         """They are."""
         return logits
 
-    def _take_unexpanded(self) -> _Unexpanded | None:
+    def _take_unexpanded(self, *own: Group) -> _Unexpanded | None:
+        """What was left to an op behind the `own` projections, if anything was; never another's."""
         late, self._unexpanded = self._unexpanded, None
+        assert late is None or late.group in own
         return late
 
     def _add_segments(self, layer: int, group: Group, x: torch.Tensor, segments: Segments, y: torch.Tensor) -> None:
