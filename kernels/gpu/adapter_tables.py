@@ -172,6 +172,16 @@ def module_rows(rank_ptr, tile_ptr, entry, module, NUM_MODULES: tl.constexpr):
 
 
 @triton.jit
+def token_rows(
+    rank_ptr, tile_ptr, slot, table_offset, module, TABLE_STRIDE: tl.constexpr, NUM_MODULES: tl.constexpr
+):  # fmt: skip
+    """`module_rows` of a token's adapter; where it has none (slot -1), no rows: what else there is to do is done."""
+    entry = tl.maximum(slot, 0) * TABLE_STRIDE + table_offset
+    rank, start, tile = module_rows(rank_ptr, tile_ptr, entry, module, NUM_MODULES)
+    return tl.where(slot < 0, 0, rank), start, tile
+
+
+@triton.jit
 def load_pages(page_table_ptr, tile, mask, PAGE_TILES: tl.constexpr):
     """The page in which each of an adapter's tiles lies."""
     # Unsigned: a division by a power of two is one shift.

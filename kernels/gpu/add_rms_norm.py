@@ -18,6 +18,14 @@ from kernels.gpu.early_launch import has_early_launch, start_early
 
 
 @triton.jit
+def scaled(x, mean_square, gain, eps):
+    """`x` over its root mean square, times `gain`."""
+    # Rounded before the weight, as transformers does.
+    normed = (x.to(tl.float32) * (1.0 / tl.sqrt(mean_square + eps))).to(x.dtype).to(tl.float32)
+    return (normed * gain.to(tl.float32)).to(x.dtype)
+
+
+@triton.jit
 def _kernel(
     hidden, branch, weight, out, hidden_stride, branch_stride, eps,
     SIZE: tl.constexpr, BLOCK: tl.constexpr, HAS_BRANCH: tl.constexpr, GDC: tl.constexpr,
@@ -32,11 +40,9 @@ def _kernel(
         x = (x.to(tl.float32) + added.to(tl.float32)).to(x.dtype)
         tl.store(hidden + token * hidden_stride + columns, x, mask=inside)
     values = x.to(tl.float32)
-    scale = 1.0 / tl.sqrt(tl.sum(values * values, axis=0) / SIZE + eps)
-    # Rounded before the weight, as transformers does.
-    normed = (values * scale).to(x.dtype).to(tl.float32)
-    gain = tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + token * SIZE + columns, (normed * gain).to(x.dtype), mask=inside)
+    gain = tl.load(weight + columns, mask=inside, other=0.0)
+    normed = scaled(x, tl.sum(values * values, axis=0) / SIZE, gain, eps)
+    tl.store(out + token * SIZE + columns, normed, mask=inside)
 
 
 def add_rms_norm(

@@ -17,7 +17,8 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.gpu.adapter_tables import GpuAdapterTables, Launch, LoraGroup, TableLayout, module_rows
+from kernels.gpu.adapter_tables import GpuAdapterTables, Launch, LoraGroup, TableLayout, token_rows
+from kernels.gpu.add_rms_norm import scaled
 from kernels.gpu.early_launch import has_early_launch
 from kernels.gpu.row_expand import add_rows, first_rows
 
@@ -87,10 +88,7 @@ def _expand_norm_kernel(
     own = tl.arange(0, BLOCK_T)
     has_tile = own < TILES
     slot = tl.load(slots_ptr + token)
-    # A token without an adapter is one of rank 0: it is normalised all the same.
-    entry = tl.maximum(slot, 0) * TABLE_STRIDE + table_offset
-    rank, start, first = module_rows(rank_ptr, b_tile_ptr, entry, 0, NUM_MODULES)
-    rank = tl.where(slot < 0, 0, rank)
+    rank, start, first = token_rows(rank_ptr, b_tile_ptr, slot, table_offset, 0, TABLE_STRIDE, NUM_MODULES)
     page_table_ptr += tl.maximum(slot, 0) * PAGE_TABLE_STRIDE
     tile, page, lora_b = first_rows(
         pages_ptr, page_table_ptr, first, rank, TILES, own, has_tile, PAGE_TILES, TILE, BLOCK_R
@@ -111,7 +109,6 @@ def _expand_norm_kernel(
     x = (tl.load(hidden_ptr, mask=inside, other=0.0).to(tl.float32) + added).to(hidden_ptr.dtype.element_ty)
     tl.store(hidden_ptr, x, mask=inside)
     values = x.to(tl.float32)
-    scale = 1.0 / tl.sqrt(tl.sum(tl.sum(values * values, 1), 0) / (TILES * TILE) + eps)
-    normed = (values * scale).to(x.dtype).to(tl.float32)
-    gain = tl.load(weight_ptr + place, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out_ptr + token.to(tl.int64) * (TILES * TILE) + place, (normed * gain).to(x.dtype), mask=inside)
+    gain = tl.load(weight_ptr + place, mask=inside, other=0.0)
+    normed = scaled(x, tl.sum(tl.sum(values * values, 1), 0) / (TILES * TILE), gain, eps)
+    tl.store(out_ptr + token.to(tl.int64) * (TILES * TILE) + place, normed, mask=inside)

@@ -24,12 +24,12 @@ from kernels.gpu.adapter_tables import (
     Launch,
     LoraGroup,
     TableLayout,
-    module_rows,
     output_block,
+    token_rows,
 )
 from kernels.gpu.rope_kv_write import put_heads
 from kernels.gpu.row_expand import ExpandBlocks, add_rows, blocks_for, expand_launch, first_rows
-from kernels.gpu.row_plan import RowPlan
+from kernels.gpu.row_plan import TokenOrder
 
 
 class Rotation(NamedTuple):
@@ -49,7 +49,7 @@ def fits(head_dim: int, tile_elems: int) -> bool:
 
 def expand_rope_kv_write(
     u: torch.Tensor,
-    slots: torch.Tensor,
+    tokens: TokenOrder,
     layer: int,
     pages: torch.Tensor,
     tables: GpuAdapterTables,
@@ -60,47 +60,20 @@ def expand_rope_kv_write(
     blocks: ExpandBlocks | None = None,
 ) -> None:
     """`row_expand` into `qkv`, then `rope_kv_write`. pages: the layer's, as rope_kv_write has them."""
-    _launch_fused(u, slots, slots, 0, False, layer, pages, tables, group, qkv, rotation, max_rank, blocks)
-
-
-def planned_expand_rope_kv_write(
-    u: torch.Tensor,
-    plan: RowPlan,
-    layer: int,
-    group: int,
-    pages: torch.Tensor,
-    qkv: torch.Tensor,
-    rotation: Rotation,
-    max_rank: int = MAX_RANK,
-    blocks: ExpandBlocks | None = None,
-) -> None:
-    """The same with `planned_expand`, for the plan's `group`."""
-    offset = (layer * len(plan.groups) + group) * plan.batch
-    modules = plan.groups[group]
-    _launch_fused(
-        u, plan.slots, plan.order, offset, True, layer, pages, plan.tables, modules, qkv, rotation, max_rank, blocks
-    )
-
-
-def _launch_fused(
-    u: torch.Tensor, slots: torch.Tensor, order: torch.Tensor, order_offset: int, ordered: bool, layer: int,
-    pages: torch.Tensor, tables: GpuAdapterTables, group: LoraGroup, qkv: torch.Tensor, rotation: Rotation,
-    max_rank: int, blocks: ExpandBlocks | None,
-) -> None:  # fmt: skip
     layout = tables.layout
     blocks = blocks or blocks_for(u.shape[0], u.shape[1], group, layout.tile_elems, max_rank)
-    grid, constants = _fused_launch(u.shape, group, layout, pages.shape[1:], blocks)
+    grid, constants = _launch(u.shape, group, layout, pages.shape[1:], blocks)
     q_norm, k_norm = rotation.qk_norm or (rotation.rope, rotation.rope)
     _expand_rope_kernel[grid](
-        u, slots, order, pages, tables.page_table, tables.rank, tables.lora_b_tile, qkv,
+        u, tokens.slots, tokens.order, pages, tables.page_table, tables.rank, tables.lora_b_tile, qkv,
         rotation.positions, rotation.slots, rotation.rope, q_norm, k_norm,
-        layer * layout.layer_stride + group.first_module, order_offset, rotation.eps,
-        ORDERED=ordered, QK_NORM=rotation.qk_norm is not None, **constants,
+        layer * layout.layer_stride + group.first_module, tokens.offset, rotation.eps,
+        ORDERED=tokens.is_planned, QK_NORM=rotation.qk_norm is not None, **constants,
     )  # fmt: skip
 
 
 @functools.cache
-def _fused_launch(
+def _launch(
     u_shape: tuple[int, int, int], group: LoraGroup, layout: TableLayout, page_shape: tuple[int, int, int, int],
     blocks: ExpandBlocks,
 ) -> Launch:  # fmt: skip
@@ -140,10 +113,7 @@ def _expand_rope_kernel(
     slot = tl.load(slots_ptr + token)
     kv_slot = tl.load(kv_slots_ptr + token)
     position = tl.load(positions_ptr + token)
-    # A token without an adapter is one of rank 0: it is rotated all the same.
-    entry = tl.maximum(slot, 0) * TABLE_STRIDE + table_offset
-    rank, start, first = module_rows(rank_ptr, b_tile_ptr, entry, module, NUM_MODULES)
-    rank = tl.where(slot < 0, 0, rank)
+    rank, start, first = token_rows(rank_ptr, b_tile_ptr, slot, table_offset, module, TABLE_STRIDE, NUM_MODULES)
     page_table_ptr += tl.maximum(slot, 0) * PAGE_TABLE_STRIDE
     tile, page, lora_b = first_rows(
         pages_ptr, page_table_ptr, first, rank, width, own, has_tile, PAGE_TILES, TILE, BLOCK_R

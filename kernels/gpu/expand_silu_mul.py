@@ -23,15 +23,16 @@ from kernels.gpu.adapter_tables import (
     Launch,
     LoraGroup,
     TableLayout,
-    module_rows,
+    token_rows,
 )
 from kernels.gpu.row_expand import ExpandBlocks, add_rows, blocks_for, expand_launch, first_rows
-from kernels.gpu.row_plan import RowPlan
+from kernels.gpu.row_plan import TokenOrder
+from kernels.gpu.silu_mul import gated
 
 
 def expand_silu_mul(
     u: torch.Tensor,
-    slots: torch.Tensor,
+    tokens: TokenOrder,
     layer: int,
     pages: torch.Tensor,
     tables: GpuAdapterTables,
@@ -45,38 +46,12 @@ def expand_silu_mul(
 
     Tokens are as many as slots: rows behind are left alone.
     """
-    _launch_gated(u, slots, slots, 0, False, layer, pages, tables, group, gate_up, out, max_rank, blocks)
-
-
-def planned_expand_silu_mul(
-    u: torch.Tensor,
-    plan: RowPlan,
-    layer: int,
-    group: int,
-    pages: torch.Tensor,
-    gate_up: torch.Tensor,
-    out: torch.Tensor,
-    max_rank: int = MAX_RANK,
-    blocks: ExpandBlocks | None = None,
-) -> None:
-    """The same for the plan's `group`."""
-    offset, modules = (layer * len(plan.groups) + group) * plan.batch, plan.groups[group]
-    _launch_gated(
-        u, plan.slots, plan.order, offset, True, layer, pages, plan.tables, modules, gate_up, out, max_rank, blocks
-    )
-
-
-def _launch_gated(
-    u: torch.Tensor, slots: torch.Tensor, order: torch.Tensor, order_offset: int, ordered: bool, layer: int,
-    pages: torch.Tensor, tables: GpuAdapterTables, group: LoraGroup, gate_up: torch.Tensor, out: torch.Tensor,
-    max_rank: int, blocks: ExpandBlocks | None,
-) -> None:  # fmt: skip
     layout = tables.layout
     blocks = blocks or _half(blocks_for(u.shape[0], u.shape[1], group, layout.tile_elems, max_rank))
     grid, constants = _launch(u.shape, group, layout, pages.shape[1], blocks)
     _expand_gate_kernel[grid](
-        u, slots, order, pages, tables.page_table, tables.rank, tables.lora_b_tile, gate_up, out,
-        layer * layout.layer_stride + group.first_module, order_offset, ORDERED=ordered, **constants,
+        u, tokens.slots, tokens.order, pages, tables.page_table, tables.rank, tables.lora_b_tile, gate_up, out,
+        layer * layout.layer_stride + group.first_module, tokens.offset, ORDERED=tokens.is_planned, **constants,
     )  # fmt: skip
 
 
@@ -114,12 +89,10 @@ def _expand_gate_kernel(
         tl.extra.cuda.gdc_launch_dependents()
     has_tile = own < TILES
     slot = tl.load(slots_ptr + token)
-    # A token without an adapter is one of rank 0: it is gated all the same.
-    entry = tl.maximum(slot, 0) * TABLE_STRIDE + table_offset
-    gate_rank, gate_start, gate_first = module_rows(rank_ptr, b_tile_ptr, entry, 0, NUM_MODULES)
-    up_rank, up_start, up_first = module_rows(rank_ptr, b_tile_ptr, entry, 1, NUM_MODULES)
-    gate_rank = tl.where(slot < 0, 0, gate_rank)
-    up_rank = tl.where(slot < 0, 0, up_rank)
+    gate_rank, gate_start, gate_first = token_rows(
+        rank_ptr, b_tile_ptr, slot, table_offset, 0, TABLE_STRIDE, NUM_MODULES
+    )
+    up_rank, up_start, up_first = token_rows(rank_ptr, b_tile_ptr, slot, table_offset, 1, TABLE_STRIDE, NUM_MODULES)
     page_table_ptr += tl.maximum(slot, 0) * PAGE_TABLE_STRIDE
     gate_tile, gate_page, gate_b = first_rows(
         pages_ptr, page_table_ptr, gate_first, gate_rank, TILES, own, has_tile, PAGE_TILES, TILE, BLOCK_R
@@ -146,7 +119,5 @@ def _expand_gate_kernel(
     )  # fmt: skip
     # Rounded wherever separate ops would.
     kind = out_ptr.dtype.element_ty
-    z = gate.to(kind).to(tl.float32)
-    silu = (z / (1.0 + tl.exp(-z))).to(kind).to(tl.float32)
     out_ptr += token.to(tl.int64) * (TILES * TILE) + place
-    tl.store(out_ptr, (silu * up.to(kind).to(tl.float32)).to(kind), mask=inside)
+    tl.store(out_ptr, gated(gate.to(kind), up.to(kind)), mask=inside)

@@ -108,10 +108,10 @@ def planned_expand(
     tables, modules, layout = plan.tables, plan.groups[group], plan.tables.layout
     blocks = blocks or blocks_for(u.shape[0], u.shape[1], modules, layout.tile_elems, max_rank)
     grid, constants = expand_launch(u.shape, modules, layout, pages.shape[1], blocks)
+    tokens = plan.token_order(layer, group)
     _row_expand_kernel[grid](
-        u, plan.slots, plan.order, pages, tables.page_table, tables.rank, tables.lora_b_tile, y,
-        y.stride(0), layer * layout.layer_stride + modules.first_module,
-        (layer * len(plan.groups) + group) * plan.batch, ORDERED=True, **constants,
+        u, tokens.slots, tokens.order, pages, tables.page_table, tables.rank, tables.lora_b_tile, y,
+        y.stride(0), layer * layout.layer_stride + modules.first_module, tokens.offset, ORDERED=True, **constants,
     )  # fmt: skip
 
 

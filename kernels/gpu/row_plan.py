@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
@@ -62,6 +63,21 @@ class PlannedBlocks:
 _BLOCKS = PlannedBlocks(rows=4, num_warps=2, programs=10, registers=96)
 
 
+class TokenOrder(NamedTuple):
+    """Decoded tokens' adapters, int32 `[batch]` (-1: none), and in which order programs take the tokens."""
+
+    slots: torch.Tensor
+    # int32; read from `offset` on if `is_planned`, else not at all.
+    order: torch.Tensor
+    offset: int = 0
+    is_planned: bool = False
+
+
+def as_they_come(slots: torch.Tensor) -> TokenOrder:
+    """Tokens in no order but their own."""
+    return TokenOrder(slots, slots)
+
+
 @dataclass(frozen=True, slots=True)
 class RowPlan:
     """One step's tokens with their adapters, and how the work of each layer and group is cut. Valid for one step."""
@@ -76,6 +92,10 @@ class RowPlan:
     groups: tuple[LoraGroup, ...]
     blocks: PlannedBlocks
     batch: int
+
+    def token_order(self, layer: int, group: int) -> TokenOrder:
+        """The tokens as a layer's group wants them: those with the most items first."""
+        return TokenOrder(self.slots, self.order, (layer * len(self.groups) + group) * self.batch, True)
 
 
 class RowPlanner:

@@ -19,6 +19,14 @@ _BLOCK = 1024
 
 
 @triton.jit
+def gated(gate, up):
+    """`silu(gate) * up` of elements."""
+    z = gate.to(tl.float32)
+    silu = (z / (1.0 + tl.exp(-z))).to(gate.dtype).to(tl.float32)
+    return (silu * up.to(tl.float32)).to(gate.dtype)
+
+
+@triton.jit
 def _kernel(gate_up, out, SIZE: tl.constexpr, BLOCK: tl.constexpr, GDC: tl.constexpr):
     start_early(GDC)
     token = tl.program_id(0).to(tl.int64)
@@ -26,9 +34,7 @@ def _kernel(gate_up, out, SIZE: tl.constexpr, BLOCK: tl.constexpr, GDC: tl.const
     inside = columns < SIZE
     gate = tl.load(gate_up + token * 2 * SIZE + columns, mask=inside, other=0.0)
     up = tl.load(gate_up + token * 2 * SIZE + SIZE + columns, mask=inside, other=0.0)
-    z = gate.to(tl.float32)
-    silu = (z / (1.0 + tl.exp(-z))).to(gate.dtype).to(tl.float32)
-    tl.store(out + token * SIZE + columns, (silu * up.to(tl.float32)).to(gate.dtype), mask=inside)
+    tl.store(out + token * SIZE + columns, gated(gate, up), mask=inside)
 
 
 def silu_mul(gate_up: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:

@@ -98,11 +98,11 @@ def empty(*shape: int, dtype: torch.dtype = DTYPE) -> torch.Tensor:
 def call_row_lora(model: Model, batch: int, rank: int) -> None:
     """The LoRA of decoded tokens, of few or many, of small or large ranks."""
     from kernels.gpu.expand_add_rms_norm import expand_add_rms_norm
-    from kernels.gpu.expand_rope_kv_write import Rotation, expand_rope_kv_write, planned_expand_rope_kv_write
-    from kernels.gpu.expand_silu_mul import expand_silu_mul, planned_expand_silu_mul
+    from kernels.gpu.expand_rope_kv_write import Rotation, expand_rope_kv_write
+    from kernels.gpu.expand_silu_mul import expand_silu_mul
     from kernels.gpu.planned_shrink import planned_shrink
     from kernels.gpu.row_expand import planned_expand, row_expand
-    from kernels.gpu.row_plan import RowPlanner
+    from kernels.gpu.row_plan import RowPlanner, as_they_come
     from kernels.gpu.row_shrink import num_splits_for, row_shrink
 
     slots, tables, pages = empty(batch, dtype=torch.int32), model.tables, model.pages
@@ -119,15 +119,16 @@ def call_row_lora(model: Model, batch: int, rank: int) -> None:
         for number in range(4):
             planned_shrink(x[number], plan, 0, number, pages, u[number])
             planned_expand(u[number], plan, 0, number, pages, y[number], rank)
-        planned_expand_rope_kv_write(u[0], plan, 0, 0, model.kv_pages, y[0], rotation, rank)
-        planned_expand_silu_mul(u[2], plan, 0, 2, pages, y[2], gated, rank)
+        tokens = plan.token_order(0, 0)
+        expand_rope_kv_write(u[0], tokens, 0, model.kv_pages, tables, model.qkv, y[0], rotation, rank)
+        expand_silu_mul(u[2], plan.token_order(0, 2), 0, pages, tables, model.gate_up, y[2], gated, rank)
         return
     for number, group in enumerate(model.groups):
         row_shrink(x[number], slots, 0, pages, tables, group, u[number], rank)
         row_expand(u[number], slots, 0, pages, tables, group, y[number], rank)
     for one in (rotation, rotation._replace(qk_norm=model.qk_norm)):
-        expand_rope_kv_write(u[0], slots, 0, model.kv_pages, tables, model.qkv, y[0], one, rank)
-    expand_silu_mul(u[2], slots, 0, pages, tables, model.gate_up, y[2], gated, rank)
+        expand_rope_kv_write(u[0], as_they_come(slots), 0, model.kv_pages, tables, model.qkv, y[0], one, rank)
+    expand_silu_mul(u[2], as_they_come(slots), 0, pages, tables, model.gate_up, y[2], gated, rank)
     for number in (1, 3):
         branch, group = y[number], model.groups[number]
         expand_add_rms_norm(u[number], slots, 0, pages, tables, group, y[1], branch, model.norm_weight, 1e-5, x[1])

@@ -22,11 +22,10 @@ MOST_STACK_BYTES = 32
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.skipif(ON_GPU, reason="the other tests compile them")
-@pytest.mark.parametrize("arch", [90])
-def test_every_kernel_compiles(tmp_path: Path, arch: int) -> None:
+def test_every_kernel_compiles(tmp_path: Path) -> None:
     launched = {name for file in (ROOT / "kernels" / "gpu").glob("*.py") for name in LAUNCH.findall(file.read_text())}
     environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
-    command = [sys.executable, "-m", "tests.kernels.gpu.compile_kernels", "--arch", str(arch)]
+    command = [sys.executable, "-m", "tests.kernels.gpu.compile_kernels"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     kernels = [json.loads(line) for line in done.stdout.splitlines()]

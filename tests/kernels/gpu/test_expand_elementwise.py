@@ -10,9 +10,9 @@ import torch
 from kernels.gpu.adapter_tables import LoraGroup
 from kernels.gpu.add_rms_norm import add_rms_norm
 from kernels.gpu.expand_add_rms_norm import expand_add_rms_norm
-from kernels.gpu.expand_silu_mul import expand_silu_mul, planned_expand_silu_mul
+from kernels.gpu.expand_silu_mul import expand_silu_mul
 from kernels.gpu.row_expand import ExpandBlocks, row_expand
-from kernels.gpu.row_plan import RowPlanner
+from kernels.gpu.row_plan import RowPlanner, as_they_come
 from kernels.gpu.row_shrink import row_shrink
 from kernels.gpu.silu_mul import silu_mul
 from tests.kernels.gpu.gpu_lora_cases import (
@@ -81,10 +81,9 @@ def test_gate(
     added, before = gate_up.clone(), gate_up.clone()
     row_expand(u, slots, LAYER, case.pages, case.tables, group, added)
     out = gate_up.new_empty(BATCH, size)
+    tokens = as_they_come(slots)
     if planned:
-        plan = RowPlanner(case.tables, [LoraGroup(2, 16, (16,)), group], BATCH).plan(slots)
-        planned_expand_silu_mul(u, plan, LAYER, 1, case.pages, gate_up, out, blocks=blocks)
-    else:
-        expand_silu_mul(u, slots, LAYER, case.pages, case.tables, group, gate_up, out, blocks=blocks)
+        tokens = RowPlanner(case.tables, [LoraGroup(2, 16, (16,)), group], BATCH).plan(slots).token_order(LAYER, 1)
+    expand_silu_mul(u, tokens, LAYER, case.pages, case.tables, group, gate_up, out, blocks=blocks)
     assert_near(out, silu_mul(added))
     assert torch.equal(gate_up, before)

@@ -1,4 +1,4 @@
-"""expand_rope_kv_write, or the planned one, against row_expand followed by rope_kv_write."""
+"""expand_rope_kv_write, in any order of tokens, against row_expand followed by rope_kv_write."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from kernels.gpu.adapter_tables import LoraGroup
-from kernels.gpu.expand_rope_kv_write import Rotation, expand_rope_kv_write, fits, planned_expand_rope_kv_write
+from kernels.gpu.expand_rope_kv_write import Rotation, expand_rope_kv_write, fits
 from kernels.gpu.rope_kv_write import rope_kv_write
 from kernels.gpu.row_expand import ExpandBlocks, row_expand
-from kernels.gpu.row_plan import RowPlanner
+from kernels.gpu.row_plan import RowPlanner, as_they_come
 from kernels.gpu.row_shrink import row_shrink
 from tests.kernels.gpu.gpu_lora_cases import (
     LAYER,
@@ -52,13 +52,11 @@ class Step:
         """As the one kernel does."""
         qkv, pages, case, slots = self.qkv.clone(), self.pages.clone(), self.case, self.slot_tensor()
         kv = pages.view(self.kv_shape)
+        tokens = as_they_come(slots)
         if planned:
-            plan = RowPlanner(case.tables, [LoraGroup(2, 16, (16,)), case.group], len(slots)).plan(slots)
-            planned_expand_rope_kv_write(self.u, plan, LAYER, 1, kv, qkv, self.rotation, blocks=blocks)
-        else:
-            expand_rope_kv_write(
-                self.u, slots, LAYER, kv, case.tables, case.group, qkv, self.rotation, blocks=blocks
-            )  # fmt: skip
+            planner = RowPlanner(case.tables, [LoraGroup(2, 16, (16,)), case.group], len(slots))
+            tokens = planner.plan(slots).token_order(LAYER, 1)
+        expand_rope_kv_write(self.u, tokens, LAYER, kv, case.tables, case.group, qkv, self.rotation, blocks=blocks)
         return qkv, pages
 
     def slot_tensor(self) -> torch.Tensor:

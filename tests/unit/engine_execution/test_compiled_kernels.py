@@ -10,6 +10,7 @@ import pytest
 import torch
 from triton.runtime.interpreter import InterpretedFunction
 
+from kernels.gpu.adapter_tables import FEW_RANKS
 from tests.fixtures.random_steps import RandomSteps, install_random_ranks
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there kernels are compiled: tests/gpu looks at that")
@@ -68,3 +69,27 @@ def test_every_step_launches_what_was_launched_at_the_start(
         runner.submit(steps.plan(rng))
         assert launched
         assert launched <= compiled, [sorted(map(str, variant)) for variant in launched - compiled]
+
+
+def test_adapters_of_small_ranks_cost_a_step_one_launch_a_projection(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second half is in the op behind the projection, which a step without adapters has too (ADR 34)."""
+    runner = RandomSteps().runner(tmp_path, "cpu")
+    num_launches = 0
+
+    def count(kernel: Any, *args: Any, grid: object, warmup: bool, **constants: object) -> None:
+        nonlocal num_launches
+        num_launches += 1
+
+    monkeypatch.setattr(InterpretedFunction, "run", count)
+    graphs, by_groups = runner._graphs, dict[int, int]()
+    for step in graphs.captured_steps():
+        kind = step.adapters
+        is_small = not kind.groups or kind.max_rank <= FEW_RANKS
+        if step.shape.num_decode == 4 and not step.shape.num_prefill and is_small:
+            num_launches = 0
+            graphs._compute(step)
+            by_groups[len(kind.groups)] = num_launches
+    num_layers = runner.config.num_layers
+    assert by_groups == {num: by_groups[0] + num * num_layers for num in (0, 2, 4)}

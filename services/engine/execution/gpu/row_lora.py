@@ -12,11 +12,11 @@ import torch
 
 from kernels.gpu.adapter_tables import FEW_RANKS, MAX_RANK, LoraGroup
 from kernels.gpu.expand_add_rms_norm import expand_add_rms_norm
-from kernels.gpu.expand_rope_kv_write import Rotation, expand_rope_kv_write, fits, planned_expand_rope_kv_write
-from kernels.gpu.expand_silu_mul import expand_silu_mul, planned_expand_silu_mul
+from kernels.gpu.expand_rope_kv_write import Rotation, expand_rope_kv_write, fits
+from kernels.gpu.expand_silu_mul import expand_silu_mul
 from kernels.gpu.planned_shrink import planned_shrink
 from kernels.gpu.row_expand import planned_expand, row_expand
-from kernels.gpu.row_plan import RowPlan
+from kernels.gpu.row_plan import RowPlan, TokenOrder, as_they_come
 from kernels.gpu.row_shrink import num_splits_for, row_shrink
 from services.engine.execution.gpu.step_tensors import DeviceState, StepTensors
 from services.engine.model.step_ops import Group
@@ -71,21 +71,15 @@ class RowLora:
 
     def expand_rotate(self, layer: int, u: torch.Tensor, qkv: torch.Tensor, rotation: Rotation) -> None:
         """The second half of q k v, and what lies between them and attention."""
-        state, slots, max_rank = self._state, self._step.adapter_slots, self._step.max_row_rank
-        pages, modules = state.pool.kv_pages(layer), self._modules(Group.QKV)
-        if self._plan is None:
-            expand_rope_kv_write(u, slots, layer, pages, state.adapters.tables, modules, qkv, rotation, max_rank)
-        else:
-            planned_expand_rope_kv_write(u, self._plan, layer, Group.QKV, pages, qkv, rotation, max_rank)
+        state, tokens, modules = self._state, self._tokens(layer, Group.QKV), self._modules(Group.QKV)
+        pages, max_rank = state.pool.kv_pages(layer), self._step.max_row_rank
+        expand_rope_kv_write(u, tokens, layer, pages, state.adapters.tables, modules, qkv, rotation, max_rank)
 
     def expand_gate(self, layer: int, u: torch.Tensor, gate_up: torch.Tensor, out: torch.Tensor) -> None:
         """The second half of gate and up, and the gate."""
-        state, slots, max_rank = self._state, self._step.adapter_slots, self._step.max_row_rank
-        pages, modules = state.layers[layer], self._modules(Group.GATE_UP)
-        if self._plan is None:
-            expand_silu_mul(u, slots, layer, pages, state.adapters.tables, modules, gate_up, out, max_rank)
-        else:
-            planned_expand_silu_mul(u, self._plan, layer, Group.GATE_UP, pages, gate_up, out, max_rank)
+        state, tokens, modules = self._state, self._tokens(layer, Group.GATE_UP), self._modules(Group.GATE_UP)
+        pages, max_rank = state.layers[layer], self._step.max_row_rank
+        expand_silu_mul(u, tokens, layer, pages, state.adapters.tables, modules, gate_up, out, max_rank)
 
     def expand_add_norm(
         self, layer: int, group: Group, u: torch.Tensor, hidden: torch.Tensor, branch: torch.Tensor,
@@ -95,6 +89,9 @@ class RowLora:
         state, slots = self._state, self._step.adapter_slots
         tables, modules, pages = state.adapters.tables, self._modules(group), state.layers[layer]
         expand_add_rms_norm(u, slots, layer, pages, tables, modules, hidden, branch, weight, eps, out)
+
+    def _tokens(self, layer: int, group: Group) -> TokenOrder:
+        return as_they_come(self._step.adapter_slots) if self._plan is None else self._plan.token_order(layer, group)
 
     def _modules(self, group: Group) -> LoraGroup:
         return self._state.adapters.groups[group]
