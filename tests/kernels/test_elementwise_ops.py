@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from kernels import reference
-from kernels.linear import linear, pack_weight
+from kernels.linear import linear, linear_into, pack_weight
 from kernels.rms_norm import rms_norm
 from kernels.rope import apply_rope
 from kernels.silu_mul import silu_mul
@@ -67,8 +67,12 @@ def test_linear(rng: random.Random, packed: bool, dtype: torch.dtype) -> None:
     for tokens, inputs, outputs in [(1, 1, 1), (1, 48, 96), (3, 37, 19), (33, 80, 211), (100, 17, 64)]:
         x, weight, bias = (torch.randn(*shape).to(dtype) for shape in [(tokens, inputs), (outputs, inputs), (outputs,)])
         expected = x.double() @ weight.double().T
+        given = pack_weight(weight) if packed else weight
+        room = torch.full((tokens, outputs), torch.nan, dtype=dtype)
+        assert linear_into(room, x, given) is room
+        torch.testing.assert_close(room, linear(x, given), rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
         for b in (None, bias):
-            out = linear(x, pack_weight(weight) if packed else weight, b).double()
+            out = linear(x, given, b).double()
             wanted = expected if b is None else expected + b.double()
             torch.testing.assert_close(out, wanted, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype] * inputs**0.5)
 

@@ -57,10 +57,11 @@ class ParallelTorchStep(TorchStep):
             return self._communicator.begin_all_reduce(y, Traffic.BASE).wait()
         return y
 
-    def whole_logits(self, logits: torch.Tensor) -> torch.Tensor:
+    def logits(self, rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """The processes' parts of the vocabulary, end to end."""
         vocab_size, tp_size = self._config.vocab_size, self._communicator.partition.tp_size
-        part = functional.pad(logits, (0, -(-vocab_size // tp_size) - logits.shape[1]))
+        own = super().logits(rows, weight)
+        part = functional.pad(own, (0, -(-vocab_size // tp_size) - own.shape[1]))
         parts = self._communicator.begin_all_gather(part, Traffic.LOGITS).wait()
         return parts.transpose(0, 1).flatten(1)[:, :vocab_size]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from kernels.kv_write import kv_write
+from kernels.linear import linear
 from kernels.lora_expand import lora_expand
 from kernels.lora_plan import LoraPlan
 from kernels.lora_shrink import lora_shrink
@@ -77,6 +78,6 @@ class TorchStep:
         """The rows whose logits are wanted."""
         return rows.index_select(0, self._batch.logit_rows)
 
-    def whole_logits(self, logits: torch.Tensor) -> torch.Tensor:
-        """They are."""
-        return logits
+    def logits(self, rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """The product."""
+        return linear(rows, weight)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import torch
 
-from kernels.linear import linear
 from services.engine.model.checkpoint import Weights
 from services.engine.model.config import CheckpointError, ModelConfig
 from services.engine.model.linear import ALL, Linear, LinearPart
@@ -46,14 +45,11 @@ class Decoder:
         sampled = ops.sampled(hidden)
         if len(sampled) == 0:
             return sampled.new_empty((0, self._config.vocab_size))
-        return ops.whole_logits(self._logits(sampled))
+        return ops.logits(sampled, self._output_weight())
 
-    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Of the part of the vocabulary that is held."""
-        if self._lm_head is None:
-            # A tied head shares the embedding's memory, so it is not packed.
-            return linear(hidden, self._embedding[self._vocabulary])
-        return self._lm_head(hidden)
+    def _output_weight(self) -> torch.Tensor:
+        """Of the part of the vocabulary that is held. A tied one is the embedding's memory, so it is not packed."""
+        return self._embedding[self._vocabulary] if self._lm_head is None else self._lm_head.weight
 
     def _read_lm_head(self, checkpoint: Weights, device: torch.device) -> Linear | None:
         config, name = self._config, "lm_head.weight"

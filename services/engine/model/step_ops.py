@@ -55,8 +55,12 @@ class StepOps(Protocol):
     def sampled(self, rows: torch.Tensor) -> torch.Tensor:
         """Those of the tokens' `rows` whose logits are wanted."""
 
-    def whole_logits(self, logits: torch.Tensor) -> torch.Tensor:
-        """`[num_sampled, vocab_size]` from this process's part of the vocabulary, which may be all of it."""
+    def logits(self, rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """`[num_sampled, vocab_size]`, valid until the next step, of `sampled` rows.
+
+        weight: the output layer's, as `kernels.linear` takes it, of this process's part of the vocabulary, which may
+        be all of it.
+        """
 
 
 def module_groups(

@@ -277,6 +277,24 @@ def test_a_plan_out_of_bounds_is_refused(tiny_runner: Any, changes: dict[str, An
         tiny_runner.execute(StepPlan((chunk,)))
 
 
+def test_every_step_leaves_its_logits_in_the_same_memory(tiny_runner: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A captured step keeps for good what it returns: hundreds of them, each with its own logits, are gigabytes.
+    drawn_from: list[torch.Tensor] = []
+    draw = tiny_runner._sampler.draw
+
+    def noted_draw(logits: torch.Tensor, *rest: Any) -> Any:
+        drawn_from.append(logits)
+        return draw(logits, *rest)
+
+    monkeypatch.setattr(tiny_runner._sampler, "draw", noted_draw)
+    sample = SampleRequest(GREEDY, [1], [], 0)
+    for numbers, length in (((1, 2, 3), 20), ((1, 2, 3), 1), ((1,), 1), ((4,), 60)):
+        chunks = (ScheduledChunk(n, [5] * length, 0, list(range(4 * n, 4 * n + 4)), BASE_SLOT, sample) for n in numbers)
+        tiny_runner.execute(StepPlan(tuple(chunks)))
+    assert len({logits.shape for logits in drawn_from}) > 1
+    assert len({logits.data_ptr() for logits in drawn_from}) == 1
+
+
 @pytest.fixture(scope="module")
 def tiny_runner(tmp_path_factory: pytest.TempPathFactory) -> Any:
     directory = tmp_path_factory.mktemp("gpu-runner") / "base"

@@ -286,6 +286,7 @@ class GpuRunner:
             attended=torch.zeros((max_tokens, config.num_heads, config.head_dim), dtype=config.dtype, device=device),
             row_planner=RowPlanner(adapters.tables, adapters.groups, max_batch),
             rank_space=torch.empty(rank_space, dtype=torch.float32, device=device),
+            logits=torch.empty((max_batch + sizes.max_chunks, self.vocab_size), dtype=config.dtype, device=device),
         )
         most = most_integers(max_tokens, 2 * max_batch + sizes.max_chunks, self._max_pages, self._tile_tokens)
         self._inputs = StepInputs(most, device)

@@ -15,6 +15,7 @@ from torch.nn import functional
 from kernels.gpu.rank_join import rank_join
 from kernels.gpu.segment_expand import segment_expand
 from kernels.gpu.segment_shrink import segment_shrink
+from kernels.linear import linear
 from services.engine.execution.communicator import Communicator, Pending, Traffic
 from services.engine.execution.gpu.step_tensors import DeviceState, StepTensors
 from services.engine.execution.gpu.triton_step import TritonStep, base_product
@@ -51,12 +52,18 @@ class ParallelTritonStep(TritonStep):
             return self._communicator.begin_all_reduce(y, Traffic.BASE).wait()
         return y
 
-    def whole_logits(self, logits: torch.Tensor) -> torch.Tensor:
+    def logits(self, rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """The processes' parts of the vocabulary, end to end."""
         vocab_size, tp_size = self._state.config.vocab_size, self._communicator.partition.tp_size
-        part = functional.pad(logits, (0, -(-vocab_size // tp_size) - logits.shape[1]))
-        parts = self._communicator.begin_all_gather(part, Traffic.LOGITS).wait()
-        return parts.transpose(0, 1).flatten(1)[:, :vocab_size]
+        width = -(-vocab_size // tp_size)
+        own = linear(rows, weight)
+        padded = functional.pad(own, (0, width - own.shape[1]))
+        whole = self._state.logits[: len(rows)]
+        # A vocabulary smaller than its parts' widths together may leave the last processes nothing.
+        parts = self._communicator.begin_all_gather(padded, Traffic.LOGITS).wait()
+        for part, columns in zip(parts, whole.split(width, dim=1), strict=False):
+            columns.copy_(part[:, : columns.shape[1]])
+        return whole
 
     def _begin_ranks(self, layer: int, group: Group, x: torch.Tensor) -> _Ranks | None:
         """Shrinks, and begins to join what this process has of rank space; None where no adapter has anything."""

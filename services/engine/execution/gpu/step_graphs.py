@@ -116,7 +116,7 @@ class StepGraphs:
 
     def capture(self) -> None:
         """Captures every size on the current stream, the largest first: smaller ones use the same memory again."""
-        began = time.monotonic()
+        began, free = time.monotonic(), torch.cuda.mem_get_info()[0]
         torch.cuda.synchronize()
         pool = torch.cuda.graph_pool_handle()
         for step in sorted(self.captured_steps(), key=lambda step: step.shape.num_tokens, reverse=True):
@@ -126,7 +126,8 @@ class StepGraphs:
                 logits = self._compute(step)
             self._graphs[step] = graph, logits
         seconds = time.monotonic() - began
-        logger.info("captured %d graphs of steps in %.1f s", len(self._graphs), seconds)
+        mebibytes = (free - torch.cuda.mem_get_info()[0]) / 2**20
+        logger.info("captured %d graphs of steps in %.1f s, %.0f MiB", len(self._graphs), seconds, mebibytes)
 
     def find(self, layout: StepLayout, cuts: StepCuts, adapters: StepAdapters) -> SizedStep:
         """The least captured step that holds this one; if none does, one that is not captured."""

@@ -16,6 +16,7 @@ from kernels.gpu.row_product import row_product
 from kernels.gpu.segment_expand import segment_expand
 from kernels.gpu.segment_shrink import num_segment_splits, segment_shrink
 from kernels.gpu.silu_mul import silu_mul
+from kernels.linear import linear_into
 from services.engine.execution.gpu.row_lora import RowLora
 from services.engine.execution.gpu.step_tensors import DeviceState, Segments, StepTensors
 from services.engine.model.linear import Linear
@@ -112,9 +113,9 @@ class TritonStep:
         """The rows whose logits are wanted."""
         return rows if self._step.logit_rows is None else rows.index_select(0, self._step.logit_rows)
 
-    def whole_logits(self, logits: torch.Tensor) -> torch.Tensor:
-        """They are."""
-        return logits
+    def logits(self, rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """The product, where every step leaves it."""
+        return linear_into(self._state.logits[: len(rows)], rows, weight)
 
     def _take_unexpanded(self, *own: Group) -> _Unexpanded | None:
         """What was left to an op behind the `own` projections, if anything was; never another's."""
