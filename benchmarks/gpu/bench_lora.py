@@ -5,9 +5,10 @@ pool, and a replay reads more than the cache holds, so that weights come from me
 64, 32, 16, 8 in turn. A line gives milliseconds for 32 layers, the step's plan included (prefill: for one layer), and
 the adapters' bytes a second.
 
-*shared*: tokens that share adapters, one by one and in runs of one adapter (ADR 32).
+*shared*: tokens that share adapters, one by one and in runs of one adapter (ADR 32). *late*: second halves and the op
+behind the projection, as two kernels and as one (ADR 34).
 
-    python -m benchmarks.gpu.bench_lora [--quick] [--only check decode sweep shared prefill]
+    python -m benchmarks.gpu.bench_lora [--quick] [--only check decode sweep shared late prefill]
 """
 
 from __future__ import annotations
@@ -22,9 +23,13 @@ import torch
 
 from benchmarks.command_line import parser_of
 from kernels.gpu.adapter_tables import MAX_RANK, GpuAdapterTables, LoraGroup
+from kernels.gpu.add_rms_norm import add_rms_norm
+from kernels.gpu.expand_add_rms_norm import expand_add_rms_norm
+from kernels.gpu.expand_rope_kv_write import Rotation, expand_rope_kv_write
 from kernels.gpu.planned_shrink import planned_shrink
+from kernels.gpu.rope_kv_write import rope_kv_write
 from kernels.gpu.row_expand import ExpandBlocks, planned_expand, row_expand
-from kernels.gpu.row_plan import PlannedBlocks, RowPlanner
+from kernels.gpu.row_plan import PlannedBlocks, RowPlan, RowPlanner, as_they_come
 from kernels.gpu.row_shrink import ShrinkBlocks, num_splits_for, row_shrink
 from kernels.gpu.segment_expand import SegmentExpandBlocks, segment_expand
 from kernels.gpu.segment_shrink import (
@@ -35,7 +40,7 @@ from kernels.gpu.segment_shrink import (
     segment_shrink,
 )
 
-NUM_LAYERS, NUM_MODULES, TILE = 32, 7, 128
+NUM_LAYERS, NUM_MODULES, TILE, HEAD_DIM = 32, 7, 128, 128
 DEVICE = torch.device("cuda")
 RANKS = {"S1": (8,), "S2": (64, 32, 16, 8)}
 # A graph takes turns with other adapters until it has read this much: several times the cache.
@@ -171,7 +176,7 @@ class RowLora:
     def __init__(
         self, tables: GpuAdapterTables, groups: Sequence[LoraGroup], max_batch: int, max_rank: int = MAX_RANK
     ) -> None:
-        self._tables, self._groups, self._max_rank = tables, groups, max_rank
+        self.tables, self._groups, self._max_rank = tables, groups, max_rank
         self._planner = RowPlanner(tables, groups, max_batch)
         self._u = torch.full((32 * max_batch * 3 * MAX_RANK,), float("nan"), device=DEVICE)
 
@@ -180,7 +185,7 @@ class RowLora:
         shrink: AnyShrinkBlocks | None = None, expand: ExpandBlocks | None = None, parts: str = "both",
     ) -> None:  # fmt: skip
         """`parts` of every layer and group, and shrink's plan if any; without blocks, as the kernels choose."""
-        plan, tables, batch = None, self._tables, len(slots)
+        plan, tables, batch = None, self.tables, len(slots)
         if isinstance(shrink, PlannedBlocks):
             plan = self._planner.plan(slots, shrink)
         elif shrink is None and self._planner.needs_plan(batch):
@@ -306,6 +311,77 @@ def _runs(
     return body
 
 
+def run_late(pool: AdapterPool, quick: bool) -> None:
+    """Decode, second halves of q k v, o and down with the op behind each: as two kernels, and as one (ADR 34)."""
+    for mix, batch in itertools.product(("S1", "S2"), (128,) if quick else (1, 32, 64, 128)):
+        case = DecodeCase(LLAMA_7B, "all", mix, batch)
+        step = DecodeStep(pool, case)
+        for number in (0, 1, 3):
+            group = LLAMA_7B.groups[number]
+            num_bytes = 2 * NUM_LAYERS * sum(case.ranks(batch)) * sum(group.out_features)
+            second = SecondHalf(step, number)
+            for name, launch in (("apart", second.apart), ("as one", second.as_one)):
+                _line(f"late {case.name} module {group.first_module} {name}", second.time(launch), num_bytes)
+
+
+class SecondHalf:
+    """LoRA's second half of one group of a step, and the op behind the projection."""
+
+    def __init__(self, step: DecodeStep, number: int) -> None:
+        self._step, self._number, batch = step, number, step.case.batch
+        self._group, self._y = step.case.shape.groups[number], step.y[number]
+        splits = num_splits_for(batch, self._group, TILE)
+        self._u = torch.randn(splits, batch, 3 * MAX_RANK, device=DEVICE) * 0.01
+        size = self._group.out_features[0]
+        self._hidden, self._weight, self._out = (_random(rows, size) for rows in (batch, 1, batch))
+        places = torch.arange(batch, dtype=torch.int32, device=DEVICE)
+        rope = torch.randn(batch, 2, HEAD_DIM // 2, device=DEVICE)
+        # Tokens' KV goes to the first pages.
+        self._rotation = Rotation(places, places, rope, None, 1e-5)
+
+    def time(self, launch: Callable[[torch.Tensor, RowPlan | None, int, torch.Tensor], None]) -> float:
+        """Milliseconds of 32 layers."""
+        planner = RowPlanner(self._step.lora.tables, self._step.case.shape.groups, self._step.case.batch)
+
+        def body() -> None:
+            for slots in self._step.slots:
+                plan = planner.plan(slots) if planner.needs_plan(len(slots)) else None
+                for layer, pages in self._step.layers.items():
+                    # In the place of the product, which does not start early.
+                    self._y.add_(0)
+                    launch(slots, plan, layer, pages)
+
+        return time_graph(body) / len(self._step.slots)
+
+    def apart(self, slots: torch.Tensor, plan: RowPlan | None, layer: int, pages: torch.Tensor) -> None:
+        """Two kernels."""
+        tables, max_rank = self._step.lora.tables, max(self._step.case.ranks(4))
+        if plan is None:
+            row_expand(self._u, slots, layer, pages, tables, self._group, self._y, max_rank)
+        else:
+            planned_expand(self._u, plan, layer, self._number, pages, self._y, max_rank)
+        if self._number == 0:
+            rope_kv_write(self._y, _kv_pages(pages), *self._rotation)
+        else:
+            add_rms_norm(self._hidden, self._y, self._weight, 1e-5, self._out)
+
+    def as_one(self, slots: torch.Tensor, plan: RowPlan | None, layer: int, pages: torch.Tensor) -> None:
+        """One."""
+        tables, group, u, y = self._step.lora.tables, self._group, self._u, self._y
+        if self._number == 0:
+            tokens = as_they_come(slots) if plan is None else plan.token_order(layer, 0)
+            max_rank = max(self._step.case.ranks(4))
+            expand_rope_kv_write(u, tokens, layer, _kv_pages(pages), tables, group, y, self._rotation, max_rank)
+        else:
+            hidden, weight = self._hidden, self._weight
+            expand_add_rms_norm(u, slots, layer, pages, tables, group, hidden, y, weight, 1e-5, self._out)
+
+
+def _kv_pages(pages: torch.Tensor) -> torch.Tensor:
+    """A layer's pages of adapters as pages of keys and values of heads of HEAD_DIM, 16 tokens each."""
+    return pages.view(len(pages), 2, -1, 16, HEAD_DIM)
+
+
 def run_prefill(pool: AdapterPool, quick: bool) -> None:
     """A chunk of 8192 tokens in segments of 256: for one layer, by the bytes of x, y twice, and the adapters."""
     for shape, mix in itertools.product((LLAMA_7B,) if quick else (LLAMA_7B, LLAMA_3_8B), ("S1", "S2")):
@@ -423,7 +499,9 @@ def main() -> None:
     """Runs what was asked for."""
     parser = parser_of(__doc__)
     parser.add_argument("--quick", action="store_true", help="Llama-7B's attention only")
-    parts = {"decode": run_decode, "sweep": run_sweep, "shared": run_shared, "prefill": run_prefill}
+    parts = {
+        "decode": run_decode, "sweep": run_sweep, "shared": run_shared, "late": run_late, "prefill": run_prefill,
+    }  # fmt: skip
     parser.add_argument("--only", nargs="*", choices=["check", *parts], default=["check", *parts])
     options = parser.parse_args()
     print(torch.cuda.get_device_name(), torch.__version__, flush=True)
@@ -431,6 +509,7 @@ def main() -> None:
         run_check()
     if chosen := [run for name, run in parts.items() if name in options.only]:
         cases = [*decode_cases(options.quick), DecodeCase(LLAMA_7B, "attn", "S2", 128)]
+        cases += [DecodeCase(LLAMA_7B, "all", "S2", 128)]
         pool = AdapterPool(max(pool_elems(case) for case in cases))
         for run in chosen:
             run(pool, options.quick)

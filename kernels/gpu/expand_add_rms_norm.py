@@ -1,8 +1,10 @@
 """LoRA's second half of o or down and the norm behind it in one pass: row_expand, then add_rms_norm, of decoded tokens.
 
 Semantics and shapes are those of `row_expand` into `branch` followed by `add_rms_norm`; only that branch stays as it
-was. A program has a whole token, as the norm does, and reads all rows of B of the token's adapter: for small ranks
-(FEW_RANKS). Starts early, as kernels.gpu.early_launch says.
+was. A program has a whole token, as the norm does, and reads all rows of B of the token's adapter: for many tokens of
+small ranks (FEW_RANKS). 32 layers of Llama-7B's o and down on one H200, rank 8, and in brackets the two kernels: 128
+tokens 0.229 (0.274) and 0.232 ms (0.331), 32 tokens 0.180 (0.173) and 0.187 (0.181), 1 token 0.163 (0.134) and 0.165
+(0.132). Starts early, as kernels.gpu.early_launch says.
 
 One launch a layer less, and the branch crosses the cache once less.
 

@@ -19,14 +19,6 @@ _BLOCK = 1024
 
 
 @triton.jit
-def gated(gate, up):
-    """`silu(gate) * up` of elements."""
-    z = gate.to(tl.float32)
-    silu = (z / (1.0 + tl.exp(-z))).to(gate.dtype).to(tl.float32)
-    return (silu * up.to(tl.float32)).to(gate.dtype)
-
-
-@triton.jit
 def _kernel(gate_up, out, SIZE: tl.constexpr, BLOCK: tl.constexpr, GDC: tl.constexpr):
     start_early(GDC)
     token = tl.program_id(0).to(tl.int64)
@@ -34,15 +26,16 @@ def _kernel(gate_up, out, SIZE: tl.constexpr, BLOCK: tl.constexpr, GDC: tl.const
     inside = columns < SIZE
     gate = tl.load(gate_up + token * 2 * SIZE + columns, mask=inside, other=0.0)
     up = tl.load(gate_up + token * 2 * SIZE + SIZE + columns, mask=inside, other=0.0)
-    tl.store(out + token * SIZE + columns, gated(gate, up), mask=inside)
+    z = gate.to(tl.float32)
+    silu = (z / (1.0 + tl.exp(-z))).to(gate.dtype).to(tl.float32)
+    tl.store(out + token * SIZE + columns, (silu * up.to(tl.float32)).to(gate.dtype), mask=inside)
 
 
-def silu_mul(gate_up: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-    """The gated half of `gate_up`: `out`, or a new tensor."""
+def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
+    """The gated half of `gate_up`, a new tensor."""
     num_tokens, double = gate_up.shape
     size = double // 2
-    if out is None:
-        out = torch.empty((num_tokens, size), dtype=gate_up.dtype, device=gate_up.device)
+    out = torch.empty((num_tokens, size), dtype=gate_up.dtype, device=gate_up.device)
     grid, gdc = (num_tokens, triton.cdiv(size, _BLOCK)), has_early_launch(gate_up.device)
     _kernel[grid](gate_up, out, SIZE=size, BLOCK=_BLOCK, GDC=gdc, num_warps=4, launch_pdl=gdc)
     return out

@@ -12,13 +12,16 @@ Nothing here knows which; the page allocator does.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from services.engine.config import PoolConfig
-from services.engine.memory.device_copier import DeviceCopier
 from services.engine.memory.pinned_memory import CudaRegistrar, PinnedMemory
+
+if TYPE_CHECKING:
+    from services.engine.memory.device_copier import DeviceCopier
 
 _INTEGER_OF_SIZE: dict[int, tuple[torch.dtype, type[np.generic]]] = {
     2: (torch.int16, np.int16),
@@ -37,7 +40,7 @@ class Pool:
         self.tensor = torch.empty(shape, dtype=dtype, device=device).zero_()
         # Host memory that `write_adapter` reads fast where it lies; None where any will do.
         self.pinned = PinnedMemory(CudaRegistrar(device)) if device.type == "cuda" else None
-        self._copier = DeviceCopier(device, self.pinned) if self.pinned is not None else None
+        self._copier = self._open_copier()
 
     def kv_pages(self, layer: int) -> torch.Tensor:
         """A layer as KV pages: `[num_pages, 2, num_kv_heads, tokens_per_page, head_dim]`."""
@@ -62,15 +65,25 @@ class Pool:
             raise ValueError(f"pages {pages} are not all in a pool of {self.config.num_pages}")
         if weights.nbytes != num_layers * layer_elems * itemsize:
             raise ValueError(f"{weights.nbytes} bytes are not [{num_layers}, {layer_elems}] of {self.dtype}")
-        # Whole elements as integers: a copy, whatever the bits mean.
-        torch_type, numpy_type = _INTEGER_OF_SIZE[itemsize]
-        target = self.tensor.view(torch_type)
         if self._copier is not None:
-            self._copier.write(weights, layer_elems, target, pages)
+            self._copier.write(weights, layer_elems, pages)
             return
+        _, numpy_type = _INTEGER_OF_SIZE[itemsize]
         source = np.frombuffer(weights, dtype=numpy_type).reshape(num_layers, layer_elems)
         # numpy, not torch: a large torch copy would open a second team of threads beside the step's.
-        _copy_pages(source, target.numpy(), pages, page_elems)
+        _copy_pages(source, self._integers().numpy(), pages, page_elems)
+
+    def _integers(self) -> torch.Tensor:
+        """Whole elements as integers: a copy, whatever the bits mean."""
+        return self.tensor.view(_INTEGER_OF_SIZE[self.dtype.itemsize][0])
+
+    def _open_copier(self) -> DeviceCopier | None:
+        if self.pinned is None:
+            return None
+        # Imported only here: an engine on a CPU needs no triton.
+        from services.engine.memory.device_copier import DeviceCopier
+
+        return DeviceCopier(self._integers(), self.pinned)
 
 
 def _copy_pages(

@@ -99,7 +99,6 @@ def call_row_lora(model: Model, batch: int, rank: int) -> None:
     """The LoRA of decoded tokens, of few or many, of small or large ranks."""
     from kernels.gpu.expand_add_rms_norm import expand_add_rms_norm
     from kernels.gpu.expand_rope_kv_write import Rotation, expand_rope_kv_write
-    from kernels.gpu.expand_silu_mul import expand_silu_mul
     from kernels.gpu.planned_shrink import planned_shrink
     from kernels.gpu.row_expand import planned_expand, row_expand
     from kernels.gpu.row_plan import RowPlanner, as_they_come
@@ -112,7 +111,7 @@ def call_row_lora(model: Model, batch: int, rank: int) -> None:
     ]
     x = [empty(batch, group.in_features) for group in model.groups]
     y = [empty(batch, sum(group.out_features)) for group in model.groups]
-    planner, gated = RowPlanner(tables, model.groups, batch), empty(batch, INNER)
+    planner = RowPlanner(tables, model.groups, batch)
     rotation = Rotation(slots, slots, model.rope, None, 1e-5)
     if planner.needs_plan(batch):
         plan = planner.plan(slots)
@@ -121,17 +120,15 @@ def call_row_lora(model: Model, batch: int, rank: int) -> None:
             planned_expand(u[number], plan, 0, number, pages, y[number], rank)
         tokens = plan.token_order(0, 0)
         expand_rope_kv_write(u[0], tokens, 0, model.kv_pages, tables, model.qkv, y[0], rotation, rank)
-        expand_silu_mul(u[2], plan.token_order(0, 2), 0, pages, tables, model.gate_up, y[2], gated, rank)
+        for number in (1, 3):
+            branch, group = y[number], model.groups[number]
+            expand_add_rms_norm(u[number], slots, 0, pages, tables, group, y[1], branch, model.norm_weight, 1e-5, x[1])
         return
     for number, group in enumerate(model.groups):
         row_shrink(x[number], slots, 0, pages, tables, group, u[number], rank)
         row_expand(u[number], slots, 0, pages, tables, group, y[number], rank)
     for one in (rotation, rotation._replace(qk_norm=model.qk_norm)):
         expand_rope_kv_write(u[0], as_they_come(slots), 0, model.kv_pages, tables, model.qkv, y[0], one, rank)
-    expand_silu_mul(u[2], as_they_come(slots), 0, pages, tables, model.gate_up, y[2], gated, rank)
-    for number in (1, 3):
-        branch, group = y[number], model.groups[number]
-        expand_add_rms_norm(u[number], slots, 0, pages, tables, group, y[1], branch, model.norm_weight, 1e-5, x[1])
 
 
 def call_segment_lora(model: Model) -> None:
@@ -168,7 +165,8 @@ def call_attention(model: Model) -> None:
 
 
 def call_the_rest(model: Model) -> None:
-    """Norms, gates, products of a row, and tokens."""
+    """Norms, gates, products of a row, tokens, and adapters' bytes."""
+    from kernels.gpu.adapter_write import adapter_write
     from kernels.gpu.add_rms_norm import add_rms_norm
     from kernels.gpu.draw_tokens import draw_tokens
     from kernels.gpu.host_read import read_host
@@ -182,6 +180,8 @@ def call_the_rest(model: Model) -> None:
     silu_mul(empty(8, 2 * INNER))
     row_product(empty(1, HIDDEN), empty(INNER, HIDDEN))
     read_host(slots, slots)
+    words = torch.int64
+    adapter_write(empty(2, 40, dtype=words), empty(3, dtype=words), empty(2, 9, 16, dtype=words))
     pick_tokens(empty(8, VOCAB), slots)
     resolve_tokens(slots, slots, slots, slots)
     draw_tokens(empty(8, VOCAB, dtype=floats), slots, empty(8, 4, dtype=floats), empty(8, dtype=floats), slots)

@@ -30,5 +30,5 @@ def test_every_kernel_compiles(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     kernels = [json.loads(line) for line in done.stdout.splitlines()]
     assert {kernel["kernel"] for kernel in kernels} == launched
-    assert len(launched) > 15
+    assert len(launched) > 14
     assert [kernel for kernel in kernels if kernel["stack"] > MOST_STACK_BYTES] == []

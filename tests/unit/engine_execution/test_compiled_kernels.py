@@ -71,11 +71,13 @@ def test_every_step_launches_what_was_launched_at_the_start(
         assert launched <= compiled, [sorted(map(str, variant)) for variant in launched - compiled]
 
 
-def test_adapters_of_small_ranks_cost_a_step_one_launch_a_projection(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("is_large", [False, True], ids=["few tokens", "many tokens"])
+def test_what_adapters_of_small_ranks_add_to_a_steps_launches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_large: bool
 ) -> None:
-    """The second half is in the op behind the projection, which a step without adapters has too (ADR 34)."""
+    """A second half is in the op behind the projection where that pays: q k v always, o and down of many (ADR 34)."""
     runner = RandomSteps().runner(tmp_path, "cpu")
+    runner._state.row_planner._from_batch = 4 if is_large else 5
     num_launches = 0
 
     def count(kernel: Any, *args: Any, grid: object, warmup: bool, **constants: object) -> None:
@@ -91,5 +93,6 @@ def test_adapters_of_small_ranks_cost_a_step_one_launch_a_projection(
             num_launches = 0
             graphs._compute(step)
             by_groups[len(kind.groups)] = num_launches
-    num_layers = runner.config.num_layers
-    assert by_groups == {num: by_groups[0] + num * num_layers for num in (0, 2, 4)}
+    attention, everything = (2, 5) if is_large else (3, 7)
+    base, num_layers, plan = by_groups[0], runner.config.num_layers, int(is_large)
+    assert by_groups == {0: base, 2: base + attention * num_layers + plan, 4: base + everything * num_layers + plan}

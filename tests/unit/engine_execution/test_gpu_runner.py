@@ -130,7 +130,7 @@ def test_tokens_that_share_an_adapter_say_what_peft_says(tmp_path: Path, rng: ra
 @pytest.mark.slow
 @pytest.mark.parametrize(("family", "plan_from"), [("llama", 64), ("qwen3", 2)], ids=["one by one", "planned"])
 def test_small_ranks_say_what_peft_says(tmp_path: Path, rng: random.Random, family: str, plan_from: int) -> None:
-    """Then the norm behind o and down adds what adapters add, of decoded tokens alone and beside prompts."""
+    """In a large batch the norm behind o and down adds what they add, of decoded tokens alone and beside prompts."""
     small = ("attention", "everything", "q and v", "patterns", "one layer")
     batch = MixedBatch(tmp_path, rng, family, {name: ADAPTERS[name] for name in small})
     runner, num_steps = batch.driver.runner, Counter[bool]()
@@ -161,11 +161,12 @@ def test_small_ranks_say_what_peft_says(tmp_path: Path, rng: random.Random, fami
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there steps are captured")
-@pytest.mark.parametrize("op", ["attend", "gate", "add_norm"])
+@pytest.mark.parametrize("op", ["attend", "add_norm"])
 def test_no_second_half_is_left_out(tmp_path: Path, rng: random.Random, op: str) -> None:
     """A step whose op does not take what the projection ahead of it left to it fails, and the next one is right."""
     batch = MixedBatch(tmp_path, rng, "llama", {"everything": ADAPTERS["everything"]})
     runner = batch.driver.runner
+    runner._state.row_planner._from_batch = 1
     make_step = runner._make_step
 
     def forgetful(tensors: StepTensors) -> StepOps:

@@ -108,7 +108,7 @@ def test_copies_are_right_wherever_pieces_end(
     assert (len(pieces) > 1) == (registered and begin // PIECE != (begin + len(weights) - 1) // PIECE)
     target = torch.zeros(num_layers, 9, page_elems, dtype=torch.int16)
     pages = [7, 2, 5][: -(-layer_elems // page_elems)]
-    DeviceCopier(torch.device("cpu"), pinned).write(weights, layer_elems, target, pages)
+    DeviceCopier(target, pinned).write(weights, layer_elems, pages)
     expected = torch.zeros_like(target)
     source = torch.from_numpy(np.frombuffer(bytearray(weights), np.int16).reshape(num_layers, layer_elems))
     for i, page in enumerate(pages):

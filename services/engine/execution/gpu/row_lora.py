@@ -1,6 +1,6 @@
 """The LoRA of decoded tokens, one by one: a first half, and a second half alone or with the op behind the projection.
 
-Made once a step, as TritonStep is. A step's launches are what few adapters cost: where it can, the kernel that takes
+Made once a step, as TritonStep is. A step's launches are what few adapters cost: where it pays, the kernel that takes
 the projection's output anyway computes the second half. Decoded tokens are a step's first rows.
 """
 
@@ -13,7 +13,6 @@ import torch
 from kernels.gpu.adapter_tables import FEW_RANKS, MAX_RANK, LoraGroup
 from kernels.gpu.expand_add_rms_norm import expand_add_rms_norm
 from kernels.gpu.expand_rope_kv_write import Rotation, expand_rope_kv_write, fits
-from kernels.gpu.expand_silu_mul import expand_silu_mul
 from kernels.gpu.planned_shrink import planned_shrink
 from kernels.gpu.row_expand import planned_expand, row_expand
 from kernels.gpu.row_plan import RowPlan, TokenOrder, as_they_come
@@ -43,8 +42,8 @@ class RowLora:
         """Whether the second half is left to the op behind the projection."""
         if group == Group.QKV:
             return fits(self._state.config.head_dim, self._state.adapters.tables.tile_elems)
-        # A norm has a program a token: it would be long for large ranks.
-        return group == Group.GATE_UP or self._step.max_row_rank <= FEW_RANKS
+        # A norm has a program a token: they would be too few in a small batch, and long for large ranks (ADR 34).
+        return group != Group.GATE_UP and self._plan is not None and self._step.max_row_rank <= FEW_RANKS
 
     def shrink(self, layer: int, group: Group, x: torch.Tensor) -> torch.Tensor:
         """The first half, of the first rows of x: rank space, float32 `[num_splits, num_decode, ranks]`."""
@@ -74,12 +73,6 @@ class RowLora:
         state, tokens, modules = self._state, self._tokens(layer, Group.QKV), self._modules(Group.QKV)
         pages, max_rank = state.pool.kv_pages(layer), self._step.max_row_rank
         expand_rope_kv_write(u, tokens, layer, pages, state.adapters.tables, modules, qkv, rotation, max_rank)
-
-    def expand_gate(self, layer: int, u: torch.Tensor, gate_up: torch.Tensor, out: torch.Tensor) -> None:
-        """The second half of gate and up, and the gate."""
-        state, tokens, modules = self._state, self._tokens(layer, Group.GATE_UP), self._modules(Group.GATE_UP)
-        pages, max_rank = state.layers[layer], self._step.max_row_rank
-        expand_silu_mul(u, tokens, layer, pages, state.adapters.tables, modules, gate_up, out, max_rank)
 
     def expand_add_norm(
         self, layer: int, group: Group, u: torch.Tensor, hidden: torch.Tensor, branch: torch.Tensor,

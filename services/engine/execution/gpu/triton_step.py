@@ -100,14 +100,7 @@ class TritonStep:
 
     def gate(self, gate_up: torch.Tensor) -> torch.Tensor:
         """`silu(gate) * up`."""
-        late, n = self._take_unexpanded(Group.GATE_UP), self._step.num_decode
-        if late is None:
-            return silu_mul(gate_up)
-        out = gate_up.new_empty(len(gate_up), gate_up.shape[1] // 2)
-        self._rows.expand_gate(late.layer, late.u, gate_up, out)
-        if n < len(gate_up):
-            silu_mul(gate_up[n:], out[n:])
-        return out
+        return silu_mul(gate_up)
 
     def sampled(self, rows: torch.Tensor) -> torch.Tensor:
         """The rows whose logits are wanted."""

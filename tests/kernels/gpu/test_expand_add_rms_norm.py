@@ -1,4 +1,4 @@
-"""expand_add_rms_norm and expand_silu_mul against row_expand followed by the op behind it."""
+"""expand_add_rms_norm against row_expand followed by add_rms_norm."""
 
 from __future__ import annotations
 
@@ -10,11 +10,8 @@ import torch
 from kernels.gpu.adapter_tables import LoraGroup
 from kernels.gpu.add_rms_norm import add_rms_norm
 from kernels.gpu.expand_add_rms_norm import expand_add_rms_norm
-from kernels.gpu.expand_silu_mul import expand_silu_mul
-from kernels.gpu.row_expand import ExpandBlocks, row_expand
-from kernels.gpu.row_plan import RowPlanner, as_they_come
+from kernels.gpu.row_expand import row_expand
 from kernels.gpu.row_shrink import row_shrink
-from kernels.gpu.silu_mul import silu_mul
 from tests.kernels.gpu.gpu_lora_cases import (
     LAYER,
     POPULARITIES,
@@ -67,23 +64,3 @@ def test_sum_and_norm(
     assert_near(out, expected)
     assert torch.equal(branch, before)
     assert (slots < 0).all() or not case.adapters[int(slots.max())].lora_a or not torch.equal(added, branch)
-
-
-@pytest.mark.parametrize("blocks", [None, ExpandBlocks(1, 8, 1), ExpandBlocks(4, 2, 2)], ids=str)
-@pytest.mark.parametrize("planned", [False, True])
-@pytest.mark.parametrize("size", [80, 512])
-def test_gate(
-    rng: random.Random, size: int, planned: bool, blocks: ExpandBlocks | None, dtype: torch.dtype, device: torch.device
-) -> None:
-    group = LoraGroup(4, 96, (size, size))
-    case, slots, u = random_rank_space(rng, group, [1, 3, 8, 17, 40], dtype, device)
-    gate_up = (torch.randn(BATCH, 2 * size) * 3).to(dtype).to(device)
-    added, before = gate_up.clone(), gate_up.clone()
-    row_expand(u, slots, LAYER, case.pages, case.tables, group, added)
-    out = gate_up.new_empty(BATCH, size)
-    tokens = as_they_come(slots)
-    if planned:
-        tokens = RowPlanner(case.tables, [LoraGroup(2, 16, (16,)), group], BATCH).plan(slots).token_order(LAYER, 1)
-    expand_silu_mul(u, tokens, LAYER, case.pages, case.tables, group, gate_up, out, blocks=blocks)
-    assert_near(out, silu_mul(added))
-    assert torch.equal(gate_up, before)
