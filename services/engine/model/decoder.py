@@ -36,10 +36,13 @@ class Decoder:
         self._lm_head = self._read_lm_head(checkpoint, device)
         checkpoint.finish()
 
-    def forward(self, ops: StepOps) -> torch.Tensor:
-        """Writes the tokens' KV into the pool; returns logits `[num_sampled, vocab_size]` in the model's type."""
+    def forward(self, ops: StepOps, num_layers: int | None = None) -> torch.Tensor:
+        """Writes the tokens' KV into the pool; returns logits `[num_sampled, vocab_size]` in the model's type.
+
+        num_layers: only so many, where the result is not wanted.
+        """
         hidden, branch = ops.embed(self._embedding), None
-        for layer in self._layers:
+        for layer in self._layers[:num_layers]:
             branch = layer.forward(hidden, branch, ops)
         hidden = ops.add_norm(hidden, branch, self._norm, self._config.norm_eps)
         sampled = ops.sampled(hidden)

@@ -1,7 +1,8 @@
 """Compiles the accelerator's kernels where there is none, as an engine of a model of 7 or 8 billion parameters does.
 
 The interpreter, which tests use without an accelerator, takes what the compiler would refuse. Here the ops are called
-with Triton's own compiler and a driver that launches nothing. Prints a line of JSON for each kernel: its name, the
+with Triton's own compiler and a driver that launches nothing, ahead as an engine does and once more: nothing may be
+left to compile then. Prints a line of JSON for each kernel: its name, the
 registers of a thread, and how many bytes of its stack a thread needs, which is where registers go that do not fit.
 
 Run: TRITON_INTERPRET=0 python -m tests.kernels.gpu.compile_kernels [--arch 90]
@@ -21,10 +22,12 @@ from typing import Any
 
 import torch
 import triton
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from kernels.gpu import early_launch
+from kernels.gpu.compile_ahead import compile_ahead
 
 DEVICE, DTYPE, TILE = torch.device("cpu"), torch.bfloat16, 128
 RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+)")
@@ -210,13 +213,22 @@ def main() -> None:
     driver.set_active(compiler)  # type: ignore[arg-type]
     # Before the ops are imported, which take it by its name.
     early_launch.has_early_launch = lambda device: arch >= 90  # type: ignore[assignment]
-    call_attention(Model(num_kv_heads=NUM_HEADS))
-    model = Model(num_kv_heads=8)
-    call_attention(model)
-    call_segment_lora(model)
-    call_the_rest(model)
-    for batch, rank in ((1, 64), (32, 8), (128, 64)):
-        call_row_lora(model, batch, rank)
+    model, other = Model(num_kv_heads=8), Model(num_kv_heads=NUM_HEADS)
+
+    def call_all() -> None:
+        for one in (model, other):
+            call_attention(one)
+        call_segment_lora(model)
+        call_the_rest(model)
+        for batch, rank in ((1, 64), (32, 8), (128, 64)):
+            call_row_lora(model, batch, rank)
+
+    number = compile_ahead(call_all, 2, lambda: None)
+    assert compiler.loaded == {}, "something was launched"
+    late: list[str] = []
+    knobs.runtime.jit_post_compile_hook = lambda **what: late.append(what["repr"])
+    call_all()
+    assert (len(compiler.loaded), late) == (number, [])
     with ThreadPoolExecutor(2) as threads:
         for line in threads.map(lambda item: resources(*item), compiler.loaded.items()):
             print(json.dumps(line))

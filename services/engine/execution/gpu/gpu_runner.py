@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -13,6 +15,7 @@ from typing import TypeVar
 import torch
 
 from kernels.gpu.adapter_tables import MAX_RANK
+from kernels.gpu.compile_ahead import compile_ahead
 from kernels.gpu.decode_attention import make_decode_scratch, num_splits_for
 from kernels.gpu.pick_tokens import pick_tokens
 from kernels.gpu.prefill_attention import PrefillPlan, tile_tokens
@@ -44,6 +47,9 @@ from services.engine.step import BASE_SLOT, SampledToken, StepPlan
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+_LAYERS_OF_WARM_UP = 2
+"""All layers launch the same, but that the first has no branch to add."""
 
 
 @dataclass(slots=True)
@@ -112,6 +118,7 @@ class GpuRunner:
         self._rows_drawn: dict[int, int] = {}
         if self._device.type == "cuda":
             with self._on_stream():
+                self._compile()
                 self.warm_up()
                 self._graphs.capture()
         logger.info(
@@ -125,10 +132,25 @@ class GpuRunner:
         )
 
     def warm_up(self) -> None:
-        """Computes a step of every size, and draws, for nothing: no kernel is compiled later."""
+        """Computes a step of every size, and draws, for nothing: no kernel is compiled later.
+
+        A capture cannot wait for the compiler, nor for a library to load what it needs.
+        """
+        self._compute_every_size()
         with torch.inference_mode():
-            self._graphs.warm_up()
             self._sampler.warm_up(self.vocab_size, self.config.dtype)
+
+    def _compute_every_size(self) -> None:
+        for step in self._graphs.all_steps():
+            self._compute_sized(step, _LAYERS_OF_WARM_UP)
+
+    def _compile(self) -> None:
+        # Where kernels that are left out would have written indices, steps find zeros; the sampler would not.
+        # As many threads as this process may have, of which the compiler makes good use up to some sixteen.
+        share = len(os.sched_getaffinity(0)) // self._communicator.partition.tp_size
+        device, began = torch.cuda.current_device(), time.monotonic()
+        number = compile_ahead(self._compute_every_size, max(1, min(16, share)), lambda: torch.cuda.set_device(device))
+        logger.info("compiled %d kernels, or found them compiled, in %.1f s", number, time.monotonic() - began)
 
     def submit(self, plan: StepPlan) -> StepHandle:
         """Begins a step, behind those submitted before; KV of all its tokens will be in the pool.
@@ -215,11 +237,11 @@ class GpuRunner:
         done.record()
         return buffer[:num_rows], logprobs, done
 
-    def _compute_sized(self, step: SizedStep) -> torch.Tensor:
+    def _compute_sized(self, step: SizedStep, num_layers: int | None = None) -> torch.Tensor:
         """Computes what lies in the inputs, for adapters whose ranks are as large as that."""
         ops = self._make_step(self._tensors(step.shape, step.adapters, self._bounded_ranks(step.adapters)))
         with torch.inference_mode():
-            logits = self._decoder.forward(ops)
+            logits = self._decoder.forward(ops, num_layers)
             if len(logits):
                 pick_tokens(logits, self._state.drawn)
         return logits

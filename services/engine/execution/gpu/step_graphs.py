@@ -109,11 +109,6 @@ class StepGraphs:
         self._error_mode = "global" if tp_size == 1 else "thread_local"
         self._graphs: dict[SizedStep, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
 
-    def warm_up(self) -> None:
-        """Computes every size once, so that all kernels are compiled, which a capture cannot."""
-        for step in (*self.open_steps(), *self.captured_steps()):
-            self._compute(step)
-
     def capture(self) -> None:
         """Captures every size on the current stream, the largest first: smaller ones use the same memory again."""
         began, free = time.monotonic(), torch.cuda.mem_get_info()[0]
@@ -154,6 +149,10 @@ class StepGraphs:
         graph, logits = captured
         graph.replay()
         return logits
+
+    def all_steps(self) -> list[SizedStep]:
+        """Steps that between them launch all that any step does."""
+        return [*self.open_steps(), *self.captured_steps()]
 
     def open_steps(self) -> list[SizedStep]:
         """Steps that launch what any step that is not captured does and no captured one: by blocks and kind."""
