@@ -53,14 +53,16 @@ ALPHA_ADAPTERS = 1000
 ADAPTERS = (5, 20, 100, 200, 500, 1000, 2000, 5000)
 ANY_PROMPTS = "fair, any prompts in a step"
 HALF_KEPT = "fair, half of the places kept"
+MOST_KEPT = "fair, four fifths of the places kept"
 PLACES_AT_A_TIME = EngineShape().admission_batch
-FAIRNESS = tuple((policy, PLACES_AT_A_TIME) for policy in ("fcfs", ANY_PROMPTS, "fair", HALF_KEPT))
+FAIRNESS = tuple((policy, PLACES_AT_A_TIME) for policy in ("fcfs", ANY_PROMPTS, "fair", HALF_KEPT, MOST_KEPT))
 """Policies, and how many places a full engine fills at a time."""
 
 FAIRNESS_POLICIES = {
     **POLICIES,
     ANY_PROMPTS: replace(POLICIES["fair"], fairness_prompt_tokens=0),
     HALF_KEPT: replace(POLICIES["fair"], fairness_headroom=0.5),
+    MOST_KEPT: replace(POLICIES["fair"], fairness_headroom=0.8),
 }
 
 FAIRNESS_SEEDS = (1, 2, 3)

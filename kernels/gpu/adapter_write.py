@@ -4,7 +4,7 @@ Semantics: columns block p of `packed` goes to `target[:, pages[p]]`; the rest o
 
 Shapes: packed `[num_layers, layer_elems]` and target `[num_layers, num_pages, page_elems]` contiguous and of one type,
 pages int64 `[layer_elems / page_elems, rounded up]` on their device, no two the same. How a launch is compiled depends
-on target alone.
+on page_elems and the type alone.
 
 torch's own assignment by index takes a launch a layer where the target is larger than 2^31 elements, as a pool is.
 
@@ -20,11 +20,10 @@ import triton.language as tl
 _MAX_BLOCK, _WARPS = 2048, 4
 
 
-@triton.jit(do_not_specialize=["layer_elems"])
+@triton.jit(do_not_specialize=["layer_elems", "layer_stride"])
 def _write_pages(
-    packed_ptr, pages_ptr, target_ptr, layer_elems,
-    LAYER_STRIDE: tl.constexpr, PAGE_ELEMS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    packed_ptr, pages_ptr, target_ptr, layer_elems, layer_stride, PAGE_ELEMS: tl.constexpr, BLOCK: tl.constexpr
+):
     number = tl.program_id(0) // tl.cdiv(PAGE_ELEMS, BLOCK)
     column = tl.program_id(0) % tl.cdiv(PAGE_ELEMS, BLOCK) * BLOCK + tl.arange(0, BLOCK)
     layer = tl.program_id(1).to(tl.int64)
@@ -32,7 +31,7 @@ def _write_pages(
     inside = (column < PAGE_ELEMS) & (source < layer_elems)
     values = tl.load(packed_ptr + layer * layer_elems + source, mask=inside)
     page = tl.load(pages_ptr + number)
-    tl.store(target_ptr + layer * LAYER_STRIDE + page * PAGE_ELEMS + column, values, mask=inside)
+    tl.store(target_ptr + layer * layer_stride + page * PAGE_ELEMS + column, values, mask=inside)
 
 
 def adapter_write(packed: torch.Tensor, pages: torch.Tensor, target: torch.Tensor) -> None:
@@ -41,6 +40,5 @@ def adapter_write(packed: torch.Tensor, pages: torch.Tensor, target: torch.Tenso
     block = min(_MAX_BLOCK, triton.next_power_of_2(page_elems))
     grid = len(pages) * triton.cdiv(page_elems, block), num_layers
     _write_pages[grid](
-        packed, pages, target, packed.shape[1],
-        LAYER_STRIDE=target.stride(0), PAGE_ELEMS=page_elems, BLOCK=block, num_warps=_WARPS,
-    )  # fmt: skip
+        packed, pages, target, packed.shape[1], target.stride(0), PAGE_ELEMS=page_elems, BLOCK=block, num_warps=_WARPS
+    )

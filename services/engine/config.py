@@ -72,11 +72,12 @@ class EngineSettings:
     output_price: float = setting(2.0, "fair: what a token of output counts")
     fairness_weights: tuple[str, ...] = setting((), "fair: shares, as tenant=2,other=1; 1 for those not named")
     fairness_headroom: float = setting(
-        0.0625, "fair: share of the places that the client which was served the most lately may not take"
+        0.0625,
+        "fair: share of the places that is kept from clients which were served 1.3 times what others were lately",
     )
     fairness_prompt_tokens: int = setting(
         512,
-        "fair: prompt tokens of a step with which the client served most, if it has to wait, may join; 0: any",
+        "fair: prompt tokens of a step with which such a client, if it has to wait, may join; 0: any",
         at_least=0,
     )
     latency_goal_seconds: float = setting(

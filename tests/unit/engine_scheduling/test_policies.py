@@ -18,7 +18,7 @@ from services.engine.messages import Generate
 from services.engine.scheduling.policies.clustering import AdapterClustering
 from services.engine.scheduling.policies.combination import Combination, make_policy
 from services.engine.scheduling.policies.early_abort import OVERLOAD, TOO_LATE, EarlyAbort
-from services.engine.scheduling.policies.fair import RECENT_TOKENS, FairOrder
+from services.engine.scheduling.policies.fair import ALONE_TOKENS, FairOrder
 from services.engine.scheduling.policies.headroom import Headroom
 from services.engine.scheduling.policies.policy import NO_LIMIT, Policy
 from services.engine.scheduling.policies.priority import PriorityOrder
@@ -306,7 +306,7 @@ def test_who_is_alone_fills_steps() -> None:
     fair.end(loud[0])
     fair.run(*fair.come("quiet"))
     assert fair.policy.prompt_limit(loud[3], 100) == 0
-    for _ in range(8 * RECENT_TOKENS):
+    for _ in range(ALONE_TOKENS):
         fair.policy.drew(loud[1])
     assert fair.policy.prompt_limit(loud[3], 100) == NO_LIMIT, "the other came long ago"
 
@@ -319,7 +319,7 @@ def test_a_limit_of_prompts_splits_what_a_flood_would_put_into_one_step() -> Non
         harness.add(msgspec.structs.replace(request, tenant="loud"))
     for number in range(40, 52):
         harness.step()
-        harness.add(msgspec.structs.replace(generate(number, [2] * 12, 2, ignore_eos=True), tenant="quiet"))
+        harness.add(msgspec.structs.replace(generate(number, [2] * 4, 2, ignore_eos=True), tenant="quiet"))
     harness.run()
     harness.check_answers()
     loud_tokens = []

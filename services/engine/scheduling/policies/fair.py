@@ -35,8 +35,12 @@ _FRONT_TURN, _REST_TURN = 1 << 60, 1 << 61
 MAX_IDLE_CLIENTS = 10_000
 """Counters of clients without a request; of more than these the lowest are forgotten: they would be lifted anyway."""
 
-RECENT_TOKENS = 16_384
-"""So many tokens ago service counts 1/e in `recent`: those of 64 steps of 256 places, a second or two."""
+RECENT_TOKENS = 262_144
+"""So many tokens ago service counts 1/e in `recent`: those of a thousand steps of 256 places, half a minute or less. A
+sixteenth of it tells clients that send alike from loud ones less well than they differ by chance."""
+
+ALONE_TOKENS = 114_688
+"""A client that alone had so many is alone: after some ten seconds."""
 
 _ARRIVAL = attrgetter("arrival")
 
@@ -72,7 +76,8 @@ class FairOrder(Policy):
         self._front: list[Sequence] = []
         self._num_admitted = 0
         self._num_turns = 0
-        self.recent = RecentService(RECENT_TOKENS * max(input_price, output_price))
+        price = max(input_price, output_price)
+        self.recent = RecentService(RECENT_TOKENS * price, ALONE_TOKENS * price)
         """Who was served how much lately, by the same prices and weights."""
 
     def counter(self, client: str) -> float:

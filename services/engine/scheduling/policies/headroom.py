@@ -14,15 +14,16 @@ from services.engine.scheduling.sequence import Sequence, SequenceState
 
 
 class Headroom(Policy):
-    """Keeps the client that was served the most lately from the last places, and its prompts from filling steps.
+    """Keeps clients that were served more than others from the last places, and their prompts from filling steps.
 
-    *Places*: it fills those before the last ones. Once all of those were taken it waits until `batch` of them are free:
-    filled one by one, they would put a prompt into nearly every step. The others take a place at once. What is kept
-    free is not used by a client that is alone.
+    *Places*: they fill those before the last ones. Once all of those were taken they wait until `batch` of them are
+    free: filled one by one, they would put a prompt into nearly every step. The others take a place at once. What is
+    kept free is not used by a client that is alone.
 
-    *Prompts*: while anything of it waits since it was kept from a place, and others are served too, its prompts join a
-    step only while all prompts in it are at most `prompt_tokens`; a longer one is computed in chunks of that. So how
-    long others wait for a step does not depend on how much it sends. A client that is alone fills steps as it likes.
+    *Prompts*: while anything of such a client waits since it was kept from a place, and others are served too, its
+    prompts join a step only while all prompts in it are at most `prompt_tokens`; a longer one is computed in chunks of
+    that. So how long others wait for a step does not depend on how much it sends. A client that is alone fills steps as
+    it likes.
 
     What runs now does not tell who that is: a client whose burst is above its share for a moment is not to be kept out.
     """
@@ -54,9 +55,9 @@ class Headroom(Policy):
         return self._num_passed_by
 
     def may_run(self, sequence: Sequence) -> bool:
-        """Whether other places are being filled, or another client was served more."""
+        """Whether other places are being filled, or the client is within its share."""
         client = self._order.group(sequence)
-        if self._is_filling or sequence.has_run or not self._order.recent.is_most(client):
+        if self._is_filling or sequence.has_run or not self._order.recent.is_over_share(client):
             return True
         self._kept_waiting.add(client)
         self._num_passed_by += 1
@@ -65,7 +66,7 @@ class Headroom(Policy):
     def prompt_limit(self, sequence: Sequence, num_planned: int) -> int:
         """What a step's prompts may come to, where this one is the first or fits in whole, else 0; or no limit."""
         client, recent = self._order.group(sequence), self._order.recent
-        if client not in self._kept_waiting or not recent.is_most(client) or recent.is_alone(client):
+        if client not in self._kept_waiting or not recent.is_over_share(client) or recent.is_alone(client):
             return NO_LIMIT
         is_resumed = sequence.has_run and sequence.state is SequenceState.WAITING
         if not num_planned or is_resumed or num_planned + sequence.num_uncomputed <= self._prompt_tokens:
