@@ -36,8 +36,8 @@ MAX_IDLE_CLIENTS = 10_000
 """Counters of clients without a request; of more than these the lowest are forgotten: they would be lifted anyway."""
 
 RECENT_TOKENS = 262_144
-"""So many tokens ago service counts 1/e in `recent`: those of a thousand steps of 256 places, half a minute or less. A
-sixteenth of it tells clients that send alike from loud ones less well than they differ by chance."""
+"""So many tokens ago service counts 1/e in `recent`: those of a thousand steps of 256 places, half a minute or less. In
+a sixteenth of that clients that send alike differ by chance as much as a loud one does from the others."""
 
 ALONE_TOKENS = 114_688
 """A client that alone had so many is alone: after some ten seconds."""
