@@ -44,20 +44,21 @@ def pack_weight(weight: torch.Tensor) -> torch.Tensor:
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """`x weight^T + bias` for a weight as it is or packed by `pack_weight`."""
-    if _is_packed(x):
+    if _uses_onednn(x):
         product: torch.Tensor = torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
         return product
     return functional.linear(x, weight, bias)
 
 
 def linear_into(out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """`linear` without a bias, written to `out`, which is returned."""
-    if _is_packed(x):
+    """`linear` without a bias, written to `out`, which is returned and has as many rows as x."""
+    assert len(out) == len(x), f"room for {len(out)} of {len(x)} rows"  # torch would make another `out`
+    if _uses_onednn(x):
         return out.copy_(linear(x, weight))
     return torch.mm(x, weight.t(), out=out)
 
 
-def _is_packed(x: torch.Tensor) -> bool:
+def _uses_onednn(x: torch.Tensor) -> bool:
     return _ONEDNN and x.device.type == "cpu" and x.dtype in _PACKED_DTYPES
 
 

@@ -17,7 +17,7 @@ import torch
 
 from benchmarks.command_line import take_no_options
 from benchmarks.gpu.bench_attention import DTYPE, HEAD_DIM, MAX_POOL_BYTES, Pool, Shape, bench_decode
-from benchmarks.gpu.bench_lora import LLAMA_3_8B, LLAMA_7B, AdapterPool, DecodeCase, DecodeStep, ModelShape, pool_elems
+from benchmarks.gpu.lora_steps import LLAMA_3_8B, LLAMA_7B, AdapterPool, DecodeCase, DecodeStep, ModelShape, pool_elems
 
 TOKENS_PER_PAGE = (8, 16, 32, 64)
 HEADS = {LLAMA_7B.name: (32, 32), LLAMA_3_8B.name: (32, 8)}

@@ -6,7 +6,7 @@ Shapes: packed `[num_layers, layer_elems]` and target `[num_layers, num_pages, p
 pages int64 `[layer_elems / page_elems, rounded up]` on their device, no two the same. How a launch is compiled depends
 on page_elems and the type alone.
 
-torch's own assignment by index takes a launch a layer where the target is larger than 2^31 elements, as a pool is.
+torch's own assignment by index splits into a launch a layer where a target's offsets are beyond 2^31, as a pool's are.
 
 Source: S-LoRA section 5 (arXiv 2311.03285).
 """

@@ -1,8 +1,8 @@
 """Kernels compiled side by side at an engine's start, instead of one after the other as they are first launched.
 
-A model needs some 150 kernels, each of which takes the compiler a third of a second and more.
-The compiler runs outside the interpreter's lock, so threads are enough. What is compiled is found by launching nothing:
-Triton asks a hook before it compiles, and a hook that says yes has the launch left out.
+A model needs some 150 kernels, each of which takes the compiler a third of a second and more. The compiler runs outside
+the interpreter's lock, so threads are enough. What is compiled is found by launching nothing: Triton asks a hook before
+it compiles, and a hook that says yes has the launch left out.
 """
 
 from __future__ import annotations
@@ -33,6 +33,5 @@ def compile_ahead(launch: Callable[[], None], num_threads: int, begin_thread: Ca
     finally:
         knobs.runtime.jit_cache_hook = hook
     with ThreadPoolExecutor(num_threads, "compile", begin_thread) as threads:
-        for _ in threads.map(lambda one: one[0].preload(one[1]), wanted.values()):
-            pass
+        list(threads.map(lambda one: one[0].preload(one[1]), wanted.values()))  # raises what a thread did
     return len(wanted)

@@ -114,7 +114,8 @@ class RowPlanner:
             raise ValueError(f"{max_batch} tokens of {max_slots} adapters: at most {MAX_BATCH} and {MAX_SLOTS}")
         self._tables, self._groups, self._from_batch = tables, tuple(groups), from_batch
         device = tables.rank.device
-        # Zeros are a plan of nothing: what reads one may be launched where the kernel that plans is left out.
+        # Zeros are a plan of nothing: what reads one may be launched where the kernel that plans is left out
+        # (kernels.gpu.compile_ahead).
         self._starts = torch.zeros(num_layers * len(groups) * (max_batch + 1), dtype=torch.int32, device=device)
         self._order = torch.zeros(num_layers * len(groups) * max_batch, dtype=torch.int32, device=device)
         fields = [(group.first_module, group.num_modules, group.rank_parts) for group in groups]

@@ -145,8 +145,8 @@ class GpuRunner:
             self._compute_sized(step, _LAYERS_OF_WARM_UP)
 
     def _compile(self) -> None:
-        # Where kernels that are left out would have written indices, steps find zeros; the sampler would not.
-        # As many threads as this process may have, of which the compiler makes good use up to some sixteen.
+        """Of steps: where a kernel that is left out would have written indices they find zeros; a sampler would not."""
+        # The compiler makes good use of some sixteen threads.
         share = len(os.sched_getaffinity(0)) // self._communicator.partition.tp_size
         device, began = torch.cuda.current_device(), time.monotonic()
         number = compile_ahead(self._compute_every_size, max(1, min(16, share)), lambda: torch.cuda.set_device(device))
