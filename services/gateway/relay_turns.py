@@ -59,11 +59,12 @@ class RelayTurns:
         self._num_short_turns -= 1
         self._num_left = max(0, self._messages_a_turn - self._num_woken)
         self._num_woken = 0
+        # Before it wakes anyone: whoever is woken passes behind the next turn's beginning, which counts them.
+        if self._num_short_turns and (self._num_left < self._messages_a_turn or self._waiting):
+            self._await_turn(loop)
         most = self._messages_a_turn if self._num_short_turns else len(self._waiting)
         while self._waiting and self._num_woken < most:
             waiter = self._waiting.popleft()
             if not waiter.done():  # else it was cancelled meanwhile
                 waiter.set_result(None)
                 self._num_woken += 1
-        if self._num_short_turns and (self._num_left < self._messages_a_turn or self._num_woken):
-            self._await_turn(loop)

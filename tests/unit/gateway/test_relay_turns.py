@@ -50,6 +50,13 @@ async def test_so_many_pass_in_a_turn_and_all_in_the_end(most: int) -> None:
     assert len(counts) <= num_streams * num_messages / most + num_messages + 3
 
 
+async def test_who_was_woken_and_asks_again_at_once_finds_no_second_turn(most: int) -> None:
+    """Few streams: all that wait are woken in one turn, and each has a next message when it passes."""
+    relay = Relay(most)
+    tasks = [asyncio.create_task(relay.stream(number, 5)) for number in range(random.randint(most, 2 * most))]
+    assert max(await passed_by_turn(relay, tasks)) <= most
+
+
 async def test_they_pass_in_the_order_in_which_they_came(most: int) -> None:
     relay = Relay(most)
     await asyncio.gather(*(relay.stream(number, 1) for number in range(150)))
