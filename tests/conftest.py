@@ -1,6 +1,8 @@
 """Fixtures for every test: real Redis and S3 servers, as processes of their own."""
 
 import os
+import threading
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -19,3 +21,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if hasattr(config, "workerinput"):
         slow = {item.path for item in items if item.get_closest_marker("slow")}
         items.sort(key=lambda item: item.path not in slow)
+
+
+@pytest.fixture(autouse=True)
+def no_traces_are_sent_later() -> Iterator[None]:
+    """Who sends traces closes them: a thread that tries again for ever draws random numbers in the midst of others."""
+    yield
+    senders = [thread for thread in threading.enumerate() if thread.name.startswith("OtelBatch")]
+    for sender in senders:
+        sender.join(10)  # it may still be giving up
+    assert not any(sender.is_alive() for sender in senders), "the test opened traces: await their close()"

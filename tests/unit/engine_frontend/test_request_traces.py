@@ -179,3 +179,5 @@ async def test_a_prefetch_tells_for_whom_it_is(caller: Caller) -> None:
     assert ids(sent.origin.traceparent)[0] == "5" * 32
     caller.engine.core.report(prefetched=[(sent.request_id, 0.5)])
     await asking
+    (span,) = await caller.spans("slora.engine.v1.EngineService/PrefetchAdapter")
+    assert (span.trace_id, span.parent_id) == ("5" * 32, "1" * 16)
