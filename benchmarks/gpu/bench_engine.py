@@ -4,7 +4,7 @@
 prompts of 256 tokens. *mixed*: a step of 32 or 128 such sequences in which another prompt is computed. *paper_mix*: all
 requests at once, prompts and outputs uniform in [8, 512], adapters uniform, outputs forced to length, at most 256
 running. *load*: an adapter in host memory (this process's, or that of a store on this host) until it may be used.
-*churn*: 32 sequences without adapters while a thousand adapters are loaded one after another into room for a hundred.
+*churn*: 32 sequences without adapters while a thousand adapters are loaded, four at a time, into room for a hundred.
 Settings: base (no adapters), S1 (rank 8), S2 (ranks 64, 32, 16, 8).
 
 Run: python -m benchmarks.gpu.bench_engine [--model llama-7b] [--targets attn] [--quick] [--only decode,prefill,...]

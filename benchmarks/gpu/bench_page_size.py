@@ -2,8 +2,8 @@
 
 For pages of 8 to 64 tokens: decode attention (a layer), LoRA of 128 decoded tokens with as many adapters (32 layers,
 S1 and S2), of Llama-7B (every head its own keys and values) and Llama-3-8B (4 heads share them), each page at a random
-place. And what is allotted and not used: on average half a page a sequence and half a page an adapter, as a share of
-what the paper's mix keeps of them (256 sequences of 388 tokens; adapters of rank 8 on q k v o).
+place. And what is allotted and not used: on average half a page a sequence and the rest of an adapter's last page, as a
+share of what the paper's mix keeps of them (256 sequences of 388 tokens; adapters of rank 8 on q k v o).
 
 Run: python -m benchmarks.gpu.bench_page_size
 """
