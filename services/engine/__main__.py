@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     configure_logging("engine", settings.log_level, settings.log_format)
     try:
         # The core makes it again; what is wrong with it need not wait for a core.
-        make_policy(settings.policies, settings.for_device().max_running)
+        make_policy(settings.policies, settings.for_device().num_places)
     except ValueError as error:
         logger.critical("the engine cannot start: scheduling policies: %s", error)
         return USAGE_EXIT_CODE

@@ -64,7 +64,11 @@ class EngineSettings:
         0, "when full, fill so many places at a time; 0: 1 on a CPU, 4 on an accelerator", at_least=0
     )
     max_model_len: int = setting(0, "longest sequence in tokens; 0: the checkpoint's", at_least=0)
-    max_waiting: int = setting(4096, "most requests in the queue; further ones are refused", at_least=0)
+    max_waiting: int = setting(
+        4096,
+        "most requests in the queue; further ones are refused, with fair the last of the client with most",
+        at_least=0,
+    )
     policy: OrderName = setting("fcfs", "in which order requests are admitted: fcfs, priority or fair")
     priority_head_start: int = setting(256, "priority: requests that each point of priority puts a request ahead of")
     fairness_by: ClientKind = setting("tenant", "fair: between whom: tenant or adapter")
@@ -128,6 +132,11 @@ class EngineSettings:
     def served_name(self) -> str:
         """What the base model is called outside."""
         return self.base_model or Path(self.checkpoint).resolve().name
+
+    @property
+    def num_places(self) -> int:
+        """How many sequences run at once at most, of settings `for_device`."""
+        return min(self.max_running, self.max_step_tokens)
 
     @property
     def policies(self) -> PolicyConfig:

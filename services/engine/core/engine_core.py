@@ -143,8 +143,7 @@ class EngineCore:
             prefix_cache_across_tenants=settings.prefix_cache_across_tenants,
             popularity_half_life_seconds=settings.popularity_half_life_seconds,
         )
-        num_places = min(config.max_running, config.max_step_tokens)
-        self._policy = make_policy(settings.policies, num_places, admission_batch=config.admission_batch)
+        self._policy = make_policy(settings.policies, settings.num_places, admission_batch=config.admission_batch)
         self._scheduler = Scheduler(config, self._allocator, self._residency, self._policy)
         self._max_running = config.max_running
         self._submitted: deque[_SubmittedStep] = deque()

@@ -16,6 +16,12 @@ def queue_full(max_waiting: int) -> SloraError:
     )
 
 
+def over_queue_share(max_waiting: int) -> SloraError:
+    """Given up for another client's, of which fewer wait."""
+    message = f"{max_waiting} requests wait, and more of them are this client's than another's; try again later"
+    return SloraError(Reason.QUEUE_FULL, message, max_waiting=max_waiting)
+
+
 def overloaded(retry_after_seconds: float) -> SloraError:
     """Dropped, because its first token could not come in time."""
     message = f"more requests wait than can be served in time; try again in {retry_after_seconds:.1f} s"

@@ -58,10 +58,10 @@ from services.engine.scheduling.adapter_loads import AdapterLoads
 from services.engine.scheduling.admission import Admission
 from services.engine.scheduling.kv_pages import KvPages
 from services.engine.scheduling.memory_order import MemoryOrder
-from services.engine.scheduling.policies.policy import Policy
+from services.engine.scheduling.policies.policy import QUEUE_SHARE, Policy
 from services.engine.scheduling.policies.popularity import Popularity
 from services.engine.scheduling.prefetches import Prefetches
-from services.engine.scheduling.refusals import Failures, not_drawn, overloaded, queue_full
+from services.engine.scheduling.refusals import Failures, not_drawn, over_queue_share, overloaded, queue_full
 from services.engine.scheduling.reload_costs import ReloadCosts
 from services.engine.scheduling.running_sequences import RunningSequences
 from services.engine.scheduling.sequence import Sequence, SequenceState, check_request
@@ -156,12 +156,12 @@ class Scheduler:
         """Queues a request; SloraError if it can never run (malformed, too long, too large) or the queue is full."""
         self._require_new(request.request_id)
         check_request(request, self._config.max_model_len)
-        if len(self._queue) >= self._config.max_waiting:
-            raise queue_full(self._config.max_waiting)
         sequence = Sequence.of(request, self._next_arrival, self._config.max_model_len, self._config.eos_token_ids)
         error = self._loads.too_large(sequence)
         if error is not None:
             raise error
+        if len(self._queue) >= self._config.max_waiting:
+            self._make_room(sequence)
         self._next_arrival += 1
         self._sequences[request.request_id] = sequence
         ready = sequence.digest is None or self._residency.is_resident(sequence.digest)
@@ -312,6 +312,14 @@ class Scheduler:
         for drop in self._policy.drops(self._queue.sequences, step_is_full):
             self.num_dropped[drop.reason] += 1
             self.fail([drop.sequence.request_id], overloaded(drop.retry_after_seconds))
+
+    def _make_room(self, newcomer: Sequence) -> None:
+        """In a full queue, if the policy finds somebody who goes instead; else raises QUEUE_FULL."""
+        given_up = self._policy.makes_room(newcomer)
+        if given_up is None:
+            raise queue_full(self._config.max_waiting)
+        self.num_dropped[QUEUE_SHARE] += 1
+        self.fail([given_up.request_id], over_queue_share(self._config.max_waiting))
 
     def _end(self, sequence: Sequence) -> None:
         del self._sequences[sequence.request_id]

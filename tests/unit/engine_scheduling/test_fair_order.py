@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections import Counter
 
 import msgspec
@@ -10,9 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from services.common.errors import Reason
 from services.engine.messages import Generate
 from services.engine.scheduling.policies import fair as fair_module
-from services.engine.scheduling.policies.fair import FairOrder
+from services.engine.scheduling.policies.fair import FRONT, FairOrder
+from services.engine.scheduling.policies.policy import QUEUE_SHARE
 from services.engine.scheduling.sequence import Sequence
 from tests.fakes.fake_model import generate
 from tests.fakes.scheduler_harness import Harness
@@ -47,6 +50,9 @@ class Desk:
             sequence.turn = turn
         assert len({s.turn for s in self.waiting}) == len(self.waiting)
         return sorted(self.waiting, key=lambda s: s.turn)
+
+    def makes_room(self, tenant: str) -> Sequence | None:
+        return self.order.makes_room(Sequence.of(request_of(-1, tenant, 10, 5), -1, 100, frozenset()))
 
     def admit(self) -> Sequence:
         sequence = self.turns()[0]
@@ -99,6 +105,51 @@ def test_weights_prices_and_a_prefix_cache() -> None:
     assert (desk.order.counter("gold"), desk.order.counter("plain")) == (10, 12)
     desk.order.drew(gold)
     assert desk.order.counter("gold") == 11.5
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"input_price": 0.0, "output_price": 0.0}, "one is above"),
+        ({"input_price": -1.0}, "at least 0"),
+        ({"output_price": float("nan")}, "at least 0"),
+        ({"weights": {"gold": 0.0}}, "gold's weight is 0.0; it must be in 1e-06 to 1e+06"),
+        ({"weights": {"gold": 1e300}}, "gold's weight"),
+    ],
+)
+def test_prices_and_weights_that_make_no_sense_are_refused(options: dict[str, object], said: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(said)):
+        Desk(**options)
+
+
+def test_half_of_the_front_is_for_clients_within_their_share() -> None:
+    """Though many requests of one that may be kept from running would come before theirs."""
+    desk = Desk()
+    for _ in range(200):
+        desk.come("loud", 10)
+    for _ in range(20):
+        desk.admit()
+    for _ in range(FRONT):
+        desk.come("quiet", 1000)
+    front = [s.request.tenant for s in desk.turns()[:FRONT]]
+    assert front == ["loud", "quiet"] + ["loud"] * (FRONT // 2 - 1) + ["quiet"] * (FRONT // 2 - 1)
+
+
+def test_in_a_full_queue_who_has_most_in_it_makes_room() -> None:
+    desk = Desk(weights={"gold": 3.0})
+    loud = [desk.come("loud") for _ in range(4)]
+    gold = [desk.come("gold") for _ in range(6)]
+    assert desk.makes_room("quiet") is loud[3]
+    assert desk.makes_room("loud") is None, "of nobody else there are more"
+    assert desk.makes_room("gold") is loud[3]
+    desk.admit()
+    desk.admit()
+    assert desk.makes_room("quiet") is loud[3], "three of weight 1 are more than five of weight 3"
+    for sequence in loud[1:3]:
+        desk.waiting.remove(sequence)
+        desk.order.ended(sequence)
+    assert desk.makes_room("quiet") is gold[5]
+    assert Desk().makes_room("quiet") is None
 
 
 def test_preempted_ones_pay_once_and_keep_their_place() -> None:
@@ -206,5 +257,27 @@ def test_nobody_starves_beside_a_loud_tenant_with_adapters_and_preemption(seed: 
         steps += 1
         assert steps < 150
     harness.run()
+    harness.check_answers()
+    harness.check_empty()
+
+
+def test_a_flood_fills_the_queue_for_nobody_but_itself() -> None:
+    harness = Harness(num_pages=64, max_running=2, max_waiting=6, turns_stay=False, policy=FairOrder(tenant_of))
+    for number in range(8):
+        assert harness.add(request_of(number, "loud", 4, 12)) is None
+        harness.step()
+    assert (harness.scheduler.num_running, harness.scheduler.num_waiting) == (2, 6)
+    refused = harness.add(request_of(50, "loud", 4, 4))
+    assert refused is not None
+    assert refused.reason is Reason.QUEUE_FULL
+    for number in range(100, 103):
+        assert harness.add(request_of(number, "quiet", 4, 4)) is None
+    refused = harness.add(request_of(103, "quiet", 4, 4))
+    assert refused is not None, "it has as many as the other now"
+    harness.run()
+    assert sorted(harness.failures) == [5, 6, 7], "the last ones"
+    assert {failure.reason for failure in harness.failures.values()} == {"QUEUE_FULL"}
+    assert harness.scheduler.num_dropped == {QUEUE_SHARE: 3}
+    assert sorted(harness.finishes) == [0, 1, 2, 3, 4, 100, 101, 102]
     harness.check_answers()
     harness.check_empty()

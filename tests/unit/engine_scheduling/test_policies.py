@@ -329,6 +329,17 @@ def test_a_limit_of_prompts_splits_what_a_flood_would_put_into_one_step() -> Non
     assert 0 < max(loud_tokens) <= 8, loud_tokens
 
 
+@pytest.mark.parametrize("max_running", [1, 2, 3])
+def test_of_few_places_one_is_left_whatever_share_is_kept(max_running: int) -> None:
+    policy = make_policy(PolicyConfig(order="fair", fairness_headroom=0.8), max_running)
+    harness = Harness(num_pages=64, max_running=max_running, policy=policy, turns_stay=False)
+    for number in range(6):
+        request = generate(number, [1] * 4, 3, ignore_eos=True)
+        harness.add(msgspec.structs.replace(request, tenant="loud" if number % 3 else "quiet"))
+    harness.run()
+    harness.check_answers()
+
+
 def test_headroom_gives_the_last_places_where_the_scheduler_would_wait_for_several() -> None:
     policy = make_policy(PolicyConfig(order="fair", fairness_headroom=0.25), 8, admission_batch=4)
     harness = Harness(max_running=8, admission_batch=4, policy=policy)

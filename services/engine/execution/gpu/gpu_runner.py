@@ -106,7 +106,7 @@ class GpuRunner:
         self._limits = StepLimits(
             self.pool_config.num_pages, self.pool_config.tokens_per_page, self.max_model_len, self.vocab_size
         )
-        self._max_batch = min(settings.max_running, settings.max_step_tokens)
+        self._max_batch = settings.num_places
         sizes = sizes or capture_sizes(self._max_batch, settings.max_step_tokens)
         self._make_buffers(settings, pool, sizes)
         self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None

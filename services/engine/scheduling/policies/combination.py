@@ -41,6 +41,10 @@ class Combination(Policy):
         """Whom any of the others drops."""
         return [drop for policy in self._others for drop in policy.drops(waiting, step_is_full)]
 
+    def makes_room(self, newcomer: Sequence) -> Sequence | None:
+        """As `order` says."""
+        return self._order.makes_room(newcomer)
+
     def group(self, sequence: Sequence) -> Hashable:
         """As `order` says."""
         return self._order.group(sequence)
@@ -95,6 +99,8 @@ def make_policy(
     others: list[Policy] = []
     if isinstance(order, FairOrder) and config.fairness_headroom:
         headroom = round(max_running * config.fairness_headroom)
+        if config.fairness_headroom < 1:
+            headroom = min(headroom, max_running - 1)
         prompt_tokens = config.fairness_prompt_tokens
         others.append(Headroom(max_running, headroom, order, admission_batch, prompt_tokens))
     if config.latency_goal_seconds:

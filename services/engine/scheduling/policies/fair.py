@@ -17,7 +17,8 @@ when they are known, a step or two after admission was decided. *Aborts*: nothin
 from __future__ import annotations
 
 import heapq
-from bisect import insort
+import math
+from bisect import bisect_left, insort
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from operator import attrgetter
@@ -28,6 +29,9 @@ from services.engine.scheduling.sequence import Sequence, SequenceState
 
 FRONT = 64
 """So many of the first waiting are kept in the exact order; those behind them take turns by arrival."""
+
+_MOST_OVER_SHARE = FRONT // 2
+"""Of clients over their share, which may be kept from running: the others are looked at behind them."""
 
 _FRONT_TURN, _REST_TURN = 1 << 60, 1 << 61
 """Turns of those in front and behind begin here; those that have been admitted count from 0."""
@@ -42,7 +46,9 @@ a sixteenth of that clients that send alike differ by chance as much as a loud o
 ALONE_TOKENS = 114_688
 """A client that alone had so many is alone: after some ten seconds."""
 
-_ARRIVAL = attrgetter("arrival")
+MAX_WEIGHT = 1e6
+
+_ARRIVAL, _COUNTER = attrgetter("arrival"), attrgetter("counter")
 
 
 @dataclass(slots=True)
@@ -65,8 +71,12 @@ class FairOrder(Policy):
     ) -> None:
         """Prices are by token; a client of weight 2 (default 1) may have twice as much as others."""
         self._weights = dict(weights or {})
-        if min(input_price, output_price) < 0 or not all(weight > 0 for weight in self._weights.values()):
-            raise ValueError("prices are at least 0 and weights above 0")
+        price = max(input_price, output_price)
+        if not (all(0 <= one < math.inf for one in (input_price, output_price)) and price):
+            raise ValueError(f"prices are at least 0 and one is above, not {input_price} and {output_price}")
+        for client, weight in self._weights.items():
+            if not 1 / MAX_WEIGHT <= weight <= MAX_WEIGHT:
+                raise ValueError(f"{client}'s weight is {weight}; it must be in {1 / MAX_WEIGHT:g} to {MAX_WEIGHT:g}")
         self._client_of = client_of
         self._input_price = input_price
         self._output_price = output_price
@@ -76,7 +86,6 @@ class FairOrder(Policy):
         self._front: list[Sequence] = []
         self._num_admitted = 0
         self._num_turns = 0
-        price = max(input_price, output_price)
         self.recent = RecentService(RECENT_TOKENS * price, ALONE_TOKENS * price)
         """Who was served how much lately, by the same prices and weights."""
 
@@ -94,6 +103,15 @@ class FairOrder(Policy):
     def group(self, sequence: Sequence) -> str:
         """Its client."""
         return self._client_of(sequence)
+
+    def makes_room(self, newcomer: Sequence) -> Sequence | None:
+        """The last of the client that has most in the queue, by weight, if the newcomer's will have fewer."""
+        name = self._client_of(newcomer)
+        num_own = len(self._waiting[name].waiting) if name in self._waiting else 0
+        fullest = max(self._waiting.values(), key=self._queue_share, default=None)
+        if fullest is None or self._queue_share(fullest) <= (num_own + 1) / self._weights.get(name, 1.0):
+            return None
+        return fullest.waiting[-1]
 
     def reorder(self) -> Iterable[tuple[Sequence, int]]:
         """New turns in front, from the first that is out of place; who is no longer in front goes back behind it."""
@@ -151,34 +169,52 @@ class FairOrder(Policy):
 
     def _next_in_turn(self, num_sequences: int) -> list[Sequence]:
         """The first to be admitted if nothing but their input were charged meanwhile."""
-        heap = [(client.counter, client.waiting[0].arrival, 0, client) for client in self._waiting.values()]
+        within: list[_Client] = []
+        over: list[_Client] = []
+        for client in self._waiting.values():
+            (over if self.recent.is_over_share(client.name) else within).append(client)
+        # No more clients than sequences: thousands of tuples in each step would keep the garbage collector busy.
+        first = [heapq.nsmallest(num_sequences, clients, key=_COUNTER) for clients in (within, over)]
+        heap = [
+            (client.counter, client.waiting[0].arrival, 0, client, is_over)
+            for is_over, clients in enumerate(first)
+            for client in clients
+        ]
         heapq.heapify(heap)
+        num_over = 0
         turn: list[Sequence] = []
         while heap and len(turn) < num_sequences:
-            counter, _, place, client = heap[0]
+            counter, _, place, client, is_over = heap[0]
+            if is_over and num_over >= _MOST_OVER_SHARE:
+                heapq.heappop(heap)
+                continue
+            num_over += is_over
             sequence = client.waiting[place]
             turn.append(sequence)
             if place + 1 == len(client.waiting):
                 heapq.heappop(heap)
             else:
                 counter += self._input_cost(sequence) / self._weight(client)
-                heapq.heapreplace(heap, (counter, client.waiting[place + 1].arrival, place + 1, client))
+                heapq.heapreplace(heap, (counter, client.waiting[place + 1].arrival, place + 1, client, is_over))
         return turn
 
     def _input_cost(self, sequence: Sequence) -> float:
         return self._input_price * (len(sequence.request.prompt_ids) - sequence.num_computed)
 
+    def _queue_share(self, client: _Client) -> float:
+        return len(client.waiting) / self._weight(client)
+
     def _charge(self, client: _Client, cost: float) -> None:
         service = cost / self._weight(client)
         client.counter += service
-        self.recent.add(client.name, service)
+        self.recent.add(client.name, service, cost)
 
     def _weight(self, client: _Client) -> float:
         return self._weights.get(client.name, 1.0)
 
     def _stops_waiting(self, sequence: Sequence) -> _Client:
         client = self._clients[self._client_of(sequence)]
-        client.waiting.remove(sequence)
+        del client.waiting[bisect_left(client.waiting, sequence.arrival, key=_ARRIVAL)]
         if not client.waiting:
             del self._waiting[client.name]
             self._last_waiting = client

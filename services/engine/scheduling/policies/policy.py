@@ -20,6 +20,9 @@ from services.engine.scheduling.sequence import Sequence
 NO_LIMIT = sys.maxsize
 """Of tokens in a step."""
 
+QUEUE_SHARE = "queue_share"
+"""Why one was given up: the queue was full, and its client had more in it than another."""
+
 
 @dataclass(frozen=True, slots=True)
 class Drop:
@@ -60,6 +63,10 @@ class Policy:
         `step_is_full`: they wait because the step has no room for more prompt tokens, not for places, pages or bytes.
         """
         return []
+
+    def makes_room(self, newcomer: Sequence) -> Sequence | None:
+        """Who of those that wait and have never run is given up for a newcomer to a full queue; None: nobody."""
+        return None
 
     def group(self, sequence: Sequence) -> Hashable:
         """Among which sequences it competes: one is dropped to make room only for another of its group."""
