@@ -32,24 +32,33 @@ class AddressError(UnusableSettingsError):
 
 
 def setting(
-    default: Any = dataclasses.MISSING, help: str = "", *, at_least: float | None = None, above: float | None = None
+    default: Any = dataclasses.MISSING,
+    help: str = "",
+    *,
+    at_least: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
 ) -> Any:
     """A dataclass field with its help text; without a default the setting is required. Bounds: see `check_bounds`."""
-    return dataclasses.field(default=default, metadata={"help": help, "at_least": at_least, "above": above})
+    bounds = {"at_least": at_least, "above": above, "below": below}
+    return dataclasses.field(default=default, metadata={"help": help, **bounds})
 
 
 def check_bounds(settings: Any) -> None:
-    """Raises ValueError for a number of these settings that is not `at_least` or `above` what its field says.
+    """Raises ValueError for a number of these settings that is not `at_least`, `above` or `below` what its field says.
 
     For `__post_init__`.
     """
     for field in dataclasses.fields(settings):
-        value, least, below = getattr(settings, field.name), field.metadata.get("at_least"), field.metadata.get("above")
+        value, bounds = getattr(settings, field.name), field.metadata
+        least, above, below = bounds.get("at_least"), bounds.get("above"), bounds.get("below")
         # Asked this way round: no number is none of it.
         if least is not None and not value >= least:
             raise ValueError(f"{field.name} is {value}; it must be at least {least}")
-        if below is not None and not value > below:
-            raise ValueError(f"{field.name} is {value}; it must be above {below}")
+        if above is not None and not value > above:
+            raise ValueError(f"{field.name} is {value}; it must be above {above}")
+        if below is not None and not value < below:
+            raise ValueError(f"{field.name} is {value}; it must be below {below}")
 
 
 def parse_settings(

@@ -47,6 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         logger.critical("the engine cannot start: scheduling policies: %s", error)
         return USAGE_EXIT_CODE
+    if settings.without_effect:
+        logger.warning("no effect with policy %s: %s", settings.policy, ", ".join(settings.without_effect))
     try:
         settings.store_security.read()
         check_peers("--adapter-store", settings.adapter_store)

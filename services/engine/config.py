@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -72,12 +72,14 @@ class EngineSettings:
     policy: OrderName = setting("fcfs", "in which order requests are admitted: fcfs, priority or fair")
     priority_head_start: int = setting(256, "priority: requests that each point of priority puts a request ahead of")
     fairness_by: ClientKind = setting("tenant", "fair: between whom: tenant or adapter")
-    input_price: float = setting(1.0, "fair: what a token of input counts")
-    output_price: float = setting(2.0, "fair: what a token of output counts")
+    input_price: float = setting(1.0, "fair: what a token of input counts", at_least=0)
+    output_price: float = setting(2.0, "fair: what a token of output counts", at_least=0)
     fairness_weights: tuple[str, ...] = setting((), "fair: shares, as tenant=2,other=1; 1 for those not named")
     fairness_headroom: float = setting(
         0.0625,
         "fair: share of the places that is kept from clients which were served 1.3 times what others were lately",
+        at_least=0,
+        below=1,
     )
     fairness_prompt_tokens: int = setting(
         512,
@@ -115,6 +117,9 @@ class EngineSettings:
         if not 1 <= self.tp_size <= MAX_TP_SIZE:
             raise ValueError(f"tp_size is {self.tp_size}; it must be in 1 to {MAX_TP_SIZE}")
         check_bounds(self)
+        if not self.input_price and not self.output_price:
+            raise ValueError("input_price and output_price are 0; one of them must be above 0")
+        _parse_weights(self.fairness_weights)
 
     @property
     def server_tls(self) -> ServerTls:
@@ -134,20 +139,27 @@ class EngineSettings:
         return self.base_model or Path(self.checkpoint).resolve().name
 
     @property
+    def without_effect(self) -> list[str]:
+        """Settings that were changed, but are another policy's than the one chosen."""
+        own = {"fair": _OF_FAIR, "priority": _OF_PRIORITY}.get(self.policy, frozenset())
+        others = (_OF_FAIR | _OF_PRIORITY) - own
+        return [f.name for f in dataclasses.fields(self) if f.name in others and getattr(self, f.name) != f.default]
+
+    @property
     def num_places(self) -> int:
         """How many sequences run at once at most, of settings `for_device`."""
         return min(self.max_running, self.max_step_tokens)
 
     @property
     def policies(self) -> PolicyConfig:
-        """Who is admitted, in what order, and who is dropped; ValueError for a weight that is malformed."""
+        """Who is admitted, in what order, and who is dropped."""
         return PolicyConfig(
             order=self.policy,
             priority_head_start=self.priority_head_start,
             fairness_by=self.fairness_by,
             input_price=self.input_price,
             output_price=self.output_price,
-            client_weights=dict(map(_parse_weight, self.fairness_weights)),
+            client_weights=_parse_weights(self.fairness_weights),
             fairness_headroom=self.fairness_headroom,
             fairness_prompt_tokens=self.fairness_prompt_tokens,
             latency_goal_seconds=self.latency_goal_seconds,
@@ -180,11 +192,36 @@ class EngineSettings:
         )
 
 
-def _parse_weight(text: str) -> tuple[str, float]:
-    client, equals, weight = text.rpartition("=")
-    if not equals:
-        raise ValueError(f"a weight is client=number, not {text!r}")
-    return client, float(weight)
+MAX_WEIGHT = 1e6
+
+_OF_PRIORITY = frozenset({"priority_head_start"})
+_OF_FAIR = frozenset(
+    {
+        "fairness_by",
+        "input_price",
+        "output_price",
+        "fairness_weights",
+        "fairness_headroom",
+        "fairness_prompt_tokens",
+    }
+)
+
+
+def _parse_weights(texts: Sequence[str]) -> dict[str, float]:
+    weights: dict[str, float] = {}
+    for text in texts:
+        client, _, number = text.rpartition("=")
+        try:
+            weight = float(number)
+        except ValueError:
+            weight = 0.0
+        if not 1 / MAX_WEIGHT <= weight <= MAX_WEIGHT:
+            bounds = f"{1 / MAX_WEIGHT:g} to {MAX_WEIGHT:g}"
+            raise ValueError(f"fairness_weights has {text!r}; each is client=number, as gold=2, the number in {bounds}")
+        if client in weights:
+            raise ValueError(f"fairness_weights names {client!r} twice")
+        weights[client] = weight
+    return weights
 
 
 @dataclass(frozen=True)

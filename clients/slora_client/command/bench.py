@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from slora_client.async_client import AsyncSloraClient
+from slora_client.command.outcome import told
 from slora_client.errors import SloraRequestError
 from slora_client.tls import Tls
 
@@ -39,6 +40,8 @@ class Outcome:
     """Time per token after the first; None where there was only one."""
     error: str = ""
     """The reason of a request that failed."""
+    message: str = ""
+    """And what was said of it."""
 
 
 async def run_load(
@@ -79,6 +82,6 @@ async def _ask(client: AsyncSloraClient, model: str, prompt: list[int], num_toke
             first_at = first_at or last_at
             num_came += len(chunk.token_ids)
     except SloraRequestError as error:
-        return Outcome(error=error.reason or error.code)
+        return Outcome(error=error.reason or error.code, message=told(error))
     token_seconds = (last_at - first_at) / (num_came - 1) if num_came > 1 else None
     return Outcome(num_came, first_at - started_at, token_seconds)

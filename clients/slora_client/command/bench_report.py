@@ -35,6 +35,8 @@ class Report:
     """Time per output token after the first, of each request."""
     errors: dict[str, int]
     """Requests that failed, by reason."""
+    messages: dict[str, str]
+    """What was said of the first of each reason."""
 
 
 def report_of(outcomes: Sequence[Outcome], seconds: float) -> Report:
@@ -48,6 +50,7 @@ def report_of(outcomes: Sequence[Outcome], seconds: float) -> Report:
         ttft_seconds=percentiles([outcome.first_token_seconds for outcome in good]),
         tpot_seconds=percentiles([o.token_seconds for o in good if o.token_seconds is not None]),
         errors=dict(Counter(outcome.error for outcome in outcomes if outcome.error)),
+        messages={outcome.error: outcome.message for outcome in reversed(outcomes) if outcome.error},
     )
 
 

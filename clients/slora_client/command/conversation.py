@@ -26,6 +26,7 @@ class Conversation:
         self._opening = list(opening)
         self._options = options
         self.messages = list(opening)
+        self.has_failed = False
 
     def run(self) -> None:
         """Reads lines and answers them until there are no more."""
@@ -46,6 +47,7 @@ class Conversation:
         except SloraRequestError as error:
             sys.stdout.write("\n" if said else "")
             sys.stderr.write(f"slora: {told(error)}\n")
+            self.has_failed = True
             return
         sys.stdout.write("\n")
         answer = "".join(chunk.text for chunk in said)

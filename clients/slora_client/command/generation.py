@@ -92,10 +92,16 @@ def chat(
     max_tokens: MaxTokensOption = None,
     stop: StopOption = None,
 ) -> None:
-    """Talk to a model. Ctrl-C stops an answer; `/clear` begins anew; Ctrl-D, or Ctrl-C at the prompt, leaves."""
+    """Talk to a model. Ctrl-C stops an answer; `/clear` begins anew; Ctrl-D, or Ctrl-C at the prompt, leaves.
+
+    Exits with 1 if lines come from a pipe and one of them was not answered.
+    """
     with speaker(gateway, api_key(), tls()) as speaking:
         options = generation_options(temperature, top_p, top_k, seed, max_tokens, stop)
-        Conversation(speaking, model, _opening(system), options).run()
+        conversation = Conversation(speaking, model, _opening(system), options)
+        conversation.run()
+    if conversation.has_failed and not sys.stdin.isatty():
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -120,6 +126,8 @@ def bench(
         typer.echo(json.dumps({"load": dataclasses.asdict(load), **dataclasses.asdict(report)}, indent=2))
     else:
         console().print(table_of(report))
+        for message in report.messages.values():
+            console(stderr=True).print(f"slora: {message}", markup=False)
     if report.errors:
         raise typer.Exit(1)
 

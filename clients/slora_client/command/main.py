@@ -7,10 +7,10 @@ import sys
 import typer
 
 from slora_client.command import adapters, generation, keys, tenants
-from slora_client.command.outcome import told
+from slora_client.command.outcome import AWAY, REFUSED, told
 from slora_client.errors import SloraRequestError
 
-FAILED, USAGE, INTERRUPTED = 1, 2, 130
+USAGE, INTERRUPTED = 2, 130
 
 app = typer.Typer(
     name="slora",
@@ -25,12 +25,12 @@ app.add_typer(tenants.app, name="tenants")
 
 
 def main() -> None:
-    """Exits with 0, 1 (a request failed), 2 (wrong usage), 3 (try again; not when generating) or 130 (Ctrl-C)."""
+    """Exits with 0, 1 (a request failed), 2 (wrong usage), 3 (the same may succeed later) or 130 (Ctrl-C)."""
     try:
         app()
     except SloraRequestError as error:
         sys.stderr.write(f"slora: {told(error)}\n")
-        raise SystemExit(FAILED) from None
+        raise SystemExit(AWAY if error.is_worth_retrying else REFUSED) from None
     except ValueError as error:  # an option that no request can carry, such as a negative count
         sys.stderr.write(f"slora: {error}\n")
         raise SystemExit(USAGE) from None

@@ -35,9 +35,9 @@ def console(stderr: bool = False) -> Console:
 
 
 def told(error: SloraRequestError) -> str:
-    """The error in a line. What gRPC says by itself names no remedy: that line says how an address is given."""
+    """The error in a line. What gRPC says by itself names no remedy: that line begins with how an address is given."""
     found = "" if error.reason else _NOT_OURS.get(error.code, "")
-    return f"{error}; {found}: {_WHERE}" if found else str(error)
+    return f"{error.code}: {found}: {_WHERE} ({error.message})" if found else str(error)
 
 
 def write_json(value: object) -> None:

@@ -120,6 +120,11 @@ class EngineCore:
         if not 1 <= runner.max_in_flight <= MAX_IN_FLIGHT:
             raise ValueError(f"a runner has 1 to {MAX_IN_FLIGHT} steps in flight, not {runner.max_in_flight}")
         pool = runner.pool_config
+        if (most := pool.num_pages * pool.tokens_per_page) < runner.max_model_len:
+            logger.warning(
+                "the pool has room for sequences of %d tokens, though the model takes %d: longer ones are refused",
+                most, runner.max_model_len,
+            )  # fmt: skip
         self._runner = runner
         self._allocator = PageAllocator(pool.num_pages)
         slots: AdapterSlots = runner.adapter_device

@@ -38,10 +38,12 @@ def not_drawn(error: SloraError, adapter: Adapter | None) -> SloraError:
 
 
 def too_large(kv_pages: int, adapter_pages: int, num_pages: int) -> SloraError:
-    """It could never run, be the pool ever so empty."""
+    """It could never run, be the pool ever so empty. An adapter of 0 pages is none, or not known yet."""
+    adapter = f", its adapter {adapter_pages} more" if adapter_pages else ""
     return SloraError(
         Reason.REQUEST_TOO_LARGE,
-        f"prompt and max_tokens take up to {kv_pages} pages and the adapter {adapter_pages}; the pool has {num_pages}",
+        f"with its prompt and max_tokens (by default the model's length) the request takes up to {kv_pages} pages"
+        f"{adapter}; the pool has {num_pages}: ask for fewer tokens, or enlarge the engine's pool (pool_bytes)",
         num_kv_pages=kv_pages,
         num_adapter_pages=adapter_pages,
         num_pool_pages=num_pages,

@@ -79,7 +79,9 @@ async def test_a_push_says_whether_the_content_was_there(
     for source in (str(first), "s3://adapters/elsewhere/pirate/"):
         # What changes the version afterwards does not make it new.
         again = await slora("push", source, "pirate", "--label", "run=1", "--pin")
-        assert again.stdout.startswith("pirate@1 had this content already: not a new version\n")
+        assert again.stdout.startswith(
+            "pirate@1 had this content already: not a new version\npirate goes on meaning pirate@2:"
+        )
         assert json.loads((await slora("push", source, "pirate", "--json")).stdout)["is_new"] is False
     assert json.loads((await slora("push", second, "poet", "--alias", "prod", "--json")).stdout)["is_new"] is True
     assert json.loads((await slora("show", "poet", "--json")).stdout)["is_new"] is None

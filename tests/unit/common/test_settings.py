@@ -71,6 +71,7 @@ class Bounded:
 
     seconds: float = setting(1.0, "how long", above=0)
     count: int = setting(0, "how many; 0: any", at_least=0)
+    share: float = setting(0.5, "of what there is", at_least=0, below=1)
 
     def __post_init__(self) -> None:
         check_bounds(self)
@@ -82,6 +83,7 @@ class Bounded:
         ("--seconds", "0", "seconds is 0.0; it must be above 0"),
         ("--seconds", "nan", "seconds is nan; it must be above 0"),
         ("--count", "-1", "count is -1; it must be at least 0"),
+        ("--share", "1", "share is 1.0; it must be below 1"),
     ],
 )
 def test_numbers_out_of_bounds_are_named(option: str, value: str, message: str) -> None:
@@ -96,7 +98,7 @@ def test_every_number_has_a_bound(settings: type) -> None:
     hints = typing.get_type_hints(settings)
     numbers = [field for field in dataclasses.fields(settings) if hints[field.name] in (int, float)]
     checked_elsewhere = {
-        "tp_size", "priority_head_start", "input_price", "output_price", "fairness_headroom", "trace_sample_ratio",
+        "tp_size", "priority_head_start", "trace_sample_ratio",
         "arena_bytes", "disk_cache_bytes",
     }  # fmt: skip
     assert len(numbers) > 10

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
+
 from services.common.errors import Reason
 from services.engine.messages import (
     Abort,
 )
-from tests.fakes.core_world import MAX_MODEL_LEN, Make, both_depths, long
+from tests.fakes.core_world import MAX_MODEL_LEN, Make, World, both_depths, long
 from tests.fakes.fake_model import expected_output, generate
 
 
@@ -26,6 +28,14 @@ def test_refused_requests_are_told_and_harm_nobody(make: Make, depth: int) -> No
         Reason.PROMPT_TOO_LONG.name,
     ]
     world.check_answers()
+
+
+def test_a_pool_too_small_for_the_models_length_is_told_at_the_start(caplog: pytest.LogCaptureFixture) -> None:
+    World(1, num_pages=MAX_MODEL_LEN // 4)
+    assert not caplog.messages
+    World(1, num_pages=MAX_MODEL_LEN // 4 - 1)
+    (said,) = caplog.messages
+    assert said.startswith(f"the pool has room for sequences of {MAX_MODEL_LEN - 4} tokens, though the model takes 64")
 
 
 @both_depths

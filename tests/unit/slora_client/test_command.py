@@ -98,7 +98,7 @@ async def test_a_chat_keeps_what_was_said(gateway: FakeGateway) -> None:
 async def test_a_chat_goes_on_after_an_error(gateway: FakeGateway) -> None:
     gateway.error = SloraError(Reason.CHAT_TEMPLATE_MISSING, "no template")
     result = await run(gateway, "chat", "poet", text="Hi\nAgain\n")
-    assert result.exit_code == 0
+    assert result.exit_code == 1
     assert result.output.count("slora: CHAT_TEMPLATE_MISSING: no template") == 2
     assert [len(request.prompt.chat.messages) for request in gateway.requests] == [1, 1]
 
@@ -114,7 +114,10 @@ main()
 
 
 async def start(gateway: FakeGateway, *argv: str, stderr: int = asyncio.subprocess.PIPE) -> asyncio.subprocess.Process:
-    words = (argv[0], "--gateway", gateway.address, *argv[1:])
+    return await start_command(argv[0], "--gateway", gateway.address, *argv[1:], stderr=stderr)
+
+
+async def start_command(*words: str, stderr: int = asyncio.subprocess.PIPE) -> asyncio.subprocess.Process:
     path = os.pathsep.join(str(ROOT / place) for place in ("gen/python", "clients"))
     pipe = asyncio.subprocess.PIPE
     return await asyncio.create_subprocess_exec(
@@ -180,10 +183,18 @@ async def test_a_wrong_address_says_how_it_is_given(gateway: FakeGateway) -> Non
     for address, found in ((nobody, "no service answers there"), (gateway.address, "another service answers there")):
         result = await asyncio.to_thread(CliRunner().invoke, app, ["adapters", "ls", "--store", address])
         where = r"--gateway or SLORA_GATEWAY \(host:port\) .* --store or SLORA_ADAPTER_STORE"
-        assert re.search(f"; {found}: {where}", result.output)
+        assert re.search(f"slora: [A-Z]+: {found}: {where}", result.output)
     gateway.error = SloraError(Reason.ENGINE_UNAVAILABLE, "no engine")
     chat = await run(gateway, "chat", "poet", text="Hi\n")
     assert "slora: ENGINE_UNAVAILABLE: no engine\n" in chat.output
+
+
+@pytest.mark.parametrize("words", [("models",), ("generate", "poet", "Hi"), ("adapters", "ls")])
+async def test_who_is_away_ends_the_command_with_3(words: tuple[str, ...]) -> None:
+    option = "--store" if words[0] == "adapters" else "--gateway"
+    ended = await start_command(*words, option, f"127.0.0.1:{free_port()}")
+    _, said = await asyncio.wait_for(ended.communicate(), 60)
+    assert (ended.returncode, said.decode().partition(":")[0]) == (3, "slora")
 
 
 async def test_bench_measures(gateway: FakeGateway) -> None:
@@ -209,6 +220,8 @@ async def test_bench_counts_failures(gateway: FakeGateway) -> None:
     assert result.exit_code == 1
     measured = json.loads(result.output)
     assert measured["errors"] == {"QUEUE_FULL": 4}
+    assert measured["messages"] == {"QUEUE_FULL": "QUEUE_FULL: full"}
+    assert "slora: QUEUE_FULL: full\n" in (await run(gateway, "bench", "base", "--requests", 4)).output
     assert measured["ttft_seconds"] is None
     assert measured["requests_per_second"] == 0
 

@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from operator import attrgetter
 
+from services.engine.config import MAX_WEIGHT
 from services.engine.scheduling.policies.policy import Policy
 from services.engine.scheduling.policies.recent_service import RecentService
 from services.engine.scheduling.sequence import Sequence, SequenceState
@@ -45,8 +46,6 @@ a sixteenth of that clients that send alike differ by chance as much as a loud o
 
 ALONE_TOKENS = 114_688
 """A client that alone had so many is alone: after some ten seconds."""
-
-MAX_WEIGHT = 1e6
 
 _ARRIVAL, _COUNTER = attrgetter("arrival"), attrgetter("counter")
 
