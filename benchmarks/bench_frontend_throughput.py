@@ -39,6 +39,8 @@ from services.engine.messages import (
     CoreLoad,
     CoreReady,
     Generate,
+    Ping,
+    Pong,
     StepReport,
     TokenEvent,
     frame,
@@ -69,6 +71,8 @@ def run_core(fd: int, pace: float) -> None:
                 unparsed = unparsed[end:]
                 if isinstance(message, Generate):
                     running[message.request_id] = message.stop.max_tokens
+                elif isinstance(message, Ping):
+                    connection.sendall(frame(Pong()))
                 else:
                     running.pop(message.request_id, None)
         step += 1

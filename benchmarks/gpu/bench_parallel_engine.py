@@ -50,7 +50,8 @@ def measure(model: BenchModel, tp_size: int) -> Iterator[Row]:
         more = {"device": model.device, "tp_size": tp_size}
         settings = settings_of(scratch, model.shape, model.max_len, model.dtype, **more)
         started = [start_follower(model, settings, tp_rank, scratch) for tp_rank in range(1, tp_size)]
-        followers = Followers(started, _end_at_once, settings.step_timeout_seconds) if started else None
+        limits = settings.step_timeout_seconds, settings.load_timeout_seconds
+        followers = Followers(started, _end_at_once, *limits) if started else None
         bench = join(model, settings, 0, scratch)
         runner: Runner[Any] = bench.runner
         if followers is not None:

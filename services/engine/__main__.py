@@ -87,7 +87,8 @@ async def serve(
     async def set_serving(serving: bool) -> None:
         await server.set_serving(serving and not frontend.state.draining)
 
-    supervisor = CoreSupervisor(command, frontend, set_serving)
+    # Where several processes share the model, the first ends a step that is not done in time by itself.
+    supervisor = CoreSupervisor(command, frontend, set_serving, 2 * settings.step_timeout_seconds)
     supervising = asyncio.create_task(supervisor.run())
     serving = asyncio.create_task(server.serve(frontend.drain, settings.drain_seconds))
     try:

@@ -39,7 +39,9 @@ class EngineSettings:
     )
     tp_size: int = setting(1, "processes (on accelerators: devices) of this host that share the model")
     step_timeout_seconds: float = setting(
-        120.0, "with tp_size: a step that takes longer ends the core: a process hangs", above=0
+        120.0,
+        "a step that takes longer ends the core: it hangs; after twice as long where no other process sees that",
+        above=0,
     )
     pool_bytes: int = setting(
         0, "bytes of each process's pool; 0: 512 MiB on a CPU, what the weights leave on an accelerator", at_least=0

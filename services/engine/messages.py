@@ -1,8 +1,8 @@
 """What frontend and core say to each other, over one socket pair, as length-prefixed MessagePack.
 
 The frontend sends `Generate`, `Abort` and `Prefetch`; the core sends `CoreReady` once and then one `StepReport` a
-step (all tokens of the step together), also when something other than tokens changed. End of file means that the
-other process is gone.
+step (all tokens of the step together), also when something other than tokens changed. Between steps it answers each
+`Ping` with a `Pong`. End of file means that the other process is gone.
 """
 
 from __future__ import annotations
@@ -92,7 +92,12 @@ class Prefetch(msgspec.Struct, frozen=True, tag=True):
     origin: Origin = NOBODY
 
 
-ToCore: TypeAlias = Generate | Abort | Prefetch
+class Ping(msgspec.Struct, frozen=True, tag=True):
+    """Frontend to core: is it still there?"""
+
+
+Request: TypeAlias = Generate | Abort | Prefetch
+ToCore: TypeAlias = Request | Ping
 
 
 class CoreReady(msgspec.Struct, frozen=True, tag=True):
@@ -204,7 +209,11 @@ class StepReport(msgspec.Struct, frozen=True, tag=True):
     traced_loads: list[TracedLoad] = []
 
 
-ToFrontend: TypeAlias = CoreReady | StepReport
+class Pong(msgspec.Struct, frozen=True, tag=True):
+    """Core to frontend: it is."""
+
+
+ToFrontend: TypeAlias = CoreReady | StepReport | Pong
 
 LENGTH = struct.Struct("!I")
 """Each message is its length in bytes, then its MessagePack."""

@@ -9,6 +9,7 @@ import argparse
 import ctypes
 import logging
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -86,9 +87,14 @@ class _CannotLoad(Exception):  # noqa: N818 - a way out
 def _lead(settings: EngineSettings, sock: socket.socket) -> int:
     """Process 0 of several: starts the others, and does for all what a sole core does."""
     with tempfile.TemporaryDirectory(prefix="slora-engine-", ignore_cleanup_errors=True) as directory:
+
+        def lost(reason: str, exit_code: int | None) -> None:
+            shutil.rmtree(directory, ignore_errors=True)  # which nothing else does, if it is there yet
+            _end_at_once(reason, exit_code)
+
         rendezvous = Path(directory) / "rendezvous"
         started = [spawn_follower(settings, tp_rank, rendezvous) for tp_rank in range(1, settings.tp_size)]
-        followers = Followers(started, _end_at_once, settings.step_timeout_seconds)
+        followers = Followers(started, lost, settings.step_timeout_seconds, settings.load_timeout_seconds)
         own = settings.for_process(0)
         runner, source = _open(own, 0, rendezvous)
         followers.wait_until_ready()

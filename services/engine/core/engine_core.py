@@ -27,9 +27,9 @@ from services.engine.messages import (
     CoreLoad,
     CoreReady,
     Generate,
+    Request,
     RequestFailed,
     StepReport,
-    ToCore,
     TokenEvent,
 )
 from services.engine.scheduling.policies.combination import make_policy
@@ -165,7 +165,7 @@ class EngineCore:
         runner = self._runner
         return CoreReady(runner.pool_config.num_pages, runner.max_model_len, self._max_running, runner.vocab_size)
 
-    def handle(self, message: ToCore) -> None:
+    def handle(self, message: Request) -> None:
         """Takes a message in; `step` after that."""
         self.needs_event = False
         try:

@@ -1,6 +1,6 @@
 """The other processes of a tensor-parallel core, as process 0 sees them: started, told what to do, watched.
 
-None of them can be done without, and none can be replaced: when one ends, or a step takes too long, `on_lost` is called
+None of them can be done without, and none can be replaced: when one ends, or takes too long, `on_lost` is called
 with the reason, on a thread of its own, since the core's thread may be in the middle of a collective that never ends.
 """
 
@@ -57,21 +57,28 @@ class Followers:
         started: Iterable[tuple[FollowerProcess, socket.socket]],
         on_lost: Callable[[str, int | None], None],
         step_timeout_seconds: float,
+        load_timeout_seconds: float,
     ) -> None:
-        """`started`: processes 1, 2 … and the sockets to them. `on_lost` gets a reason, and the exit code if known."""
+        """`started`: processes 1, 2 … and the sockets to them. `on_lost` gets a reason, and the exit code if known.
+
+        load_timeout_seconds: after which each process ends a load by itself, and says so.
+        """
         self._started = list(started)
         self._on_lost = on_lost
         self._step_timeout_seconds = step_timeout_seconds
+        self._load_limit_seconds = load_timeout_seconds + step_timeout_seconds
         self._outcomes: collections.deque[ShardOutcome] = collections.deque()
         self._wake: Callable[[], None] = lambda: None
         self._ready = threading.Semaphore(0)
         self._closing = threading.Event()
         # When the steps that are under way were begun, the oldest first.
         self._begun: collections.deque[float] = collections.deque()
+        # And loads of which every process has still to say what they came to, by number.
+        self._loads_begun: dict[int, float] = {}
         for tp_rank, (process, sock) in enumerate(self._started, 1):
             arguments = (tp_rank, process, sock)
             threading.Thread(target=self._listen, args=arguments, name=f"follower-{tp_rank}", daemon=True).start()
-        threading.Thread(target=self._watch_steps, name="step-watchdog", daemon=True).start()
+        threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
     @property
     def tp_size(self) -> int:
@@ -111,6 +118,14 @@ class Followers:
         """The oldest step that was begun is over."""
         self._begun.popleft()
 
+    def load_begins(self, number: int) -> None:
+        """A load was granted its pages, or given up: nothing but a process that hangs keeps it from ending."""
+        self._loads_begun.setdefault(number, time.monotonic())
+
+    def load_ends(self, number: int) -> None:
+        """All processes have said what it came to."""
+        self._loads_begun.pop(number, None)
+
     def close(self) -> None:
         """Lets the followers end."""
         self._closing.set()
@@ -141,14 +156,14 @@ class Followers:
         what = f"tensor-parallel process {tp_rank} of {self.tp_size} (pid {process.pid}) is gone: {why}"
         self._on_lost(what, code)
 
-    def _watch_steps(self) -> None:
-        limit = self._step_timeout_seconds
-        while not self._closing.wait(limit / 8):
-            # Looked at without a lock: a deque's ends can be, and a step that ends just now is not a late one.
-            try:
-                began = self._begun[0]
-            except IndexError:
-                continue
-            if time.monotonic() - began > limit:
-                self._on_lost(f"a step is not done after {limit:g} s: one of {self.tp_size} processes hangs", None)
-                return
+    def _watch(self) -> None:
+        while not self._closing.wait(self._step_timeout_seconds / 8):
+            # Looked at without a lock: copies are made at once, and what ends just now is not late.
+            for what, limit, begun in (
+                ("step", self._step_timeout_seconds, list(self._begun)),
+                ("load", self._load_limit_seconds, list(self._loads_begun.values())),
+            ):
+                if begun and time.monotonic() - begun[0] > limit:
+                    why = f"a {what} is not done after {limit:g} s: one of {self.tp_size} processes hangs"
+                    self._on_lost(why, None)
+                    return

@@ -13,6 +13,7 @@ from services.engine.core.engine_core import CoreFault, EngineCore, Runner
 from services.engine.core.followers import Followers
 from services.engine.core.launch import CANNOT_START, FAULT_EXIT_CODE, USAGE_EXIT_CODE
 from services.engine.memory.page_allocator import PageIntegrityError
+from services.engine.messages import Ping, Pong
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +60,10 @@ def _serve(core: EngineCore, connection: FrontendConnection) -> None:
         if connection.ended:
             return
         for message in messages:
-            core.handle(message)
+            if isinstance(message, Ping):
+                connection.send(Pong())
+            else:
+                core.handle(message)
         report = core.step()
         if report is not None:
             connection.send(report)

@@ -89,6 +89,7 @@ class ParallelLoader:
         """Gives a load its pages and slot, which are the same in every process."""
         load = self._by_job[id(job)]
         load.slot = grant.slot
+        self._followers.load_begins(load.number)
         self._own.grant(job, grant)
         self._followers.send(GrantLoad(load.number, grant.slot, list(grant.pages)))
 
@@ -127,6 +128,7 @@ class ParallelLoader:
             self._give_up(load)
         if len(load.outcomes) == self._followers.tp_size:
             del self._loads[load.number], self._by_job[id(load.job)]
+            self._followers.load_ends(load.number)
             events.append(self._join(load))
 
     def _note_the_others(self, load: _Load, events: list[LoadEvent]) -> None:
@@ -138,6 +140,7 @@ class ParallelLoader:
     def _give_up(self, load: _Load) -> None:
         if not load.given_up:
             load.given_up = True
+            self._followers.load_begins(load.number)
             self._own.cancel(load.job)
             self._followers.send(CancelLoad(load.number))
 

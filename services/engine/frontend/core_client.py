@@ -6,6 +6,7 @@ import asyncio
 import collections
 import contextlib
 import json
+import math
 import os
 import signal
 import socket
@@ -15,7 +16,7 @@ from typing import Protocol
 
 from services.engine.core.launch import CANNOT_START
 from services.engine.frontend.core_link import CoreLink
-from services.engine.messages import CoreReady, StepReport, ToCore
+from services.engine.messages import CoreReady, Ping, StepReport, ToCore, ToFrontend
 
 STOP_SECONDS = 5.0
 """A core that was told to end has this long to finish its step and free the device before it is killed."""
@@ -65,8 +66,10 @@ class CoreDeath:
 class CoreClient:
     """A running core. `start` it; `until_ready` and `until_dead` tell what became of it."""
 
-    def __init__(self, listener: CoreListener) -> None:
+    def __init__(self, listener: CoreListener, silence_seconds: float) -> None:
         self._listener = listener
+        self._silence_seconds = silence_seconds
+        self._has_answered = False
         self._link = CoreLink(self._on_message, self._on_closed)
         self._ready = asyncio.Event()
         self._closed = asyncio.Event()
@@ -77,9 +80,14 @@ class CoreClient:
         self._process: asyncio.subprocess.Process
 
     @classmethod
-    async def start(cls, command: Callable[[int], Sequence[str]], listener: CoreListener) -> CoreClient:
-        """Starts `command(fd)` as a child that inherits its end of the socket as `fd`."""
-        core = cls(listener)
+    async def start(
+        cls, command: Callable[[int], Sequence[str]], listener: CoreListener, silence_seconds: float = math.inf
+    ) -> CoreClient:
+        """Starts `command(fd)` as a child that inherits its end of the socket as `fd`.
+
+        One that is ready and does not answer for `silence_seconds` hangs, and is killed.
+        """
+        core = cls(listener, silence_seconds)
         ours, theirs = socket.socketpair()
         with theirs:
             core._process = await asyncio.create_subprocess_exec(
@@ -154,17 +162,36 @@ class CoreClient:
         except TimeoutError:
             return None
 
-    def _on_message(self, message: CoreReady | StepReport) -> None:
+    def _on_message(self, message: ToFrontend) -> None:
         if isinstance(message, StepReport):
             self._listener.core_report(message)
-        else:
+        elif isinstance(message, CoreReady):
             self._ready.set()
             self._listener.core_ready(self, message)
+            if self._silence_seconds < math.inf:
+                self._tasks.append(asyncio.create_task(self._watch_answers()))
+        else:
+            self._has_answered = True
 
     def _on_closed(self, reason: str) -> None:
         self._closed_because = reason
         self._closed.set()
         self._listener.core_lost(reason, self._stopping)
+
+    async def _watch_answers(self) -> None:
+        """A core that hangs, stopped or waiting for a device that never ends, would leave its requests waiting."""
+        look = self._silence_seconds / 16
+        while not self._closed.is_set():
+            self._has_answered = False
+            self.send(Ping())
+            # By looks, not by the clock: this process may have been held up itself, and have an answer to read.
+            for _ in range(16):
+                await asyncio.sleep(look)
+                if self._has_answered or self._closed.is_set():
+                    break
+            else:
+                self._link.close(f"the core has not answered for {self._silence_seconds:g} s: it hangs")
+                self._kill()
 
     async def _watch_exit(self) -> None:
         """A dead core whose socket somebody else holds open would never show an end of file."""

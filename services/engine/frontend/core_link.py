@@ -12,9 +12,8 @@ from services.common.errors import Reason, SloraError
 from services.engine.messages import (
     LENGTH,
     MAX_MESSAGE_BYTES,
-    CoreReady,
-    StepReport,
     ToCore,
+    ToFrontend,
     frame,
     to_frontend_decoder,
 )
@@ -27,7 +26,7 @@ and far less than what would endanger the host."""
 class CoreLink(asyncio.Protocol):
     """Cuts what the core sends into messages and hands them on; `on_closed` is called once, with the reason."""
 
-    def __init__(self, on_message: Callable[[CoreReady | StepReport], None], on_closed: Callable[[str], None]) -> None:
+    def __init__(self, on_message: Callable[[ToFrontend], None], on_closed: Callable[[str], None]) -> None:
         self._on_message = on_message
         self._on_closed = on_closed
         self._transport: asyncio.Transport | None = None
@@ -90,7 +89,8 @@ class CoreLink(asyncio.Protocol):
                 max_unread_bytes=MAX_UNREAD_BYTES,
             )
 
-    def close(self) -> None:
-        """Closes the socket: the core sees the end of file and ends."""
+    def close(self, fault: str = "") -> None:
+        """Closes the socket: the core sees the end of file and ends. `fault`: what it is given up for."""
+        self._fault = self._fault or fault
         if self._transport is not None:
             self._transport.abort()

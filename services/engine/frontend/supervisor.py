@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Awaitable, Callable, Sequence
 
@@ -43,11 +44,16 @@ class CoreSupervisor:
         command: Callable[[int], Sequence[str]],
         listener: CoreListener,
         set_serving: Callable[[bool], Awaitable[None]],
+        silence_seconds: float = math.inf,
     ) -> None:
-        """`set_serving` is awaited with True when a core is ready and with False when it is gone."""
+        """`set_serving` is awaited with True when a core is ready and with False when it is gone.
+
+        One that does not answer for `silence_seconds` is killed.
+        """
         self._command = command
         self._listener = listener
         self._set_serving = set_serving
+        self._silence_seconds = silence_seconds
         self._core: CoreClient | None = None
         self._stopping = asyncio.Event()
 
@@ -56,7 +62,7 @@ class CoreSupervisor:
         failed_starts, delay = 0, FIRST_DELAY_SECONDS
         while not self._stopping.is_set():
             started_at = time.monotonic()
-            core = self._core = await CoreClient.start(self._command, self._listener)
+            core = self._core = await CoreClient.start(self._command, self._listener, self._silence_seconds)
             if self._stopping.is_set():
                 await core.stop()
                 return

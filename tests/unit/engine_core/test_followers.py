@@ -76,7 +76,7 @@ class ThreadAsProcess:
 class World:
     """A core of two processes, the second one a thread."""
 
-    def __init__(self, step_timeout_seconds: float = 60.0) -> None:
+    def __init__(self, step_timeout_seconds: float = 60.0, load_timeout_seconds: float = 60.0) -> None:
         settings = EngineSettings("", (), max_running=4, max_step_tokens=16, max_adapters=3, tp_size=2)
         self.runner = FakeRunner(NUM_PAGES)
         self.sources = [FakeSource(self.runner.pool_config.page_elems) for _ in range(2)]
@@ -88,7 +88,7 @@ class World:
         ours, theirs = socket.socketpair()
         self.process = ThreadAsProcess(lambda: self._follow(settings, theirs))
         self.process.thread.start()
-        self.followers = Followers([(self.process, ours)], self._on_lost, step_timeout_seconds)
+        self.followers = Followers([(self.process, ours)], self._on_lost, step_timeout_seconds, load_timeout_seconds)
         self.followers.wait_until_ready()
         runner: Any = ParallelRunner(self.runner, self.followers)
         self.core = EngineCore(settings, runner, self.sources[0], self.woken.set, self.followers)
@@ -205,12 +205,27 @@ def test_a_step_that_does_not_end_is_noticed() -> None:
     world.core.close()
 
 
-def test_steps_that_end_are_not_late(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_load_of_which_one_process_says_nothing_is_noticed() -> None:
+    """No step is made meanwhile: nobody else waits."""
+    world = World(step_timeout_seconds=0.2, load_timeout_seconds=0.3)
+    gate = threading.Event()
+    world.add_adapter("slow", {"weights_gate": gate})
+    world.run(ask(1, "slow"), until=lambda: bool(world.runner.adapter_device.installed))
+    assert world.is_lost.wait(PATIENCE)
+    assert "a load is not done after 0.5 s: one of 2 processes hangs" in world.lost[0][0]
+    gate.set()
+    world.core.close()
+
+
+def test_steps_and_loads_that_end_are_not_late(monkeypatch: pytest.MonkeyPatch) -> None:
     passed = 0.0
     monkeypatch.setattr(followers, "time", SimpleNamespace(monotonic=lambda: time.monotonic() + passed))
     world = World(step_timeout_seconds=4.0)
-    for number in range(3):
-        world.run(ask(number))
+    world.add_adapter("good")
+    world.add_adapter("bad", {"corrupt": True})
+    for number, name in enumerate([None, "good", "bad", "good"]):
+        world.run(ask(number, name))
+    assert world.failures.keys() == {2}
     passed = 1000.0  # it looks eight times in those 4 s
     assert not world.is_lost.wait(1.2)
     assert world.core.close()

@@ -24,8 +24,10 @@ from services.engine.messages import (
     CoreLoad,
     CoreReady,
     Generate,
-    Prefetch,
+    Ping,
+    Pong,
     StepReport,
+    ToCore,
     TokenEvent,
     frame,
     to_core_decoder,
@@ -71,7 +73,10 @@ class FakeCore:
             self.unparsed = self.unparsed[end:]
         return bool(data)
 
-    def take(self, message: Generate | Abort | Prefetch) -> None:
+    def take(self, message: ToCore) -> None:
+        if isinstance(message, Ping):
+            self.connection.sendall(frame(Pong()))
+            return
         if self.log:
             self.log.write(f"{type(message).__name__} {message.request_id}\n")
         if isinstance(message, Generate):

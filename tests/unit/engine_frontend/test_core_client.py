@@ -166,6 +166,30 @@ async def test_a_dead_core_whose_socket_lives_on_is_noticed() -> None:
     assert len(listener.lost) == 1
 
 
+async def test_a_core_that_hangs_is_given_up_and_killed() -> None:
+    listener = Listener()
+    core = await CoreClient.start(command("echo"), listener, silence_seconds=1.0)
+    assert await core.until_ready()
+    await asyncio.sleep(2.5)
+    assert not listener.lost, "it answers"
+    os.kill(core.pid, signal.SIGSTOP)
+    death = await asyncio.wait_for(core.until_dead(), 20)
+    assert listener.lost == [("the core has not answered for 1 s: it hangs", False)]
+    assert death.exit_code == -signal.SIGKILL
+
+
+async def test_a_frontend_that_was_held_up_itself_does_not_blame_its_core(monkeypatch: pytest.MonkeyPatch) -> None:
+    listener = Listener()
+    core = await CoreClient.start(command("echo"), listener, silence_seconds=0.4)
+    assert await core.until_ready()
+    for _ in range(3):
+        await asyncio.sleep(0.01)
+        time.sleep(0.6)  # noqa: ASYNC251 - that is the matter
+    await asyncio.sleep(0.01)
+    assert not listener.lost
+    await core.stop()
+
+
 async def test_last_words_of_a_json_log_are_its_messages() -> None:
     text = (
         'import sys\nsys.stderr.write(\'{"message": "no weights", "level": "CRITICAL"}\\n[1]\\n7\\n\')\n'
