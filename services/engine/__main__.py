@@ -25,7 +25,6 @@ from services.engine.frontend.serving import Frontend
 from services.engine.frontend.supervisor import CoreStartError, CoreSupervisor
 from services.engine.frontend.tokenizer import TextTokenizer, TokenizerFileError, load_tokenizer
 from services.engine.frontend.vllm_metrics import VllmCollector
-from services.engine.scheduling.policies.combination import make_policy
 from services.engine.servicer import SERVICE_NAME, EngineServicer
 
 logger = logging.getLogger("services.engine")
@@ -41,12 +40,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         logger.critical("the engine cannot start: %s", error)
         return USAGE_EXIT_CODE
     configure_logging("engine", settings.log_level, settings.log_format)
-    try:
-        # The core makes it again; what is wrong with it need not wait for a core.
-        make_policy(settings.policies, settings.for_device().num_places)
-    except ValueError as error:
-        logger.critical("the engine cannot start: scheduling policies: %s", error)
-        return USAGE_EXIT_CODE
     if settings.without_effect:
         logger.warning("no effect with policy %s: %s", settings.policy, ", ".join(settings.without_effect))
     try:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from services.common.settings import LogFormat, LogLevel, check_bounds, setting
 from services.common.tls import ChannelSecurity, ServerTls
@@ -72,7 +73,9 @@ class EngineSettings:
         at_least=0,
     )
     policy: OrderName = setting("fcfs", "in which order requests are admitted: fcfs, priority or fair")
-    priority_head_start: int = setting(256, "priority: requests that each point of priority puts a request ahead of")
+    priority_head_start: int = setting(
+        256, "priority: requests that each point of priority puts a request ahead of", at_least=0
+    )
     fairness_by: ClientKind = setting("tenant", "fair: between whom: tenant or adapter")
     input_price: float = setting(1.0, "fair: what a token of input counts", at_least=0)
     output_price: float = setting(2.0, "fair: what a token of output counts", at_least=0)
@@ -119,9 +122,7 @@ class EngineSettings:
         if not 1 <= self.tp_size <= MAX_TP_SIZE:
             raise ValueError(f"tp_size is {self.tp_size}; it must be in 1 to {MAX_TP_SIZE}")
         check_bounds(self)
-        if not self.input_price and not self.output_price:
-            raise ValueError("input_price and output_price are 0; one of them must be above 0")
-        _parse_weights(self.fairness_weights)
+        _ = self.policies  # which says what is wrong with them
 
     @property
     def server_tls(self) -> ServerTls:
@@ -142,10 +143,10 @@ class EngineSettings:
 
     @property
     def without_effect(self) -> list[str]:
-        """Settings that were changed, but are another policy's than the one chosen."""
-        own = {"fair": _OF_FAIR, "priority": _OF_PRIORITY}.get(self.policy, frozenset())
-        others = (_OF_FAIR | _OF_PRIORITY) - own
-        return [f.name for f in dataclasses.fields(self) if f.name in others and getattr(self, f.name) != f.default]
+        """Settings that were changed, but are another policy's than the one chosen: with its name their help begins."""
+        others = set(get_args(OrderName)) - {self.policy}
+        fields = [f for f in dataclasses.fields(self) if f.metadata["help"].partition(":")[0] in others]
+        return [field.name for field in fields if getattr(self, field.name) != field.default]
 
     @property
     def num_places(self) -> int:
@@ -194,19 +195,7 @@ class EngineSettings:
         )
 
 
-MAX_WEIGHT = 1e6
-
-_OF_PRIORITY = frozenset({"priority_head_start"})
-_OF_FAIR = frozenset(
-    {
-        "fairness_by",
-        "input_price",
-        "output_price",
-        "fairness_weights",
-        "fairness_headroom",
-        "fairness_prompt_tokens",
-    }
-)
+_LEAST_WEIGHT, _MOST_WEIGHT = 1e-6, 1e6
 
 
 def _parse_weights(texts: Sequence[str]) -> dict[str, float]:
@@ -216,10 +205,7 @@ def _parse_weights(texts: Sequence[str]) -> dict[str, float]:
         try:
             weight = float(number)
         except ValueError:
-            weight = 0.0
-        if not 1 / MAX_WEIGHT <= weight <= MAX_WEIGHT:
-            bounds = f"{1 / MAX_WEIGHT:g} to {MAX_WEIGHT:g}"
-            raise ValueError(f"fairness_weights has {text!r}; each is client=number, as gold=2, the number in {bounds}")
+            raise ValueError(f"fairness_weights has {text!r}; each is client=number, as gold=2") from None
         if client in weights:
             raise ValueError(f"fairness_weights names {client!r} twice")
         weights[client] = weight
@@ -228,7 +214,10 @@ def _parse_weights(texts: Sequence[str]) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class PolicyConfig:
-    """Which policies an engine combines; see `services.engine.scheduling.policies`."""
+    """Which policies an engine combines; see `services.engine.scheduling.policies`.
+
+    Raises ValueError for prices and weights that make no sense.
+    """
 
     order: OrderName = "fcfs"
     priority_head_start: int = 256
@@ -241,6 +230,17 @@ class PolicyConfig:
     latency_goal_seconds: float = 0.0
     max_adapters_a_batch: int = 0
     clustering_patience_seconds: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 < max(self.input_price, self.output_price) < math.inf:
+            raise ValueError(
+                f"input_price and output_price are {self.input_price} and {self.output_price}; "
+                "one of them must be above 0, and both finite"
+            )
+        for client, weight in self.client_weights.items():
+            if not _LEAST_WEIGHT <= weight <= _MOST_WEIGHT:
+                bounds = f"{_LEAST_WEIGHT:g} to {_MOST_WEIGHT:g}"
+                raise ValueError(f"fairness_weights gives {client!r} {weight}; a weight is in {bounds}")
 
 
 @dataclass(frozen=True)

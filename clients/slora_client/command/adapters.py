@@ -66,7 +66,7 @@ def push(
             console().print(
                 f"{pushed.adapter_id} " + ("is new" if is_new else "had this content already: not a new version")
             )
-            if (newest := client.get(name, timeout=timeout).adapter_id) != pushed.adapter_id:
+            if not is_new and (newest := client.get(name, timeout=timeout).adapter_id) != pushed.adapter_id:
                 console().print(f"{name} goes on meaning {newest}: ask for {pushed.adapter_id}, or set an alias to it")
         _show(dataclasses.replace(pushed, is_new=is_new), as_json)
 

@@ -127,7 +127,7 @@ def bench(
     else:
         console().print(table_of(report))
         for message in report.messages.values():
-            console(stderr=True).print(f"slora: {message}", markup=False)
+            typer.echo(f"slora: {message}", err=True)
     if report.errors:
         raise typer.Exit(1)
 

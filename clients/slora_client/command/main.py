@@ -7,7 +7,7 @@ import sys
 import typer
 
 from slora_client.command import adapters, generation, keys, tenants
-from slora_client.command.outcome import AWAY, REFUSED, told
+from slora_client.command.outcome import status_of, told
 from slora_client.errors import SloraRequestError
 
 USAGE, INTERRUPTED = 2, 130
@@ -30,7 +30,7 @@ def main() -> None:
         app()
     except SloraRequestError as error:
         sys.stderr.write(f"slora: {told(error)}\n")
-        raise SystemExit(AWAY if error.is_worth_retrying else REFUSED) from None
+        raise SystemExit(status_of(error)) from None
     except ValueError as error:  # an option that no request can carry, such as a negative count
         sys.stderr.write(f"slora: {error}\n")
         raise SystemExit(USAGE) from None

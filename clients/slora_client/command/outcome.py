@@ -40,6 +40,11 @@ def told(error: SloraRequestError) -> str:
     return f"{error.code}: {found}: {_WHERE} ({error.message})" if found else str(error)
 
 
+def status_of(error: SloraRequestError) -> int:
+    """The exit status that says so to scripts."""
+    return AWAY if error.is_worth_retrying else REFUSED
+
+
 def write_json(value: object) -> None:
     """One JSON document on stdout; values of this package as objects, times in ISO 8601."""
     typer.echo(json.dumps(_plain(value), ensure_ascii=False, indent=2))
@@ -52,8 +57,7 @@ def explained(as_json: bool) -> Iterator[None]:
         yield
     except SloraRequestError as error:
         fields: dict[str, Any] = {"code": error.code, "reason": error.reason, "message": error.message}
-        status = AWAY if error.is_worth_retrying else REFUSED
-        _fail(as_json, {**fields, "metadata": error.metadata}, told(error), status)
+        _fail(as_json, {**fields, "metadata": error.metadata}, told(error), status_of(error))
     except (OSError, ValueError) as error:
         _fail(as_json, {"code": "", "reason": "", "message": str(error)}, str(error), REFUSED)
 

@@ -89,7 +89,7 @@ def _lead(settings: EngineSettings, sock: socket.socket) -> int:
     with tempfile.TemporaryDirectory(prefix="slora-engine-", ignore_cleanup_errors=True) as directory:
 
         def lost(reason: str, exit_code: int | None) -> None:
-            shutil.rmtree(directory, ignore_errors=True)  # which nothing else does, if it is there yet
+            shutil.rmtree(directory, ignore_errors=True)  # the end of `with` is not come to
             _end_at_once(reason, exit_code)
 
         rendezvous = Path(directory) / "rendezvous"

@@ -21,6 +21,9 @@ from services.engine.messages import CoreReady, Ping, StepReport, ToCore, ToFron
 STOP_SECONDS = 5.0
 """A core that was told to end has this long to finish its step and free the device before it is killed."""
 
+LOOKS = 16
+"""So often in the time that a core may be silent it is looked at whether it has answered."""
+
 NUM_LAST_WORDS = 20
 """Lines of the core's standard error that are kept to explain its death: a traceback's end."""
 
@@ -77,6 +80,7 @@ class CoreClient:
         self._stopping = False
         self._last_words: collections.deque[str] = collections.deque(maxlen=NUM_LAST_WORDS)
         self._tasks: list[asyncio.Task[None]] = []
+        self._watching: asyncio.Task[None] | None = None
         self._process: asyncio.subprocess.Process
 
     @classmethod
@@ -169,29 +173,29 @@ class CoreClient:
             self._ready.set()
             self._listener.core_ready(self, message)
             if self._silence_seconds < math.inf:
-                self._tasks.append(asyncio.create_task(self._watch_answers()))
+                self._watching = asyncio.create_task(self._watch_answers())
         else:
             self._has_answered = True
 
     def _on_closed(self, reason: str) -> None:
         self._closed_because = reason
         self._closed.set()
+        if self._watching is not None:
+            self._watching.cancel()
         self._listener.core_lost(reason, self._stopping)
 
     async def _watch_answers(self) -> None:
         """A core that hangs, stopped or waiting for a device that never ends, would leave its requests waiting."""
-        look = self._silence_seconds / 16
-        while not self._closed.is_set():
-            self._has_answered = False
-            self.send(Ping())
+        num_silent = 0
+        while num_silent < LOOKS:
+            if not num_silent:
+                self._has_answered = False
+                self.send(Ping())
             # By looks, not by the clock: this process may have been held up itself, and have an answer to read.
-            for _ in range(16):
-                await asyncio.sleep(look)
-                if self._has_answered or self._closed.is_set():
-                    break
-            else:
-                self._link.close(f"the core has not answered for {self._silence_seconds:g} s: it hangs")
-                self._kill()
+            await asyncio.sleep(self._silence_seconds / LOOKS)
+            num_silent = 0 if self._has_answered else num_silent + 1
+        self._link.close(f"the core has not answered for {self._silence_seconds:g} s: it hangs")
+        self._kill()
 
     async def _watch_exit(self) -> None:
         """A dead core whose socket somebody else holds open would never show an end of file."""

@@ -361,7 +361,7 @@ def test_weights_that_make_no_sense_end_an_engine_before_its_core_starts(weights
     ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert ended.returncode == USAGE_EXIT_CODE
     # Not for the checkpoint, which is not there either.
-    assert "fairness_weights has " in ended.stdout + ended.stderr
+    assert "the engine cannot start: fairness_weights " in ended.stdout + ended.stderr
 
 
 def test_settings_become_policies() -> None:
@@ -370,6 +370,7 @@ def test_settings_become_policies() -> None:
     assert isinstance(make_policy(given_.policies, 8), Combination)
     assert type(make_policy(PolicyConfig(), 8)) is Policy
     assert isinstance(make_policy(PolicyConfig(order="priority"), 8), PriorityOrder)
+    assert adapter(None) is None
 
 
 @pytest.mark.parametrize(
@@ -377,11 +378,15 @@ def test_settings_become_policies() -> None:
     [
         ({"fairness_weights": ("gold",)}, "fairness_weights has 'gold'; each is client=number, as gold=2"),
         ({"fairness_weights": ("gold=1", "gold=2")}, "fairness_weights names 'gold' twice"),
-        ({"fairness_weights": ("gold=0",)}, "the number in 1e-06 to 1e+06"),
+        ({"fairness_weights": ("gold=x",)}, "fairness_weights has 'gold=x'; each is client=number, as gold=2"),
+        ({"fairness_weights": ("gold=0",)}, "fairness_weights gives 'gold' 0.0; a weight is in 1e-06 to 1e+06"),
+        ({"fairness_weights": ("gold=nan",)}, "fairness_weights gives 'gold' nan; a weight is in 1e-06 to 1e+06"),
+        ({"output_price": float("inf")}, "one of them must be above 0, and both finite"),
+        ({"priority_head_start": -1}, "priority_head_start is -1; it must be at least 0"),
         ({"fairness_headroom": 1.0}, "fairness_headroom is 1.0; it must be below 1"),
         ({"fairness_headroom": float("nan")}, "fairness_headroom is nan; it must be at least 0"),
         ({"input_price": -1.0}, "input_price is -1.0; it must be at least 0"),
-        ({"input_price": 0.0, "output_price": 0.0}, "input_price and output_price are 0; one of them must be above 0"),
+        ({"input_price": 0.0, "output_price": 0.0}, "input_price and output_price are 0.0 and 0.0; one of them"),
     ],
 )
 @pytest.mark.parametrize("policy", ["fcfs", "fair"])
@@ -396,4 +401,3 @@ def test_settings_of_another_policy_than_the_chosen_one_are_named() -> None:
     assert EngineSettings("", "", policy="fair", **changed).without_effect == ["priority_head_start"]
     assert EngineSettings("", "", policy="priority", **changed).without_effect == ["fairness_by"]
     assert EngineSettings("", "").without_effect == []
-    assert adapter(None) is None

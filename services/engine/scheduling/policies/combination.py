@@ -98,9 +98,7 @@ def make_policy(
     order = _order(config)
     others: list[Policy] = []
     if isinstance(order, FairOrder) and config.fairness_headroom:
-        headroom = round(max_running * config.fairness_headroom)
-        if config.fairness_headroom < 1:
-            headroom = min(headroom, max_running - 1)
+        headroom = min(round(max_running * config.fairness_headroom), max_running - 1)
         prompt_tokens = config.fairness_prompt_tokens
         others.append(Headroom(max_running, headroom, order, admission_batch, prompt_tokens))
     if config.latency_goal_seconds:

@@ -17,13 +17,11 @@ when they are known, a step or two after admission was decided. *Aborts*: nothin
 from __future__ import annotations
 
 import heapq
-import math
 from bisect import bisect_left, insort
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from operator import attrgetter
 
-from services.engine.config import MAX_WEIGHT
 from services.engine.scheduling.policies.policy import Policy
 from services.engine.scheduling.policies.recent_service import RecentService
 from services.engine.scheduling.sequence import Sequence, SequenceState
@@ -68,14 +66,11 @@ class FairOrder(Policy):
         output_price: float = 2.0,
         weights: Mapping[str, float] | None = None,
     ) -> None:
-        """Prices are by token; a client of weight 2 (default 1) may have twice as much as others."""
+        """Prices are by token; a client of weight 2 (default 1) may have twice as much as others.
+
+        `PolicyConfig` says which make sense.
+        """
         self._weights = dict(weights or {})
-        price = max(input_price, output_price)
-        if not (all(0 <= one < math.inf for one in (input_price, output_price)) and price):
-            raise ValueError(f"prices are at least 0 and one is above, not {input_price} and {output_price}")
-        for client, weight in self._weights.items():
-            if not 1 / MAX_WEIGHT <= weight <= MAX_WEIGHT:
-                raise ValueError(f"{client}'s weight is {weight}; it must be in {1 / MAX_WEIGHT:g} to {MAX_WEIGHT:g}")
         self._client_of = client_of
         self._input_price = input_price
         self._output_price = output_price
@@ -85,6 +80,7 @@ class FairOrder(Policy):
         self._front: list[Sequence] = []
         self._num_admitted = 0
         self._num_turns = 0
+        price = max(input_price, output_price)
         self.recent = RecentService(RECENT_TOKENS * price, ALONE_TOKENS * price)
         """Who was served how much lately, by the same prices and weights."""
 
@@ -172,7 +168,8 @@ class FairOrder(Policy):
         over: list[_Client] = []
         for client in self._waiting.values():
             (over if self.recent.is_over_share(client.name) else within).append(client)
-        # No more clients than sequences: thousands of tuples in each step would keep the garbage collector busy.
+        # No more clients than sequences: thousands of tuples in each step had the garbage collector go through the heap
+        # every 20 to 30 steps, for 110 to 220 ms (5,000 clients).
         first = [heapq.nsmallest(num_sequences, clients, key=_COUNTER) for clients in (within, over)]
         heap = [
             (client.counter, client.waiting[0].arrival, 0, client, is_over)

@@ -1,11 +1,12 @@
 """What a policy decides and what it is told. This one decides nothing: first come, first served.
 
 The scheduler asks of waiting sequences in which order they take turns, whether one may begin to run now, and who is
-dropped; and of each prompt how much of it a step may have. Everything else stays the scheduler's, whatever the policy:
-decodes come before prompts, memory is granted by turn and taken back in reverse, one that only waits for bytes is
-overtaken. So what is told at the head of `scheduler.py` on progress holds if a policy keeps three promises: a sequence
-that has been admitted keeps its turn until it ends; in finite time nobody new comes before one that waits, nor is it
-kept from running; and the first prompt of a step is never kept from it, so that the earliest one gets on.
+dropped, also for another that comes to a full queue; and of each prompt how much of it a step may have. Everything else
+stays the scheduler's, whatever the policy: decodes come before prompts, memory is granted by turn and taken back in
+reverse, one that only waits for bytes is overtaken. So what is told at the head of `scheduler.py` on progress holds if
+a policy keeps three promises: a sequence that has been admitted keeps its turn until it ends; in finite time nobody new
+comes before one that waits, nor is it kept from running; and the first prompt of a step is never kept from it, so that
+the earliest one gets on.
 """
 
 from __future__ import annotations
