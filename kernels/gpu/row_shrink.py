@@ -9,7 +9,8 @@ num_splits parts. The launch depends on shapes and blocks only, so that a CUDA g
 sums, and a token's bits do not depend on its neighbours. Starts early, as kernels.gpu.early_launch says.
 
 For small batches: a program for each token and part, and no plan ahead. With many tokens of different ranks
-kernels.gpu.planned_shrink is faster.
+kernels.gpu.planned_shrink is faster. For small ranks kernels.gpu.row_product computes it in the same launch as the
+base's product of the same x, which takes `ShrinkWork`.
 
 Source: S-LoRA section 6 (MBGMV), Punica (BGMV, arXiv 2310.18547).
 """
@@ -19,6 +20,7 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
@@ -65,6 +67,21 @@ _ROWS_A_MODULE, _MOST_ROWS, _MOST_ROWS_OF_LARGE_BATCH, _LARGE_BATCH = 8, 32, 16,
 _BLOCKS_OF_MANY_RANKS = ((16, ShrinkBlocks(rows=64, num_warps=8)), (math.inf, ShrinkBlocks(rows=32, num_warps=8)))
 
 
+class ShrinkWork(NamedTuple):
+    """What `row_shrink` would launch, for a kernel that has some of its programs do it: see `shrink_token`."""
+
+    # slots, pages, page table, rank, tile of A, u
+    arguments: tuple[torch.Tensor, ...]
+    table_offset: int
+    launch: Launch
+
+    @property
+    def num_programs(self) -> int:
+        """A program for each token and part."""
+        num_splits, batch = self.launch.grid
+        return num_splits * batch
+
+
 @functools.cache
 def num_splits_for(batch: int, group: LoraGroup, tile_elems: int) -> int:
     """Into how many parts in_features is cut for `batch` tokens, by this kernel or the planned one."""
@@ -86,13 +103,28 @@ def row_shrink(
     blocks: ShrinkBlocks | None = None,
 ) -> None:
     """Writes each token's part of `u` (module docstring). max_rank: no adapter has a larger one on a module."""
+    work = shrink_work(slots, layer, pages, tables, group, u, max_rank, blocks)
+    _row_shrink_kernel[work.launch.grid](
+        x, *work.arguments, x.stride(0), work.table_offset, **work.launch.constants,
+    )  # fmt: skip
+
+
+def shrink_work(
+    slots: torch.Tensor,
+    layer: int,
+    pages: torch.Tensor,
+    tables: GpuAdapterTables,
+    group: LoraGroup,
+    u: torch.Tensor,
+    max_rank: int = MAX_RANK,
+    blocks: ShrinkBlocks | None = None,
+) -> ShrinkWork:
+    """`row_shrink`, to be launched by another."""
     layout = tables.layout
     blocks = blocks or _blocks_for(u.shape[1], group.num_modules, max_rank)
-    grid, constants = _launch(u.shape, group, layout, pages.shape[1], blocks)
-    _row_shrink_kernel[grid](
-        x, slots, pages, tables.page_table, tables.rank, tables.lora_a_tile, u,
-        x.stride(0), layer * layout.layer_stride + group.first_module, **constants,
-    )  # fmt: skip
+    launch = _launch(u.shape, group, layout, pages.shape[1], blocks)
+    arguments = slots, pages, tables.page_table, tables.rank, tables.lora_a_tile, u
+    return ShrinkWork(arguments, layer * layout.layer_stride + group.first_module, launch)
 
 
 @functools.cache
@@ -134,43 +166,59 @@ def _row_shrink_kernel(
     PAGE_TABLE_STRIDE: tl.constexpr, IN_TILES: tl.constexpr, OWN_TILES: tl.constexpr, U_STRIDE: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, GDC: tl.constexpr,
 ):  # fmt: skip
-    split = tl.program_id(0)
-    token = tl.program_id(1)
     if GDC:
         tl.extra.cuda.gdc_launch_dependents()
+    shrink_token(
+        tl.program_id(0), tl.program_id(1), tl.num_programs(1),
+        x_ptr, slots_ptr, pages_ptr, page_table_ptr, rank_ptr, a_tile_ptr, u_ptr, x_stride, table_offset,
+        NUM_MODULES, RANK_PARTS, TILE, PAGE_TILES, TABLE_STRIDE, PAGE_TABLE_STRIDE,
+        IN_TILES, OWN_TILES, U_STRIDE, BLOCK_T, BLOCK_R, GDC,
+    )  # fmt: skip
+
+
+@triton.jit
+def shrink_token(
+    split, token, batch,
+    x_ptr, slots_ptr, pages_ptr, page_table_ptr, rank_ptr, a_tile_ptr, u_ptr, x_stride, table_offset,
+    NUM_MODULES: tl.constexpr, RANK_PARTS: tl.constexpr,
+    TILE: tl.constexpr, PAGE_TILES: tl.constexpr, TABLE_STRIDE: tl.constexpr,
+    PAGE_TABLE_STRIDE: tl.constexpr, IN_TILES: tl.constexpr, OWN_TILES: tl.constexpr, U_STRIDE: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, GDC: tl.constexpr,
+):  # fmt: skip
+    """What one program does: a token's part `split` of u. Waits for the kernel ahead (GDC) in any case."""
     slot = tl.load(slots_ptr + token)
     if slot < 0:
         # Every program waits, else the kernel behind this one could overtake the one ahead of it.
         if GDC:
             tl.extra.cuda.gdc_wait()
-        return
-    total, first = group_rows(rank_ptr, a_tile_ptr, slot * TABLE_STRIDE + table_offset, NUM_MODULES, RANK_PARTS)
-    page_table_ptr += slot * PAGE_TABLE_STRIDE
+    else:
+        total, first = group_rows(rank_ptr, a_tile_ptr, slot * TABLE_STRIDE + table_offset, NUM_MODULES, RANK_PARTS)
+        page_table_ptr += slot * PAGE_TABLE_STRIDE
 
-    rows = tl.arange(0, BLOCK_R)
-    place = tl.arange(0, BLOCK_T)
-    own = split * OWN_TILES + place
-    has_tile = (place < OWN_TILES) & (own < IN_TILES)
-    # The rows of A are read a block ahead, their page ids two: no load in the loop waits for another.
-    tile = first + own[:, None] + rows[None, :] * IN_TILES
-    mask = has_tile[:, None] & (rows < total)[None, :]
-    page = load_pages(page_table_ptr, tile, mask, PAGE_TILES)
-    lora_a = load_tiles(pages_ptr, page, tile, mask, PAGE_TILES, TILE)
-    tile += BLOCK_R * IN_TILES
-    mask = has_tile[:, None] & (BLOCK_R + rows < total)[None, :]
-    page = load_pages(page_table_ptr, tile, mask, PAGE_TILES)
-    if GDC:
-        tl.extra.cuda.gdc_wait()
-
-    x_ptr += token.to(tl.int64) * x_stride
-    x = tl.load(x_ptr + own[:, None] * TILE + tl.arange(0, TILE)[None, :], mask=has_tile[:, None], other=0.0)
-    x = x.to(tl.float32)
-    u_ptr += (split * tl.num_programs(1) + token) * U_STRIDE
-    for begin in range(0, total, BLOCK_R):
-        following = load_tiles(pages_ptr, page, tile, mask, PAGE_TILES, TILE)
-        tile += BLOCK_R * IN_TILES
-        mask = has_tile[:, None] & (begin + 2 * BLOCK_R + rows < total)[None, :]
+        rows = tl.arange(0, BLOCK_R)
+        place = tl.arange(0, BLOCK_T)
+        own = split * OWN_TILES + place
+        has_tile = (place < OWN_TILES) & (own < IN_TILES)
+        # The rows of A are read a block ahead, their page ids two: no load in the loop waits for another.
+        tile = first + own[:, None] + rows[None, :] * IN_TILES
+        mask = has_tile[:, None] & (rows < total)[None, :]
         page = load_pages(page_table_ptr, tile, mask, PAGE_TILES)
-        part = tl.sum(tl.sum(lora_a.to(tl.float32) * x[:, None, :], 0), 1)
-        tl.store(u_ptr + begin + rows, part, mask=begin + rows < total)
-        lora_a = following
+        lora_a = load_tiles(pages_ptr, page, tile, mask, PAGE_TILES, TILE)
+        tile += BLOCK_R * IN_TILES
+        mask = has_tile[:, None] & (BLOCK_R + rows < total)[None, :]
+        page = load_pages(page_table_ptr, tile, mask, PAGE_TILES)
+        if GDC:
+            tl.extra.cuda.gdc_wait()
+
+        x_ptr += token.to(tl.int64) * x_stride
+        x = tl.load(x_ptr + own[:, None] * TILE + tl.arange(0, TILE)[None, :], mask=has_tile[:, None], other=0.0)
+        x = x.to(tl.float32)
+        u_ptr += (split * batch + token) * U_STRIDE
+        for begin in range(0, total, BLOCK_R):
+            following = load_tiles(pages_ptr, page, tile, mask, PAGE_TILES, TILE)
+            tile += BLOCK_R * IN_TILES
+            mask = has_tile[:, None] & (begin + 2 * BLOCK_R + rows < total)[None, :]
+            page = load_pages(page_table_ptr, tile, mask, PAGE_TILES)
+            part = tl.sum(tl.sum(lora_a.to(tl.float32) * x[:, None, :], 0), 1)
+            tl.store(u_ptr + begin + rows, part, mask=begin + rows < total)
+            lora_a = following

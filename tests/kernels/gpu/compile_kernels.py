@@ -65,10 +65,11 @@ class Compiler:
         """As an H200 has them."""
         return {"max_shared_mem": 232448}
 
-    def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple[None, None, int, int, int]:
+    def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple[str, None, int, int, int]:
         """Keeps it."""
         self.loaded[f"{name} {len(self.loaded)}"] = binary
-        return None, None, 0, 0, 1024
+        # Without a module it would be loaded at each launch.
+        return name, None, 0, 0, 1024
 
 
 class Model:
@@ -100,12 +101,14 @@ def empty(*shape: int, dtype: torch.dtype = DTYPE) -> torch.Tensor:
 
 def call_row_lora(model: Model, batch: int, rank: int) -> None:
     """The LoRA of decoded tokens, of few or many, of small or large ranks."""
+    from kernels.gpu.adapter_tables import FEW_RANKS
     from kernels.gpu.expand_add_rms_norm import expand_add_rms_norm
     from kernels.gpu.expand_rope_kv_write import Rotation, expand_rope_kv_write
     from kernels.gpu.planned_shrink import planned_shrink
     from kernels.gpu.row_expand import planned_expand, row_expand
     from kernels.gpu.row_plan import RowPlanner, as_they_come
-    from kernels.gpu.row_shrink import num_splits_for, row_shrink
+    from kernels.gpu.row_product import row_product
+    from kernels.gpu.row_shrink import num_splits_for, row_shrink, shrink_work
 
     slots, tables, pages = empty(batch, dtype=torch.int32), model.tables, model.pages
     u = [
@@ -130,6 +133,10 @@ def call_row_lora(model: Model, batch: int, rank: int) -> None:
     for number, group in enumerate(model.groups):
         row_shrink(x[number], slots, 0, pages, tables, group, u[number], rank)
         row_expand(u[number], slots, 0, pages, tables, group, y[number], rank)
+    if rank <= FEW_RANKS:
+        for number, group in enumerate(model.groups):
+            work = shrink_work(slots, 0, pages, tables, group, u[number], rank)
+            row_product(x[number], empty(y[number].shape[1], group.in_features), None, work)
     for one in (rotation, rotation._replace(qk_norm=model.qk_norm)):
         expand_rope_kv_write(u[0], as_they_come(slots), 0, model.kv_pages, tables, model.qkv, y[0], one, rank)
 
@@ -181,7 +188,8 @@ def call_the_rest(model: Model) -> None:
     for branch in (None, empty(8, HIDDEN)):
         add_rms_norm(empty(8, HIDDEN), branch, model.norm_weight, 1e-5)
     silu_mul(empty(8, 2 * INNER))
-    row_product(empty(1, HIDDEN), empty(INNER, HIDDEN))
+    for rows, size in ((1, HIDDEN), (8, HIDDEN), (32, HIDDEN), (32, INNER)):
+        row_product(empty(rows, size), empty(HIDDEN, size), empty(HIDDEN))
     read_host(slots, slots)
     words = torch.int64
     adapter_write(empty(2, 40, dtype=words), empty(3, dtype=words), empty(2, 9, 16, dtype=words))
@@ -220,7 +228,7 @@ def main() -> None:
             call_attention(one)
         call_segment_lora(model)
         call_the_rest(model)
-        for batch, rank in ((1, 64), (32, 8), (128, 64)):
+        for batch, rank in ((1, 8), (1, 64), (8, 8), (32, 8), (128, 64)):
             call_row_lora(model, batch, rank)
 
     number = compile_ahead(call_all, 2, lambda: None)

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from kernels.gpu.adapter_tables import FEW_RANKS
+from kernels.gpu.row_product import row_product
 from services.engine.execution.gpu.step_arrays import StepCuts
 from services.engine.execution.gpu.step_graphs import SizedStep
 from services.engine.execution.gpu.step_layout import StepLayout
@@ -128,9 +129,25 @@ def test_tokens_that_share_an_adapter_say_what_peft_says(tmp_path: Path, rng: ra
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("family", "plan_from"), [("llama", 64), ("qwen3", 2)], ids=["one by one", "planned"])
-def test_small_ranks_say_what_peft_says(tmp_path: Path, rng: random.Random, family: str, plan_from: int) -> None:
-    """In a large batch the norm behind o and down adds what they add, of decoded tokens alone and beside prompts."""
+@pytest.mark.parametrize(
+    ("family", "plan_from", "is_packed"),
+    [("llama", 64, True), ("qwen2", 64, False), ("qwen3", 2, True)],
+    ids=["one by one", "with the product", "planned"],
+)
+def test_small_ranks_say_what_peft_says(
+    tmp_path: Path, rng: random.Random, family: str, plan_from: int, is_packed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of decoded tokens alone and beside prompts. With a weight that is not packed, as on an accelerator, its product
+    computes the first half; in a large batch the norm behind o and down adds what they add."""
+    if not is_packed:
+        monkeypatch.setattr("services.engine.model.linear.pack_weight", lambda weight: weight)
+    with_product = Counter[bool]()
+    monkeypatch.setattr(
+        "services.engine.execution.gpu.triton_step.row_product",
+        lambda x, weight, bias=None, shrink=None, out=None: (
+            with_product.update([shrink is not None]) or row_product(x, weight, bias, shrink, out)
+        ),
+    )
     small = ("attention", "everything", "q and v", "patterns", "one layer")
     batch = MixedBatch(tmp_path, rng, family, {name: ADAPTERS[name] for name in small})
     runner, num_steps = batch.driver.runner, Counter[bool]()
@@ -158,6 +175,11 @@ def test_small_ranks_say_what_peft_says(tmp_path: Path, rng: random.Random, fami
         batch.oracle.check(sequence, name)
     assert num_steps[True] > 0
     assert num_steps[False] > 0
+    # 2 layers of 4 projections, in each step of decodes alone; captured steps count once.
+    is_own = torch.cuda.is_available() or not is_packed
+    assert with_product[True] >= 8 * (is_own and plan_from > len(names)), with_product
+    assert with_product[True] % 8 == 0
+    assert is_own or not with_product
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there steps are captured")

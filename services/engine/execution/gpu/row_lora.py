@@ -16,7 +16,8 @@ from kernels.gpu.expand_rope_kv_write import Rotation, expand_rope_kv_write, fit
 from kernels.gpu.planned_shrink import planned_shrink
 from kernels.gpu.row_expand import planned_expand, row_expand
 from kernels.gpu.row_plan import RowPlan, TokenOrder, as_they_come
-from kernels.gpu.row_shrink import num_splits_for, row_shrink
+from kernels.gpu.row_product import takes_shrink
+from kernels.gpu.row_shrink import ShrinkWork, num_splits_for, row_shrink, shrink_work
 from services.engine.execution.gpu.step_tensors import DeviceState, StepTensors
 from services.engine.model.step_ops import Group
 
@@ -45,19 +46,36 @@ class RowLora:
         # A norm has a program a token: they would be too few in a small batch, and long for large ranks (ADR 34).
         return group != Group.GATE_UP and self._plan is not None and self._step.max_row_rank <= FEW_RANKS
 
-    def shrink(self, layer: int, group: Group, x: torch.Tensor) -> torch.Tensor:
-        """The first half, of the first rows of x: rank space, float32 `[num_splits, num_decode, ranks]`."""
-        state, slots = self._state, self._step.adapter_slots
-        tables, modules, pages = state.adapters.tables, self._modules(group), state.layers[layer]
+    def space(self, group: Group) -> torch.Tensor:
+        """Where a first half goes: rank space, float32 `[num_splits, num_decode, ranks]`."""
+        state, batch, modules = self._state, self._step.num_decode, self._modules(group)
         u = self._spaces.get(group)
         if u is None:
-            shape = (num_splits_for(len(slots), modules, tables.tile_elems), len(slots), MAX_RANK * modules.num_modules)
+            splits = num_splits_for(batch, modules, state.adapters.tables.tile_elems)
+            shape = splits, batch, MAX_RANK * modules.num_modules
             u = self._spaces[group] = state.rank_space[: math.prod(shape)].view(shape)
+        return u
+
+    def shrink(self, layer: int, group: Group, x: torch.Tensor) -> torch.Tensor:
+        """The first half, of the first rows of x: `space`."""
+        state, u = self._state, self.space(group)
+        tables, modules, pages = state.adapters.tables, self._modules(group), state.layers[layer]
         if self._plan is None:
-            row_shrink(x, slots, layer, pages, tables, modules, u, self._step.max_row_rank)
+            row_shrink(x, self._step.adapter_slots, layer, pages, tables, modules, u, self._step.max_row_rank)
         else:
             planned_shrink(x, self._plan, layer, group, pages, u)
         return u
+
+    def shrink_work(self, layer: int, group: Group, x: torch.Tensor, weight: torch.Tensor) -> ShrinkWork | None:
+        """The first half as work for x's product with `weight`; None where it is better alone."""
+        state, step = self._state, self._step
+        # Programs of large ranks would leave those of the product too little of an SM.
+        if self._plan is not None or step.max_row_rank > FEW_RANKS or step.num_decode != len(x):
+            return None
+        if not takes_shrink(x, weight):
+            return None
+        tables, modules, u = state.adapters.tables, self._modules(group), self.space(group)
+        return shrink_work(step.adapter_slots, layer, state.layers[layer], tables, modules, u, step.max_row_rank)
 
     def expand(self, layer: int, group: Group, u: torch.Tensor, y: torch.Tensor) -> None:
         """The second half, added to the first rows of y."""

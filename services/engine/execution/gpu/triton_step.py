@@ -12,7 +12,8 @@ from kernels.gpu.expand_rope_kv_write import Rotation
 from kernels.gpu.pick_tokens import resolve_tokens
 from kernels.gpu.prefill_attention import prefill_attention
 from kernels.gpu.rope_kv_write import rope_kv_write
-from kernels.gpu.row_product import row_product
+from kernels.gpu.row_product import MAX_ROWS, row_product
+from kernels.gpu.row_shrink import ShrinkWork
 from kernels.gpu.segment_expand import segment_expand
 from kernels.gpu.segment_shrink import num_segment_splits, segment_shrink
 from kernels.gpu.silu_mul import silu_mul
@@ -66,16 +67,16 @@ class TritonStep:
 
     def project(self, layer: int, group: Group, linear: Linear, x: torch.Tensor) -> torch.Tensor:
         """The product, with what the adapters add to it."""
-        y, step = base_product(linear, x), self._step
+        step, work = self._step, None
+        by_row = group in step.row_groups and step.runs is None
+        if by_row and reads_directly(linear.weight, x):
+            work = self._rows.shrink_work(layer, group, x, linear.weight)
+        y = base_product(linear, x, work)
+        if by_row:
+            u = self._rows.shrink(layer, group, x) if work is None else self._rows.space(group)
+            self._expand_rows(layer, group, u, y)
         if step.runs is not None:
             self._add_segments(layer, group, x[: step.num_decode], step.runs, y)
-        elif group in step.row_groups:
-            u = self._rows.shrink(layer, group, x)
-            if self._rows.expands_late(group):
-                assert self._unexpanded is None
-                self._unexpanded = _Unexpanded(layer, group, u)
-            else:
-                self._rows.expand(layer, group, u, y)
         if step.segments is not None:
             self._add_segments(layer, group, x, step.segments, y)
         return y
@@ -108,7 +109,18 @@ class TritonStep:
 
     def logits(self, rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """The product, where every step leaves it."""
-        return linear_into(self._state.logits[: len(rows)], rows, weight)
+        out = self._state.logits[: len(rows)]
+        if reads_directly(weight, rows):
+            return row_product(rows, weight, out=out)
+        return linear_into(out, rows, weight)
+
+    def _expand_rows(self, layer: int, group: Group, u: torch.Tensor, y: torch.Tensor) -> None:
+        """LoRA's second half, now or by the op behind."""
+        if self._rows.expands_late(group):
+            assert self._unexpanded is None
+            self._unexpanded = _Unexpanded(layer, group, u)
+        else:
+            self._rows.expand(layer, group, u, y)
 
     def _take_unexpanded(self, *own: Group) -> _Unexpanded | None:
         """What was left to an op behind the `own` projections, if anything was; never another's."""
@@ -130,8 +142,14 @@ class TritonStep:
         segment_expand(u, plan, layer, pages, tables, modules, y, ranks.total, block_m, max_rank=ranks.single)
 
 
-def base_product(linear: Linear, x: torch.Tensor) -> torch.Tensor:
-    """The base's part of a projection."""
-    if len(x) == 1 and x.device.type == "cuda":
-        return row_product(x, linear.weight, linear.bias)
+def base_product(linear: Linear, x: torch.Tensor, shrink: ShrinkWork | None = None) -> torch.Tensor:
+    """The base's part of a projection; and LoRA's first half of x, for x that `reads_directly`."""
+    if reads_directly(linear.weight, x):
+        return row_product(x, linear.weight, linear.bias, shrink)
+    assert shrink is None
     return linear(x)
+
+
+def reads_directly(weight: torch.Tensor, x: torch.Tensor) -> bool:
+    """Whether the product is for our own kernel: few rows, and a weight that is not packed for the library."""
+    return 0 < len(x) <= MAX_ROWS and not weight.is_mkldnn
