@@ -67,13 +67,14 @@ class TritonStep:
 
     def project(self, layer: int, group: Group, linear: Linear, x: torch.Tensor) -> torch.Tensor:
         """The product, with what the adapters add to it."""
-        step, work = self._step, None
-        by_row = group in step.row_groups and step.runs is None
-        if by_row and reads_directly(linear.weight, x):
-            work = self._rows.shrink_work(layer, group, x, linear.weight)
-        y = base_product(linear, x, work)
-        if by_row:
+        step, work, u = self._step, None, None
+        if group in step.row_groups and step.runs is None:
+            if reads_directly(linear.weight, x):
+                work = self._rows.shrink_work(layer, group, x, linear.weight)
+            # Alone it goes ahead of the product: it may begin while what computes x still ends.
             u = self._rows.shrink(layer, group, x) if work is None else self._rows.space(group)
+        y = base_product(linear, x, work)
+        if u is not None:
             self._expand_rows(layer, group, u, y)
         if step.runs is not None:
             self._add_segments(layer, group, x[: step.num_decode], step.runs, y)
