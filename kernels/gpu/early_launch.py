@@ -8,8 +8,8 @@ begin as the last programs of the kernel ahead end, if that is an ordinary one, 
   at 32, 11.15 and 11.07 at 128 with as many adapters of rank 8.
 - row_product of a single row reads the model's weight before it waits, which never changes.
 - LoRA's kernels for decoded tokens (row_shrink, also within row_product, planned_shrink, row_expand, planned_expand,
-  and those that expand and do what lies behind it: expand_rope_kv_write, expand_add_rms_norm) read before they wait: what a step is told of its
-  tokens, tables, pages of adapters, and the plan. They write nothing before.
+  and those that expand and do what lies behind it: expand_rope_kv_write, expand_add_rms_norm) read before they wait:
+  what a step is told of its tokens, tables, pages of adapters, and the plan. They write nothing before.
 
 This is right, in any order of these kernels, because
 - adapters that a step names were installed before the step was submitted, and stay until it has ended;

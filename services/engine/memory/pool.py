@@ -12,16 +12,14 @@ Nothing here knows which; the page allocator does.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from services.engine.config import PoolConfig
+from services.engine.memory.cuda_copies import CudaCopies
+from services.engine.memory.device_copier import DeviceCopier, PoolShape
 from services.engine.memory.pinned_memory import CudaRegistrar, PinnedMemory
-
-if TYPE_CHECKING:
-    from services.engine.memory.device_copier import DeviceCopier
 
 _INTEGER_OF_SIZE: dict[int, tuple[torch.dtype, type[np.generic]]] = {
     2: (torch.int16, np.int16),
@@ -66,7 +64,7 @@ class Pool:
         if weights.nbytes != num_layers * layer_elems * itemsize:
             raise ValueError(f"{weights.nbytes} bytes are not [{num_layers}, {layer_elems}] of {self.dtype}")
         if self._copier is not None:
-            self._copier.write(weights, layer_elems, pages)
+            self._copier.write(weights, pages)
             return
         _, numpy_type = _INTEGER_OF_SIZE[itemsize]
         source = np.frombuffer(weights, dtype=numpy_type).reshape(num_layers, layer_elems)
@@ -80,10 +78,9 @@ class Pool:
     def _open_copier(self) -> DeviceCopier | None:
         if self.pinned is None:
             return None
-        # Imported only here: an engine on a CPU needs no triton.
-        from services.engine.memory.device_copier import DeviceCopier
-
-        return DeviceCopier(self._integers(), self.pinned)
+        c = self.config
+        shape = PoolShape(c.num_layers, c.num_pages, c.page_elems * self.dtype.itemsize)
+        return DeviceCopier(shape, self.pinned, CudaCopies(self.tensor, shape))
 
 
 def _copy_pages(

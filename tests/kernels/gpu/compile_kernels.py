@@ -175,8 +175,7 @@ def call_attention(model: Model) -> None:
 
 
 def call_the_rest(model: Model) -> None:
-    """Norms, gates, products of a row, tokens, and adapters' bytes."""
-    from kernels.gpu.adapter_write import adapter_write
+    """Norms, gates, products of few rows, and tokens."""
     from kernels.gpu.add_rms_norm import add_rms_norm
     from kernels.gpu.draw_tokens import draw_tokens
     from kernels.gpu.host_read import read_host
@@ -191,8 +190,6 @@ def call_the_rest(model: Model) -> None:
     for rows, size in ((1, HIDDEN), (8, HIDDEN), (32, HIDDEN), (32, INNER)):
         row_product(empty(rows, size), empty(HIDDEN, size), empty(HIDDEN))
     read_host(slots, slots)
-    words = torch.int64
-    adapter_write(empty(2, 40, dtype=words), empty(3, dtype=words), empty(2, 9, 16, dtype=words))
     pick_tokens(empty(8, VOCAB), slots)
     resolve_tokens(slots, slots, slots, slots)
     draw_tokens(empty(8, VOCAB, dtype=floats), slots, empty(8, 4, dtype=floats), empty(8, dtype=floats), slots)

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from kernels import reference
-from kernels.gpu.adapter_write import adapter_write
 from kernels.gpu.add_rms_norm import add_rms_norm
 from kernels.gpu.draw_tokens import draw_tokens
 from kernels.gpu.host_read import read_host
@@ -177,20 +176,3 @@ def test_read_host(device: torch.device, rng: random.Random, num_words: int, kin
     out = target.view(torch.int32).cpu()
     assert torch.equal(out[:num_words], host.view(torch.int32)[begin : begin + num_words])
     assert (out[num_words:] == 7).all()
-
-
-@pytest.mark.parametrize(("page_elems", "layer_elems"), [(16, 16), (16, 53), (4096, 9000), (3000, 2)])
-@pytest.mark.parametrize("kind", [torch.int16, torch.int32, torch.int64])
-def test_adapter_write(
-    rng: random.Random, device: torch.device, page_elems: int, layer_elems: int, kind: torch.dtype
-) -> None:
-    num_layers, num_pages = 3, 7
-    packed = torch.randint(-(2**15), 2**15, (num_layers, layer_elems)).to(kind)
-    target = torch.randint(-(2**15), 2**15, (num_layers, num_pages, page_elems)).to(kind)
-    pages = rng.sample(range(num_pages), -(-layer_elems // page_elems))
-    out = target.to(device)
-    adapter_write(packed.to(device), torch.tensor(pages, device=device), out)
-    for number, page in enumerate(pages):
-        block = packed[:, number * page_elems : (number + 1) * page_elems]
-        target[:, page, : block.shape[1]] = block
-    assert torch.equal(out.cpu(), target)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import itertools
 import mmap
 import random
 import threading
@@ -11,11 +13,19 @@ import numpy as np
 import pytest
 import torch
 
-from services.engine.memory.device_copier import DeviceCopier
-from services.engine.memory.pinned_memory import PinnedMemory, address_of
+from services.engine.memory.cuda_copies import CudaCopies
+from services.engine.memory.device_copier import BlockCopy, DeviceCopier, PoolShape, block_copies
+from services.engine.memory.pinned_memory import CudaRegistrar, PinnedMemory, address_of
 
 PIECE = 4096
 SIZE = 5 * PIECE // 2
+
+
+@pytest.fixture
+def rng() -> random.Random:
+    seed = random.SystemRandom().randrange(2**31)
+    print("seed", seed)
+    return random.Random(seed)
 
 
 class FakeDriver:
@@ -34,6 +44,24 @@ class FakeDriver:
 
     def unregister(self, address: int) -> None:
         del self.registered[address]
+
+
+class HostCopies:
+    """Copies at once, from within one of the pieces, as a driver does."""
+
+    def __init__(self, pool: torch.Tensor, pieces: list[slice]) -> None:
+        self.pool, self.pieces = pool, pieces
+
+    def begin(self, copy: BlockCopy, address: int, layer_bytes: int) -> None:
+        last = copy.source + (copy.num_layers - 1) * layer_bytes
+        assert any(piece.start <= copy.source and last + copy.width <= piece.stop for piece in self.pieces)
+        pitch = self.pool.stride(0) * self.pool.itemsize
+        for layer in range(copy.num_layers):
+            target = self.pool.data_ptr() + copy.target + layer * pitch
+            ctypes.memmove(target, address + copy.source + layer * layer_bytes, copy.width)
+
+    def finish(self) -> None:
+        pass
 
 
 @pytest.fixture
@@ -108,7 +136,8 @@ def test_copies_are_right_wherever_pieces_end(
     assert (len(pieces) > 1) == (registered and begin // PIECE != (begin + len(weights) - 1) // PIECE)
     target = torch.zeros(num_layers, 9, page_elems, dtype=torch.int16)
     pages = [7, 2, 5][: -(-layer_elems // page_elems)]
-    DeviceCopier(target, pinned).write(weights, layer_elems, pages)
+    shape = PoolShape(num_layers, 9, 2 * page_elems)
+    DeviceCopier(shape, pinned, HostCopies(target, pieces)).write(weights, pages)
     expected = torch.zeros_like(target)
     source = torch.from_numpy(np.frombuffer(bytearray(weights), np.int16).reshape(num_layers, layer_elems))
     for i, page in enumerate(pages):
@@ -116,3 +145,54 @@ def test_copies_are_right_wherever_pieces_end(
         expected[:, page, : block.shape[1]] = block
     assert torch.equal(target, expected)
     pinned.unregister(memory)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an accelerator")
+@pytest.mark.parametrize("piece_bytes", [1 << 14, 1 << 26])
+def test_a_device_copies_as_the_host_does(piece_bytes: int) -> None:
+    """Also on a thread that has never used the device, and into layers more than 2 GiB apart."""
+    num_layers, num_pages, page_elems, layer_elems = 3, 300_000, 4096, 9000
+    pool = torch.zeros(num_layers, num_pages, page_elems, dtype=torch.int16, device="cuda")
+    shape = PoolShape(num_layers, num_pages, 2 * page_elems)
+    memory = memoryview(mmap.mmap(-1, 2 * num_layers * layer_elems))
+    memory[:] = random.Random(2).randbytes(len(memory))
+    pinned = PinnedMemory(CudaRegistrar(pool.device), piece_bytes)
+    pinned.register(memory, lambda: True)
+    assert pinned.holds(memory)
+    pages = [num_pages - 1, 0, 77_777]
+    copier = DeviceCopier(shape, pinned, CudaCopies(pool, shape))
+    thread = threading.Thread(target=copier.write, args=(memory, pages))
+    thread.start()
+    thread.join()
+    packed = torch.frombuffer(memory, dtype=torch.int16).view(num_layers, layer_elems)
+    for number, page in enumerate(pages):
+        block = packed[:, number * page_elems : (number + 1) * page_elems]
+        assert torch.equal(pool[:, page, : block.shape[1]].cpu(), block)
+        assert not pool[:, page, block.shape[1] :].any()
+    assert int((pool != 0).sum()) == int((packed != 0).sum())
+    del packed
+    pinned.unregister(memory)
+    with pytest.raises(RuntimeError, match="cuMemcpy3DAsync"):
+        copier._engine.begin(BlockCopy(0, 0, 1 << 40, 1), address_of(memory), 1 << 40)
+
+
+def test_copies_of_random_adapters(rng: random.Random) -> None:
+    """Each byte once, each copy within a piece, whatever the sizes."""
+    for _ in range(300):
+        num_layers, page_bytes = rng.randint(1, 5), rng.randint(1, 40)
+        layer_bytes = rng.randint(1, 90)
+        size = num_layers * layer_bytes
+        cuts = sorted(rng.sample(range(1, size), min(size - 1, rng.randint(0, 4))))
+        pieces = [slice(a, b) for a, b in itertools.pairwise([0, *cuts, size])]
+        pages = rng.sample(range(100), -(-layer_bytes // page_bytes))
+        pool, weights = bytearray(num_layers * 100 * page_bytes), rng.randbytes(size)
+        for copy in block_copies(PoolShape(num_layers, 100, page_bytes), layer_bytes, pages, pieces):
+            last = copy.source + (copy.num_layers - 1) * layer_bytes
+            assert any(piece.start <= copy.source and last + copy.width <= piece.stop for piece in pieces)
+            for layer in range(copy.num_layers):
+                source, target = copy.source + layer * layer_bytes, copy.target + layer * 100 * page_bytes
+                pool[target : target + copy.width] = weights[source : source + copy.width]
+        for layer in range(num_layers):
+            held = b"".join(pool[(layer * 100 + page) * page_bytes :][:page_bytes] for page in pages)
+            assert held[:layer_bytes] == weights[layer * layer_bytes :][:layer_bytes]
+            assert not any(held[layer_bytes:])

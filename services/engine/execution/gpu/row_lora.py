@@ -46,6 +46,16 @@ class RowLora:
         # A norm has a program a token: they would be too few in a small batch, and long for large ranks (ADR 34).
         return group != Group.GATE_UP and self._plan is not None and self._step.max_row_rank <= FEW_RANKS
 
+    @property
+    def shrinks_ahead(self) -> bool:
+        """Whether a first half alone goes ahead of the product; else behind it.
+
+        Programs of large ranks, begun beside the product's, slow it down. Small ones read while it ends. 32 tokens of
+        ranks 64 to 8, Llama-7B's attention on one H200: a step of 6.43 ms ahead, 6.58 behind; of rank 8 5.79 and 5.66;
+        of 128 tokens 12.06 and 12.03, 10.71 and 10.67.
+        """
+        return self._plan is None and self._step.max_row_rank > FEW_RANKS
+
     def space(self, group: Group) -> torch.Tensor:
         """Where a first half goes: rank space, float32 `[num_splits, num_decode, ranks]`."""
         state, batch, modules = self._state, self._step.num_decode, self._modules(group)

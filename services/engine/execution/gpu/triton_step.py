@@ -67,15 +67,11 @@ class TritonStep:
 
     def project(self, layer: int, group: Group, linear: Linear, x: torch.Tensor) -> torch.Tensor:
         """The product, with what the adapters add to it."""
-        step, work, u = self._step, None, None
+        step = self._step
         if group in step.row_groups and step.runs is None:
-            if reads_directly(linear.weight, x):
-                work = self._rows.shrink_work(layer, group, x, linear.weight)
-            # Alone it goes ahead of the product: it may begin while what computes x still ends.
-            u = self._rows.shrink(layer, group, x) if work is None else self._rows.space(group)
-        y = base_product(linear, x, work)
-        if u is not None:
-            self._expand_rows(layer, group, u, y)
+            y = self._project_rows(layer, group, linear, x)
+        else:
+            y = base_product(linear, x)
         if step.runs is not None:
             self._add_segments(layer, group, x[: step.num_decode], step.runs, y)
         if step.segments is not None:
@@ -115,13 +111,24 @@ class TritonStep:
             return row_product(rows, weight, out=out)
         return linear_into(out, rows, weight)
 
-    def _expand_rows(self, layer: int, group: Group, u: torch.Tensor, y: torch.Tensor) -> None:
-        """LoRA's second half, now or by the op behind."""
-        if self._rows.expands_late(group):
+    def _project_rows(self, layer: int, group: Group, linear: Linear, x: torch.Tensor) -> torch.Tensor:
+        """The product, with what adapters add to decoded tokens one by one, or will by the op behind."""
+        rows, work = self._rows, None
+        if reads_directly(linear.weight, x):
+            work = rows.shrink_work(layer, group, x, linear.weight)
+        is_alone = work is None
+        if is_alone and rows.shrinks_ahead:
+            rows.shrink(layer, group, x)
+        y = base_product(linear, x, work)
+        if is_alone and not rows.shrinks_ahead:
+            rows.shrink(layer, group, x)
+        u = rows.space(group)
+        if rows.expands_late(group):
             assert self._unexpanded is None
             self._unexpanded = _Unexpanded(layer, group, u)
         else:
-            self._rows.expand(layer, group, u, y)
+            rows.expand(layer, group, u, y)
+        return y
 
     def _take_unexpanded(self, *own: Group) -> _Unexpanded | None:
         """What was left to an op behind the `own` projections, if anything was; never another's."""
