@@ -6,9 +6,10 @@ pool, and a replay reads more than the cache holds, so that weights come from me
 the adapters' bytes a second.
 
 *shared*: tokens that share adapters, one by one and in runs of one adapter (ADR 32). *late*: second halves and the op
-behind the projection, as two kernels and as one (ADR 34).
+behind the projection, as two kernels and as one (ADR 34). *product*: norm, product and first half, by the library and
+by kernels of our own, apart and in one launch (ADR 35).
 
-    python -m benchmarks.gpu.bench_lora [--quick] [--only check decode sweep shared late prefill]
+    python -m benchmarks.gpu.bench_lora [--quick] [--only check decode sweep shared late product prefill]
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ from kernels.gpu.expand_rope_kv_write import Rotation, expand_rope_kv_write
 from kernels.gpu.rope_kv_write import rope_kv_write
 from kernels.gpu.row_expand import ExpandBlocks, planned_expand, row_expand
 from kernels.gpu.row_plan import PlannedBlocks, RowPlan, RowPlanner, as_they_come
-from kernels.gpu.row_shrink import ShrinkBlocks, num_splits_for
+from kernels.gpu.row_product import row_product
+from kernels.gpu.row_shrink import ShrinkBlocks, num_splits_for, row_shrink, shrink_work
 from kernels.gpu.segment_expand import SegmentExpandBlocks, segment_expand
 from kernels.gpu.segment_shrink import (
     RUN_BLOCK_M,
@@ -199,6 +201,76 @@ class SecondHalf:
             expand_add_rms_norm(u, slots, layer, pages, tables, group, hidden, y, weight, 1e-5, self._out)
 
 
+PRODUCT_LAYERS = 24  # more than the cache holds
+
+
+def run_product(pool: AdapterPool, quick: bool) -> None:
+    """Decode, all groups of Llama-7B at rank 8: microseconds a layer, by the bytes of the weight and of A."""
+    for batch, group in itertools.product((8,) if quick else (1, 2, 8, 16, 32), LLAMA_7B.groups):
+        case = DecodeCase(LLAMA_7B, "all", "S1", batch)
+        projection = Projection(DecodeStep(pool, case), LLAMA_7B.groups.index(group))
+        rows = sum(group.out_features) + sum(case.ranks(batch)) * group.num_modules
+        for name, launch in projection.ways.items():
+            ms = projection.time(launch)
+            what = f"product {case.name} module {group.first_module} {name}"
+            print(f"{what:64} {1e3 * ms:8.1f} us {2 * rows * group.in_features / ms / 1e9:6.2f} TB/s", flush=True)
+
+
+class Projection:
+    """A norm, the product of what it gives, and LoRA's first half of it."""
+
+    def __init__(self, step: DecodeStep, number: int) -> None:
+        self._step, batch = step, step.case.batch
+        self._group, self._max_rank = step.case.shape.groups[number], max(step.case.ranks(batch))
+        in_features, out_features = self._group.in_features, sum(self._group.out_features)
+        self._weights = [random_tensor(out_features, in_features) for _ in range(PRODUCT_LAYERS)]
+        self._hidden, self._x, self._gain = (random_tensor(rows, in_features) for rows in (batch, batch, 1))
+        self._y = random_tensor(batch, out_features)
+        self._u = torch.zeros(num_splits_for(batch, self._group, TILE), batch, 3 * MAX_RANK, device=DEVICE)
+        self.ways: dict[str, Callable[[int, torch.Tensor], None]] = {
+            "library": self._library,
+            "library, then shrink": self._library_and_shrink,
+            "own": self._own,
+            "own, then shrink": self._own_and_shrink,
+            "in one": self._in_one,
+        }
+
+    def time(self, launch: Callable[[int, torch.Tensor], None]) -> float:
+        """Milliseconds of a layer."""
+
+        def body() -> None:
+            for layer, weight in enumerate(self._weights):
+                add_rms_norm(self._hidden, None, self._gain[0], 1e-5, self._x)
+                launch(layer, weight)
+
+        return time_graph(body) / PRODUCT_LAYERS
+
+    def _library(self, layer: int, weight: torch.Tensor) -> None:
+        torch.mm(self._x, weight.t(), out=self._y)
+
+    def _library_and_shrink(self, layer: int, weight: torch.Tensor) -> None:
+        self._library(layer, weight)
+        self._shrink(layer)
+
+    def _own(self, layer: int, weight: torch.Tensor) -> None:
+        row_product(self._x, weight, out=self._y)
+
+    def _own_and_shrink(self, layer: int, weight: torch.Tensor) -> None:
+        self._own(layer, weight)
+        self._shrink(layer)
+
+    def _in_one(self, layer: int, weight: torch.Tensor) -> None:
+        step, pages = self._step, self._step.layers[layer]
+        tables, slots = step.lora.tables, step.slots[0]
+        work = shrink_work(slots, layer, pages, tables, self._group, self._u, self._max_rank)
+        row_product(self._x, weight, None, work, self._y)
+
+    def _shrink(self, layer: int) -> None:
+        step, pages = self._step, self._step.layers[layer]
+        tables, slots = step.lora.tables, step.slots[0]
+        row_shrink(self._x, slots, layer, pages, tables, self._group, self._u, self._max_rank)
+
+
 def _kv_pages(pages: torch.Tensor) -> torch.Tensor:
     """A layer's pages of adapters as pages of keys and values of heads of HEAD_DIM, 16 tokens each."""
     return pages.view(len(pages), 2, -1, 16, HEAD_DIM)
@@ -322,7 +394,8 @@ def main() -> None:
     parser = parser_of(__doc__)
     parser.add_argument("--quick", action="store_true", help="Llama-7B's attention only")
     parts = {
-        "decode": run_decode, "sweep": run_sweep, "shared": run_shared, "late": run_late, "prefill": run_prefill,
+        "decode": run_decode, "sweep": run_sweep, "shared": run_shared, "late": run_late, "product": run_product,
+        "prefill": run_prefill,
     }  # fmt: skip
     parser.add_argument("--only", nargs="*", choices=["check", *parts], default=["check", *parts])
     options = parser.parse_args()
