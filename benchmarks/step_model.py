@@ -168,7 +168,8 @@ def fit(rows: Rows, setting: str, way: str) -> StepModel:
         **_fit_decode_lora(rows, setting),
         lora_prompt_step=0.0,
         lora_prompt_token=(prefill[setting] - prefill["base"]) / PREFILL_TOKENS,
-        beside_load=0.0 if setting == "base" else _value(rows, "churn", setting, "p50_ratio") - 1,
+        # Where it is less than what can be measured, a ratio may be below 1.
+        beside_load=0.0 if setting == "base" else max(0.0, _value(rows, "churn", setting, "p50_ratio") - 1),
         load=load,
         load_byte=load_byte,
     )

@@ -19,6 +19,7 @@ from torch.nn import functional
 from benchmarks.command_line import parser_of
 from kernels.gpu import decode_attention as decode
 from kernels.gpu import prefill_attention as prefill
+from kernels.gpu.attention_parts import AttentionParts
 
 DTYPE = torch.bfloat16
 HEAD_DIM = 128
@@ -122,13 +123,12 @@ def bench_decode(pool: Pool, tuning: decode.DecodeTuning | None, num_splits: int
     length = shape.context if context is None else context
     device = pool.q.device
     context_lens = torch.full((shape.batch,), length, dtype=torch.int32, device=device)
-    scratch = decode.make_decode_scratch(
-        shape.batch if num_splits > 1 else 1, shape.num_heads, HEAD_DIM, num_splits, device
-    )
+    rows = (shape.batch if num_splits > 1 else 1) * shape.num_heads
+    parts = AttentionParts.make(rows * num_splits, rows, HEAD_DIM, device)
 
     def launch(layer: int) -> None:
         decode.decode_attention(
-            pool.q, pool.layers[layer], pool.tables, context_lens, SCALE, pool.out, scratch, num_splits, tuning
+            pool.q, pool.layers[layer], pool.tables, context_lens, SCALE, pool.out, parts, num_splits, tuning
         )
 
     last = len(pool.layers) - 1

@@ -11,8 +11,7 @@ head_dim]` (see kv_write), block_tables `[num_sequences, >= max_pages]` int32, c
 
 A context may be split among `num_splits` programs, so that a small batch fills the device (Flash-Decoding, Dao et al.
 2023). A part is a whole number of tiles, so a short context has fewer parts than programs; all of them work out how
-many from its length. Each leaves its maximum, sum and weighted values in `DecodeScratch`; the one that arrives last
-merges them and sets the count of arrivals back to 0, so that a captured launch can be replayed.
+many from its length. They meet in `kernels.gpu.attention_parts`.
 
 Two forms of the inner product, see `DecodeTuning.dot`. Starts early (kernels.gpu.early_launch).
 
@@ -29,10 +28,9 @@ import torch
 import triton
 import triton.language as tl
 
+from kernels.gpu.attention_parts import LOWEST, AttentionParts, merge_parts
 from kernels.gpu.early_launch import has_early_launch, start_early
 
-# Below every score, and finite: the difference of two of them is a number.
-_LOWEST = tl.constexpr(-3.0e38)
 # Parts merged at a time.
 _MERGED_PARTS = tl.constexpr(8)
 # Rows of a query tile on tensor cores, which know no fewer.
@@ -67,36 +65,6 @@ PROGRAMS_PER_SM = 1.5
 MAX_SPLITS = 32
 
 
-@dataclass(frozen=True, slots=True)
-class DecodeScratch:
-    """Where the parts of split contexts meet; for one launch at a time (launches on one stream may share it)."""
-
-    # [num_parts * num_heads, head_dim] float32: values weighted by exp2(score - maximum); not yet divided by the sum.
-    weighted: torch.Tensor
-    # [num_parts * num_heads] float32, in base 2.
-    maximum: torch.Tensor
-    total: torch.Tensor
-    # [num_sequences * num_heads] int32: parts that have arrived; 0 between launches.
-    arrivals: torch.Tensor
-
-
-def make_decode_scratch(
-    max_batch: int, num_heads: int, head_dim: int, max_splits: int, device: torch.device
-) -> DecodeScratch:
-    """Room for launches with at most max_batch sequences and at most max_batch * max_splits parts.
-
-    It takes about `max_batch * max_splits * num_heads * head_dim * 4` bytes: max_batch is the largest batch *that is
-    split*, as launches with one split do not use it.
-    """
-    rows = max_batch * max_splits * num_heads
-    return DecodeScratch(
-        weighted=torch.empty(rows, head_dim, dtype=torch.float32, device=device),
-        maximum=torch.empty(rows, dtype=torch.float32, device=device),
-        total=torch.empty(rows, dtype=torch.float32, device=device),
-        arrivals=torch.zeros(max_batch * num_heads, dtype=torch.int32, device=device),
-    )
-
-
 def num_splits_for(batch: int, num_kv_heads: int, num_sms: int) -> int:
     """Parts of a context, from what a captured launch may depend on: not from the contexts' lengths.
 
@@ -123,7 +91,7 @@ def _multiply_tiles(
     token = begin + place
     # A tile's pages are looked up while the tile before it is worked on: loads then wait for one load, not for two.
     page = tl.load(table + token // TOKENS_PER_PAGE, mask=token < end, other=0)
-    maximum = tl.full([LANES], _LOWEST, tl.float32)
+    maximum = tl.full([LANES], LOWEST, tl.float32)
     total = tl.zeros([LANES], tl.float32)
     weighted = tl.zeros([LANES, BLOCK_D], tl.float32)
     for _ in tl.range(begin, end, BLOCK_N, num_stages=NUM_STAGES):
@@ -160,7 +128,7 @@ def _dot_tiles(
     token = begin + tl.arange(0, BLOCK_N)
     # Looked up a tile ahead, as above.
     page = tl.load(table + token // TOKENS_PER_PAGE, mask=token < end, other=0)
-    maximum = tl.full([ROWS], _LOWEST, tl.float32)
+    maximum = tl.full([ROWS], LOWEST, tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     weighted = tl.zeros([ROWS, BLOCK_D], tl.float32)
     for _ in tl.range(begin, end, BLOCK_N, num_stages=NUM_STAGES):
@@ -181,36 +149,6 @@ def _dot_tiles(
         token += BLOCK_N
         page = tl.load(table + token // TOKENS_PER_PAGE, mask=token < end, other=0)
     return weighted, maximum, total
-
-
-@triton.jit
-def _merge_parts(
-    part_weighted, part_maximum, part_total, first_row, row_stride, num_heads, num_parts,
-    ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """The outputs `[ROWS, BLOCK_D]` of num_heads heads from their parts, which lie row_stride rows apart in scratch."""
-    head = tl.arange(0, ROWS)
-    part = tl.arange(0, _MERGED_PARTS)
-    column = tl.arange(0, BLOCK_D)
-    maximum = tl.full([ROWS], _LOWEST, tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
-    weighted = tl.zeros([ROWS, BLOCK_D], tl.float32)
-    for first in range(0, num_parts, _MERGED_PARTS):
-        row = first_row + (first + part)[:, None] * row_stride + head[None, :]
-        valid = ((first + part) < num_parts)[:, None] & (head < num_heads)[None, :]
-        # Past the nearest cache, which knows nothing of what other multiprocessors have written.
-        maxima = tl.load(part_maximum + row, mask=valid, other=_LOWEST, cache_modifier=".cg")
-        totals = tl.load(part_total + row, mask=valid, other=1.0, cache_modifier=".cg")
-        mask = valid[:, :, None] & (column < HEAD_DIM)[None, None, :]
-        at = part_weighted + row[:, :, None] * HEAD_DIM + column[None, None, :]
-        values = tl.load(at, mask=mask, other=0.0, cache_modifier=".cg")
-        highest = tl.maximum(maximum, tl.max(maxima, 0))
-        fade = tl.exp2(maximum - highest)
-        weight = tl.exp2(maxima - highest[None, :])
-        total = total * fade + tl.sum(totals * weight, 0)
-        weighted = weighted * fade[:, None] + tl.sum(values * weight[:, :, None], 0)
-        maximum = highest
-    return weighted / total[:, None]
 
 
 @triton.jit
@@ -280,9 +218,10 @@ def _decode_kernel(
             tl.debug_barrier()
             arrival = arrivals + sequence * tl.num_programs(0) + block
             if tl.atomic_add(arrival, 1, sem="acq_rel", scope="gpu") == num_parts - 1:
-                merged = _merge_parts(
-                    part_weighted, part_maximum, part_total, first_row, NUM_HEADS, num_heads, num_parts,
-                    MERGED_ROWS, HEAD_DIM, BLOCK_D,
+                merged_head = tl.arange(0, MERGED_ROWS)
+                merged = merge_parts(
+                    part_weighted, part_maximum, part_total, first_row + merged_head, merged_head < num_heads,
+                    NUM_HEADS, num_parts, _MERGED_PARTS, MERGED_ROWS, HEAD_DIM, BLOCK_D,
                 )  # fmt: skip
                 _store_rows(outputs, merged, num_heads, MERGED_ROWS, HEAD_DIM, BLOCK_D)
                 tl.store(arrival, 0)
@@ -297,7 +236,7 @@ def decode_attention(
     context_lens: torch.Tensor,
     scale: float,
     out: torch.Tensor,
-    scratch: DecodeScratch,
+    parts: AttentionParts,
     num_splits: int,
     tuning: DecodeTuning | None = None,
 ) -> None:
@@ -314,12 +253,12 @@ def decode_attention(
     heads = min(group, rows)
     blocks = num_kv_heads * triton.cdiv(group, heads)
     if num_splits > 1:
-        _check_scratch(scratch, batch, num_heads, head_dim, blocks, num_splits)
+        parts.check(batch * num_splits * num_heads, batch * blocks, head_dim)
     block_d = max(16, triton.next_power_of_2(head_dim))
     gdc = has_early_launch(q.device)
     _decode_kernel[(blocks, num_splits, batch)](
         q, pages, block_tables, context_lens, out,
-        scratch.weighted, scratch.maximum, scratch.total, scratch.arrivals, scale * math.log2(math.e),
+        parts.weighted, parts.maximum, parts.total, parts.arrivals, scale * math.log2(math.e),
         q.stride(0), q.stride(1), block_tables.stride(0),
         NUM_KV_HEADS=num_kv_heads, GROUP=group, HEADS=heads, TOKENS_PER_PAGE=tokens_per_page,
         HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_N=tuning.block_n,
@@ -352,13 +291,3 @@ def _check(
         raise ValueError("out has the shape of q; out and pages are contiguous")
     if block_tables.dtype != torch.int32 or block_tables.stride(1) != 1 or context_lens.dtype != torch.int32:
         raise ValueError("block tables and context lengths are int32, rows contiguous")
-
-
-def _check_scratch(
-    scratch: DecodeScratch, batch: int, num_heads: int, head_dim: int, blocks: int, num_splits: int
-) -> None:
-    rows = batch * num_splits * num_heads
-    if scratch.weighted.shape[1] != head_dim or scratch.weighted.shape[0] < rows:
-        raise ValueError(f"scratch {tuple(scratch.weighted.shape)} for {rows} parts of head dimension {head_dim}")
-    if scratch.arrivals.numel() < batch * blocks:
-        raise ValueError(f"scratch counts {scratch.arrivals.numel()} arrivals, not {batch * blocks}")

@@ -24,6 +24,7 @@ from kernels.gpu.adapter_tables import (
     load_pages,
     load_tiles,
 )
+from kernels.gpu.device_limits import num_sms
 from kernels.gpu.early_launch import has_early_launch
 from kernels.gpu.row_plan import PlannedBlocks, RowPlan, block_batch, find_item, load_keys, own_items
 
@@ -50,7 +51,7 @@ def _launch(
     in_tiles = group.in_features // layout.tile_elems
     tiles_per_split = -(-in_tiles // num_splits)
     most_items = batch * -(-group.num_modules * MAX_RANK // blocks.rows)
-    programs = max(1, blocks.programs * _num_sms(layout.device) // num_splits)
+    programs = max(1, blocks.programs * num_sms(layout.device) // num_splits)
     gdc = has_early_launch(layout.device)
     constants = layout.constants(group, page_elems) | {
         "RANK_PARTS": group.rank_parts,
@@ -68,10 +69,6 @@ def _launch(
     }
     # Programs of the same rows run side by side: they read memory in one run.
     return Launch((num_splits, min(programs, most_items)), constants)
-
-
-def _num_sms(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 @triton.jit(do_not_specialize=["plan_offset", "batch", "table_offset"])

@@ -8,8 +8,11 @@ Shapes: q and out `[num_tokens, num_heads, head_dim]`, the chunks' tokens end to
 num_kv_heads, tokens_per_page, head_dim]` (see kv_write); block_tables `[num_sequences, >= max_pages]` int32.
 
 `cut_tiles` cuts the chunks into tiles of tokens, once a step for all layers. A program takes a tile and a kv head:
-the query heads that share it are rows of one matrix, so that keys and values are read once for all of them. Source:
-FlashAttention-2, Dao 2023, arXiv 2307.08691; chunked prefill, Agrawal et al. 2023, arXiv 2308.16369.
+the query heads that share it are rows of one matrix, so that keys and values are read once for all of them. Where few
+tokens are computed, programs are few while contexts may be long (a prefix that was found in the cache): then a context
+is split among several programs, which meet in kernels.gpu.attention_parts. Starts early (kernels.gpu.early_launch).
+
+Source: FlashAttention-2, Dao 2023, arXiv 2307.08691; chunked prefill, Agrawal et al. 2023, arXiv 2308.16369.
 """
 
 from __future__ import annotations
@@ -22,11 +25,14 @@ import torch
 import triton
 import triton.language as tl
 
-# Below every score, and finite: the difference of two of them is a number.
-_LOWEST = tl.constexpr(-3.0e38)
+from kernels.gpu.attention_parts import LOWEST, AttentionParts, merge_parts
+from kernels.gpu.early_launch import has_early_launch, start_early
+
 # Rows that tensor cores take at least, and that a program's registers hold at most.
 _MIN_ROWS, _MAX_ROWS = 16, 256
 _TILE_FIELDS = tl.constexpr(4)
+# Beyond so many tokens a step has programs enough.
+MAX_SPLIT_TOKENS, MAX_SPLITS = 512, 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +45,8 @@ class PrefillTuning:
     block_n: int
     num_warps: int
     num_stages: int
+    # A part of a split context has at least as many keys: a multiple of block_n.
+    min_part: int = 256
     # Fewer keys than this that need no mask are masked all the same: a loop of their own fills its pipeline anew.
     min_unmasked: int = 512
 
@@ -56,6 +64,8 @@ class PrefillPlan:
     # [num_tiles, 4] int32 on the device: first row of q, number of rows, position of the first, sequence.
     tiles: torch.Tensor
     block_m: int
+    # Programs that share a tile's context; 1 needs no `AttentionParts`.
+    num_splits: int = 1
 
 
 def default_tuning(dtype: torch.dtype) -> PrefillTuning:
@@ -66,6 +76,17 @@ def default_tuning(dtype: torch.dtype) -> PrefillTuning:
 def tile_tokens(num_heads: int, num_kv_heads: int, dtype: torch.dtype) -> int:
     """The block_m to plan with."""
     return max(1, default_tuning(dtype).rows // (num_heads // num_kv_heads))
+
+
+def num_splits_for(num_tokens: int, num_heads: int, num_kv_heads: int, dtype: torch.dtype, num_sms: int) -> int:
+    """Parts of a context, from what a captured launch may depend on: not from the contexts' lengths.
+
+    As if the tokens were one chunk. Programs of parts that a short context does not have end at once.
+    """
+    if num_tokens > MAX_SPLIT_TOKENS:
+        return 1
+    tiles = -(-num_tokens // tile_tokens(num_heads, num_kv_heads, dtype))
+    return max(1, min(MAX_SPLITS, num_sms // max(1, tiles * num_kv_heads)))
 
 
 def cut_tiles(spans: Sequence[tuple[int, int, int, int]], block_m: int) -> list[tuple[int, int, int, int]]:
@@ -125,13 +146,15 @@ def _attend(
     return weighted, maximum, total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_q_rows"])
 def _prefill_kernel(
-    q, pages, block_tables, tiles, out, scale, q_stride, q_head_stride, table_stride,
+    q, pages, block_tables, tiles, out, part_weighted, part_maximum, part_total, arrivals, scale,
+    q_stride, q_head_stride, table_stride, num_q_rows,
     NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, TOKENS_PER_PAGE: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MIN_UNMASKED: tl.constexpr,
-    NUM_STAGES: tl.constexpr,
+    MIN_PART: tl.constexpr, NUM_STAGES: tl.constexpr, SPLIT: tl.constexpr, GDC: tl.constexpr,
 ):  # fmt: skip
+    start_early(GDC)
     # The tiles of a head run side by side: its keys and values stay in the cache.
     tile = tiles + tl.program_id(0) * _TILE_FIELDS
     first_row = tl.load(tile)
@@ -139,6 +162,13 @@ def _prefill_kernel(
     first_position = tl.load(tile + 2)
     sequence = tl.load(tile + 3)
     kv_head = tl.program_id(1)
+    limit = first_position + num_rows
+    begin, end = 0, limit
+    if SPLIT:
+        part_size = tl.maximum(tl.cdiv(tl.cdiv(limit, tl.num_programs(2)), BLOCK_N) * BLOCK_N, MIN_PART)
+        # A part that this context does not have is empty.
+        begin = tl.minimum(tl.program_id(2) * part_size, limit)
+        end = tl.minimum(begin + part_size, limit)
 
     # Rows of the tile are tokens, and within a token the query heads of the kv head.
     row = tl.arange(0, BLOCK_M)
@@ -154,26 +184,51 @@ def _prefill_kernel(
     keys = pages + kv_head * (TOKENS_PER_PAGE * HEAD_DIM)
     table = block_tables + sequence.to(tl.int64) * table_stride
     weighted = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    maximum = tl.full([BLOCK_M], _LOWEST, tl.float32)
+    maximum = tl.full([BLOCK_M], LOWEST, tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     # Whole tiles of keys that every row may look at need no mask.
-    limit = first_position + num_rows
     diagonal = (first_position + 1) // BLOCK_N * BLOCK_N
     if diagonal < MIN_UNMASKED:
         diagonal = 0
+    if SPLIT:
+        diagonal = tl.minimum(tl.maximum(diagonal, begin), end)
     # No branch around the first loop: behind one, ptxas runs the products of the second one after another (C7515).
     weighted, maximum, total = _attend(
-        query, position, keys, table, 0, diagonal, scale, weighted, maximum, total,
+        query, position, keys, table, begin, diagonal, scale, weighted, maximum, total,
         VALUES, 2 * VALUES, TOKENS_PER_PAGE, HEAD_DIM, BLOCK_D, BLOCK_N, NUM_STAGES, False,
     )  # fmt: skip
     weighted, maximum, total = _attend(
-        query, position, keys, table, diagonal, limit, scale, weighted, maximum, total,
+        query, position, keys, table, diagonal, end, scale, weighted, maximum, total,
         VALUES, 2 * VALUES, TOKENS_PER_PAGE, HEAD_DIM, BLOCK_D, BLOCK_N, NUM_STAGES, True,
     )  # fmt: skip
-    # A tile of no rows has no weights either.
-    total = tl.maximum(total, 1e-30)
     outputs = out + (q_row * (NUM_KV_HEADS * GROUP) + head)[:, None] * HEAD_DIM + column[None, :]
-    tl.store(outputs, (weighted / total[:, None]).to(out.dtype.element_ty), mask=mask)
+    num_parts = 1
+    if SPLIT:
+        num_parts = tl.cdiv(limit, part_size)
+        mask = mask & (begin < end)
+    if num_parts == 1:
+        # A tile of no rows has no weights either.
+        total = tl.maximum(total, 1e-30)
+        tl.store(outputs, (weighted / total[:, None]).to(out.dtype.element_ty), mask=mask)
+    elif begin < end:
+        # Rows of a part as those of out.
+        first = (first_row + token) * (NUM_KV_HEADS * GROUP) + head
+        has_row = token < num_rows
+        stride = num_q_rows * (NUM_KV_HEADS * GROUP)
+        place = first + tl.program_id(2) * stride
+        tl.store(part_weighted + place[:, None] * HEAD_DIM + column[None, :], weighted, mask=mask)
+        tl.store(part_maximum + place, maximum, mask=has_row)
+        tl.store(part_total + place, total, mask=has_row)
+        # One thread counts for all: their stores must come before it.
+        tl.debug_barrier()
+        arrival = arrivals + tl.program_id(0) * NUM_KV_HEADS + kv_head
+        if tl.atomic_add(arrival, 1, sem="acq_rel", scope="gpu") == num_parts - 1:
+            merged = merge_parts(
+                part_weighted, part_maximum, part_total, first, has_row, stride, num_parts,
+                1, BLOCK_M, HEAD_DIM, BLOCK_D,
+            )  # fmt: skip
+            tl.store(outputs, merged.to(out.dtype.element_ty), mask=mask)
+            tl.store(arrival, 0)
 
 
 def prefill_attention(
@@ -184,10 +239,12 @@ def prefill_attention(
     scale: float,
     out: torch.Tensor,
     tuning: PrefillTuning | None = None,
+    parts: AttentionParts | None = None,
 ) -> None:
     """Writes the attention of the planned tokens of `q`, whose keys and values are in `pages` already, to `out`.
 
-    scale is positive: the highest score is then the highest product.
+    parts: where the plan splits contexts, with room for `num_splits` times the heads of q's rows, and for meetings of
+    each tile and kv head. scale is positive: the highest score is then the highest product.
     """
     _, num_heads, head_dim = q.shape
     num_kv_heads, tokens_per_page = pages.shape[2:4]
@@ -195,15 +252,23 @@ def prefill_attention(
     tuning = tuning or default_tuning(q.dtype)
     block_m = max(_MIN_ROWS, triton.next_power_of_2(plan.block_m * group))
     _check(q, pages, block_tables, out, block_m)
-    num_tiles = plan.tiles.shape[0]
+    num_tiles, num_splits = plan.tiles.shape[0], plan.num_splits
     if num_tiles == 0:
         return
-    _prefill_kernel[(num_tiles, num_kv_heads)](
-        q, pages, block_tables, plan.tiles, out, scale * math.log2(math.e),
-        q.stride(0), q.stride(1), block_tables.stride(0),
+    room: tuple[torch.Tensor, ...] = (out, out, out, out)
+    if num_splits > 1:
+        if parts is None:
+            raise ValueError("a plan that splits contexts needs `parts`")
+        parts.check(num_splits * len(q) * num_heads, num_tiles * num_kv_heads, head_dim)
+        room = parts.weighted, parts.maximum, parts.total, parts.arrivals
+    gdc = has_early_launch(q.device)
+    _prefill_kernel[(num_tiles, num_kv_heads, num_splits)](
+        q, pages, block_tables, plan.tiles, out, *room, scale * math.log2(math.e),
+        q.stride(0), q.stride(1), block_tables.stride(0), len(q),
         NUM_KV_HEADS=num_kv_heads, GROUP=group, TOKENS_PER_PAGE=tokens_per_page, HEAD_DIM=head_dim,
         BLOCK_D=max(16, triton.next_power_of_2(head_dim)), BLOCK_M=block_m, BLOCK_N=tuning.block_n,
-        NUM_STAGES=tuning.num_stages, MIN_UNMASKED=tuning.min_unmasked, num_warps=tuning.num_warps,
+        NUM_STAGES=tuning.num_stages, MIN_UNMASKED=tuning.min_unmasked, MIN_PART=tuning.min_part,
+        SPLIT=num_splits > 1, GDC=gdc, num_warps=tuning.num_warps, launch_pdl=gdc,
     )  # fmt: skip
 
 

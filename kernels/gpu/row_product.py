@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
-from triton.runtime import driver
 
+from kernels.gpu.device_limits import num_sms, shared_bytes
 from kernels.gpu.early_launch import has_early_launch
 from kernels.gpu.row_shrink import ShrinkWork, shrink_token
 
@@ -89,7 +89,7 @@ def takes_shrink(x: torch.Tensor, weight: torch.Tensor) -> bool:
     product are few and large, unless both are few.
     """
     outputs = _blocks_for(len(x), len(weight), x.device).outputs
-    return len(x) <= _FEW_SHRINKS or len(weight) > outputs * _num_sms(x.device)
+    return len(x) <= _FEW_SHRINKS or len(weight) > outputs * num_sms(x.device)
 
 
 # Norm, product, shrink of rank 8, one layer of Llama-7B, one H200; by the library and shrink, own and shrink, in one:
@@ -105,7 +105,7 @@ def _blocks_for(num_rows: int, out_features: int, device: torch.device) -> Produ
     Without shrink, norm and product of a layer of Llama-7B: q k v, o, gate up, down at 16 rows took 28.6, 11.7, 48 and
     26.3 us (library 30.0, 13.7, 47.7, 29.7), at 32 rows 29.2, 13.8, 47.0 and 28.6 (30.5, 14.5, 49.1, 29.2).
     """
-    a_program = out_features / _num_sms(device)
+    a_program = out_features / num_sms(device)
     if num_rows > 16:
         choices = ((64, ProductBlocks(64, 256, 6)), (128, ProductBlocks(128, 256, 3, 8)))
         otherwise = ProductBlocks(64, 256, 3)
@@ -115,24 +115,11 @@ def _blocks_for(num_rows: int, out_features: int, device: torch.device) -> Produ
     blocks = next((blocks for most, blocks in choices if a_program <= most), otherwise)
     # Others than the H200 have less memory on an SM.
     stage_bytes = (blocks.outputs + _block_m(num_rows)) * blocks.row_bytes
-    return blocks._replace(num_stages=min(blocks.num_stages, _shared_bytes(device) // stage_bytes))
+    return blocks._replace(num_stages=min(blocks.num_stages, shared_bytes(device) // stage_bytes))
 
 
 def _block_m(num_rows: int) -> int:
     return max(16, int(triton.next_power_of_2(num_rows)))
-
-
-@functools.cache
-def _num_sms(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-
-
-@functools.cache
-def _shared_bytes(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 1 << 20
-    index = torch.cuda.current_device() if device.index is None else device.index
-    return int(driver.active.utils.get_device_properties(index)["max_shared_mem"])
 
 
 @functools.cache

@@ -6,7 +6,7 @@ tokens, and modules that an adapter leaves alone, are not touched.
 
 Shapes: u `[num_splits, num_tokens, ...]` as segment_shrink left it; plan int32 `[3, num_blocks]`, columns of
 segment_shrink.cut_blocks; pages `[num_pages, page_elems]`, one layer of the pool; y `[num_tokens, sum of out_features]`
-(any row stride).
+(any row stride). Starts early (kernels.gpu.early_launch).
 
 Source: S-LoRA section 6 (MBGMM), Punica (SGMV, arXiv 2310.18547).
 """
@@ -30,6 +30,7 @@ from kernels.gpu.adapter_tables import (
     module_rows,
     output_block,
 )
+from kernels.gpu.early_launch import has_early_launch, start_early
 from kernels.gpu.segment_shrink import DEFAULT_BLOCK_M, RUN_BLOCK_M
 
 
@@ -116,6 +117,8 @@ def _constants(
         "BLOCK_T": blocks.tiles,
         "BLOCK_R": block_ranks,
         "ONE_BLOCK": max_rank <= block_ranks,
+        "GDC": has_early_launch(layout.device),
+        "launch_pdl": has_early_launch(layout.device),
         "num_warps": blocks.num_warps,
         "num_stages": 1,
     }
@@ -128,8 +131,9 @@ def _segment_expand_kernel(
     NUM_MODULES: tl.constexpr, TILE: tl.constexpr, PAGE_TILES: tl.constexpr, TABLE_STRIDE: tl.constexpr,
     PAGE_TABLE_STRIDE: tl.constexpr, TILES_0: tl.constexpr, TILES_1: tl.constexpr, TILES_2: tl.constexpr,
     NUM_SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr,
-    ONE_BLOCK: tl.constexpr,
+    ONE_BLOCK: tl.constexpr, GDC: tl.constexpr,
 ):  # fmt: skip
+    start_early(GDC)
     block = tl.program_id(1)
     num_blocks = tl.num_programs(1)
     module, width, column, place = output_block(tl.program_id(0), TILES_0, TILES_1, TILES_2, NUM_MODULES, BLOCK_T)

@@ -6,7 +6,7 @@ rounded to u's type. Other entries of u are left as they are.
 
 Shapes: x `[num_tokens, in_features]` (any row stride); plan int32 `[3, num_blocks]`, columns of cut_blocks; pages
 `[num_pages, page_elems]`, one layer of the pool; u `[num_splits, num_tokens, at least max_total_rank]`, contiguous
-scratch: of x's type if num_splits is 1, else float32.
+scratch: of x's type if num_splits is 1, else float32. Starts early (kernels.gpu.early_launch).
 
 Source: S-LoRA section 6 (MBGMM), Punica (SGMV, arXiv 2310.18547).
 """
@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 
 from kernels.gpu.adapter_tables import GpuAdapterTables, LoraGroup, TableLayout, group_rows, load_pages
+from kernels.gpu.early_launch import has_early_launch, start_early
 
 # Tokens of a block. The smallest that a warp group's tensor-core instruction takes. A layer of Llama-7B, a chunk of
 # 8192 tokens, one H200, q k v of ranks 64 to 8: shrink 0.034 ms and expand 0.124, with 32 tokens 0.072 and 0.173, with
@@ -150,6 +151,8 @@ def _launch(
         "TWO_PAGES": in_tiles * layout.tile_elems <= page_elems,
         "BLOCK_M": block_m,
         "BLOCK_R": block_ranks,
+        "GDC": has_early_launch(layout.device),
+        "launch_pdl": has_early_launch(layout.device),
         "num_warps": blocks.num_warps,
         "num_stages": blocks.num_stages,
     }
@@ -173,8 +176,9 @@ def _segment_shrink_kernel(
     NUM_MODULES: tl.constexpr, RANK_PARTS: tl.constexpr,
     TILE: tl.constexpr, PAGE_TILES: tl.constexpr, TABLE_STRIDE: tl.constexpr,
     PAGE_TABLE_STRIDE: tl.constexpr, IN_TILES: tl.constexpr, OWN_TILES: tl.constexpr, TWO_PAGES: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, GDC: tl.constexpr,
 ):  # fmt: skip
+    start_early(GDC)
     block = tl.program_id(1)
     split = tl.program_id(2)
     num_blocks = tl.num_programs(1)

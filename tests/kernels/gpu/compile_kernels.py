@@ -17,6 +17,7 @@ import re
 import subprocess
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -159,19 +160,21 @@ def call_segment_lora(model: Model) -> None:
 
 def call_attention(model: Model) -> None:
     """What lies between the projections of a layer's attention."""
-    from kernels.gpu.decode_attention import decode_attention, make_decode_scratch
+    from kernels.gpu.attention_parts import AttentionParts
+    from kernels.gpu.decode_attention import decode_attention
     from kernels.gpu.prefill_attention import plan_prefill, prefill_attention, tile_tokens
     from kernels.gpu.rope_kv_write import rope_kv_write
 
     slots, qkv = empty(8, dtype=torch.int32), empty(8, model.num_qkv_columns)
     q, out = qkv.view(8, -1, HEAD_DIM)[:, :NUM_HEADS], empty(8, NUM_HEADS, HEAD_DIM)
-    block_tables, scratch = empty(8, 4, dtype=torch.int32), make_decode_scratch(8, NUM_HEADS, HEAD_DIM, 4, DEVICE)
+    block_tables, parts = empty(8, 4, dtype=torch.int32), AttentionParts.make(1024, 256, HEAD_DIM, DEVICE)
     for qk_norm in (None, model.qk_norm):
         rope_kv_write(qkv, model.kv_pages, slots, slots, model.rope, qk_norm, 1e-5)
     for splits in (1, 4):
-        decode_attention(q, model.kv_pages, block_tables, slots, 0.1, out, scratch, splits)
+        decode_attention(q, model.kv_pages, block_tables, slots, 0.1, out, parts, splits)
     chunks = plan_prefill([(0, 8, 0, 0)], tile_tokens(NUM_HEADS, model.num_kv_heads, DTYPE), DEVICE)
-    prefill_attention(q, model.kv_pages, block_tables, chunks, 0.1, out)
+    for splits in (1, 4):
+        prefill_attention(q, model.kv_pages, block_tables, replace(chunks, num_splits=splits), 0.1, out, None, parts)
 
 
 def call_the_rest(model: Model) -> None:

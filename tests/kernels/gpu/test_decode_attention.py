@@ -10,11 +10,11 @@ import torch
 from torch.nn import functional
 
 from kernels import reference
+from kernels.gpu.attention_parts import AttentionParts
 from kernels.gpu.decode_attention import (
     MAX_SPLITS,
     DecodeTuning,
     decode_attention,
-    make_decode_scratch,
     num_splits_for,
 )
 from kernels.kv_write import kv_rows, kv_write
@@ -82,10 +82,12 @@ def make_case(
 
 def attend(case: Case, scale: float, num_splits: int, tuning: DecodeTuning | None) -> torch.Tensor:
     num_sequences, num_heads, head_dim = case.q.shape
-    scratch = make_decode_scratch(num_sequences, num_heads, head_dim, num_splits, case.q.device)
+    parts = AttentionParts.make(
+        num_sequences * num_splits * num_heads, num_sequences * num_heads, head_dim, case.q.device
+    )
     out = torch.full(case.q.shape, UNTOUCHED, dtype=case.q.dtype, device=case.q.device)
-    decode_attention(case.q, case.pages, case.tables, case.context_lens(), scale, out, scratch, num_splits, tuning)
-    assert not scratch.arrivals.any()
+    decode_attention(case.q, case.pages, case.tables, case.context_lens(), scale, out, parts, num_splits, tuning)
+    assert not parts.arrivals.any()
     return out.float().cpu()
 
 
@@ -157,14 +159,14 @@ def test_scores_far_apart(
     check(case, attend(case, 1.0, num_splits, tuning), 1.0, tolerance=2e-3)
 
 
-def test_scratch_serves_launch_after_launch(rng: random.Random, device: torch.device, dtype: torch.dtype) -> None:
-    scratch = make_decode_scratch(3, 4, 16, 4, device)
+def test_parts_serve_launch_after_launch(rng: random.Random, device: torch.device, dtype: torch.dtype) -> None:
+    parts = AttentionParts.make(3 * 4 * 4, 3 * 4, 16, device)
     for lengths in ([60, 1, 17], [61, 0, 18], [3, 70], [64, 64, 64]):
         case = make_case(rng, lengths, (4, 2, 16, 16), dtype, device)
         out = torch.full(case.q.shape, UNTOUCHED, dtype=dtype, device=device)
-        decode_attention(case.q, case.pages, case.tables, case.context_lens(), 0.25, out, scratch, 4, DOT)
+        decode_attention(case.q, case.pages, case.tables, case.context_lens(), 0.25, out, parts, 4, DOT)
         check(case, out.float().cpu(), 0.25)
-    assert not scratch.arrivals.any()
+    assert not parts.arrivals.any()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="graphs are the accelerator's")
@@ -177,10 +179,10 @@ def test_replays_as_a_graph(rng: random.Random, device: torch.device, dtype: tor
     tables = torch.zeros(2, width, dtype=torch.int32, device=device)
     q, context_lens = torch.zeros_like(cases[0].q), torch.zeros(2, dtype=torch.int32, device=device)
     out = torch.full(q.shape, UNTOUCHED, dtype=dtype, device=device)
-    scratch = make_decode_scratch(2, num_heads, 128, 6, device)
+    parts = AttentionParts.make(2 * 6 * num_heads, 2 * num_heads, 128, device)
 
     def launch() -> None:
-        decode_attention(q, pages, tables, context_lens, 0.1, out, scratch, 6)
+        decode_attention(q, pages, tables, context_lens, 0.1, out, parts, 6)
 
     launch()  # compiled before it is captured
     graph = torch.cuda.CUDAGraph()
@@ -205,14 +207,14 @@ def test_splits_fill_the_device_and_no_more() -> None:
 def test_what_does_not_fit_is_refused(rng: random.Random, device: torch.device) -> None:
     case = make_case(rng, [5, 40], (2, 2, 16, 16), torch.float32, device)
     context_lens, out = case.context_lens(), torch.empty(case.q.shape, device=device)
-    scratch = make_decode_scratch(1, 2, 16, 4, device)
-    with pytest.raises(ValueError, match="scratch"):
-        decode_attention(case.q, case.pages, case.tables, context_lens, 0.25, out, scratch, 4)
+    parts = AttentionParts.make(1 * 4 * 2, 1 * 2, 16, device)
+    with pytest.raises(ValueError, match="room"):
+        decode_attention(case.q, case.pages, case.tables, context_lens, 0.25, out, parts, 4)
     with pytest.raises(ValueError, match="arrivals"):
-        decode_attention(case.q, case.pages, case.tables, context_lens, 0.25, out, scratch, 2)
+        decode_attention(case.q, case.pages, case.tables, context_lens, 0.25, out, parts, 2)
     with pytest.raises(ValueError, match="int32"):
-        decode_attention(case.q, case.pages, case.tables.long(), context_lens, 0.25, out, scratch, 1)
+        decode_attention(case.q, case.pages, case.tables.long(), context_lens, 0.25, out, parts, 1)
     with pytest.raises(ValueError, match="queries"):
-        decode_attention(case.q[:, :, :8], case.pages, case.tables, context_lens, 0.25, out, scratch, 1)
+        decode_attention(case.q[:, :, :8], case.pages, case.tables, context_lens, 0.25, out, parts, 1)
     with pytest.raises(ValueError, match="contiguous"):
-        decode_attention(case.q, case.pages, case.tables, context_lens, 0.25, case.q, scratch, 1)
+        decode_attention(case.q, case.pages, case.tables, context_lens, 0.25, case.q, parts, 1)

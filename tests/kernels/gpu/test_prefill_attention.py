@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 from torch.nn import functional
 
 from kernels import reference
+from kernels.gpu.attention_parts import AttentionParts
 from kernels.gpu.prefill_attention import (
+    MAX_SPLIT_TOKENS,
+    MAX_SPLITS,
     PrefillTuning,
     default_tuning,
+    num_splits_for,
     plan_prefill,
     prefill_attention,
     tile_tokens,
@@ -20,7 +24,7 @@ from kernels.gpu.prefill_attention import (
 from kernels.kv_write import kv_rows, kv_write
 
 # Small tiles, so that short chunks have several, with and without a mask.
-SMALL = PrefillTuning(rows=16, block_n=16, num_warps=4, num_stages=3, min_unmasked=32)
+SMALL = PrefillTuning(rows=16, block_n=16, num_warps=4, num_stages=3, min_part=16, min_unmasked=32)
 # num_heads, num_kv_heads, head_dim, tokens_per_page
 SHAPES = [(2, 2, 16, 16), (1, 1, 80, 16), (4, 2, 128, 16), (6, 2, 96, 5), (7, 1, 24, 1)]
 # What a half type's rounding may add to twice the error of torch's own attention.
@@ -91,14 +95,21 @@ def make_case(
     return Case(q, pages.to(device, dtype), tables.to(device), spans)
 
 
-def check(case: Case, scale: float, tuning: PrefillTuning | None = None, tolerance: float = 1e-5) -> None:
+def check(
+    case: Case, scale: float, tuning: PrefillTuning | None = None, tolerance: float = 1e-5, num_splits: int = 1
+) -> None:
     num_heads, num_kv_heads = case.q.shape[1], case.pages.shape[2]
     block_m = tile_tokens(num_heads, num_kv_heads, case.q.dtype)
     if tuning is not None:
         block_m = max(1, tuning.rows // (num_heads // num_kv_heads))
-    plan = plan_prefill(case.spans, block_m, case.q.device)
+    plan = replace(plan_prefill(case.spans, block_m, case.q.device), num_splits=num_splits)
     out = torch.full(case.q.shape, UNTOUCHED, dtype=case.q.dtype, device=case.q.device)
-    prefill_attention(case.q, case.pages, case.tables, plan, scale, out, tuning)
+    rows, meetings = num_splits * len(case.q) * num_heads, len(plan.tiles) * num_kv_heads
+    parts = AttentionParts.make(rows, meetings, case.q.shape[2], case.q.device)
+    parts.weighted.fill_(float("nan"))
+    for _ in range(2):  # a launch leaves the counts as it found them
+        prefill_attention(case.q, case.pages, case.tables, plan, scale, out, tuning, parts)
+    assert not parts.arrivals.any()
     expected, out = case.expected(scale), out.float().cpu()
     if case.q.dtype == torch.float32:
         torch.testing.assert_close(out, expected, rtol=tolerance, atol=tolerance)
@@ -129,10 +140,41 @@ def test_as_tuned_by_default(
     check(make_case(rng, chunks, (num_heads, 2, head_dim, 16), dtype, device), head_dim**-0.5)
 
 
-def test_scores_far_apart(rng: random.Random, device: torch.device, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_contexts_in_parts(
+    rng: random.Random, device: torch.device, dtype: torch.dtype, shape: tuple[int, int, int, int]
+) -> None:
+    """Short and long ones, and tiles of padding; a part may begin behind a tile's first tokens."""
+    chunks = [(0, 3), (rng.randint(60, 90), rng.randint(1, 20)), (rng.choice([15, 16, 47, 48]), 2)]
+    case = make_case(rng, chunks, shape, dtype, device)
+    case.spans.append((0, 0, 0, 0))
+    for num_splits in (2, 7):
+        check(case, shape[2] ** -0.5, SMALL, num_splits=num_splits)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="too slow in the interpreter")
+@pytest.mark.parametrize("num_heads", [4, 16], ids=["multi-head", "grouped"])
+def test_a_long_context_in_parts(rng: random.Random, device: torch.device, dtype: torch.dtype, num_heads: int) -> None:
+    case = make_case(rng, [(2040, 32), (700, 1), (0, 17)], (num_heads, 4, 128, 16), dtype, device)
+    for num_splits in (3, 8):
+        check(case, 128**-0.5, num_splits=num_splits)
+
+
+def test_few_tokens_have_their_contexts_split() -> None:
+    half = torch.bfloat16
+    # One tile of 32 heads on 132 multiprocessors; two tiles of 8 kv heads.
+    assert num_splits_for(32, 32, 32, half, 132) == 4
+    assert num_splits_for(64, 32, 8, half, 132) == MAX_SPLITS
+    assert num_splits_for(512, 32, 32, half, 132) == 1
+    assert num_splits_for(MAX_SPLIT_TOKENS + 1, 1, 1, half, 132) == 1
+    assert num_splits_for(0, 32, 32, half, 132) >= 1
+
+
+@pytest.mark.parametrize("num_splits", [1, 3])
+def test_scores_far_apart(rng: random.Random, device: torch.device, dtype: torch.dtype, num_splits: int) -> None:
     case = make_case(rng, [(0, 40), (50, 5)], (2, 2, 16, 16), dtype, device)
     case.q *= 100
-    check(case, 1.0, SMALL, tolerance=2e-3)
+    check(case, 1.0, SMALL, tolerance=2e-3, num_splits=num_splits)
 
 
 def test_plan_starts_with_what_takes_longest(device: torch.device) -> None:
@@ -170,6 +212,10 @@ def test_what_does_not_fit_is_refused(rng: random.Random, device: torch.device) 
     plan, out = plan_prefill(case.spans, 16, device), torch.empty(case.q.shape, device=device)
     with pytest.raises(ValueError, match="rows"):
         prefill_attention(case.q, case.pages, case.tables, plan_prefill(case.spans, 512, device), 0.25, out)
+    in_parts = replace(plan, num_splits=2)
+    for few in (None, AttentionParts.make(11, 2, 16, device), AttentionParts.make(12, 1, 16, device)):
+        with pytest.raises(ValueError, match=r"parts|arrivals"):
+            prefill_attention(case.q, case.pages, case.tables, in_parts, 0.25, out, None, few)
     with pytest.raises(ValueError, match="int32"):
         prefill_attention(case.q, case.pages, case.tables.long(), plan, 0.25, out)
     with pytest.raises(ValueError, match="queries"):

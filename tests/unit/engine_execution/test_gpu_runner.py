@@ -11,12 +11,14 @@ from typing import Any
 import pytest
 import torch
 
+from kernels.gpu import prefill_attention
 from kernels.gpu.adapter_tables import FEW_RANKS
 from kernels.gpu.row_product import row_product
+from services.engine.execution.gpu.adapter_device import GroupRanks
 from services.engine.execution.gpu.step_arrays import StepCuts
 from services.engine.execution.gpu.step_graphs import SizedStep
 from services.engine.execution.gpu.step_layout import StepLayout
-from services.engine.execution.gpu.step_shape import StepAdapters
+from services.engine.execution.gpu.step_shape import StepAdapters, StepShape
 from services.engine.execution.gpu.step_tensors import StepTensors
 from services.engine.execution.gpu.triton_step import TritonStep
 from services.engine.messages import SamplingParams
@@ -337,3 +339,33 @@ def test_an_adapter_in_other_tiles_or_another_order_is_refused(tmp_path: Path, r
     ):
         with pytest.raises(Exception, match=message):
             device.check(other)
+
+
+@pytest.mark.slow
+def test_a_short_turn_behind_a_long_context_says_what_peft_says(
+    tmp_path: Path, rng: random.Random, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its context is split over programs, in the smallest captured steps and in larger ones."""
+    length = 300 if torch.cuda.is_available() else 60
+    monkeypatch.setattr("services.engine.execution.gpu.gpu_runner.num_sms", lambda device: 24)
+    monkeypatch.setattr(prefill_attention, "FLOAT32", replace(prefill_attention.FLOAT32, min_part=32))
+    batch = MixedBatch(tmp_path, rng, "llama", {"everything": ADAPTERS["everything"]})
+    shapes: Counter[tuple[int, int]] = Counter()
+    runner = batch.driver.runner
+    tensors = runner._tensors
+
+    def watched(shape: StepShape, adapters: StepAdapters, ranks: tuple[GroupRanks, ...]) -> StepTensors:
+        step = tensors(shape, adapters, ranks)
+        if step.prefill is not None:
+            shapes[shape.num_prefill, step.prefill.num_splits] += 1
+        return step
+
+    runner._tensors = watched
+    sequences = []
+    for name, own in (("everything", 5), (None, 20)):
+        prompt = [rng.randrange(VOCABULARY) for _ in range(length + own)]
+        sequences.append((name, DrivenSequence(prompt, 2, batch.slots[name], ALL_LOGPROBS)))
+    for name, sequence in sequences:
+        batch.driver.run([sequence])
+        batch.oracle.check(sequence, name)
+    assert any(splits > 1 for _, splits in shapes), shapes

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from kernels.gpu.adapter_tables import FEW_RANKS, MAX_RANK
+from kernels.gpu.row_product import MAX_ROWS
 from services.engine.execution.gpu.staging import StepInputs
 from services.engine.execution.gpu.step_arrays import (
     TOKENS_OF_RUN_BLOCK,
@@ -29,7 +30,9 @@ from services.engine.step import BASE_SLOT, SampleRequest, ScheduledChunk, StepP
 
 LIMITS = StepLimits(num_pages=400, tokens_per_page=16, max_model_len=256, vocab_size=100)
 MAX_PAGES, TILE_TOKENS = 16, 8
-SIZES = CaptureSizes(decode=(1, 4, 16), mixed_decode=(4, 16), prefill=(16, 64), max_chunks=3, runs_from=4)
+SIZES = CaptureSizes(
+    decode=(1, 4, 16), mixed_decode=(4, 16), prefill=(16, 64), small=((0, 9), (2, 5)), max_chunks=3, runs_from=4
+)
 NOTHING = StepAdapters(frozenset())
 ATTENTION = frozenset({Group.QKV, Group.OUTPUT})
 
@@ -192,12 +195,15 @@ def test_the_least_captured_step_that_holds_it(rng: random.Random) -> None:
     assert found(1, []) == (1, 0)
     assert found(5, []) == (16, 0)
     assert found(17, []) is None
-    assert found(0, [2]) == (4, 16)
+    assert found(0, [2]) == found(0, [4, 5]) == (0, 9)
+    assert found(0, [10]) == found(1, [6]) == found(3, [2]) == (4, 16)
+    assert found(1, [2]) == found(2, [5]) == (2, 5)
     assert found(4, [16]) == (4, 16)
     assert found(5, [9, 8]) == (16, 64)
     assert found(17, [2]) is None
     assert found(1, [65]) is None
-    assert found(1, [2, 2, 2]) == (4, 16)
+    assert found(3, [2, 2, 2]) == (4, 16)
+    assert found(0, [2, 2, 2, 2]) is None
     assert found(1, [2, 2, 2, 2]) is None
     assert all(step.shape.num_segment_slots == 0 for step in held.captured_steps())
     shared = graphs(tp_size=2).find(*cut(draw_layout(rng, 1, [2])), NOTHING)
@@ -254,6 +260,8 @@ def test_captured_sizes_reach_the_whole_batch(max_batch: int, max_tokens: int) -
     for rising in (sizes.decode, sizes.mixed_decode, sizes.prefill):
         assert list(rising) == sorted(set(rising))
     assert all(size <= max_tokens for size in sizes.prefill)
+    assert all(decode + prefill == MAX_ROWS and decode <= max_batch for decode, prefill in sizes.small)
+    assert len(sizes.small) == (2 if max_tokens >= MAX_ROWS else 0)
 
 
 def test_no_step_has_more_integers_than_there_is_room_for(rng: random.Random) -> None:

@@ -15,10 +15,13 @@ from typing import TypeVar
 import torch
 
 from kernels.gpu.adapter_tables import MAX_RANK
+from kernels.gpu.attention_parts import AttentionParts
 from kernels.gpu.compile_ahead import compile_ahead
-from kernels.gpu.decode_attention import make_decode_scratch, num_splits_for
+from kernels.gpu.decode_attention import num_splits_for
+from kernels.gpu.device_limits import num_sms
 from kernels.gpu.pick_tokens import pick_tokens
-from kernels.gpu.prefill_attention import PrefillPlan, tile_tokens
+from kernels.gpu.prefill_attention import MAX_SPLIT_TOKENS, PrefillPlan, tile_tokens
+from kernels.gpu.prefill_attention import num_splits_for as num_prefill_splits
 from kernels.gpu.row_plan import RowPlanner
 from kernels.gpu.row_shrink import num_splits_for as num_shrink_splits
 from kernels.gpu.segment_shrink import RUN_BLOCK_M
@@ -270,22 +273,33 @@ class GpuRunner:
             row_groups=adapters.groups if shape.num_decode else frozenset(),
             max_row_rank=adapters.max_rank,
             segment_slots=arrays.segment_slots if shape.num_segment_slots else None,
-            prefill=PrefillPlan(arrays.tiles, self._tile_tokens) if mixed else None,
+            prefill=PrefillPlan(arrays.tiles, self._tile_tokens, self._prefill_splits(shape)) if mixed else None,
             segments=Segments(arrays.blocks, ranks) if shape.num_blocks else None,
             runs=Segments(arrays.run_blocks, ranks, RUN_BLOCK_M) if shape.num_run_blocks else None,
             logit_rows=arrays.logit_rows if mixed else None,
         )
+
+    def _prefill_splits(self, shape: StepShape) -> int:
+        part = self._part
+        return num_prefill_splits(shape.num_prefill, part.num_heads, part.num_kv_heads, part.dtype, self._num_sms)
+
+    def _attention_parts(self, max_tokens: int, max_chunks: int) -> AttentionParts:
+        """Room for any step's attention: what decodes, or prompts, split over programs."""
+        part, batches = self._part, range(1, self._max_batch + 1)
+        decodes = max(size * num_splits_for(size, part.num_kv_heads, self._num_sms) for size in batches)
+        sizes = [StepShape(0, size) for size in range(1, min(max_tokens, MAX_SPLIT_TOKENS) + 1)]
+        prompts = max(shape.num_prefill * self._prefill_splits(shape) for shape in sizes)
+        tiles = MAX_SPLIT_TOKENS // self._tile_tokens + self._max_batch + max_chunks
+        rows, meetings = max(decodes, prompts) * part.num_heads, max(tiles, self._max_batch) * part.num_heads
+        return AttentionParts.make(rows, meetings, part.head_dim, self._device)
 
     def _make_buffers(self, settings: EngineSettings, pool: Pool, sizes: CaptureSizes) -> None:
         config, device, max_batch = self._part, self._device, self._max_batch
         tokens_per_page = self.pool_config.tokens_per_page
         self._max_pages = -(-self.max_model_len // tokens_per_page)
         self._tile_tokens = tile_tokens(config.num_heads, config.num_kv_heads, config.dtype)
-        self._num_sms = 1
-        if device.type == "cuda":
-            self._num_sms = torch.cuda.get_device_properties(device).multi_processor_count
+        self._num_sms = num_sms(device)
         batches = range(1, max_batch + 1)
-        attention_rows = max(size * num_splits_for(size, config.num_kv_heads, self._num_sms) for size in batches)
         adapters = self.adapter_device
         tile = adapters.tables.tile_elems
         rank_space = max(
@@ -302,9 +316,7 @@ class GpuRunner:
             rope=_rope_table(config, self.max_model_len).to(device),
             drawn=torch.zeros(max_tokens, dtype=torch.int32, device=device),
             resolved=torch.zeros(max_tokens, dtype=torch.int32, device=device),
-            attention=make_decode_scratch(
-                max_batch, config.num_heads, config.head_dim, -(-attention_rows // max_batch), device
-            ),
+            attention=self._attention_parts(max_tokens, sizes.max_chunks),
             attended=torch.zeros((max_tokens, config.num_heads, config.head_dim), dtype=config.dtype, device=device),
             row_planner=RowPlanner(adapters.tables, adapters.groups, max_batch),
             rank_space=torch.empty(rank_space, dtype=torch.float32, device=device),

@@ -7,8 +7,8 @@ runs in the next larger size, what is left over being padding that kernels pass 
   ranks, by which kernels cut their work. Where several processes share the model, by more such bounds, since what they
   send has a fixed size.
 - Decodes of which many share an adapter: as those, in larger steps, for larger ranks only.
-- Decodes with prompts: by both their sizes, in larger steps, and as above; launches for prompts depend on ranks too.
-  Beyond the largest size the device takes longer than the host, and such a step is not captured.
+- Decodes with prompts: by both their sizes, in larger steps but for the smallest, and as above; launches for prompts
+  depend on ranks too. Beyond the largest size the device takes longer than the host, and such a step is not captured.
 
 No kernel is compiled once requests are served, which would hold up all of them for a second or two: what a step
 launches depends on its sizes and its kind only, a step that is not captured has one of few sizes as well, and each was
@@ -30,6 +30,8 @@ from typing import NamedTuple
 import torch
 
 from kernels.gpu.adapter_tables import FEW_RANKS, MAX_RANK
+from kernels.gpu.prefill_attention import MAX_SPLIT_TOKENS
+from kernels.gpu.row_product import MAX_ROWS
 from kernels.gpu.segment_shrink import DEFAULT_BLOCK_M, plan_sizes
 from services.engine.execution.gpu.step_arrays import TOKENS_OF_RUN_BLOCK, StepCuts, own_shape
 from services.engine.execution.gpu.step_layout import StepLayout
@@ -56,12 +58,17 @@ class CaptureSizes:
     # Sequences that decode beside prompts, and tokens of at most `max_chunks` prompts; without any, none are captured.
     mixed_decode: tuple[int, ...] = ()
     prefill: tuple[int, ...] = ()
+    # Both, of steps so small that their products are for `row_product`: a short prompt, or what is left of one whose
+    # beginning was in the cache.
+    small: tuple[tuple[int, int], ...] = ()
     max_chunks: int = 16
     # From how many sequences on those of one adapter may be computed together, where many share one. There, of 96 with
     # 5 adapters of ranks 64 to 8: 0.83 ms, else 1.31; of 64 with 16: 0.94 and 0.92.
     runs_from: int = 64
-    # Blocks into which prompts are cut for adapters, in steps that are not captured.
+    # Of steps that are not captured: blocks into which prompts are cut for adapters, and tokens of prompts by which
+    # attention's kernel differs.
     open_blocks: tuple[int, ...] = ()
+    open_tokens: tuple[int, ...] = (2,)
 
 
 def capture_sizes(max_batch: int, max_tokens: int) -> CaptureSizes:
@@ -72,7 +79,11 @@ def capture_sizes(max_batch: int, max_tokens: int) -> CaptureSizes:
     decode = _up_to(max_batch, (1, 2, 4, *range(8, 64, 8), *range(64, 256, 16), *range(256, max_batch + 32, 32)))
     mixed = _up_to(max_batch, (8, 32, 64, *range(128, max_batch + 128, 128)))
     prefill = tuple(size for size in (64, 256, 512, 1024) if size <= max_tokens)
-    return CaptureSizes(decode, mixed, prefill, open_blocks=plan_sizes(max_tokens // DEFAULT_BLOCK_M + max_batch))
+    few = min(8, max_batch)
+    small = ((0, MAX_ROWS), (few, MAX_ROWS - few)) if max_tokens >= MAX_ROWS else ()
+    open_blocks = plan_sizes(max_tokens // DEFAULT_BLOCK_M + max_batch)
+    open_tokens = (2, min(max_tokens, MAX_SPLIT_TOKENS + 1))
+    return CaptureSizes(decode, mixed, prefill, small, open_blocks=open_blocks, open_tokens=open_tokens)
 
 
 def _up_to(most: int, sizes: Sequence[int]) -> tuple[int, ...]:
@@ -132,6 +143,10 @@ class StepGraphs:
             kind = _least(self._decode_kinds, adapters)
             return SizedStep(self._decode_shape(_padded(num_decode, sizes.decode), kind), kind)
         kind = _least(self._mixed_kinds, adapters)
+        if len(layout.prefills) <= sizes.max_chunks and not kind.in_runs:
+            for most_decode, most_prefill in sizes.small:
+                if num_decode <= most_decode and num_prefill <= most_prefill:
+                    return SizedStep(self._mixed_shape(most_decode, most_prefill, kind), kind)
         decode, prefill = _next_size(sizes.mixed_decode, num_decode), _next_size(sizes.prefill, num_prefill)
         if not decode or not prefill or len(layout.prefills) > sizes.max_chunks:
             return SizedStep(self._open_shape(own_shape(layout, cuts), kind), kind)
@@ -157,10 +172,15 @@ class StepGraphs:
     def open_steps(self) -> list[SizedStep]:
         """Steps that launch what any step that is not captured does and no captured one: by blocks and kind."""
         least = StepShape(num_decode=0, num_prefill=2, num_chunks=1, num_tiles=1, num_sampled=1)
-        return [
+        plain = self._mixed_kinds[0]
+        by_tokens = [
+            SizedStep(self._open_shape(least._replace(num_prefill=size), plain), plain)
+            for size in self._sizes.open_tokens
+        ]
+        return by_tokens + [
             SizedStep(self._open_shape(least._replace(num_blocks=num_blocks), kind), kind)
             for kind, num_blocks in itertools.product(self._mixed_kinds, (0, *self._sizes.open_blocks))
-            if bool(kind.groups) == bool(num_blocks) and not kind.in_runs
+            if kind.groups and num_blocks and not kind.in_runs
         ]
 
     def captured_steps(self) -> list[SizedStep]:
@@ -170,9 +190,10 @@ class StepGraphs:
             SizedStep(self._decode_shape(size, kind), kind)
             for size, kind in itertools.product(sizes.decode, self._decode_kinds)
         ]
+        pairs = [*sizes.small, *itertools.product(sizes.mixed_decode, sizes.prefill)]
         mixed = [
             SizedStep(self._mixed_shape(decode, prefill, kind), kind)
-            for decode, prefill, kind in itertools.product(sizes.mixed_decode, sizes.prefill, self._mixed_kinds)
+            for (decode, prefill), kind in itertools.product(pairs, self._mixed_kinds)
         ]
         return [s for s in decodes + mixed if not s.adapters.in_runs or s.shape.num_decode >= sizes.runs_from]
 

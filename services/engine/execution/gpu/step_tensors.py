@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from kernels.gpu.adapter_tables import MAX_RANK
-from kernels.gpu.decode_attention import DecodeScratch
+from kernels.gpu.attention_parts import AttentionParts
 from kernels.gpu.prefill_attention import PrefillPlan
 from kernels.gpu.row_plan import RowPlanner
 from kernels.gpu.segment_shrink import DEFAULT_BLOCK_M
@@ -70,7 +70,7 @@ class DeviceState:
     # int32: tokens drawn by the step before, and those that this step reads.
     drawn: torch.Tensor
     resolved: torch.Tensor
-    attention: DecodeScratch
+    attention: AttentionParts
     # [max_tokens, num_heads, head_dim]. Kept, so that what padding reads of it is finite.
     attended: torch.Tensor
     row_planner: RowPlanner

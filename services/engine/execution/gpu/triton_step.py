@@ -93,7 +93,7 @@ class TritonStep:
             tables = step.block_tables[:n]
             decode_attention(q[:n], pages, tables, step.context_lens, scale, out[:n], state.attention, step.num_splits)
         if step.prefill is not None:
-            prefill_attention(q[n:], pages, step.block_tables, step.prefill, scale, out[n:])
+            prefill_attention(q[n:], pages, step.block_tables, step.prefill, scale, out[n:], parts=state.attention)
         return out.flatten(1)
 
     def gate(self, gate_up: torch.Tensor) -> torch.Tensor:
