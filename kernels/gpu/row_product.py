@@ -92,9 +92,9 @@ def takes_shrink(x: torch.Tensor, weight: torch.Tensor) -> bool:
     return len(x) <= _FEW_SHRINKS or len(weight) > outputs * num_sms(x.device)
 
 
-# Norm, product, shrink of rank 8, one layer of Llama-7B, one H200; by the library and shrink, own and shrink, in one:
-# at 8 rows q k v 32.3, 31, 28.3 us, gate up 50.4, 48.5, 47.7; at 32 rows 34.7, 32, 31.3, and 51.6, 50.5, 50.1.
-# o at 8 rows 16.0, 12.8, 12.9; at 16 rows 16.2, 12.8, 14.6; at 32 rows 16.6, 14.0, 15.0.
+# Norm, product and shrink of rank 8 of one layer of Llama-7B, one H200, in three launches and in two (some products cut
+# otherwise than today): at 8 rows q k v 32.6 and 30.0 us, gate up 49.3 and 48.2, o 12.9 and 12.7; at 16 rows o 13.0 and
+# 14.9, down 28.1 and 30.2; at 32 rows o 14.0 and 15.4.
 _FEW_SHRINKS = 8
 
 
@@ -102,8 +102,8 @@ _FEW_SHRINKS = 8
 def _blocks_for(num_rows: int, out_features: int, device: torch.device) -> ProductBlocks:
     """By experiment on one H200, of nine cuts: either all programs find a place at once, or there are many rounds.
 
-    Without shrink, norm and product of a layer of Llama-7B: q k v, o, gate up, down at 16 rows took 28.6, 11.7, 48 and
-    26.3 us (library 30.0, 13.7, 47.7, 29.7), at 32 rows 29.2, 13.8, 47.0 and 28.6 (30.5, 14.5, 49.1, 29.2).
+    Without shrink, norm and product of a layer of Llama-7B: q k v, o, gate up, down at 8 rows took 28.2, 11.7, 47.5 and
+    26.0 us (library 29.9, 13.5, 48.4, 29.3), at 32 rows 29.2, 13.8, 47.0 and 28.6 (30.5, 14.5, 49.1, 29.2).
     """
     a_program = out_features / num_sms(device)
     if num_rows > 16:
