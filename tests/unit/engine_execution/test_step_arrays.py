@@ -92,10 +92,11 @@ def test_without_padding_arrays_are_the_layouts(rng: random.Random) -> None:
 
 def test_in_a_captured_shape_every_token_is_found_again(rng: random.Random) -> None:
     for _ in range(50):
-        layout = random_layout(rng)
+        is_small = rng.random() < 0.3
+        layout = draw_layout(rng, rng.randint(0, 2), [rng.randint(2, 5)]) if is_small else random_layout(rng)
         cuts = cut_step(layout, TILE_TOKENS, in_runs=layout.num_decode >= SIZES.runs_from)
         adapters = StepAdapters(ATTENTION, 20, in_runs=bool(cuts.run_blocks))
-        captured = graphs(tp_size=1 if cuts.run_blocks else 2).find(layout, cuts, adapters)
+        captured = graphs(tp_size=1 if cuts.run_blocks else rng.choice([1, 2])).find(layout, cuts, adapters)
         shape = captured.shape
         arrays = arrange(layout, cuts, shape)
         assert [array.shape for array in arrays] == list(shape.arrays)
@@ -115,7 +116,7 @@ def check_decodes(layout: StepLayout, arrays: StepArrays[Integers]) -> None:
     np.testing.assert_array_equal(arrays.context_lens[:n], layout.positions[:n] + 1)
     assert (arrays.context_lens[n:] == 0).all()
     np.testing.assert_array_equal(arrays.adapter_slots[:n], layout.adapter_slots)
-    assert (arrays.adapter_slots[n:] == BASE_SLOT).all()
+    assert (arrays.adapter_slots[n : len(arrays.context_lens)] == BASE_SLOT).all()
     if arrays.run_blocks.size:
         in_runs = {token + i: slot for token, count, slot in arrays.run_blocks.T.tolist() for i in range(count)}
         assert in_runs == {row: slot for row, slot in enumerate(layout.adapter_slots.tolist()) if slot != BASE_SLOT}
@@ -137,14 +138,17 @@ def check_prompts(layout: StepLayout, arrays: StepArrays[Integers], rows: list[i
             assert table[: len(chunk.block_table)] == list(chunk.block_table)
             place += 1
     adapted = {token + i: slot for token, count, slot in arrays.blocks.T.tolist() for i in range(count)}
+    if len(arrays.adapter_slots) > num_decode:  # by row
+        assert not adapted
+        slots = enumerate(arrays.adapter_slots.tolist()[num_decode:], start=num_decode)
+        adapted = {row: slot for row, slot in slots if slot != BASE_SLOT}
     expected = {
         rows[row]: slot for begin, end, slot in layout.segments if slot != BASE_SLOT for row in range(begin, end)
     }
     assert adapted == expected
     assert arrays.logit_rows[: len(layout.sampled)].tolist() == [rows[row] for _, row in layout.sampled]
     if len(arrays.segment_slots):
-        slots = {row: slot for row, slot in enumerate(arrays.segment_slots.tolist()) if slot != BASE_SLOT}
-        assert slots == expected
+        assert {row: slot for row, slot in enumerate(arrays.segment_slots.tolist()) if slot != BASE_SLOT} == expected
 
 
 def test_tokens_are_computed_in_runs_where_enough_share_an_adapter(rng: random.Random) -> None:

@@ -23,6 +23,7 @@ from kernels.gpu.pick_tokens import pick_tokens
 from kernels.gpu.prefill_attention import MAX_SPLIT_TOKENS, PrefillPlan, tile_tokens
 from kernels.gpu.prefill_attention import num_splits_for as num_prefill_splits
 from kernels.gpu.row_plan import RowPlanner
+from kernels.gpu.row_product import MAX_ROWS
 from kernels.gpu.row_shrink import num_splits_for as num_shrink_splits
 from kernels.gpu.segment_shrink import RUN_BLOCK_M
 from services.engine.config import EngineSettings
@@ -270,7 +271,7 @@ class GpuRunner:
             context_lens=arrays.context_lens,
             num_splits=num_splits_for(max(shape.num_decode, 1), self._part.num_kv_heads, self._num_sms),
             adapter_slots=arrays.adapter_slots,
-            row_groups=adapters.groups if shape.num_decode else frozenset(),
+            row_groups=adapters.groups if shape.num_rows else frozenset(),
             max_row_rank=adapters.max_rank,
             segment_slots=arrays.segment_slots if shape.num_segment_slots else None,
             prefill=PrefillPlan(arrays.tiles, self._tile_tokens, self._prefill_splits(shape)) if mixed else None,
@@ -299,7 +300,8 @@ class GpuRunner:
         self._max_pages = -(-self.max_model_len // tokens_per_page)
         self._tile_tokens = tile_tokens(config.num_heads, config.num_kv_heads, config.dtype)
         self._num_sms = num_sms(device)
-        batches = range(1, max_batch + 1)
+        # Also of small steps, whose prompts' tokens are rows too.
+        batches = range(1, max(max_batch, MAX_ROWS) + 1)
         adapters = self.adapter_device
         tile = adapters.tables.tile_elems
         rank_space = max(

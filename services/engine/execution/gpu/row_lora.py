@@ -1,7 +1,8 @@
-"""The LoRA of decoded tokens, one by one: a first half, and a second half alone or with the op behind the projection.
+"""The LoRA of tokens one by one: a first half, and a second half alone or with the op behind the projection.
 
 Made once a step, as TritonStep is. A step's launches are what few adapters cost: where it pays, the kernel that takes
-the projection's output anyway computes the second half. Decoded tokens are a step's first rows.
+the projection's output anyway computes the second half. These tokens are a step's first rows: those that decode, and in
+a small step those of prompts too.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ class RowLora:
     def plan(self) -> None:
         """At the step's beginning, ahead of the first norm and product, as row_plan asks."""
         planner = self._state.row_planner
-        if planner.needs_plan(self._step.num_decode):
+        if planner.needs_plan(self._step.num_rows):
             self._plan = planner.plan(self._step.adapter_slots)
 
     def expands_late(self, group: Group) -> bool:
@@ -57,8 +58,8 @@ class RowLora:
         return self._plan is None and self._step.max_row_rank > FEW_RANKS
 
     def space(self, group: Group) -> torch.Tensor:
-        """Where a first half goes: rank space, float32 `[num_splits, num_decode, ranks]`."""
-        state, batch, modules = self._state, self._step.num_decode, self._modules(group)
+        """Where a first half goes: rank space, float32 `[num_splits, num_rows, ranks]`."""
+        state, batch, modules = self._state, self._step.num_rows, self._modules(group)
         u = self._spaces.get(group)
         if u is None:
             splits = num_splits_for(batch, modules, state.adapters.tables.tile_elems)
@@ -80,7 +81,7 @@ class RowLora:
         """The first half as work for x's product with `weight`; None where it is better alone."""
         state, step = self._state, self._step
         # Programs of large ranks would leave those of the product too little of an SM.
-        if self._plan is not None or step.max_row_rank > FEW_RANKS or step.num_decode != len(x):
+        if self._plan is not None or step.max_row_rank > FEW_RANKS or step.num_rows != len(x):
             return None
         if not takes_shrink(x, weight):
             return None

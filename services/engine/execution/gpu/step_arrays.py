@@ -36,8 +36,9 @@ class StepArrays(NamedTuple, Generic[A]):
     source: A
     positions: A
     slots: A
-    # [num_decode]: positions a sequence attends to, 0 for padding; its adapter.
+    # [num_decode]: positions a sequence attends to, 0 for padding.
     context_lens: A
+    # [num_rows]: a token's adapter.
     adapter_slots: A
     # [num_decode + num_chunks, num_pages]
     block_tables: A
@@ -116,7 +117,7 @@ def arrange(layout: StepLayout, cuts: StepCuts, shape: StepShape) -> StepArrays[
     return StepArrays(
         *_token_fields(layout, shape),
         _padded(layout.positions[:n] + np.int32(1), shape.num_decode, 0),
-        _padded(layout.adapter_slots, shape.num_decode, BASE_SLOT),
+        _adapter_slots(layout, shape),
         tables,
         _logit_rows(layout, shape),
         *_shifted_cuts(layout, cuts, shape),
@@ -151,6 +152,13 @@ def _padded(values: Integers, size: int, filling: int) -> Integers:
     return padded
 
 
+def _adapter_slots(layout: StepLayout, shape: StepShape) -> Integers:
+    slots = _padded(layout.adapter_slots, shape.num_rows, BASE_SLOT)
+    if shape.by_row:
+        _fill_segments(slots, layout, shape)
+    return slots
+
+
 def _logit_rows(layout: StepLayout, shape: StepShape) -> Integers:
     rows = np.zeros(shape.num_sampled, dtype=np.int32)
     if shape.num_sampled:
@@ -162,11 +170,12 @@ def _shifted_cuts(layout: StepLayout, cuts: StepCuts, shape: StepShape) -> tuple
     """Padding is a tile or block of no tokens."""
     shift = shape.num_decode - layout.num_decode
     tiles = np.zeros((shape.num_tiles, 4), dtype=np.int32)
-    blocks = _padded_blocks(cuts.blocks, shape.num_blocks)
+    own_blocks = () if shape.by_row else cuts.blocks
+    blocks = _padded_blocks(own_blocks, shape.num_blocks)
     if cuts.tiles:
         tiles[: len(cuts.tiles)] = cuts.tiles
         tiles[: len(cuts.tiles), 3] += shift
-    blocks[0, : len(cuts.blocks)] += shift
+    blocks[0, : len(own_blocks)] += shift
     return tiles, blocks
 
 
@@ -182,7 +191,12 @@ def _segment_slots(layout: StepLayout, shape: StepShape) -> Integers:
     """The adapter's slot of every token that is prefilled."""
     slots = np.full(shape.num_segment_slots, BASE_SLOT, dtype=np.int32)
     if shape.num_segment_slots:
-        shift = shape.num_decode - layout.num_decode
-        for begin, end, slot in layout.segments:
-            slots[begin + shift : end + shift] = slot
+        _fill_segments(slots, layout, shape)
     return slots
+
+
+def _fill_segments(slots: Integers, layout: StepLayout, shape: StepShape) -> None:
+    """Writes prefilled tokens' adapters, a row a token of the step."""
+    shift = shape.num_decode - layout.num_decode
+    for begin, end, slot in layout.segments:
+        slots[begin + shift : end + shift] = slot

@@ -146,7 +146,7 @@ class StepGraphs:
         if len(layout.prefills) <= sizes.max_chunks and not kind.in_runs:
             for most_decode, most_prefill in sizes.small:
                 if num_decode <= most_decode and num_prefill <= most_prefill:
-                    return SizedStep(self._mixed_shape(most_decode, most_prefill, kind), kind)
+                    return SizedStep(self._small_shape(most_decode, most_prefill, kind), kind)
         decode, prefill = _next_size(sizes.mixed_decode, num_decode), _next_size(sizes.prefill, num_prefill)
         if not decode or not prefill or len(layout.prefills) > sizes.max_chunks:
             return SizedStep(self._open_shape(own_shape(layout, cuts), kind), kind)
@@ -190,12 +190,15 @@ class StepGraphs:
             SizedStep(self._decode_shape(size, kind), kind)
             for size, kind in itertools.product(sizes.decode, self._decode_kinds)
         ]
-        pairs = [*sizes.small, *itertools.product(sizes.mixed_decode, sizes.prefill)]
         mixed = [
             SizedStep(self._mixed_shape(decode, prefill, kind), kind)
-            for (decode, prefill), kind in itertools.product(pairs, self._mixed_kinds)
+            for decode, prefill, kind in itertools.product(sizes.mixed_decode, sizes.prefill, self._mixed_kinds)
         ]
-        return [s for s in decodes + mixed if not s.adapters.in_runs or s.shape.num_decode >= sizes.runs_from]
+        small = [
+            SizedStep(self._small_shape(decode, prefill, kind), kind)
+            for (decode, prefill), kind in itertools.product(sizes.small, self._mixed_kinds)
+        ]
+        return [s for s in decodes + mixed + small if not s.adapters.in_runs or s.shape.num_decode >= sizes.runs_from]
 
     def _decode_shape(self, num_decode: int, kind: StepAdapters) -> StepShape:
         return StepShape(num_decode, num_pages=self._max_pages, num_run_blocks=_num_run_blocks(num_decode, kind))
@@ -214,6 +217,11 @@ class StepGraphs:
             num_segment_slots=num_decode + num_prefill if self._is_shared else 0,
             num_run_blocks=_num_run_blocks(num_decode, kind),
         )
+
+    def _small_shape(self, num_decode: int, num_prefill: int, kind: StepAdapters) -> StepShape:
+        """Adapters by rows: there are few of them, so that launches cost more than reading one adapter for each."""
+        shape = self._mixed_shape(num_decode, num_prefill, kind)
+        return shape if self._is_shared else shape._replace(num_blocks=0, by_row=True)
 
     def _open_shape(self, own: StepShape, kind: StepAdapters) -> StepShape:
         """A step's own shape, but for what decides which kernels are launched."""

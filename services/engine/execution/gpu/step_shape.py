@@ -46,6 +46,8 @@ class StepShape(NamedTuple):
     num_segment_slots: int = 0
     # Blocks of decoded tokens of one adapter, where they are computed together.
     num_run_blocks: int = 0
+    # Whether tokens of prompts have what adapters add computed row by row too, as those that decode; else in blocks.
+    by_row: bool = False
 
     @property
     def num_tokens(self) -> int:
@@ -53,13 +55,18 @@ class StepShape(NamedTuple):
         return self.num_decode + self.num_prefill
 
     @property
+    def num_rows(self) -> int:
+        """The first of them, whose adapters are looked at one by one."""
+        return self.num_tokens if self.by_row else self.num_decode
+
+    @property
     def arrays(self) -> tuple[tuple[int, ...], ...]:
         """The shapes of the step's arrays, in the order of `StepArrays`."""
-        tokens, decodes = (self.num_tokens,), (self.num_decode,)
+        tokens, decodes, rows = (self.num_tokens,), (self.num_decode,), (self.num_rows,)
         tables = (self.num_decode + self.num_chunks, self.num_pages)
         cuts = (self.num_tiles, 4), (3, self.num_blocks)
         segments = (self.num_segment_slots,), (3, self.num_run_blocks)
-        return (*4 * (tokens,), decodes, decodes, tables, (self.num_sampled,), *cuts, *segments)
+        return (*4 * (tokens,), decodes, rows, tables, (self.num_sampled,), *cuts, *segments)
 
 
 def most_integers(max_tokens: int, max_sequences: int, max_pages: int, tile_tokens: int) -> int:

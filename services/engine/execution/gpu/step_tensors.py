@@ -40,20 +40,26 @@ class StepTensors:
     block_tables: torch.Tensor
     context_lens: torch.Tensor
     num_splits: int
-    # [num_decode]; and the groups that any of these adapters changes: none where no decoded token has an adapter.
+    # [num_rows]: of the step's first tokens, those that decode or all; and the groups that any of these adapters
+    # changes: none where none of these tokens has an adapter.
     adapter_slots: torch.Tensor
     row_groups: frozenset[Group]
     prefill: PrefillPlan | None = None
     segments: Segments | None = None
     # [num_sampled]; None: every token's logits are wanted.
     logit_rows: torch.Tensor | None = None
-    # No module of a decoded token's adapter has a larger rank.
+    # No module of these tokens' adapters has a larger rank.
     max_row_rank: int = MAX_RANK
     # The decoded tokens by adapter, where those of one are computed together.
     runs: Segments | None = None
     # Where several processes share the model and segments are present: the adapter's slot of every token that is
     # prefilled, -1 for the others ([num_tokens]).
     segment_slots: torch.Tensor | None = None
+
+    @property
+    def num_rows(self) -> int:
+        """Tokens whose adapters are computed one by one."""
+        return len(self.adapter_slots)
 
 
 @dataclass(frozen=True, slots=True)

@@ -55,7 +55,7 @@ class TritonStep:
         self, hidden: torch.Tensor, branch: torch.Tensor | None, weight: torch.Tensor, eps: float
     ) -> torch.Tensor:
         """`hidden += branch`, then `hidden` normalised."""
-        late, n = self._take_unexpanded(Group.OUTPUT, Group.DOWN), self._step.num_decode
+        late, n = self._take_unexpanded(Group.OUTPUT, Group.DOWN), self._step.num_rows
         if late is None:
             return add_rms_norm(hidden, branch, weight, eps)
         assert branch is not None
@@ -85,7 +85,7 @@ class TritonStep:
         rotation = Rotation(step.positions, step.slots, state.rope, qk_norm, config.norm_eps)
         if (late := self._take_unexpanded(Group.QKV)) is not None:
             self._rows.expand_rotate(layer, late.u, qkv, rotation)
-        rope_kv_write(qkv, pages, *rotation, first_token=0 if late is None else step.num_decode)
+        rope_kv_write(qkv, pages, *rotation, first_token=0 if late is None else step.num_rows)
         q = qkv.view(len(qkv), -1, config.head_dim)[:, : config.num_heads]
         out = state.attended[: len(qkv)]
         scale, n = config.head_dim**-0.5, step.num_decode
@@ -112,7 +112,7 @@ class TritonStep:
         return linear_into(out, rows, weight)
 
     def _project_rows(self, layer: int, group: Group, linear: Linear, x: torch.Tensor) -> torch.Tensor:
-        """The product, with what adapters add to decoded tokens one by one, or will by the op behind."""
+        """The product, with what adapters add to tokens one by one, or will by the op behind."""
         rows, work = self._rows, None
         if reads_directly(linear.weight, x):
             work = rows.shrink_work(layer, group, x, linear.weight)
