@@ -15,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
+from kernels.gpu import device_limits
 from kernels.gpu.adapter_tables import (
     MAX_RANK,
     Launch,
@@ -24,7 +25,6 @@ from kernels.gpu.adapter_tables import (
     load_pages,
     load_tiles,
 )
-from kernels.gpu.device_limits import num_sms
 from kernels.gpu.early_launch import has_early_launch
 from kernels.gpu.row_plan import PlannedBlocks, RowPlan, block_batch, find_item, load_keys, own_items
 
@@ -35,7 +35,8 @@ def planned_shrink(
     """Writes each token's part of `u` for the plan's `group` (module docstring)."""
     tables, groups, batch = plan.tables, plan.groups, plan.batch
     layout, modules = tables.layout, groups[group]
-    grid, constants = _launch(u.shape, modules, layout, pages.shape[1], plan.blocks)
+    num_sms = device_limits.num_sms(layout.device)
+    grid, constants = _launch(u.shape, modules, layout, pages.shape[1], plan.blocks, num_sms)
     _planned_shrink_kernel[grid](
         x, plan.slots, plan.starts, pages, tables.page_table, tables.rank, tables.lora_a_tile, u,
         (layer * len(groups) + group) * (batch + 1), batch, x.stride(0),
@@ -45,13 +46,18 @@ def planned_shrink(
 
 @functools.cache
 def _launch(
-    u_shape: tuple[int, int, int], group: LoraGroup, layout: TableLayout, page_elems: int, blocks: PlannedBlocks
+    u_shape: tuple[int, int, int],
+    group: LoraGroup,
+    layout: TableLayout,
+    page_elems: int,
+    blocks: PlannedBlocks,
+    num_sms: int,
 ) -> Launch:
     num_splits, batch, u_stride = u_shape
     in_tiles = group.in_features // layout.tile_elems
     tiles_per_split = -(-in_tiles // num_splits)
     most_items = batch * -(-group.num_modules * MAX_RANK // blocks.rows)
-    programs = max(1, blocks.programs * num_sms(layout.device) // num_splits)
+    programs = max(1, blocks.programs * num_sms // num_splits)
     gdc = has_early_launch(layout.device)
     constants = layout.constants(group, page_elems) | {
         "RANK_PARTS": group.rank_parts,

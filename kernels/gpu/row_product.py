@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.gpu.device_limits import num_sms, shared_bytes
+from kernels.gpu import device_limits
 from kernels.gpu.early_launch import has_early_launch
 from kernels.gpu.row_shrink import ShrinkWork, shrink_token
 
@@ -52,15 +52,14 @@ def row_product(
 ) -> torch.Tensor:
     """`x weight^T + bias`: `out`, or a new tensor; and what `shrink` says, of the same x.
 
-    Raises ValueError for more than MAX_ROWS rows, or rows or a weight that are not contiguous.
+    Raises ValueError for what does not fit: more than MAX_ROWS rows, rows or a weight that are not contiguous, other
+    shapes or types.
     """
     num_rows, in_features = x.shape
     out_features = weight.shape[0]
-    if not 0 < num_rows <= MAX_ROWS or not weight.is_contiguous() or x.stride(1) != 1:
-        strides = f"strides {x.stride()} and {weight.stride()}"
-        raise ValueError(f"{num_rows} rows, {strides}: at most {MAX_ROWS} rows, all contiguous")
     if out is None:
         out = torch.empty((num_rows, out_features), dtype=x.dtype, device=x.device)
+    _check(x, weight, out, shrink)
     gdc = has_early_launch(x.device)
     arguments = x, weight, weight if bias is None else bias, out, num_rows, x.stride(0)
     shrinks: tuple[Any, ...] = (*6 * (x,), 0) if shrink is None else (*shrink.arguments, shrink.table_offset)
@@ -75,7 +74,7 @@ def row_product(
             BLOCK_K=min(_BLOCK_K, triton.next_power_of_2(in_features)), num_warps=_NUM_WARPS,
         )  # fmt: skip
         return out
-    blocks = blocks or _blocks_for(num_rows, out_features, x.device)
+    blocks = blocks or _blocks_of(x, weight)
     _few_rows_kernel[(triton.cdiv(out_features, blocks.outputs) + num_shrinks,)](
         *arguments, *shrinks, **constants, **_few_rows_constants(blocks, num_rows, x.element_size()),
     )  # fmt: skip
@@ -85,37 +84,57 @@ def row_product(
 def takes_shrink(x: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether `row_product` of x and weight is the faster for a `shrink` in its launch than behind it.
 
-    A shrinking program takes as much of an SM as one of the product: they are in each other's way where those of the
-    product are few and large, unless both are few.
+    A shrinking program takes as much of an SM as one of the product: they are in each other's way where the product has
+    few programs, and thus large ones, unless both have few.
     """
-    outputs = _blocks_for(len(x), len(weight), x.device).outputs
-    return len(x) <= _FEW_SHRINKS or len(weight) > outputs * num_sms(x.device)
+    return len(x) <= _FEW_SHRINKS or len(weight) > _MANY_OUTPUTS_AN_SM * device_limits.num_sms(x.device)
+
+
+def _check(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, shrink: ShrinkWork | None) -> None:
+    num_rows, in_features = x.shape
+    if not 0 < num_rows <= MAX_ROWS or not weight.is_contiguous() or x.stride(1) != 1 or not out.is_contiguous():
+        strides = f"strides {x.stride()}, {weight.stride()} and {out.stride()}"
+        raise ValueError(f"{num_rows} rows, {strides}: at most {MAX_ROWS} rows, all contiguous")
+    if (
+        weight.shape[1] != in_features
+        or out.shape != (num_rows, len(weight))
+        or not x.dtype == weight.dtype == out.dtype
+    ):
+        kinds = ", ".join(f"{tuple(each.shape)} {each.dtype}" for each in (x, weight, out))
+        raise ValueError(f"a product, a weight and an output that do not fit: {kinds}")
+    if shrink is not None and shrink.launch.grid[1] != num_rows:
+        raise ValueError(f"{num_rows} rows, of which {shrink.launch.grid[1]} are to shrink: all or none")
 
 
 # Norm, product and shrink of rank 8 of one layer of Llama-7B, one H200, in three launches and in two (some products cut
 # otherwise than today): at 8 rows q k v 32.6 and 30.0 us, gate up 49.3 and 48.2, o 12.9 and 12.7; at 16 rows o 13.0 and
 # 14.9, down 28.1 and 30.2; at 32 rows o 14.0 and 15.4.
-_FEW_SHRINKS = 8
+_FEW_SHRINKS, _MANY_OUTPUTS_AN_SM = 8, 32
+
+
+def _blocks_of(x: torch.Tensor, weight: torch.Tensor) -> ProductBlocks:
+    device = x.device
+    return blocks_for(len(x), len(weight), device_limits.num_sms(device), device_limits.shared_bytes(device))
 
 
 @functools.cache
-def _blocks_for(num_rows: int, out_features: int, device: torch.device) -> ProductBlocks:
+def blocks_for(num_rows: int, out_features: int, num_sms: int, shared_bytes: int) -> ProductBlocks:
     """By experiment on one H200, of nine cuts: either all programs find a place at once, or there are many rounds.
 
     Without shrink, norm and product of a layer of Llama-7B: q k v, o, gate up, down at 8 rows took 28.2, 11.7, 47.5 and
     26.0 us (library 29.9, 13.5, 48.4, 29.3), at 32 rows 29.2, 13.8, 47.0 and 28.6 (30.5, 14.5, 49.1, 29.2).
     """
-    a_program = out_features / num_sms(device)
+    an_sm = out_features / num_sms
     if num_rows > 16:
         choices = ((64, ProductBlocks(64, 256, 6)), (128, ProductBlocks(128, 256, 3, 8)))
         otherwise = ProductBlocks(64, 256, 3)
     else:
         choices = ((32, ProductBlocks(32, 512, 6)), (96, ProductBlocks(32, 256, 6)))
         otherwise = ProductBlocks(64, 256, 6)
-    blocks = next((blocks for most, blocks in choices if a_program <= most), otherwise)
-    # Others than the H200 have less memory on an SM.
+    blocks = next((blocks for most, blocks in choices if an_sm <= most), otherwise)
+    # Other devices may have less shared memory.
     stage_bytes = (blocks.outputs + _block_m(num_rows)) * blocks.row_bytes
-    return blocks._replace(num_stages=min(blocks.num_stages, shared_bytes(device) // stage_bytes))
+    return blocks._replace(num_stages=min(blocks.num_stages, shared_bytes // stage_bytes))
 
 
 def _block_m(num_rows: int) -> int:

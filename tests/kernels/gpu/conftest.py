@@ -7,9 +7,10 @@ import random
 import pytest
 import torch
 
-from tests.fixtures.interpreter import hurry
+from tests.fixtures.interpreter import hurry, shuffle_programs
 
 hurry()
+shuffle_programs()
 ON_GPU = torch.cuda.is_available()
 
 

@@ -7,8 +7,9 @@ import random
 import pytest
 import torch
 
+from kernels.gpu import device_limits
 from kernels.gpu.adapter_tables import FEW_RANKS, LoraGroup
-from kernels.gpu.row_product import MAX_ROWS, ProductBlocks, row_product
+from kernels.gpu.row_product import MAX_ROWS, ProductBlocks, blocks_for, row_product, takes_shrink
 from kernels.gpu.row_shrink import num_splits_for, row_shrink, shrink_work
 from tests.kernels.gpu.gpu_lora_cases import LAYER, POPULARITIES, random_case, random_ranks, random_slots
 
@@ -86,3 +87,40 @@ def test_refuses_more_rows_and_other_strides(dtype: torch.dtype, device: torch.d
             row_product(torch.zeros(num_rows, 16, dtype=dtype, device=device), weight)
     with pytest.raises(ValueError, match="strides"):
         row_product(torch.zeros(1, 8, dtype=dtype, device=device), weight.t())
+    x = torch.zeros(2, 16, dtype=dtype, device=device)
+    with pytest.raises(ValueError, match="strides"):
+        row_product(x, weight, out=torch.zeros(8, 2, dtype=dtype, device=device).t())
+
+
+def test_refuses_what_does_not_fit(rng: random.Random, dtype: torch.dtype, device: torch.device) -> None:
+    x, weight = torch.zeros(3, 80, dtype=dtype, device=device), torch.zeros(8, 80, dtype=dtype, device=device)
+    with pytest.raises(ValueError, match=r"\(8, 64\)"):
+        row_product(x, weight[:, :64].contiguous())
+    with pytest.raises(ValueError, match="float64"):
+        row_product(x, weight.double())
+    for rows, columns in ((2, 8), (3, 9)):
+        with pytest.raises(ValueError, match=rf"\({rows}, {columns}\)"):
+            row_product(x, weight, out=torch.zeros(rows, columns, dtype=dtype, device=device))
+    group = LoraGroup(4, 80, (112, 112))
+    case = random_case(rng, group, [{4: 8}], 16, 9, dtype, device)
+    slots, u = torch.zeros(2, dtype=torch.int32, device=device), torch.zeros(1, 2, 16, device=device)
+    with pytest.raises(ValueError, match="3 rows, of which 2"):
+        row_product(x, weight, None, shrink_work(slots, LAYER, case.pages, case.tables, group, u, 8))
+
+
+def test_cut_for_an_h200(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Llama-7B's q k v, o and down, gate up, Llama-3-8B's q k v (ADR 35); and on a device of less shared memory."""
+    monkeypatch.setattr(device_limits, "num_sms", lambda device: 132)
+    taken = {
+        (rows, outputs): takes_shrink(torch.empty(rows, 64), torch.empty(outputs, 64))
+        for rows in (1, 8, 9, 16, 32)
+        for outputs in (12288, 6144, 4096, 22016)
+    }
+    assert {case for case, is_taken in taken.items() if not is_taken} == {(9, 4096), (16, 4096), (32, 4096)}
+    for rows, outputs in taken:
+        for shared_bytes in (232448, 101376):
+            blocks = blocks_for(rows, outputs, 132, shared_bytes)
+            piece = (blocks.outputs + max(16, rows)) * blocks.row_bytes
+            assert 2 <= blocks.num_stages <= shared_bytes // piece
+    assert blocks_for(16, 4096, 132, 232448) == ProductBlocks(32, 512, 6)
+    assert blocks_for(32, 12288, 132, 232448) == ProductBlocks(128, 256, 3, 8)

@@ -10,7 +10,11 @@ import pytest
 import torch
 from triton.runtime.interpreter import InterpretedFunction
 
+from kernels.gpu import device_limits
 from kernels.gpu.adapter_tables import FEW_RANKS
+from services.engine.execution.gpu.adapter_device import GroupRanks
+from services.engine.messages import SamplingParams
+from services.engine.step import BASE_SLOT, SampleRequest, ScheduledChunk, StepPlan
 from tests.fixtures.random_steps import RandomSteps, install_random_ranks
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there kernels are compiled: tests/gpu looks at that")
@@ -20,7 +24,12 @@ Variant = tuple[object, ...]
 
 @pytest.fixture
 def launched(monkeypatch: pytest.MonkeyPatch) -> set[Variant]:
-    """What was launched, as far as it decides what is compiled. Nothing is carried out but what sends integers."""
+    """What was launched, as far as it decides what is compiled. Nothing is carried out but what sends integers.
+
+    As on an H200: weights are not packed, and kernels are cut for its multiprocessors.
+    """
+    monkeypatch.setattr("services.engine.model.linear.pack_weight", lambda weight: weight)
+    monkeypatch.setattr(device_limits, "num_sms", lambda device: 132)
     variants: set[Variant] = set()
 
     def run(kernel: Any, *args: Any, grid: object, warmup: bool, **constants: object) -> None:
@@ -49,9 +58,12 @@ def _specialized(value: object) -> object:
     [
         RandomSteps(),
         RandomSteps(max_batch=1, max_tokens=16, max_len=40),
+        RandomSteps(max_batch=10, max_tokens=14, max_len=40),
+        RandomSteps(max_batch=12, max_tokens=40, max_len=200),
+        RandomSteps(max_batch=40, max_tokens=513, max_len=200),
         RandomSteps(max_batch=40, max_tokens=1100, model={"num_key_value_heads": 1, "intermediate_size": 1408}),
     ],
-    ids=["many", "one", "one head of keys"],
+    ids=["many", "one", "ten", "twelve", "forty", "one head of keys"],
 )
 def test_every_step_launches_what_was_launched_at_the_start(
     tmp_path: Path, launched: set[Variant], steps: RandomSteps
@@ -69,6 +81,29 @@ def test_every_step_launches_what_was_launched_at_the_start(
         runner.submit(steps.plan(rng))
         assert launched
         assert launched <= compiled, [sorted(map(str, variant)) for variant in launched - compiled]
+
+
+def test_few_tokens_beside_long_prompts_launch_what_was_launched_at_the_start(
+    tmp_path: Path, launched: set[Variant]
+) -> None:
+    """Alone their product does what then is a launch of its own, by how many they are."""
+    runner = RandomSteps(max_batch=256, max_tokens=8192).runner(tmp_path, "cpu")
+    runner.warm_up()
+    compiled = set(launched)
+    device = runner.adapter_device
+    device._ranks[0] = tuple(GroupRanks(8 * group.num_modules, 8) for group in device.groups)
+    device._installed[0] = True
+    prompts = [_chunk(number, 700, BASE_SLOT) for number in (300, 301)]
+    for num_decode in (0, 1, 2, 3, 5, 9, 17, 30, 33):
+        launched.clear()
+        runner.submit(StepPlan((*(_chunk(number, 1, 0) for number in range(num_decode)), *prompts)))
+        assert launched
+        assert launched <= compiled, num_decode
+
+
+def _chunk(number: int, length: int, slot: int) -> ScheduledChunk:
+    sample = SampleRequest(SamplingParams(temperature=0.0), [1] * length, [], 0)
+    return ScheduledChunk(number, [1] * length, 0, list(range(-(-length // 16))), slot, sample)
 
 
 @pytest.mark.parametrize("is_large", [False, True], ids=["few tokens", "many tokens"])

@@ -348,7 +348,7 @@ def test_a_short_turn_behind_a_long_context_says_what_peft_says(
     """Its context is split over programs, in the smallest steps, where adapters are computed row by row, and in larger
     ones."""
     length = 300 if torch.cuda.is_available() else 40
-    monkeypatch.setattr("services.engine.execution.gpu.gpu_runner.num_sms", lambda device: 24)
+    monkeypatch.setattr("kernels.gpu.device_limits.num_sms", lambda device: 24)
     monkeypatch.setattr(prefill_attention, "FLOAT32", replace(prefill_attention.FLOAT32, min_part=32))
     batch = MixedBatch(tmp_path, rng, "llama", {"everything": ADAPTERS["everything"]})
     steps: Counter[tuple[bool, bool, bool]] = Counter()

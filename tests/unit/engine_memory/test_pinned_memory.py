@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from services.engine.memory import cuda_copies
 from services.engine.memory.cuda_copies import CudaCopies
 from services.engine.memory.device_copier import BlockCopy, DeviceCopier, PoolShape, block_copies
 from services.engine.memory.pinned_memory import CudaRegistrar, PinnedMemory, address_of
@@ -145,6 +146,45 @@ def test_copies_are_right_wherever_pieces_end(
         expected[:, page, : block.shape[1]] = block
     assert torch.equal(target, expected)
     pinned.unregister(memory)
+
+
+def test_a_copy_that_fails_leaves_nothing_under_way(memory: memoryview) -> None:
+    """What had begun has ended when the failure is told, and until then its memory stays pinned."""
+    events = []
+
+    class FailingEngine:
+        def begin(self, copy: BlockCopy, address: int, layer_bytes: int) -> None:
+            events.append(f"begin {copy.target // 512}")
+            if len(events) == 2:
+                raise RuntimeError("refused")
+
+        def finish(self) -> None:
+            events.append(f"finish, {'pinned' if pinned.lock.locked() else 'unpinned'}")
+
+    pinned = PinnedMemory(FakeDriver(), PIECE)
+    copier = DeviceCopier(PoolShape(1, 9, 512), pinned, FailingEngine())
+    with pytest.raises(RuntimeError, match="refused"):
+        copier.write(memory[: 3 * 512], [4, 7, 1])
+    assert events == ["begin 4", "begin 7", "finish, pinned"]
+    assert not pinned.lock.locked()
+
+
+def test_an_adapter_in_one_piece_takes_one_copy_a_page() -> None:
+    copies = list(block_copies(PoolShape(5, 9, 512), 1300, [8, 0, 3], [slice(0, 5 * 1300)]))
+    assert copies == [
+        BlockCopy(0, 8 * 512, 512, 5),
+        BlockCopy(512, 0, 512, 5),
+        BlockCopy(1024, 3 * 512, 1300 - 1024, 5),
+    ]
+
+
+def test_copies_are_described_as_cudas_header_has_it() -> None:
+    """CUDA_MEMCPY3D, on a machine of 64 bits."""
+    side, copy = cuda_copies._Side, cuda_copies._Copy
+    assert (ctypes.sizeof(side), ctypes.sizeof(copy)) == (88, 200)
+    offsets = {name: getattr(side, name).offset for name in ("memory_type", "host", "device", "pitch", "height")}
+    assert offsets == {"memory_type": 32, "host": 40, "device": 48, "pitch": 72, "height": 80}
+    assert [getattr(copy, name).offset for name in ("target", "width_bytes", "height", "depth")] == [88, 176, 184, 192]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an accelerator")

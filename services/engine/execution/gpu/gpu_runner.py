@@ -14,11 +14,11 @@ from typing import TypeVar
 
 import torch
 
+from kernels.gpu import device_limits
 from kernels.gpu.adapter_tables import MAX_RANK
 from kernels.gpu.attention_parts import AttentionParts
 from kernels.gpu.compile_ahead import compile_ahead
 from kernels.gpu.decode_attention import num_splits_for
-from kernels.gpu.device_limits import num_sms
 from kernels.gpu.pick_tokens import pick_tokens
 from kernels.gpu.prefill_attention import MAX_SPLIT_TOKENS, PrefillPlan, tile_tokens
 from kernels.gpu.prefill_attention import num_splits_for as num_prefill_splits
@@ -299,7 +299,7 @@ class GpuRunner:
         tokens_per_page = self.pool_config.tokens_per_page
         self._max_pages = -(-self.max_model_len // tokens_per_page)
         self._tile_tokens = tile_tokens(config.num_heads, config.num_kv_heads, config.dtype)
-        self._num_sms = num_sms(device)
+        self._num_sms = device_limits.num_sms(device)
         # Also of small steps, whose prompts' tokens are rows too.
         batches = range(1, max(max_batch, MAX_ROWS) + 1)
         adapters = self.adapter_device

@@ -65,8 +65,8 @@ class CaptureSizes:
     # From how many sequences on those of one adapter may be computed together, where many share one. There, of 96 with
     # 5 adapters of ranks 64 to 8: 0.83 ms, else 1.31; of 64 with 16: 0.94 and 0.92.
     runs_from: int = 64
-    # Of steps that are not captured: blocks into which prompts are cut for adapters, and tokens of prompts by which
-    # attention's kernel differs.
+    # Of steps that are not captured: blocks into which prompts are cut for adapters, and tokens of prompts, the fewest
+    # and so many that attention does not split contexts.
     open_blocks: tuple[int, ...] = ()
     open_tokens: tuple[int, ...] = (2,)
 
@@ -170,18 +170,22 @@ class StepGraphs:
         return [*self.open_steps(), *self.captured_steps()]
 
     def open_steps(self) -> list[SizedStep]:
-        """Steps that launch what any step that is not captured does and no captured one: by blocks and kind."""
+        """Steps that launch what any step that is not captured does and no captured one."""
         least = StepShape(num_decode=0, num_prefill=2, num_chunks=1, num_tiles=1, num_sampled=1)
-        plain = self._mixed_kinds[0]
-        by_tokens = [
-            SizedStep(self._open_shape(least._replace(num_prefill=size), plain), plain)
-            for size in self._sizes.open_tokens
+        sizes, kinds = self._sizes, [kind for kind in self._mixed_kinds if not kind.in_runs]
+        by_blocks = [
+            (least._replace(num_blocks=num_blocks), kind)
+            for kind, num_blocks in itertools.product(kinds, sizes.open_blocks)
+            if kind.groups
         ]
-        return by_tokens + [
-            SizedStep(self._open_shape(least._replace(num_blocks=num_blocks), kind), kind)
-            for kind, num_blocks in itertools.product(self._mixed_kinds, (0, *self._sizes.open_blocks))
-            if kind.groups and num_blocks and not kind.in_runs
+        # Beside prompts few tokens of small ranks launch what row_product does for them in a step of decodes alone.
+        few = [kind for kind in kinds if not kind.groups or kind.max_rank <= FEW_RANKS]
+        decodes = [0, *(size for size in sizes.decode if size <= MAX_ROWS)]
+        by_rows = [
+            (least._replace(num_decode=num_decode, num_prefill=num_prefill, num_blocks=int(bool(kind.groups))), kind)
+            for kind, num_decode, num_prefill in itertools.product(few, decodes, sizes.open_tokens)
         ]
+        return [SizedStep(self._open_shape(shape, kind), kind) for shape, kind in [*by_blocks, *by_rows]]
 
     def captured_steps(self) -> list[SizedStep]:
         """Every step that is captured."""
