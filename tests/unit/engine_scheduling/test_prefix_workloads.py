@@ -74,9 +74,11 @@ class Prefixes(SchedulerMachine):
             spoiled = tokens[place % len(tokens)]
             tokens[place % len(tokens)] = SampledToken(spoiled.sequence_id, -1, error=NOT_FINITE)
             sequence = self.harness.scheduler._sequences.get(spoiled.sequence_id)
-            keys = list(sequence.page_keys[: sequence.num_shared_pages]) if sequence else []
+            num_shared = sequence.num_shared_pages if sequence else 0
+            keys, pages = (sequence.page_keys[:num_shared], sequence.block_table[:num_shared]) if sequence else ([], [])
             self.harness.commit(plan, tokens)
-            assert not self.harness.scheduler._cache.find(keys)
+            # Another that computed the same in this step may have given its own pages in their place.
+            assert not set(self.harness.scheduler._cache.find(keys)) & set(pages)
         else:
             self.harness.commit(plan, tokens)
         self.harness.hear()
