@@ -54,9 +54,13 @@ def test_a_row_says_of_what_it_is_and_what_came_of_it() -> None:
 
 
 def test_a_closed_loop_is_within_a_twentieth_of_what_was_measured() -> None:
-    """Only rows that the fit did not see."""
+    """Only rows that the fit did not see.
+
+    A loop of 32 requests was measured before steps of 32 sequences became shorter (ADR 35), with which the model is 9 %
+    faster; at 768 requests such steps are few.
+    """
     rows = json.loads((RESULTS / "h200.json").read_text())["rows"]
-    mixes = [row for row in rows if is_core_mix(row)]
+    mixes = [row for row in rows if is_core_mix(row) and row["requests"] > 32]
     assert {row["setting"] for row in mixes} == {"base", *SETTINGS}
     row = random.choice(mixes)
     assert closed_loop_rate(row["setting"], row["adapters"], row["requests"]) == pytest.approx(row["value"], rel=0.05)
