@@ -46,7 +46,7 @@ from kernels.gpu.rope_kv_write import rope_kv_write
 from kernels.gpu.row_expand import ExpandBlocks, planned_expand, row_expand
 from kernels.gpu.row_plan import PlannedBlocks, RowPlan, RowPlanner, as_they_come
 from kernels.gpu.row_product import row_product
-from kernels.gpu.row_shrink import ShrinkBlocks, num_splits_for, row_shrink, shrink_work
+from kernels.gpu.row_shrink import ShrinkBlocks, ShrinkWork, num_splits_for, row_shrink, shrink_work
 from kernels.gpu.segment_expand import SegmentExpandBlocks, segment_expand
 from kernels.gpu.segment_shrink import (
     RUN_BLOCK_M,
@@ -260,15 +260,14 @@ class Projection:
         self._shrink(layer)
 
     def _in_one(self, layer: int, weight: torch.Tensor) -> None:
-        step, pages = self._step, self._step.layers[layer]
-        tables, slots = step.lora.tables, step.slots[0]
-        work = shrink_work(slots, layer, pages, tables, self._group, self._u, self._max_rank)
-        row_product(self._x, weight, None, work, self._y)
+        row_product(self._x, weight, None, self._work(layer), self._y)
 
     def _shrink(self, layer: int) -> None:
+        row_shrink(self._x, self._work(layer))
+
+    def _work(self, layer: int) -> ShrinkWork:
         step, pages = self._step, self._step.layers[layer]
-        tables, slots = step.lora.tables, step.slots[0]
-        row_shrink(self._x, slots, layer, pages, tables, self._group, self._u, self._max_rank)
+        return shrink_work(step.slots[0], layer, pages, step.lora.tables, self._group, self._u, self._max_rank)
 
 
 def _kv_pages(pages: torch.Tensor) -> torch.Tensor:

@@ -16,7 +16,7 @@ from kernels.gpu.adapter_tables import MAX_RANK, GpuAdapterTables, LoraGroup
 from kernels.gpu.planned_shrink import planned_shrink
 from kernels.gpu.row_expand import ExpandBlocks, planned_expand, row_expand
 from kernels.gpu.row_plan import PlannedBlocks, RowPlanner
-from kernels.gpu.row_shrink import ShrinkBlocks, num_splits_for, row_shrink
+from kernels.gpu.row_shrink import ShrinkBlocks, num_splits_for, row_shrink, shrink_work
 
 NUM_LAYERS, NUM_MODULES, TILE = 32, 7, 128
 DEVICE = torch.device("cuda")
@@ -175,7 +175,7 @@ class RowLora:
                 if plan is not None and parts != "expand":
                     planned_shrink(x[g], plan, layer, g, pages, u[g])
                 elif not isinstance(shrink, PlannedBlocks) and parts != "expand":
-                    row_shrink(x[g], slots, layer, pages, tables, group, u[g], self._max_rank, shrink)
+                    row_shrink(x[g], shrink_work(slots, layer, pages, tables, group, u[g], self._max_rank, shrink))
                 if parts != "shrink" and plan is not None:
                     planned_expand(u[g], plan, layer, g, pages, y[g], self._max_rank, expand)
                 elif parts != "shrink":

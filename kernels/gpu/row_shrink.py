@@ -68,7 +68,7 @@ _BLOCKS_OF_MANY_RANKS = ((16, ShrinkBlocks(rows=64, num_warps=8)), (math.inf, Sh
 
 
 class ShrinkWork(NamedTuple):
-    """What `row_shrink` would launch, for a kernel that has some of its programs do it: see `shrink_token`."""
+    """What there is to do, but for x: for `row_shrink`, or a kernel some of whose programs do it (`shrink_token`)."""
 
     # slots, pages, page table, rank, tile of A, u
     arguments: tuple[torch.Tensor, ...]
@@ -91,19 +91,8 @@ def num_splits_for(batch: int, group: LoraGroup, tile_elems: int) -> int:
     return -(-tiles // own)
 
 
-def row_shrink(
-    x: torch.Tensor,
-    slots: torch.Tensor,
-    layer: int,
-    pages: torch.Tensor,
-    tables: GpuAdapterTables,
-    group: LoraGroup,
-    u: torch.Tensor,
-    max_rank: int = MAX_RANK,
-    blocks: ShrinkBlocks | None = None,
-) -> None:
-    """Writes each token's part of `u` (module docstring). max_rank: no adapter has a larger one on a module."""
-    work = shrink_work(slots, layer, pages, tables, group, u, max_rank, blocks)
+def row_shrink(x: torch.Tensor, work: ShrinkWork) -> None:
+    """Writes each token's part of `u` (module docstring), in a launch of its own."""
     _row_shrink_kernel[work.launch.grid](
         x, *work.arguments, x.stride(0), work.table_offset, **work.launch.constants,
     )  # fmt: skip
@@ -119,7 +108,7 @@ def shrink_work(
     max_rank: int = MAX_RANK,
     blocks: ShrinkBlocks | None = None,
 ) -> ShrinkWork:
-    """`row_shrink`, to be launched by another."""
+    """For `row_shrink`, or for another's launch. max_rank: no adapter has a larger one on a module."""
     layout = tables.layout
     blocks = blocks or _blocks_for(u.shape[1], group.num_modules, max_rank)
     launch = _launch(u.shape, group, layout, pages.shape[1], blocks)

@@ -111,14 +111,15 @@ def _constants(
 ) -> dict[str, Any]:
     block_ranks = min(blocks.max_ranks, max(16, triton.next_power_of_2(max_rank)))
     constants = layout.constants(group, page_elems) | group.out_constants(layout.tile_elems)
+    gdc = has_early_launch(layout.device)
     return constants | {
         "NUM_SPLITS": num_splits,
         "BLOCK_M": block_m,
         "BLOCK_T": blocks.tiles,
         "BLOCK_R": block_ranks,
         "ONE_BLOCK": max_rank <= block_ranks,
-        "GDC": has_early_launch(layout.device),
-        "launch_pdl": has_early_launch(layout.device),
+        "GDC": gdc,
+        "launch_pdl": gdc,
         "num_warps": blocks.num_warps,
         "num_stages": 1,
     }

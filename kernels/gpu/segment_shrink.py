@@ -144,6 +144,7 @@ def _launch(
     blocks = blocks or _blocks_for(dtype, max_total_rank, block_m)
     in_tiles = group.in_features // layout.tile_elems
     block_ranks = min(blocks.max_ranks, max(16, triton.next_power_of_2(max_total_rank)))
+    gdc = has_early_launch(layout.device)
     constants = layout.constants(group, page_elems) | {
         "RANK_PARTS": group.rank_parts,
         "IN_TILES": in_tiles,
@@ -151,8 +152,8 @@ def _launch(
         "TWO_PAGES": in_tiles * layout.tile_elems <= page_elems,
         "BLOCK_M": block_m,
         "BLOCK_R": block_ranks,
-        "GDC": has_early_launch(layout.device),
-        "launch_pdl": has_early_launch(layout.device),
+        "GDC": gdc,
+        "launch_pdl": gdc,
         "num_warps": blocks.num_warps,
         "num_stages": blocks.num_stages,
     }

@@ -132,7 +132,7 @@ def call_row_lora(model: Model, batch: int, rank: int) -> None:
             expand_add_rms_norm(u[number], slots, 0, pages, tables, group, y[1], branch, model.norm_weight, 1e-5, x[1])
         return
     for number, group in enumerate(model.groups):
-        row_shrink(x[number], slots, 0, pages, tables, group, u[number], rank)
+        row_shrink(x[number], shrink_work(slots, 0, pages, tables, group, u[number], rank))
         row_expand(u[number], slots, 0, pages, tables, group, y[number], rank)
     if rank <= FEW_RANKS:
         for number, group in enumerate(model.groups):

@@ -11,7 +11,7 @@ from kernels.gpu.adapter_tables import LoraGroup
 from kernels.gpu.add_rms_norm import add_rms_norm
 from kernels.gpu.expand_add_rms_norm import expand_add_rms_norm
 from kernels.gpu.row_expand import row_expand
-from kernels.gpu.row_shrink import row_shrink
+from kernels.gpu.row_shrink import row_shrink, shrink_work
 from tests.kernels.gpu.gpu_lora_cases import (
     LAYER,
     POPULARITIES,
@@ -36,7 +36,7 @@ def random_rank_space(
     slot_tensor = torch.tensor(slots, dtype=torch.int32, device=device)
     u = torch.full((rng.choice([1, 2, 3]), BATCH, group.num_modules * 256), float("nan"), device=device)
     x = torch.randn(BATCH, group.in_features).to(dtype).to(device)
-    row_shrink(x, slot_tensor, LAYER, case.pages, case.tables, group, u)
+    row_shrink(x, shrink_work(slot_tensor, LAYER, case.pages, case.tables, group, u))
     return case, slot_tensor, u
 
 

@@ -13,7 +13,7 @@ from kernels.gpu.expand_rope_kv_write import Rotation, expand_rope_kv_write, fit
 from kernels.gpu.rope_kv_write import rope_kv_write
 from kernels.gpu.row_expand import ExpandBlocks, row_expand
 from kernels.gpu.row_plan import RowPlanner, as_they_come
-from kernels.gpu.row_shrink import row_shrink
+from kernels.gpu.row_shrink import row_shrink, shrink_work
 from tests.kernels.gpu.gpu_lora_cases import (
     LAYER,
     POPULARITIES,
@@ -82,7 +82,7 @@ def random_step(
     x = torch.randn(batch, 96).to(dtype).to(device)
     u = torch.full((rng.choice([1, 2, 3]), batch, 3 * 256), float("nan"), device=device)
     slot_tensor = torch.tensor(slots, dtype=torch.int32, device=device)
-    row_shrink(x, slot_tensor, LAYER, case.pages, case.tables, group, u)
+    row_shrink(x, shrink_work(slot_tensor, LAYER, case.pages, case.tables, group, u))
     qkv = torch.randn(batch, sum(group.out_features)).to(dtype).to(device)
     angles = torch.arange(MAX_LEN).unsqueeze(1) * torch.rand(head_dim // 2)
     positions = torch.tensor([rng.randrange(MAX_LEN) for _ in range(batch)], dtype=torch.int32, device=device)

@@ -13,7 +13,7 @@ from kernels.gpu.planned_shrink import planned_shrink
 from kernels.gpu.rank_join import rank_join
 from kernels.gpu.row_expand import row_expand
 from kernels.gpu.row_plan import RowPlanner
-from kernels.gpu.row_shrink import num_splits_for, row_shrink
+from kernels.gpu.row_shrink import num_splits_for, row_shrink, shrink_work
 from kernels.gpu.segment_expand import segment_expand
 from kernels.gpu.segment_shrink import plan_segments, segment_shrink
 from tests.kernels.gpu.gpu_lora_cases import (
@@ -64,7 +64,7 @@ def test_parts_joined(rng: random.Random, device: torch.device, way: str, tp_siz
             continue
         u = torch.zeros(num_splits_for(len(slots), GROUP, TILE), len(slots), 256, device=device)
         if way == "rows":
-            row_shrink(x, token_slots, LAYER, mine.pages, mine.tables, mine.group, u)
+            row_shrink(x, shrink_work(token_slots, LAYER, mine.pages, mine.tables, mine.group, u))
         else:
             planner = RowPlanner(mine.tables, [mine.group], len(slots), 1)
             planned_shrink(x, planner.plan(token_slots), LAYER, 0, mine.pages, u)

@@ -11,7 +11,7 @@ from kernels.gpu.adapter_tables import FEW_RANKS, MAX_RANK, LoraGroup
 from kernels.gpu.planned_shrink import planned_shrink
 from kernels.gpu.row_expand import ExpandBlocks, planned_expand, row_expand
 from kernels.gpu.row_plan import PLAN_FROM_BATCH, PlannedBlocks, RowPlanner
-from kernels.gpu.row_shrink import ShrinkBlocks, num_splits_for, row_shrink
+from kernels.gpu.row_shrink import ShrinkBlocks, num_splits_for, row_shrink, shrink_work
 from tests.kernels.gpu.gpu_lora_cases import (
     LAYER,
     NUM_LAYERS,
@@ -61,7 +61,7 @@ def run(
     # The group is the second of two: the other's items must not matter.
     planner = RowPlanner(tables, [LoraGroup(2, 16, (16, 16)), group], len(slots) + 1, from_batch)
     if not isinstance(shrink, PlannedBlocks) and (shrink is not None or not planner.needs_plan(len(slots))):
-        row_shrink(x, slot_tensor, LAYER, case.pages, tables, group, u, max_rank, shrink)
+        row_shrink(x, shrink_work(slot_tensor, LAYER, case.pages, tables, group, u, max_rank, shrink))
         row_expand(u, slot_tensor, LAYER, case.pages, tables, group, out, max_rank, expand)
         return out
     plan = planner.plan(slot_tensor) if shrink is None else planner.plan(slot_tensor, shrink)

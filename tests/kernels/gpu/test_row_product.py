@@ -70,7 +70,7 @@ def test_shrinks_beside(
     on_device = torch.tensor(slots, dtype=torch.int32, device=device)
     shape = num_splits_for(num_rows, group, 16), num_rows, group.num_modules * most
     alone, beside = torch.full((2, *shape), float("nan"), device=device)
-    row_shrink(x, on_device, LAYER, case.pages, case.tables, group, alone, most)
+    row_shrink(x, shrink_work(on_device, LAYER, case.pages, case.tables, group, alone, most))
     work = shrink_work(on_device, LAYER, case.pages, case.tables, group, beside, most)
     blocks = rng.choice(BLOCKS)
     y = row_product(x, weight, bias, work, blocks=blocks)

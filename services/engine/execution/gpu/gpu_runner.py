@@ -260,7 +260,7 @@ class GpuRunner:
 
     def _tensors(self, shape: StepShape, adapters: StepAdapters, ranks: tuple[GroupRanks, ...]) -> StepTensors:
         arrays: StepArrays[torch.Tensor] = StepArrays(*self._inputs.views(shape.arrays))
-        mixed = shape.num_prefill > 0
+        mixed, splits = shape.num_prefill > 0, self._prefill_splits(shape.num_prefill)
         return StepTensors(
             token_ids=arrays.token_ids,
             source=arrays.source,
@@ -274,22 +274,21 @@ class GpuRunner:
             row_groups=adapters.groups if shape.num_rows else frozenset(),
             max_row_rank=adapters.max_rank,
             segment_slots=arrays.segment_slots if shape.num_segment_slots else None,
-            prefill=PrefillPlan(arrays.tiles, self._tile_tokens, self._prefill_splits(shape)) if mixed else None,
+            prefill=PrefillPlan(arrays.tiles, self._tile_tokens, splits) if mixed else None,
             segments=Segments(arrays.blocks, ranks) if shape.num_blocks else None,
             runs=Segments(arrays.run_blocks, ranks, RUN_BLOCK_M) if shape.num_run_blocks else None,
             logit_rows=arrays.logit_rows if mixed else None,
         )
 
-    def _prefill_splits(self, shape: StepShape) -> int:
+    def _prefill_splits(self, num_tokens: int) -> int:
         part = self._part
-        return num_prefill_splits(shape.num_prefill, part.num_heads, part.num_kv_heads, part.dtype, self._num_sms)
+        return num_prefill_splits(num_tokens, part.num_heads, part.num_kv_heads, part.dtype, self._num_sms)
 
     def _attention_parts(self, max_tokens: int, max_chunks: int) -> AttentionParts:
         """Room for any step's attention: what decodes, or prompts, split over programs."""
         part, batches = self._part, range(1, self._max_batch + 1)
         decodes = max(size * num_splits_for(size, part.num_kv_heads, self._num_sms) for size in batches)
-        sizes = [StepShape(0, size) for size in range(1, min(max_tokens, MAX_SPLIT_TOKENS) + 1)]
-        prompts = max(shape.num_prefill * self._prefill_splits(shape) for shape in sizes)
+        prompts = max(n * self._prefill_splits(n) for n in range(1, min(max_tokens, MAX_SPLIT_TOKENS) + 1))
         tiles = MAX_SPLIT_TOKENS // self._tile_tokens + self._max_batch + max_chunks
         rows, meetings = max(decodes, prompts) * part.num_heads, max(tiles, self._max_batch) * part.num_heads
         return AttentionParts.make(rows, meetings, part.head_dim, self._device)

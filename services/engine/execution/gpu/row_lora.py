@@ -69,24 +69,25 @@ class RowLora:
 
     def shrink(self, layer: int, group: Group, x: torch.Tensor) -> torch.Tensor:
         """The first half, of the first rows of x: `space`."""
-        state, u = self._state, self.space(group)
-        tables, modules, pages = state.adapters.tables, self._modules(group), state.layers[layer]
+        u = self.space(group)
         if self._plan is None:
-            row_shrink(x, self._step.adapter_slots, layer, pages, tables, modules, u, self._step.max_row_rank)
+            row_shrink(x, self._work(layer, group))
         else:
-            planned_shrink(x, self._plan, layer, group, pages, u)
+            planned_shrink(x, self._plan, layer, group, self._state.layers[layer], u)
         return u
 
     def shrink_work(self, layer: int, group: Group, x: torch.Tensor, weight: torch.Tensor) -> ShrinkWork | None:
         """The first half as work for x's product with `weight`; None where it is better alone."""
-        state, step = self._state, self._step
         # Programs of large ranks would leave those of the product too little of an SM.
-        if self._plan is not None or step.max_row_rank > FEW_RANKS or step.num_rows != len(x):
+        has_large_ranks = self._step.max_row_rank > FEW_RANKS
+        if self._plan is not None or has_large_ranks or self._step.num_rows != len(x) or not takes_shrink(x, weight):
             return None
-        if not takes_shrink(x, weight):
-            return None
-        tables, modules, u = state.adapters.tables, self._modules(group), self.space(group)
-        return shrink_work(step.adapter_slots, layer, state.layers[layer], tables, modules, u, step.max_row_rank)
+        return self._work(layer, group)
+
+    def _work(self, layer: int, group: Group) -> ShrinkWork:
+        state, step, modules = self._state, self._step, self._modules(group)
+        tables, pages, u = state.adapters.tables, state.layers[layer], self.space(group)
+        return shrink_work(step.adapter_slots, layer, pages, tables, modules, u, step.max_row_rank)
 
     def expand(self, layer: int, group: Group, u: torch.Tensor, y: torch.Tensor) -> None:
         """The second half, added to the first rows of y."""
