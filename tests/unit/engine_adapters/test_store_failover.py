@@ -12,6 +12,7 @@ from slora.adapter_store.v1 import adapter_pb2, adapter_store_pb2
 
 from services.common.errors import Reason, SloraError
 from services.common.rendezvous import ranked
+from services.engine.adapters import fetch_client, replica_directory
 from services.engine.adapters.fetch_client import StoreFetch
 from services.engine.adapters.store_client import StoreClient
 from tests.fakes.fake_weight_store import DIGEST, SEED, UNAVAILABLE, FakeStore, iter_then_hang, served
@@ -42,6 +43,13 @@ class Replicas:
 
     def num_fetches(self) -> list[int]:
         return [len(store.requests) for store in self.stores]
+
+
+@pytest.fixture(autouse=True)
+def patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who the replicas are is waited for, however slow this machine is just now: else any address given will do."""
+    monkeypatch.setattr(fetch_client, "FIRST_LOOK_SECONDS", 20.0)
+    monkeypatch.setattr(replica_directory, "ANSWER_SECONDS", 20.0)
 
 
 @pytest.fixture
