@@ -124,4 +124,7 @@ class _Follower:
                 else:
                     error = event.error
                     news = ShardFailed(number, error.reason.name, error.message, error.metadata)
-                self._socket.sendall(frame(news))
+                try:
+                    self._socket.sendall(frame(news))
+                except OSError as error:  # whoever reads from it hears that too, and ends
+                    logger.debug("process 0 is not told of a load: %s", error)

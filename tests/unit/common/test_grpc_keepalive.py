@@ -21,11 +21,11 @@ SMALL_MS = {"grpc.keepalive_time_ms": 200, "grpc.keepalive_timeout_ms": 200, "gr
 
 
 class Streams:
-    """A service whose streams begin and then say nothing, or more and more; whether one was cancelled."""
+    """A service whose streams begin and then say nothing, or more and more; whether one has ended."""
 
     def __init__(self, talks: bool = False) -> None:
         self._talks = talks
-        self.cancelled = asyncio.Event()
+        self.ended = asyncio.Event()
 
     async def stream(self, _: bytes, context: grpc.aio.ServicerContext[bytes, bytes]) -> AsyncIterator[bytes]:
         try:
@@ -34,9 +34,8 @@ class Streams:
                 await asyncio.sleep(0.01)
                 yield b"more"
             await asyncio.Event().wait()
-        except asyncio.CancelledError:
-            self.cancelled.set()
-            raise
+        finally:  # cancelled, or closed where it was writing just then
+            self.ended.set()
 
     async def serve(self) -> GrpcServer:
         """A server of them."""
@@ -63,7 +62,7 @@ async def test_who_vanished_without_a_word_is_noticed(monkeypatch: pytest.Monkey
             assert await stream.read() == b"begun"
             proxy.silent = True
             async with asyncio.timeout(60):
-                await streams.cancelled.wait()
+                await streams.ended.wait()
             stream.cancel()
     finally:
         await server.stop(0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import socket
 import subprocess
 import threading
@@ -13,19 +14,26 @@ from typing import Any
 
 import pytest
 
-from services.common.errors import Reason
+from services.common.errors import Reason, SloraError
 from services.engine.config import EngineSettings, PoolConfig
 from services.engine.core import followers
 from services.engine.core.engine_core import CoreFault, EngineCore
 from services.engine.core.follower import run_follower
-from services.engine.core.follower_messages import FollowedStep, followed, frame, to_follower_decoder, to_plan
+from services.engine.core.follower_messages import (
+    FollowedStep,
+    StartLoad,
+    followed,
+    frame,
+    to_follower_decoder,
+    to_plan,
+)
 from services.engine.core.followers import Followers
 from services.engine.core.launch import FAULT_EXIT_CODE
 from services.engine.core.parallel_runner import ParallelRunner
-from services.engine.messages import LENGTH, Abort, Generate, StepReport
+from services.engine.messages import LENGTH, Abort, Adapter, Generate, StepReport
 from services.engine.step import BASE_SLOT, StepPlan
 from tests.fakes.fake_device import FakeDevice
-from tests.fakes.fake_model import adapter, generate
+from tests.fakes.fake_model import adapter, digest_of, generate
 from tests.fakes.fake_runner import FakeRunner
 from tests.fakes.fake_source import FakeSource
 
@@ -246,6 +254,24 @@ def test_a_step_that_fails_here_ends_the_core() -> None:
         world.core.step()
     world.following.meeting.abort()
     world.followers.close()
+
+
+def test_a_load_that_ends_when_process_0_has_ended_is_told_nobody(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG)
+    settings = EngineSettings("", (), max_running=4, max_step_tokens=16, max_adapters=3, tp_size=2)
+    device = FollowingDevice(FakeRunner(NUM_PAGES).pool_config, FakeDevice(NUM_PAGES), threading.Barrier(1))
+    source, gate = FakeSource(device.pool_config.page_elems), threading.Event()
+    source.add("slow", manifest_gate=gate, error=SloraError(Reason.ADAPTER_CHANGED, "changed"))
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        ours.sendall(frame(StartLoad(1, Adapter("slow@1", digest_of("slow")))))
+        ours.shutdown(socket.SHUT_WR)
+        assert run_follower(settings, device, source, theirs) == 0
+    gate.set()
+    deadline = time.monotonic() + PATIENCE
+    while "process 0 is not told of a load" not in caplog.text:
+        assert time.monotonic() < deadline, caplog.text
+        time.sleep(0.01)
 
 
 def test_a_plan_travels_whole() -> None:
