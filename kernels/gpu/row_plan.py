@@ -13,9 +13,8 @@ How an item is cut depends on its own token's adapter and on the blocks, never o
 
 Early start (kernels.gpu.early_launch). The plan is read before the wait. It is written by a kernel that is launched
 without early start and does not signal. The first planned_shrink must not be the next kernel behind it: with an
-ordinary kernel between them (in a step the embedding) it cannot begin before that one began, thus
-not before the plan was complete. The next step's plan, an ordinary kernel too, starts when all that read this one have
-ended.
+ordinary kernel between them (in a step the embedding) it cannot begin before that one began, thus not before the plan
+was complete. The next step's plan, an ordinary kernel too, starts when all that read this one have ended.
 """
 
 from __future__ import annotations
