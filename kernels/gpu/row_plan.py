@@ -59,7 +59,7 @@ class PlannedBlocks:
 
 # There too, 128 tokens: 0.357 ms at rank 8 and 1.088 with ranks 64 to 8. Blocks of 8 rows (8 programs, 128 registers)
 # took 0.362 and 1.143; 9 programs of 4 rows 0.495 and 1.49, 11 of them 0.47 and 1.39.
-_BLOCKS = PlannedBlocks(rows=4, num_warps=2, programs=10, registers=96)
+DEFAULT_BLOCKS = PlannedBlocks(rows=4, num_warps=2, programs=10, registers=96)
 
 
 class TokenOrder(NamedTuple):
@@ -124,7 +124,7 @@ class RowPlanner:
         """Whether a step of `batch` tokens is for planned_shrink; else it is for row_shrink."""
         return batch >= self._from_batch
 
-    def plan(self, slots: torch.Tensor, blocks: PlannedBlocks = _BLOCKS) -> RowPlan:
+    def plan(self, slots: torch.Tensor, blocks: PlannedBlocks = DEFAULT_BLOCKS) -> RowPlan:
         """Launches the kernel that plans a step with these `slots` (int32 `[batch]`); see above what may follow it."""
         tables, batch = self._tables, slots.shape[0]
         _, num_layers, num_modules = tables.rank.shape

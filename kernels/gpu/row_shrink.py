@@ -110,14 +110,15 @@ def shrink_work(
 ) -> ShrinkWork:
     """For `row_shrink`, or for another's launch. max_rank: no adapter has a larger one on a module."""
     layout = tables.layout
-    blocks = blocks or _blocks_for(u.shape[1], group.num_modules, max_rank)
+    blocks = blocks or shrink_blocks(u.shape[1], group.num_modules, max_rank)
     launch = _launch(u.shape, group, layout, pages.shape[1], blocks)
     arguments = slots, pages, tables.page_table, tables.rank, tables.lora_a_tile, u
     return ShrinkWork(arguments, layer * layout.layer_stride + group.first_module, launch)
 
 
 @functools.cache
-def _blocks_for(batch: int, num_modules: int, max_rank: int) -> ShrinkBlocks:
+def shrink_blocks(batch: int, num_modules: int, max_rank: int) -> ShrinkBlocks:
+    """How it is cut if nothing else is asked for."""
     if max_rank > FEW_RANKS:
         return next(blocks for limit, blocks in _BLOCKS_OF_MANY_RANKS if batch <= limit)
     most = _MOST_ROWS if batch < _LARGE_BATCH else _MOST_ROWS_OF_LARGE_BATCH

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,12 @@ import torch
 
 from kernels.gpu import prefill_attention
 from kernels.gpu.adapter_tables import FEW_RANKS
+from kernels.gpu.row_plan import RowPlanner
 from kernels.gpu.row_product import row_product
+from services.engine.execution.gpu import gpu_runner
 from services.engine.execution.gpu.adapter_device import GroupRanks
 from services.engine.execution.gpu.step_arrays import StepCuts
-from services.engine.execution.gpu.step_graphs import SizedStep
+from services.engine.execution.gpu.step_graphs import CaptureSizes, SizedStep
 from services.engine.execution.gpu.step_layout import StepLayout
 from services.engine.execution.gpu.step_shape import StepAdapters, StepShape
 from services.engine.execution.gpu.step_tensors import StepTensors
@@ -64,7 +67,12 @@ class MixedBatch:
     """A runner that holds every adapter, and the oracle."""
 
     def __init__(
-        self, directory: Path, rng: random.Random, family: str, adapters: dict[str, dict[str, Any]] = ADAPTERS
+        self,
+        directory: Path,
+        rng: random.Random,
+        family: str,
+        adapters: dict[str, dict[str, Any]] = ADAPTERS,
+        **overrides: Any,
     ) -> None:
         self.checkpoint = make_checkpoint(directory / "base", family, seed=rng.randrange(2**31), **SIZES)
         paths = {
@@ -72,7 +80,7 @@ class MixedBatch:
             for i, (name, fields) in enumerate(adapters.items())
         }
         self.oracle = ModelOracle(self.checkpoint, paths)
-        self.driver = RunnerDriver(make_gpu_runner(self.checkpoint, num_pages=800), rng)
+        self.driver = RunnerDriver(make_gpu_runner(self.checkpoint, num_pages=800, **overrides), rng)
         self.slots: dict[str | None, int] = {None: BASE_SLOT}
         free = rng.sample(range(32), len(adapters))
         for name in adapters:
@@ -182,6 +190,38 @@ def test_small_ranks_say_what_peft_says(
     assert with_product[True] >= 8 * (is_own and plan_from > len(names)), with_product
     assert with_product[True] % 8 == 0
     assert is_own or not with_product
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="steps are captured on an accelerator only")
+@pytest.mark.parametrize("plan_from", [64, 8])
+@pytest.mark.parametrize("names", [list(ADAPTERS), ["attention", "everything", "patterns"]], ids=["large", "small"])
+def test_captured_steps_equal_their_launches_one_by_one(
+    tmp_path: Path, rng: random.Random, plan_from: int, names: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In every bit, however often: launches on a branch, and those that start early, see what is written ahead."""
+    monkeypatch.setattr(gpu_runner, "RowPlanner", partial(RowPlanner, from_batch=plan_from))
+    adapters, sizes = {name: ADAPTERS[name] for name in names}, CaptureSizes((1, 8, 32, 64, 96))
+    batch = MixedBatch(tmp_path, rng, "llama", adapters, sizes=sizes, max_running=96)
+    runner, num_steps = batch.driver.runner, Counter[int]()
+    run, runner._graphs.may_run_together = runner._graphs.run, lambda *_: False
+
+    def both(step: SizedStep) -> torch.Tensor:
+        assert step in runner._graphs._graphs
+        drawn = runner._state.drawn.clone()
+        expected = runner._compute_sized(step).clone()
+        for _ in range(20):
+            runner._state.drawn.copy_(drawn)
+            logits = run(step)
+            assert torch.equal(logits, expected)
+        num_steps[step.shape.num_decode] += 1
+        return logits
+
+    runner._graphs.run = both
+    for count in (1, 7, 30, 60, 90):
+        chosen = [rng.choice([*names, None]) for _ in range(count)]
+        sequences = [DrivenSequence([rng.randrange(VOCABULARY)], 3, batch.slots[name], ALL_LOGPROBS) for name in chosen]
+        batch.driver.run(sequences)
+    assert num_steps == {1: 3, 8: 3, 32: 3, 64: 3, 96: 3}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there steps are captured")

@@ -1,13 +1,14 @@
 """The LoRA of tokens one by one: a first half, and a second half alone or with the op behind the projection.
 
-Made once a step, as TritonStep is. A step's launches are what few adapters cost: where it pays, the kernel that takes
-the projection's output anyway computes the second half. These tokens are a step's first rows: those that decode, and in
-a small step those of prompts too.
+Made once a step, as TritonStep is. A step's launches are what few adapters cost: where it pays, the projection's
+product computes the first half in its launch, and the kernel that takes the projection's output anyway the second.
+These tokens are a step's first rows: those that decode, and in a small step those of prompts too.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 
@@ -16,11 +17,16 @@ from kernels.gpu.expand_add_rms_norm import expand_add_rms_norm
 from kernels.gpu.expand_rope_kv_write import Rotation, expand_rope_kv_write, fits
 from kernels.gpu.planned_shrink import planned_shrink
 from kernels.gpu.row_expand import planned_expand, row_expand
-from kernels.gpu.row_plan import RowPlan, TokenOrder, as_they_come
+from kernels.gpu.row_plan import DEFAULT_BLOCKS, RowPlan, TokenOrder, as_they_come
 from kernels.gpu.row_product import takes_shrink
-from kernels.gpu.row_shrink import ShrinkWork, num_splits_for, row_shrink, shrink_work
+from kernels.gpu.row_shrink import ShrinkWork, num_splits_for, row_shrink, shrink_blocks, shrink_work
 from services.engine.execution.gpu.step_tensors import DeviceState, StepTensors
 from services.engine.model.step_ops import Group
+
+# Rows. Llama-7B on one H200, all projections, a step with the first half behind the product and beside it: ranks 64 to
+# 8 at 8 rows 5.38 and 5.08 ms, 16 6.35 and 5.76, 32 7.72 and 6.98, 64 9.92 and 9.53, 128 15.7 and 15.7; rank 8 at 32
+# rows 5.91 and 5.77, 64 8.09 and 7.75, 128 12.4 and 12.3. In front of it large ranks took 7.55 at 32 rows.
+_MOST_BESIDE = 64
 
 
 class RowLora:
@@ -38,7 +44,8 @@ class RowLora:
         """At the step's beginning, ahead of the first norm and product, as row_plan asks."""
         planner = self._state.row_planner
         if planner.needs_plan(self._step.num_rows):
-            self._plan = planner.plan(self._step.adapter_slots)
+            blocks = replace(DEFAULT_BLOCKS, early=self._shrinks_early)
+            self._plan = planner.plan(self._step.adapter_slots, blocks)
 
     def expands_late(self, group: Group) -> bool:
         """Whether the second half is left to the op behind the projection."""
@@ -48,14 +55,14 @@ class RowLora:
         return group != Group.GATE_UP and self._plan is not None and self._step.max_row_rank <= FEW_RANKS
 
     @property
-    def shrinks_ahead(self) -> bool:
-        """Whether a first half alone goes ahead of the product; else behind it.
+    def shrinks_beside(self) -> bool:
+        """Whether a first half that is a launch of its own goes beside the product; else behind it."""
+        return self._step.num_rows <= _MOST_BESIDE
 
-        Programs of large ranks, begun beside the product's, slow it down. Small ones read while it ends. 32 tokens of
-        ranks 64 to 8, Llama-7B's attention on one H200: a step of 6.43 ms ahead, 6.58 behind; of rank 8 5.79 and 5.66;
-        of 128 tokens 12.06 and 12.03, 10.71 and 10.67.
-        """
-        return self._plan is None and self._step.max_row_rank > FEW_RANKS
+    @property
+    def _shrinks_early(self) -> bool:
+        # Beside the product programs of small ranks have time enough, and take places that its own could have.
+        return not self.shrinks_beside or self._step.max_row_rank > FEW_RANKS
 
     def space(self, group: Group) -> torch.Tensor:
         """Where a first half goes: rank space, float32 `[num_splits, num_rows, ranks]`."""
@@ -87,7 +94,9 @@ class RowLora:
     def _work(self, layer: int, group: Group) -> ShrinkWork:
         state, step, modules = self._state, self._step, self._modules(group)
         tables, pages, u = state.adapters.tables, state.layers[layer], self.space(group)
-        return shrink_work(step.adapter_slots, layer, pages, tables, modules, u, step.max_row_rank)
+        blocks = shrink_blocks(step.num_rows, modules.num_modules, step.max_row_rank)
+        blocks = replace(blocks, early=self._shrinks_early)
+        return shrink_work(step.adapter_slots, layer, pages, tables, modules, u, step.max_row_rank, blocks)
 
     def expand(self, layer: int, group: Group, u: torch.Tensor, y: torch.Tensor) -> None:
         """The second half, added to the first rows of y."""

@@ -12,6 +12,7 @@ from kernels.gpu.prefill_attention import PrefillPlan
 from kernels.gpu.row_plan import RowPlanner
 from kernels.gpu.segment_shrink import DEFAULT_BLOCK_M
 from services.engine.execution.gpu.adapter_device import GpuAdapterDevice, GroupRanks
+from services.engine.execution.gpu.step_branch import StepBranch
 from services.engine.memory.pool import Pool
 from services.engine.model.config import ModelConfig
 from services.engine.model.step_ops import Group
@@ -82,6 +83,7 @@ class DeviceState:
     row_planner: RowPlanner
     # float32, flat: rank space of decoded tokens.
     rank_space: torch.Tensor
+    branch: StepBranch
     # [max_sampled, vocab_size], in the model's type. One for all steps: each captured one would keep its own for good,
     # which for all of them are 10 GiB of a vocabulary of 128k.
     logits: torch.Tensor

@@ -113,15 +113,14 @@ class TritonStep:
 
     def _project_rows(self, layer: int, group: Group, linear: Linear, x: torch.Tensor) -> torch.Tensor:
         """The product, with what adapters add to tokens one by one, or will by the op behind."""
-        rows, work = self._rows, None
+        rows, branch, work = self._rows, self._state.branch, None
         if reads_directly(linear.weight, x):
             work = rows.shrink_work(layer, group, x, linear.weight)
-        is_alone = work is None
-        if is_alone and rows.shrinks_ahead:
-            rows.shrink(layer, group, x)
+        fork = branch.fork() if work is None and rows.shrinks_beside else None
         y = base_product(linear, x, work)
-        if is_alone and not rows.shrinks_ahead:
-            rows.shrink(layer, group, x)
+        if work is None:
+            with branch.since(fork):
+                rows.shrink(layer, group, x)
         u = rows.space(group)
         if rows.expands_late(group):
             assert self._unexpanded is None

@@ -1,0 +1,39 @@
+"""A branch of a captured step: launches that lie beside its others instead of between them.
+
+Kernels that read different memory each leave some of its speed unused. In a CUDA graph two streams are two branches;
+a step that is not captured, whose launches the host makes one by one, would only pay for the events.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+class StepBranch:
+    """One at a time. Whatever is launched on it must not allocate memory: that would belong to another stream."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def fork(self) -> torch.cuda.Event | None:
+        """Where the branch leaves: behind all that was launched. None where nothing is captured."""
+        if self._stream is None or not torch.cuda.is_current_stream_capturing():
+            return None
+        return torch.cuda.current_stream().record_event()
+
+    @contextmanager
+    def since(self, fork: torch.cuda.Event | None) -> Iterator[None]:
+        """What is launched within runs beside what was launched since the fork; what comes behind waits for both.
+
+        Without a fork it is launched in the order of the others.
+        """
+        if fork is None or self._stream is None:
+            yield
+            return
+        self._stream.wait_event(fork)
+        with torch.cuda.stream(self._stream):
+            yield
+        torch.cuda.current_stream().wait_stream(self._stream)
