@@ -24,9 +24,10 @@ from services.engine.execution.gpu.step_tensors import DeviceState, StepTensors
 from services.engine.model.step_ops import Group
 
 # Rows. Llama-7B on one H200, all projections, a step with the first half behind the product and beside it: ranks 64 to
-# 8 at 8 rows 5.38 and 5.08 ms, 16 6.35 and 5.76, 32 7.72 and 6.98, 64 9.92 and 9.53, 128 15.7 and 15.7; rank 8 at 32
-# rows 5.91 and 5.77, 64 8.09 and 7.75, 128 12.4 and 12.3. In front of it large ranks took 7.55 at 32 rows.
-_MOST_BESIDE = 64
+# 8 at 8 rows 5.38 and 5.08 ms, 16 6.35 and 5.76, 32 7.72 and 6.98, 64 9.92 and 9.53, 128 14.21 and 13.99, 192 19.8 and
+# 20.4; rank 8 at 32 rows 5.91 and 5.77, 64 8.09 and 7.75, 128 10.99 and 10.84, 192 15.0 and 15.1. Ahead of the product
+# large ranks took 7.55 at 32 rows.
+_MOST_BESIDE = 128
 
 
 class RowLora:
