@@ -215,23 +215,22 @@ def zipf_pages(bench: Bench) -> int:
     return kept + running + NUM_ADAPTERS // 2 * bench.adapter_pages
 
 
-def run_all(model: BenchModel, size: Size, scratch: Path, only: Sequence[str]) -> list[Row]:
-    """The rows of the parts `only`. One runner at a time: on an accelerator it takes all memory."""
+def run_all(model: BenchModel, size: Size, scratch: Path, only: Sequence[str]) -> Iterator[list[Row]]:
+    """The rows of the parts `only`, part by part. One runner at a time: on an accelerator it takes all memory."""
     bench = Bench.open(model, size, scratch)
-    rows: list[Row] = []
     if "ttft" in only:
-        rows += measure_ttft(bench)
+        yield list(measure_ttft(bench))
     if "unshared" in only:
-        rows += measure_unshared(bench)
+        yield list(measure_unshared(bench))
     if "zipf" not in only:
-        return rows
+        return
     num_pages = zipf_pages(bench)
     bench.adapters.close()
     del bench
     gc.collect()
     if model.device != "cpu":
         torch.cuda.empty_cache()
-    return [*rows, *measure_zipf(Bench.open(model, size, scratch, num_pages))]
+    yield list(measure_zipf(Bench.open(model, size, scratch, num_pages)))
 
 
 def keep(rows: Sequence[Row], model: BenchModel, out: Path | None) -> None:
@@ -247,17 +246,19 @@ def keep(rows: Sequence[Row], model: BenchModel, out: Path | None) -> None:
 
 
 def main() -> None:
-    """Measures, prints, records."""
+    """Measures, prints, and records, a part as soon as it is measured."""
     parser = model_arguments(__doc__)
     parser.set_defaults(model="llama-100m", device="cpu", dtype="float32")
     parser.add_argument("--only", default="ttft,unshared,zipf", help="parts, by commas (default: %(default)s)")
     arguments = parser.parse_args()
     model = chosen_model(arguments)
     size = TINY if arguments.tiny else CPU if model.device == "cpu" else ACCELERATOR
+    rows: list[Row] = []
     with tempfile.TemporaryDirectory() as scratch:
-        rows = run_all(model, size, Path(scratch), arguments.only.split(","))
-    if not arguments.tiny or arguments.out:
-        keep(rows, model, arguments.out)
+        for part in run_all(model, size, Path(scratch), arguments.only.split(",")):
+            rows += part
+            if not arguments.tiny or arguments.out:
+                keep(rows, model, arguments.out)
 
 
 if __name__ == "__main__":

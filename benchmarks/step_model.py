@@ -105,7 +105,7 @@ class StepModel:
     `token` is what the products cost a token of a prompt, or a decode where there are so many that weights are read in
     less; `prompt_step` is paid by a step with a prompt in it, `lora_step` by one in which any decode has an adapter,
     `lora_prompt_step` by one in which any prompt has; `beside_load` is the share by which a step is longer while an
-    adapter is loaded.
+    adapter is loaded. `lora_step` may be less than nothing: the first bytes are read beside the products (ADR 37).
     """
 
     weights: float
@@ -127,11 +127,12 @@ class StepModel:
             max(self.weights, self.token * (work.num_decodes + work.num_prompt_tokens))
             + self.decode * work.num_decodes
             + self.context_token * work.num_context
-            + self.lora_byte * work.lora_bytes
             + self.lora_prompt_token * work.num_lora_prompt_tokens
         )
         seconds += self.prompt_step * (work.num_prompt_tokens > 0)
-        seconds += self.lora_step * (work.lora_bytes > 0) + self.lora_prompt_step * (work.num_lora_prompt_tokens > 0)
+        if work.lora_bytes:
+            seconds += max(0.0, self.lora_step + self.lora_byte * work.lora_bytes)
+        seconds += self.lora_prompt_step * (work.num_lora_prompt_tokens > 0)
         return seconds * (1 + self.beside_load) if work.is_loading else seconds
 
     def load_seconds(self, num_bytes: int) -> float:

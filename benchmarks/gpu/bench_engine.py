@@ -43,7 +43,7 @@ from services.engine.messages import Abort, Adapter, Generate, Prefetch, StepRep
 from services.engine.model.partition import Partition
 
 PROMPT, OUTPUT = 256, 128
-DECODE_BATCHES = (1, 32, 128)
+DECODE_BATCHES = (1, 32, 64, 128)
 MIXED_BATCHES, MIXED_PROMPTS = (32, 128), (64, 512)
 SETTINGS = ("base", "S1", "S2")
 NUM_ROUNDS = 3
@@ -400,28 +400,24 @@ def measure_mixes(bench: Bench, mixes: str, num_requests: int) -> Iterator[Row]:
         yield bench.model.row("paper_mix", str(mine[0]["setting"]), "requests_per_s_ratio", ratio, **labels)
 
 
-def measure(bench: Bench, only: set[str], quick: bool) -> Iterator[Row]:
-    """Everything that was asked for but the mixes, base first."""
+def measure(bench: Bench, only: set[str], quick: bool) -> Iterator[list[Row]]:
+    """Everything that was asked for but the mixes, base first, part by part."""
     sizes = (1, 32) if quick else DECODE_BATCHES
     if "decode" in only:
-        yield from measure_decode(bench, sizes)
-        if not quick:
-            yield from measure_idle_adapters(bench)
+        idle = () if quick else measure_idle_adapters(bench)
+        yield [*measure_decode(bench, sizes), *idle]
     if "prefill" in only:
-        yield from measure_prefill(bench)
+        yield list(measure_prefill(bench))
     if "mixed" in only:
-        yield from measure_mixed(bench)
-    if "load" in only:
-        for setting in ("S1", "S2"):
-            yield from measure_load(bench, setting)
-            yield from measure_store_load(bench, setting)
-    if "churn" in only:
-        for setting in ("S1", "S2"):
-            yield from measure_churn(bench, setting)
+        yield list(measure_mixed(bench))
+    for setting in ("S1", "S2") if "load" in only else ():
+        yield [*measure_load(bench, setting), *measure_store_load(bench, setting)]
+    for setting in ("S1", "S2") if "churn" in only else ():
+        yield list(measure_churn(bench, setting))
 
 
 def main() -> None:
-    """Measures, prints rows, and merges them into the results."""
+    """Measures, prints rows, and merges them into the results, a part as soon as it is measured."""
     parser = model_arguments(__doc__)
     parser.add_argument("--only", default="decode,prefill,mixed,load,churn,paper_mix")
     parser.add_argument("--quick", action="store_true", help="few batches, requests and adapters")
@@ -430,14 +426,14 @@ def main() -> None:
     arguments = parser.parse_args()
     model, only = chosen_model(arguments), set(arguments.only.split(","))
     sys.setswitchinterval(SWITCH_SECONDS)
-    rows = list(measure_device(model))
+    keep_rows(list(measure_device(model)), model, arguments.out)
     with tempfile.TemporaryDirectory() as scratch:
         bench = Bench.open(model, Path(scratch))
-        rows += measure(bench, only, arguments.quick)
+        for part in measure(bench, only, arguments.quick):
+            keep_rows(part, model, arguments.out)
         if "paper_mix" in only:
             mixes, requests = ("base:0,S1:5,S2:5", 64) if arguments.quick else (arguments.mixes, arguments.requests)
-            rows += measure_mixes(bench, mixes, requests)
-    keep_rows(rows, model, arguments.out)
+            keep_rows(list(measure_mixes(bench, mixes, requests)), model, arguments.out)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,10 @@ All else comes after the wait, and a wait is for everything ahead: each program 
 the kernel ahead before it ends, also one without work, so that kernel's end implies the end of all before it. Hence
 expand sees what shrink left in u and the product in y, whichever of them is the kernel ahead; and the shrink of the
 next group, which overwrites u after its wait only, does so when expand, the last reader of u, has ended.
+
+Where a captured step has a branch (ADR 37), the kernel ahead of both its sides is the one ahead of the fork, and where
+the sides meet both their kernels are ahead, for both of which a wait is. Each of them has waited for the one ahead of
+the fork: so the end of both still implies the end of all before them.
 """
 
 from __future__ import annotations

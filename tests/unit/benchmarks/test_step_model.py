@@ -56,7 +56,7 @@ def draw_model(rng: random.Random, setting: str) -> StepModel:
         # Products of 128 decodes are bound by reading the weights, as where rows are measured.
         token=rng.uniform(2e-6, 7e-6),
         prompt_step=rng.uniform(1e-4, 2e-3),
-        lora_step=rng.uniform(1e-4, 2e-3) * has_lora,
+        lora_step=rng.uniform(-2e-5, 2e-3) * has_lora,
         lora_byte=rng.uniform(1e-13, 6e-13) * has_lora,
         lora_prompt_step=rng.uniform(1e-4, 2e-3) * has_lora,
         lora_prompt_token=rng.uniform(1e-7, 4e-6) * has_lora,
@@ -137,7 +137,9 @@ def test_the_recorded_rows_give_a_model_that_is_close_to_them(setting: str) -> N
             assert model.step_seconds(work) == pytest.approx(seconds, rel=0.02)
     for work, seconds in mixed_steps(rows, setting):
         assert model.step_seconds(work) == pytest.approx(seconds, rel=0.06)
-    assert min(vars(replace(model, beside_load=1.0)).values()) > 0, "everything costs something, but for this maybe"
+    costs = vars(replace(model, beside_load=1.0, lora_step=1.0)).values()
+    assert min(costs) > 0, "everything costs something, but for these maybe"
+    assert abs(model.lora_step) < 1e-3
     assert 0 <= model.beside_load < 0.1
 
 
@@ -160,6 +162,13 @@ def test_a_step_costs_what_is_in_it(rng: random.Random) -> None:
     )
     loading = replace(many, is_loading=True)
     assert model.step_seconds(loading) == pytest.approx((1 + model.beside_load) * model.step_seconds(many))
+
+
+def test_the_first_bytes_of_adapters_may_cost_nothing() -> None:
+    model = replace(draw_model(random.Random(1), "S1"), lora_step=-1e-4, lora_byte=1e-13)
+    bare, beside, beyond = (model.step_seconds(StepWork(8, 0, 0, size)) for size in (0, 10**8, 3 * 10**9))
+    assert beside == bare
+    assert beyond - bare == pytest.approx(2e-4)
 
 
 def test_what_decodes_read_of_adapters_goes_by_the_runners_own_rule(rng: random.Random) -> None:

@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 
-from services.engine.execution.gpu.step_branch import StepBranch
+from services.engine.execution.gpu.step_branch import IN_ORDER, StepBranch
 
 
 @pytest.fixture
@@ -22,8 +22,9 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def test_uncaptured_launches_keep_their_order(device: torch.device) -> None:
-    branch = StepBranch(device)
+@pytest.mark.parametrize("is_none", [False, True])
+def test_uncaptured_launches_keep_their_order(device: torch.device, is_none: bool) -> None:
+    branch = IN_ORDER if is_none else StepBranch(device)
     fork = branch.fork()
     assert fork is None
     total = torch.ones(4, device=device)
@@ -55,6 +56,7 @@ def test_a_captured_branch_begins_at_its_fork_and_is_waited_for(rng: random.Rand
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
     with torch.cuda.graph(graph, stream=stream):
         assert branch.fork() is not None
+        assert IN_ORDER.fork() is None
         compute()
     for begin in (0.0, 5.0):
         x.fill_(begin)

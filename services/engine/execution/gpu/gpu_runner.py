@@ -32,7 +32,7 @@ from services.engine.execution.gpu.adapter_device import GpuAdapterDevice, Group
 from services.engine.execution.gpu.parallel_triton_step import ParallelTritonStep
 from services.engine.execution.gpu.staging import PinnedRing, StepInputs
 from services.engine.execution.gpu.step_arrays import StepArrays, arrange, cut_step, shifted_row
-from services.engine.execution.gpu.step_branch import StepBranch
+from services.engine.execution.gpu.step_branch import IN_ORDER, StepBranch
 from services.engine.execution.gpu.step_graphs import CaptureSizes, SizedStep, StepGraphs, capture_sizes
 from services.engine.execution.gpu.step_layout import StepLayout, StepLimits, lay_out
 from services.engine.execution.gpu.step_shape import StepAdapters, StepShape, most_integers
@@ -322,7 +322,8 @@ class GpuRunner:
             attended=torch.zeros((max_tokens, config.num_heads, config.head_dim), dtype=config.dtype, device=device),
             row_planner=RowPlanner(adapters.tables, adapters.groups, max_batch),
             rank_space=torch.empty(rank_space, dtype=torch.float32, device=device),
-            branch=StepBranch(device),
+            # Of several processes each has its collectives beside the product.
+            branch=StepBranch(device) if self._communicator.partition.tp_size == 1 else IN_ORDER,
             logits=torch.empty((max_batch + sizes.max_chunks, self.vocab_size), dtype=config.dtype, device=device),
         )
         most = most_integers(max_tokens, 2 * max_batch + sizes.max_chunks, self._max_pages, self._tile_tokens)

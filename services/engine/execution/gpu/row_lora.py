@@ -20,6 +20,7 @@ from kernels.gpu.row_expand import planned_expand, row_expand
 from kernels.gpu.row_plan import DEFAULT_BLOCKS, RowPlan, TokenOrder, as_they_come
 from kernels.gpu.row_product import takes_shrink
 from kernels.gpu.row_shrink import ShrinkWork, num_splits_for, row_shrink, shrink_blocks, shrink_work
+from services.engine.execution.gpu.step_branch import IN_ORDER, StepBranch
 from services.engine.execution.gpu.step_tensors import DeviceState, StepTensors
 from services.engine.model.step_ops import Group
 
@@ -56,14 +57,24 @@ class RowLora:
         return group != Group.GATE_UP and self._plan is not None and self._step.max_row_rank <= FEW_RANKS
 
     @property
-    def shrinks_beside(self) -> bool:
-        """Whether a first half that is a launch of its own goes beside the product; else behind it."""
-        return self._step.num_rows <= _MOST_BESIDE
+    def shrinks_ahead(self) -> bool:
+        """Whether a first half that is a launch of its own goes ahead of the product.
+
+        The product of a single row reads its weight ahead of its wait: it begins with what is launched ahead of it.
+        Beside it, it leaves no SM to others before it ends. One sequence of rank 64, Llama-7B on one H200: a step of
+        1.076 times the base's ahead (all projections 1.153), 1.102 beside (1.228).
+        """
+        return self._step.num_rows == 1 and self._step.max_row_rank > FEW_RANKS
+
+    @property
+    def branch(self) -> StepBranch:
+        """Where it goes else: beside the product, or in order behind it."""
+        return self._state.branch if self._step.num_rows <= _MOST_BESIDE else IN_ORDER
 
     @property
     def _shrinks_early(self) -> bool:
         # Beside the product programs of small ranks have time enough, and take places that its own could have.
-        return not self.shrinks_beside or self._step.max_row_rank > FEW_RANKS
+        return self.branch is IN_ORDER or self._step.max_row_rank > FEW_RANKS
 
     def space(self, group: Group) -> torch.Tensor:
         """Where a first half goes: rank space, float32 `[num_splits, num_rows, ranks]`."""

@@ -15,14 +15,16 @@ import torch
 class StepBranch:
     """One at a time. Whatever is launched on it must not allocate memory: that would belong to another stream."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+    def __init__(self, device: torch.device | None) -> None:
+        """None: a step without branches."""
+        self._stream = torch.cuda.Stream(device) if device is not None and device.type == "cuda" else None
 
     def fork(self) -> torch.cuda.Event | None:
         """Where the branch leaves: behind all that was launched. None where nothing is captured."""
         if self._stream is None or not torch.cuda.is_current_stream_capturing():
             return None
-        return torch.cuda.current_stream().record_event()
+        event: torch.cuda.Event = torch.cuda.current_stream().record_event()
+        return event
 
     @contextmanager
     def since(self, fork: torch.cuda.Event | None) -> Iterator[None]:
@@ -37,3 +39,7 @@ class StepBranch:
         with torch.cuda.stream(self._stream):
             yield
         torch.cuda.current_stream().wait_stream(self._stream)
+
+
+IN_ORDER = StepBranch(None)
+"""None: what is launched on it has its place among the others."""

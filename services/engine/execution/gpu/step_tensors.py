@@ -83,6 +83,7 @@ class DeviceState:
     row_planner: RowPlanner
     # float32, flat: rank space of decoded tokens.
     rank_space: torch.Tensor
+    # Of captured steps.
     branch: StepBranch
     # [max_sampled, vocab_size], in the model's type. One for all steps: each captured one would keep its own for good,
     # which for all of them are 10 GiB of a vocabulary of 128k.

@@ -113,13 +113,18 @@ class TritonStep:
 
     def _project_rows(self, layer: int, group: Group, linear: Linear, x: torch.Tensor) -> torch.Tensor:
         """The product, with what adapters add to tokens one by one, or will by the op behind."""
-        rows, branch, work = self._rows, self._state.branch, None
+        rows, work = self._rows, None
         if reads_directly(linear.weight, x):
             work = rows.shrink_work(layer, group, x, linear.weight)
-        fork = branch.fork() if work is None and rows.shrinks_beside else None
-        y = base_product(linear, x, work)
-        if work is None:
-            with branch.since(fork):
+        if work is not None:
+            y = base_product(linear, x, work)
+        elif rows.shrinks_ahead:
+            rows.shrink(layer, group, x)
+            y = base_product(linear, x)
+        else:
+            fork = rows.branch.fork()
+            y = base_product(linear, x)
+            with rows.branch.since(fork):
                 rows.shrink(layer, group, x)
         u = rows.space(group)
         if rows.expands_late(group):
