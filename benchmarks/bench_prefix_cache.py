@@ -246,7 +246,7 @@ def keep(rows: Sequence[Row], model: BenchModel, out: Path | None) -> None:
 
 
 def main() -> None:
-    """Measures, prints, and records, a part as soon as it is measured."""
+    """Measures, prints, records: an accelerator's parts as soon as they are measured."""
     parser = model_arguments(__doc__)
     parser.set_defaults(model="llama-100m", device="cpu", dtype="float32")
     parser.add_argument("--only", default="ttft,unshared,zipf", help="parts, by commas (default: %(default)s)")
@@ -254,11 +254,15 @@ def main() -> None:
     model = chosen_model(arguments)
     size = TINY if arguments.tiny else CPU if model.device == "cpu" else ACCELERATOR
     rows: list[Row] = []
+    is_kept = arguments.out or not arguments.tiny
     with tempfile.TemporaryDirectory() as scratch:
         for part in run_all(model, size, Path(scratch), arguments.only.split(",")):
             rows += part
-            if not arguments.tiny or arguments.out:
-                keep(rows, model, arguments.out)
+            if is_kept and model.device != "cpu":
+                keep(part, model, arguments.out)
+    # A CPU's take the place of the whole file.
+    if is_kept and model.device == "cpu":
+        keep(rows, model, arguments.out)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@ The rows are those of `benchmarks/results/h200.json`, Llama-7B's shape in bfloat
 several batches, without and with adapters; the quiet steps of *churn*, whose sequences are longer; steps with prompts;
 prefill; loads. Those of *paper_mix* are left out: they are what `benchmarks.simulate_paper` holds the model to.
 
-A step's time is a sum, as its parts follow one another on the device: the base model's products, each decode, each
+A step's time is a sum, as its parts follow one another on the device (but for the first bytes of adapters, which are
+read beside the products): the base model's products, each decode, each
 token that decodes look back on, what a prompt adds to any step, and what LoRA adds to decodes and prompts. The products
 take as long as reading the weights, or as multiplying the step's tokens by them, whichever is longer. What LoRA adds to
 decodes goes by the bytes that they read of adapters: where the engine computes sequences of one adapter together

@@ -23,7 +23,8 @@ next group, which overwrites u after its wait only, does so when expand, the las
 
 Where a captured step has a branch (ADR 37), the kernel ahead of both its sides is the one ahead of the fork, and where
 the sides meet both their kernels are ahead, for both of which a wait is. Each of them has waited for the one ahead of
-the fork: so the end of both still implies the end of all before them.
+the fork: so the end of both still implies the end of all before them. (A branch's kernel also follows the one on the
+branch before it, which has ended long since.)
 """
 
 from __future__ import annotations

@@ -96,13 +96,19 @@ def make_case(
 
 
 def check(
-    case: Case, scale: float, tuning: PrefillTuning | None = None, tolerance: float = 1e-5, num_splits: int = 1
+    case: Case,
+    scale: float,
+    tuning: PrefillTuning | None = None,
+    tolerance: float = 1e-5,
+    num_splits: int = 1,
+    num_padding: int = 0,
 ) -> None:
     num_heads, num_kv_heads = case.q.shape[1], case.pages.shape[2]
     block_m = tile_tokens(num_heads, num_kv_heads, case.q.dtype)
     if tuning is not None:
         block_m = max(1, tuning.rows // (num_heads // num_kv_heads))
     plan = replace(plan_prefill(case.spans, block_m, case.q.device), num_splits=num_splits)
+    plan = replace(plan, tiles=functional.pad(plan.tiles, (0, 0, 0, num_padding)))
     out = torch.full(case.q.shape, UNTOUCHED, dtype=case.q.dtype, device=case.q.device)
     rows, meetings = num_splits * len(case.q) * num_heads, len(plan.tiles) * num_kv_heads
     parts = AttentionParts.make(rows, meetings, case.q.shape[2], case.q.device)
@@ -147,9 +153,8 @@ def test_contexts_in_parts(
     """Short and long ones, and tiles of padding; a part may begin behind a tile's first tokens."""
     chunks = [(0, 3), (rng.randint(60, 90), rng.randint(1, 20)), (rng.choice([15, 16, 47, 48]), 2)]
     case = make_case(rng, chunks, shape, dtype, device)
-    case.spans.append((0, 0, 0, 0))
-    for num_splits in (2, 7):
-        check(case, shape[2] ** -0.5, SMALL, num_splits=num_splits)
+    for num_splits, num_padding in ((1, 2), (2, 3), (7, 1)):
+        check(case, shape[2] ** -0.5, SMALL, num_splits=num_splits, num_padding=num_padding)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="too slow in the interpreter")

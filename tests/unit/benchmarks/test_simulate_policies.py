@@ -60,7 +60,7 @@ def test_a_summary_counts_who_came_in_the_middle_and_who_was_dropped_among_them(
 
 @pytest.mark.parametrize("name", ["fcfs", "fair"])
 def test_early_abort_attains_most_of_what_capacity_allows_at_twice_the_rate(name: str, rate: float) -> None:
-    # In half as long what is dropped differs by a tenth between traces.
+    # In half as long the share of those in time differs by a tenth from trace to trace.
     twice = TraceShape(2 * rate, 72.0, ADAPTERS)
     with_abort = serve(SETUP, twice, POLICIES[f"{name} + early abort"])
     assert with_abort.attainment >= 0.85 * 0.5

@@ -323,7 +323,7 @@ class GpuRunner:
             row_planner=RowPlanner(adapters.tables, adapters.groups, max_batch),
             rank_space=torch.empty(rank_space, dtype=torch.float32, device=device),
             # Of several processes each has its collectives beside the product.
-            branch=StepBranch(device) if self._communicator.partition.tp_size == 1 else IN_ORDER,
+            side=StepBranch(device) if self._communicator.partition.tp_size == 1 else IN_ORDER,
             logits=torch.empty((max_batch + sizes.max_chunks, self.vocab_size), dtype=config.dtype, device=device),
         )
         most = most_integers(max_tokens, 2 * max_batch + sizes.max_chunks, self._max_pages, self._tile_tokens)

@@ -24,10 +24,11 @@ from services.engine.execution.gpu.step_branch import IN_ORDER, StepBranch
 from services.engine.execution.gpu.step_tensors import DeviceState, StepTensors
 from services.engine.model.step_ops import Group
 
-# Rows. Llama-7B on one H200, all projections, a step with the first half behind the product and beside it: ranks 64 to
-# 8 at 8 rows 5.38 and 5.08 ms, 16 6.35 and 5.76, 32 7.72 and 6.98, 64 9.92 and 9.53, 128 14.21 and 13.99, 192 19.8 and
-# 20.4; rank 8 at 32 rows 5.91 and 5.77, 64 8.09 and 7.75, 128 10.99 and 10.84, 192 15.0 and 15.1. Ahead of the product
-# large ranks took 7.55 at 32 rows.
+# Rows of adapters. Llama-7B on one H200, all projections, a step of decodes with the first half behind the product (or
+# in its launch, small ranks to 32 rows) and beside it where it is not in its launch: ranks 64 to 8 at 8 rows 5.38 and
+# 5.08 ms, 16 6.35 and 5.76, 32 7.72 and 6.98, 64 9.92 and 9.53, 128 14.21 and 13.99, 192 19.8 and 20.4; rank 8 at 32
+# rows 5.91 and 5.84, 64 8.09 and 7.75, 128 10.99 and 10.84, 192 15.0 and 15.1. Ahead of the product large ranks took
+# 7.55 at 32 rows. Steps with prompts, whose products are longer, were not measured.
 _MOST_BESIDE = 128
 
 
@@ -64,17 +65,21 @@ class RowLora:
         Beside it, it leaves no SM to others before it ends. One sequence of rank 64, Llama-7B on one H200: a step of
         1.076 times the base's ahead (all projections 1.153), 1.102 beside (1.228).
         """
-        return self._step.num_rows == 1 and self._step.max_row_rank > FEW_RANKS
+        return len(self._step.token_ids) == 1 and self._step.max_row_rank > FEW_RANKS
 
     @property
-    def branch(self) -> StepBranch:
-        """Where it goes else: beside the product, or in order behind it."""
-        return self._state.branch if self._step.num_rows <= _MOST_BESIDE else IN_ORDER
+    def side(self) -> StepBranch:
+        """Where a first half goes that is neither in the product's launch nor ahead of it.
+
+        Beside the product in a captured step of not too many rows, else in order behind it.
+        """
+        return self._state.side if self._step.num_rows <= _MOST_BESIDE else IN_ORDER
 
     @property
     def _shrinks_early(self) -> bool:
-        # Beside the product programs of small ranks have time enough, and take places that its own could have.
-        return self.branch is IN_ORDER or self._step.max_row_rank > FEW_RANKS
+        # Beside the product programs of small ranks have time enough, and take places that its own could have. The same
+        # for steps that are not captured, where they lie behind it: else kernels would be compiled late.
+        return self.side is IN_ORDER or self._step.max_row_rank > FEW_RANKS
 
     def space(self, group: Group) -> torch.Tensor:
         """Where a first half goes: rank space, float32 `[num_splits, num_rows, ranks]`."""

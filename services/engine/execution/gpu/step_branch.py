@@ -13,10 +13,13 @@ import torch
 
 
 class StepBranch:
-    """One at a time. Whatever is launched on it must not allocate memory: that would belong to another stream."""
+    """A stream beside the step's own; a step has one such branch after another.
+
+    What is launched on it must not allocate memory, which would belong to that stream.
+    """
 
     def __init__(self, device: torch.device | None) -> None:
-        """None: a step without branches."""
+        """None: a branch that never leaves, as `IN_ORDER`."""
         self._stream = torch.cuda.Stream(device) if device is not None and device.type == "cuda" else None
 
     def fork(self) -> torch.cuda.Event | None:
@@ -42,4 +45,4 @@ class StepBranch:
 
 
 IN_ORDER = StepBranch(None)
-"""None: what is launched on it has its place among the others."""
+"""A branch that never leaves: what is launched on it lies behind what was launched ahead of it, in any step."""

@@ -65,7 +65,7 @@ class StepTensors:
 
 @dataclass(frozen=True, slots=True)
 class DeviceState:
-    """What outlives a step: memory of the device that every step uses, on one stream."""
+    """What outlives a step: memory of the device that every step uses, on one stream and its branch."""
 
     config: ModelConfig
     pool: Pool
@@ -83,8 +83,8 @@ class DeviceState:
     row_planner: RowPlanner
     # float32, flat: rank space of decoded tokens.
     rank_space: torch.Tensor
-    # Of captured steps.
-    branch: StepBranch
+    # What a captured step launches beside its products.
+    side: StepBranch
     # [max_sampled, vocab_size], in the model's type. One for all steps: each captured one would keep its own for good,
     # which for all of them are 10 GiB of a vocabulary of 128k.
     logits: torch.Tensor

@@ -122,9 +122,9 @@ class TritonStep:
             rows.shrink(layer, group, x)
             y = base_product(linear, x)
         else:
-            fork = rows.branch.fork()
+            fork = rows.side.fork()
             y = base_product(linear, x)
-            with rows.branch.since(fork):
+            with rows.side.since(fork):
                 rows.shrink(layer, group, x)
         u = rows.space(group)
         if rows.expands_late(group):
