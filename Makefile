@@ -49,7 +49,9 @@ test: setup ## Run every test that needs no accelerator
 	python -m pytest tests --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 test-gpu: setup ## Run the tests of the accelerator's kernels and runner, on an accelerator
-	python -m pytest tests/kernels/gpu tests/unit/engine_execution/test_gpu_runner.py tests/gpu
+	python -m pytest tests/kernels/gpu tests/gpu tests/unit/engine_memory/test_pinned_memory.py \
+		tests/unit/engine_execution/test_gpu_runner.py tests/unit/engine_execution/test_step_branch.py \
+		tests/unit/engine_execution/test_step_launches.py
 	python -m tests.gpu.sanitize
 
 test-compose: setup ## Bring docker-compose.yml up on a Docker engine and ask it; takes long, says so where none runs

@@ -4,12 +4,12 @@ The rows are those of `benchmarks/results/h200.json`, Llama-7B's shape in bfloat
 several batches, without and with adapters; the quiet steps of *churn*, whose sequences are longer; steps with prompts;
 prefill; loads. Those of *paper_mix* are left out: they are what `benchmarks.simulate_paper` holds the model to.
 
-A step's time is a sum, as its parts follow one another on the device (but for the first bytes of adapters, which are
-read beside the products): the base model's products, each decode, each
+A step's time is a sum, as its parts follow one another on the device: the base model's products, each decode, each
 token that decodes look back on, what a prompt adds to any step, and what LoRA adds to decodes and prompts. The products
 take as long as reading the weights, or as multiplying the step's tokens by them, whichever is longer. What LoRA adds to
-decodes goes by the bytes that they read of adapters: where the engine computes sequences of one adapter together
-(ADR 32; the rule is the engine's) each adapter's once, else those of each sequence's own, shared or not.
+decodes goes by the bytes that they read of adapters, but for the first, which are read beside the products: where the
+engine computes sequences of one adapter together (ADR 32; the rule is the engine's) each adapter's once, else those of
+each sequence's own, shared or not.
 
 Left out, because no row of a step tells it: that sequences that are computed together have kernels of their own; and
 that where they are not, bytes that several of them read come out of the cache. Left out to keep it simple: the sizes to

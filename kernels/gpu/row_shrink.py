@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -117,13 +117,14 @@ def shrink_work(
 
 
 @functools.cache
-def shrink_blocks(batch: int, num_modules: int, max_rank: int) -> ShrinkBlocks:
+def shrink_blocks(batch: int, num_modules: int, max_rank: int, early: bool = True) -> ShrinkBlocks:
     """How it is cut if nothing else is asked for."""
     if max_rank > FEW_RANKS:
-        return next(blocks for limit, blocks in _BLOCKS_OF_MANY_RANKS if batch <= limit)
+        blocks = next(blocks for limit, blocks in _BLOCKS_OF_MANY_RANKS if batch <= limit)
+        return replace(blocks, early=early)
     most = _MOST_ROWS if batch < _LARGE_BATCH else _MOST_ROWS_OF_LARGE_BATCH
     rows = min(most, int(triton.next_power_of_2(_ROWS_A_MODULE * num_modules)))
-    return ShrinkBlocks(rows, num_warps=4 if rows > _ROWS_A_MODULE else 2)
+    return ShrinkBlocks(rows, num_warps=4 if rows > _ROWS_A_MODULE else 2, early=early)
 
 
 @functools.cache

@@ -111,8 +111,7 @@ class RowLora:
     def _work(self, layer: int, group: Group) -> ShrinkWork:
         state, step, modules = self._state, self._step, self._modules(group)
         tables, pages, u = state.adapters.tables, state.layers[layer], self.space(group)
-        blocks = shrink_blocks(step.num_rows, modules.num_modules, step.max_row_rank)
-        blocks = replace(blocks, early=self._shrinks_early)
+        blocks = shrink_blocks(step.num_rows, modules.num_modules, step.max_row_rank, self._shrinks_early)
         return shrink_work(step.adapter_slots, layer, pages, tables, modules, u, step.max_row_rank, blocks)
 
     def expand(self, layer: int, group: Group, u: torch.Tensor, y: torch.Tensor) -> None:
