@@ -215,10 +215,12 @@ def _bytes_in_turn(setting: str, count: int) -> int:
 
 
 def _fit_prompt_steps(model: StepModel, rows: Sequence[Mapping[str, Any]], setting: str) -> StepModel:
-    """What is left of steps with prompts when all else is known, on average."""
+    """What is left of steps with prompts when all else is known, so that the squares of relative errors are least."""
 
     def left(model: StepModel, setting: str) -> float:
-        return float(np.mean([seconds - model.step_seconds(work) for work, seconds in mixed_steps(rows, setting)]))
+        steps = mixed_steps(rows, setting)
+        lefts = [seconds - model.step_seconds(work) for work, seconds in steps]
+        return float(np.average(lefts, weights=[seconds**-2 for _, seconds in steps]))
 
     model = dataclasses.replace(model, prompt_step=left(model, "base"))
     return model if setting == "base" else dataclasses.replace(model, lora_prompt_step=left(model, setting))
