@@ -61,7 +61,7 @@ class Size:
 
 CPU = Size()
 ACCELERATOR = Size(
-    burst=32, rounds=5, mix_requests=512, mix_lengths=Lengths(), zipf_prefixes=256, zipf_requests=2048, zipf_running=64
+    burst=32, rounds=5, mix_requests=512, mix_lengths=Lengths(), zipf_prefixes=256, zipf_requests=1024, zipf_running=64
 )
 TINY = Size(128, 8, 3, 2, 12, Lengths(4, 24), 6, 18, 64, 3)
 

@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from triton import knobs
 
 from benchmarks.arena_store import running_arena_store
 from benchmarks.gpu.bench_model import BenchModel, chosen_model, keep_rows, model_arguments
@@ -70,6 +71,7 @@ class Bench:
         settings = settings_of(scratch, model.shape, model.max_len, model.dtype, device=model.device)
         runner = make_runner(settings)
         say(f"# {model.shape} in {time.perf_counter() - began:.1f} s: {runner.pool_config}")
+        knobs.runtime.jit_post_compile_hook = _say_what_is_compiled_late
         return cls(model, settings, runner)
 
     def prompt(self, draw: random.Random, length: int) -> list[int]:
@@ -89,6 +91,11 @@ class Bench:
             request(self.prompt(draw, PROMPT), OUTPUT, adapters[i % len(adapters)] if adapters else None)
             for i in range(size)
         ]
+
+
+def _say_what_is_compiled_late(**what: object) -> None:
+    """No kernel should be once a runner is up: figures that a compiler had a part in are to be known."""
+    say(f"# compiled late: {what.get('repr')}")
 
 
 def measure_device(model: BenchModel) -> Iterator[Row]:

@@ -2,11 +2,11 @@
 
 Both in one run, on one accelerator, in one type, with random weights of one shape and random adapters of rank 8. PEFT
 gets the first requests of the mix's list in its own mixed batches (`adapter_names`), an adapter a row, outputs forced
-to length; a batch ends when its longest output does. One batch of 32 takes it a minute or two and is a fair sample: its
-requests have 261 outputs on average and 507 at most; those of the whole list have 257, and its batches 500 at most, on
-average. More batches can be asked for. The engine serves the whole list, and PEFT's requests alone.
+to length; a batch ends when its longest output does. A batch of 32 takes it a minute or two, and the first two are a
+fair sample: they take 507 and 500 steps, the list's batches 500 on average. More can be asked for. The engine serves
+the whole list, and PEFT's requests alone.
 
-Run: python -m benchmarks.gpu.bench_peft [--batch 32] [--batches 1] [--adapters 5] [--tiny]
+Run: python -m benchmarks.gpu.bench_peft [--batch 32] [--batches 2] [--adapters 5] [--tiny]
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class PeftLoad:
 
     num_adapters: int = 5
     max_batch: int = 32
-    num_batches: int = 1
+    num_batches: int = 2
 
     @property
     def num_requests(self) -> int:

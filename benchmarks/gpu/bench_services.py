@@ -183,8 +183,8 @@ def measure_closed_loop(services: Services, core_rates: dict[int, float]) -> Ite
             yield model.row("paper_mix", _setting(number), metric, value, **labels)
 
 
-def measure_open_loop(services: Services) -> Iterator[Row]:
-    """The trace at each rate, the slowest first; every run ends before the next begins."""
+def measure_open_loop(services: Services) -> Iterator[list[Row]]:
+    """The trace at each rate, the slowest first, and the knee; every run ends before the next begins."""
     model, load = services.model, services.load
     sweep: list[tuple[float, ServingSummary]] = []
     labels: dict[str, object] = {"adapters": load.num_adapters, "cv": load.cv, "alpha": load.alpha}
@@ -196,9 +196,9 @@ def measure_open_loop(services: Services) -> Iterator[Row]:
         sweep.append((rate, summary))
         if summary.num_failed:
             say(f"# at {rate}/s {summary.num_failed} requests failed, the first one so: {first_error(run)}")
-        for metric, value in {**_figures(summary), "client_cpu_share": run.cpu_share}.items():
-            yield model.row("open_loop", SETTING, metric, value, rate=rate, **labels)
-    yield model.row("open_loop", SETTING, "knee_requests_per_s", knee(sweep), **labels)
+        figures = {**_figures(summary), "client_cpu_share": run.cpu_share}
+        yield [model.row("open_loop", SETTING, name, value, rate=rate, **labels) for name, value in figures.items()]
+    yield [model.row("open_loop", SETTING, "knee_requests_per_s", knee(sweep), **labels)]
     say(table(sweep))
 
 
@@ -246,8 +246,8 @@ def _setting(num_adapters: int) -> str:
     return SETTING if num_adapters else "base"
 
 
-def measure(model: BenchModel, load: ServicesLoad, only: set[str], scratch: Path) -> Iterator[Row]:
-    """Everything that was asked for, over services that are started for it."""
+def measure(model: BenchModel, load: ServicesLoad, only: set[str], scratch: Path) -> Iterator[list[Row]]:
+    """Everything that was asked for, part by part, over services that are started for it."""
     core_rates = measure_core(model, load, scratch) if "closed_loop" in only else {}
     stack = make_stack(model, load, scratch)
     vocab_size = json.loads((stack.checkpoint / "config.json").read_text())["vocab_size"]
@@ -259,7 +259,7 @@ def measure(model: BenchModel, load: ServicesLoad, only: set[str], scratch: Path
         services = Services(model, load, stack.base_model, names, clients, vocab_size)
         warm_up(services)
         if "closed_loop" in only:
-            yield from measure_closed_loop(services, core_rates)
+            yield list(measure_closed_loop(services, core_rates))
         if "open_loop" in only:
             yield from measure_open_loop(services)
 
@@ -279,7 +279,7 @@ def chosen_load(arguments: argparse.Namespace) -> ServicesLoad:
 
 
 def main() -> None:
-    """Measures, prints rows and the table, and merges the rows into the results."""
+    """Measures, prints rows and the table, and merges the rows into the results, a part as soon as it is measured."""
     defaults = ServicesLoad()
     parser = model_arguments(__doc__)
     parser.add_argument("--only", default="closed_loop,open_loop")
@@ -296,12 +296,12 @@ def main() -> None:
     model = chosen_model(arguments)
     with tempfile.TemporaryDirectory() as scratch:
         try:
-            rows = list(measure(model, chosen_load(arguments), set(arguments.only.split(",")), Path(scratch)))
+            for part in measure(model, chosen_load(arguments), set(arguments.only.split(",")), Path(scratch)):
+                keep_rows(part, model, arguments.out)
         finally:
             logs = Path(scratch) / "state" / "logs"
             if arguments.keep_logs and logs.exists():
                 shutil.copytree(logs, arguments.keep_logs, dirs_exist_ok=True)
-    keep_rows(rows, model, arguments.out)
 
 
 if __name__ == "__main__":
