@@ -26,7 +26,7 @@ def scaled(x, mean_square, gain, eps):
 
 
 @triton.jit
-def _kernel(
+def _add_rms_norm_kernel(
     hidden, branch, weight, out, hidden_stride, branch_stride, eps,
     SIZE: tl.constexpr, BLOCK: tl.constexpr, HAS_BRANCH: tl.constexpr, GDC: tl.constexpr,
 ):  # fmt: skip
@@ -54,7 +54,7 @@ def add_rms_norm(
         out = torch.empty((num_tokens, size), dtype=hidden.dtype, device=hidden.device)
     block = triton.next_power_of_2(size)
     gdc = has_early_launch(hidden.device)
-    _kernel[(num_tokens,)](
+    _add_rms_norm_kernel[(num_tokens,)](
         hidden,
         hidden if branch is None else branch,
         weight,

@@ -43,7 +43,7 @@ def _measure(row, best, temperature, cut, columns, VOCAB: tl.constexpr, BLOCK: t
 
 
 @triton.jit(do_not_specialize=["num_drawn"])
-def _kernel(
+def _draw_tokens_kernel(
     scores, stride, rows, filters, uniform, out, num_drawn,
     VOCAB: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -103,7 +103,7 @@ def draw_tokens(
     """Writes the token drawn for each of `rows` to `out[row]`."""
     num_drawn, vocab_size = rows.shape[0], scores.shape[1]
     block = min(_BLOCK, triton.next_power_of_2(vocab_size))
-    _kernel[(num_drawn,)](
+    _draw_tokens_kernel[(num_drawn,)](
         scores,
         scores.stride(0),
         rows,

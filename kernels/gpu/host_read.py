@@ -20,7 +20,7 @@ _BLOCK, _WARPS = 512, 4
 
 
 @triton.jit(do_not_specialize=["num_words"])
-def _read(source, target, num_words, BLOCK: tl.constexpr):
+def _host_read_kernel(source, target, num_words, BLOCK: tl.constexpr):
     words = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = words < num_words
     tl.store(target + words, tl.load(source + words, mask=inside, other=0), mask=inside)
@@ -30,4 +30,4 @@ def read_host(source: torch.Tensor, target: torch.Tensor) -> None:
     """Copies `source`, on the host, to `target`, on the device, on the current stream."""
     num_words = source.numel()
     if num_words:
-        _read[(triton.cdiv(num_words, _BLOCK),)](source, target, num_words, BLOCK=_BLOCK, num_warps=_WARPS)
+        _host_read_kernel[(triton.cdiv(num_words, _BLOCK),)](source, target, num_words, BLOCK=_BLOCK, num_warps=_WARPS)

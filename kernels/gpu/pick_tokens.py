@@ -17,7 +17,7 @@ _BLOCK = 4096
 
 
 @triton.jit
-def _pick(logits, stride, out, VOCAB: tl.constexpr, BLOCK: tl.constexpr):
+def _pick_tokens_kernel(logits, stride, out, VOCAB: tl.constexpr, BLOCK: tl.constexpr):
     row = logits + tl.program_id(0).to(tl.int64) * stride
     columns = tl.arange(0, BLOCK)
     best = tl.full([BLOCK], float("-inf"), tl.float32)
@@ -37,7 +37,7 @@ def _pick(logits, stride, out, VOCAB: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["num_rows"])
-def _resolve(token_ids, source, drawn, out, num_rows, BLOCK: tl.constexpr):
+def _resolve_tokens_kernel(token_ids, source, drawn, out, num_rows, BLOCK: tl.constexpr):
     rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = rows < num_rows
     given = tl.load(token_ids + rows, mask=inside, other=0)
@@ -50,10 +50,12 @@ def pick_tokens(logits: torch.Tensor, out: torch.Tensor) -> None:
     """Writes each row's most likely token to `out`."""
     num_rows, vocab_size = logits.shape
     block = min(_BLOCK, triton.next_power_of_2(vocab_size))
-    _pick[(num_rows,)](logits, logits.stride(0), out, VOCAB=vocab_size, BLOCK=block, num_warps=8)
+    _pick_tokens_kernel[(num_rows,)](logits, logits.stride(0), out, VOCAB=vocab_size, BLOCK=block, num_warps=8)
 
 
 def resolve_tokens(token_ids: torch.Tensor, source: torch.Tensor, drawn: torch.Tensor, out: torch.Tensor) -> None:
     """Writes the ids to compute to `out`: given ones, and those `drawn` by the step before."""
     num_rows = token_ids.shape[0]
-    _resolve[(triton.cdiv(num_rows, 256),)](token_ids, source, drawn, out, num_rows, BLOCK=256, num_warps=2)
+    _resolve_tokens_kernel[(triton.cdiv(num_rows, 256),)](
+        token_ids, source, drawn, out, num_rows, BLOCK=256, num_warps=2
+    )

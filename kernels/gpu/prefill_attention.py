@@ -53,7 +53,7 @@ class PrefillTuning:
     min_unmasked: int = 512
 
 
-# Two warp groups of 64 rows each. To be measured.
+# Two warp groups of 64 rows each.
 TENSOR_CORES = PrefillTuning(rows=128, block_n=64, num_warps=8, num_stages=3)
 # float32 knows no tensor cores: a tile's operands lie in registers.
 FLOAT32 = PrefillTuning(rows=16, block_n=32, num_warps=4, num_stages=1)

@@ -72,7 +72,7 @@ def put_heads(
 
 
 @triton.jit(do_not_specialize=["first_token"])
-def _kernel(
+def _rope_kv_write_kernel(
     qkv, pages, positions, slots, rope, q_norm, k_norm, eps, first_token,
     NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HALF: tl.constexpr, BLOCK_HALF: tl.constexpr,
     TOKENS_PER_PAGE: tl.constexpr, HEADS: tl.constexpr, QK_NORM: tl.constexpr, GDC: tl.constexpr,
@@ -117,7 +117,7 @@ def rope_kv_write(
     gdc = has_early_launch(qkv.device)
     if num_tokens == first_token:
         return
-    _kernel[(num_tokens - first_token, triton.cdiv(num_all, _HEADS))](
+    _rope_kv_write_kernel[(num_tokens - first_token, triton.cdiv(num_all, _HEADS))](
         qkv,
         pages,
         positions,

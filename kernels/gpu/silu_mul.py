@@ -19,7 +19,7 @@ _BLOCK = 1024
 
 
 @triton.jit
-def _kernel(gate_up, out, SIZE: tl.constexpr, BLOCK: tl.constexpr, GDC: tl.constexpr):
+def _silu_mul_kernel(gate_up, out, SIZE: tl.constexpr, BLOCK: tl.constexpr, GDC: tl.constexpr):
     start_early(GDC)
     token = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -37,5 +37,5 @@ def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
     size = double // 2
     out = torch.empty((num_tokens, size), dtype=gate_up.dtype, device=gate_up.device)
     grid, gdc = (num_tokens, triton.cdiv(size, _BLOCK)), has_early_launch(gate_up.device)
-    _kernel[grid](gate_up, out, SIZE=size, BLOCK=_BLOCK, GDC=gdc, num_warps=4, launch_pdl=gdc)
+    _silu_mul_kernel[grid](gate_up, out, SIZE=size, BLOCK=_BLOCK, GDC=gdc, num_warps=4, launch_pdl=gdc)
     return out

@@ -54,6 +54,11 @@ class SamplingParams(msgspec.Struct, frozen=True):
     # None: no log-probabilities; 0: the chosen token's only; n: the n most likely ones too.
     num_logprobs: int | None = None
 
+    @property
+    def has_penalty(self) -> bool:
+        """Whether scores depend on what was said before."""
+        return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
+
 
 class StopParams(msgspec.Struct, frozen=True):
     """When a sequence ends, as far as token ids tell; stop strings are the frontend's."""

@@ -18,6 +18,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
+MAX_RANK = 256
+"""Of a module. Kernels and their scratch memory are made for it."""
+
 
 class PackedShard(NamedTuple):
     """What packed weights are asked for by: the adapter's digest, and which of how many shards (0 of 1: the whole)."""

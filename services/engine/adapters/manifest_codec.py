@@ -9,10 +9,16 @@ from slora.adapter_store.v1 import adapter_pb2
 
 from services.common import packed_digest
 from services.common.errors import Reason, SloraError
-from services.engine.adapters.layout import INPUT_GROUPS, AdapterLayout, ModulePlacement, PackedShard, TargetModule
+from services.engine.adapters.layout import (
+    INPUT_GROUPS,
+    MAX_RANK,
+    AdapterLayout,
+    ModulePlacement,
+    PackedShard,
+    TargetModule,
+)
 from services.engine.adapters.source import AdapterManifest
 
-MAX_RANK = 256
 MAX_LAYERS = 4096
 _SHOWN_CHARS = 80
 

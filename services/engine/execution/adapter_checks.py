@@ -8,11 +8,9 @@ import torch
 
 from kernels.lora_plan import ModuleGroup
 from services.common.errors import Reason, SloraError
-from services.engine.adapters.layout import AdapterLayout, LayerRun, ModulePlacement, TargetModule
+from services.engine.adapters.layout import MAX_RANK, AdapterLayout, LayerRun, ModulePlacement, TargetModule
 from services.engine.config import PoolConfig
 from services.engine.model.partition import WHOLE, Partition
-
-MAX_RANK = 256
 
 
 class AdapterChecks:

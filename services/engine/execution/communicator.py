@@ -126,10 +126,6 @@ class ProcessGroup:
         dist.all_reduce(numbers, op=dist.ReduceOp.MIN)
         return int(numbers)
 
-    def close(self) -> None:
-        """Leaves the group."""
-        dist.destroy_process_group()
-
 
 class _Done:
     def __init__(self, result: torch.Tensor) -> None:

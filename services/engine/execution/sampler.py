@@ -69,21 +69,17 @@ def nothing_left() -> SloraError:
 
 def _penalized(logits: torch.Tensor, requests: Sequence[SampleRequest]) -> torch.Tensor:
     """Logits after penalties and with forbidden ids at -inf; the same tensor if no row has any."""
-    rows = [i for i, request in enumerate(requests) if request.forbidden_ids or _has_penalty(request.params)]
+    rows = [i for i, request in enumerate(requests) if request.forbidden_ids or request.params.has_penalty]
     if not rows:
         return logits
     scores = logits.clone()
     for i in rows:
         request, row = requests[i], scores[i]
-        if _has_penalty(request.params):
+        if request.params.has_penalty:
             _penalize(row, request)
         if request.forbidden_ids:
             row[list(request.forbidden_ids)] = float("-inf")
     return scores
-
-
-def _has_penalty(params: SamplingParams) -> bool:
-    return params.repetition_penalty != 1.0 or params.presence_penalty != 0.0 or params.frequency_penalty != 0.0
 
 
 def _penalize(row: torch.Tensor, request: SampleRequest) -> None:

@@ -56,8 +56,7 @@ class Prefetches:
             if state is not AdapterState.SIZED or self._order.is_needed(digest):
                 continue
             num_pages = self._residency.num_pages(digest) or 0
-            wanted = num_pages if claimed is None else num_pages + claimed
-            if claimed is None or not self._order.grant_adapter(digest, wanted, BEHIND_ALL):
+            if claimed is None or not self._order.grant_adapter(digest, num_pages + claimed, BEHIND_ALL):
                 message = f"adapter {request.adapter.adapter_id} takes {num_pages} pages; too few are not in use"
                 failed.append(
                     (request.request_id, SloraError(Reason.POOL_EXHAUSTED, message, num_adapter_pages=num_pages))

@@ -195,7 +195,8 @@ def call_the_rest(model: Model) -> None:
     read_host(slots, slots)
     pick_tokens(empty(8, VOCAB), slots)
     resolve_tokens(slots, slots, slots, slots)
-    draw_tokens(empty(8, VOCAB, dtype=floats), slots, empty(8, 4, dtype=floats), empty(8, dtype=floats), slots)
+    rows, filters, uniform = empty(8, dtype=torch.int64), empty(4, 8, dtype=floats), empty(8, dtype=torch.float64)
+    draw_tokens(empty(8, VOCAB, dtype=floats), rows, filters, uniform, slots)
 
 
 def resources(name: str, binary: bytes) -> dict[str, Any]:

@@ -16,9 +16,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from kernels.gpu import adapter_tables
 from kernels.gpu.adapter_tables import GpuAdapterTables, LoraGroup
 from kernels.lora_plan import ModuleGroup
-from services.engine.adapters.layout import AdapterLayout, ModulePlacement, TargetModule
+from services.engine.adapters.layout import MAX_RANK, AdapterLayout, ModulePlacement, TargetModule
 from services.engine.execution.adapter_checks import AdapterChecks, incompatible
 from services.engine.memory.pool import Pool
 from services.engine.model.config import CheckpointError
@@ -65,6 +66,7 @@ class GpuAdapterDevice:
         self, pool: Pool, groups: Sequence[ModuleGroup], max_adapters: int, partition: Partition = WHOLE
     ) -> None:
         """`groups` are those of the partition's part of the model."""
+        assert MAX_RANK <= adapter_tables.MAX_RANK, "the kernels' scratch memory is too small for what is let in"
         self._pool = pool
         self._checks = AdapterChecks(pool.config, pool.dtype, groups, partition)
         self.groups = tuple(

@@ -28,7 +28,7 @@ from services.engine.model.step_ops import Group
 # in its launch, small ranks to 32 rows) and beside it where it is not in its launch: ranks 64 to 8 at 8 rows 5.38 and
 # 5.08 ms, 16 6.35 and 5.76, 32 7.72 and 6.98, 64 9.92 and 9.53, 128 14.21 and 13.99, 192 19.8 and 20.4; rank 8 at 32
 # rows 5.91 and 5.84, 64 8.09 and 7.75, 128 10.99 and 10.84, 192 15.0 and 15.1. Ahead of the product large ranks took
-# 7.55 at 32 rows. Steps with prompts, whose products are longer, were not measured.
+# 7.55 at 32 rows. Small steps with prompts: ADR 37.
 _MOST_BESIDE = 128
 
 

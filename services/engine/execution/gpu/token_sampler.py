@@ -109,7 +109,7 @@ class TokenSampler:
 
     def _penalize(self, scores: torch.Tensor, rows: list[SampleRow], tokens: torch.Tensor) -> None:
         """Penalties, then forbidden ids, on the rows that have them."""
-        penalized = [(i, r) for i, r in enumerate(rows) if _has_penalty(r.request.params)]
+        penalized = [(i, r) for i, r in enumerate(rows) if r.request.params.has_penalty]
         if penalized:
             index = self._ints([i for i, _ in penalized])
             picked = self._penalties([r for _, r in penalized], scores.index_select(0, index), tokens)
@@ -170,9 +170,5 @@ class TokenSampler:
         return torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(values, non_blocking=True)
 
 
-def _has_penalty(params: SamplingParams) -> bool:
-    return params.repetition_penalty != 1.0 or params.presence_penalty != 0.0 or params.frequency_penalty != 0.0
-
-
 def _changes_scores(request: SampleRequest) -> bool:
-    return bool(request.forbidden_ids) or _has_penalty(request.params)
+    return bool(request.forbidden_ids) or request.params.has_penalty

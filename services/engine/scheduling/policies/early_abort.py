@@ -21,8 +21,6 @@ TOO_LATE = "too_late"
 OVERLOAD = "overload"
 """Not all that wait could, and it was the oldest of its group."""
 
-REASONS = (TOO_LATE, OVERLOAD)
-
 
 class DecayingRate:
     """Events a second of the time that counts; what lies `seconds` of such time back weighs 1/e."""
