@@ -38,10 +38,15 @@ def setting(
     at_least: float | None = None,
     above: float | None = None,
     below: float | None = None,
+    only_with: str = "",
 ) -> Any:
-    """A dataclass field with its help text; without a default the setting is required. Bounds: see `check_bounds`."""
+    """A dataclass field with its help text; without a default the setting is required. Bounds: see `check_bounds`.
+
+    only_with: the value of another setting without which this one means nothing; its help begins with it.
+    """
     bounds = {"at_least": at_least, "above": above, "below": below}
-    return dataclasses.field(default=default, metadata={"help": help, **bounds})
+    text = f"{only_with}: {help}" if only_with else help
+    return dataclasses.field(default=default, metadata={"help": text, "only_with": only_with, **bounds})
 
 
 def check_bounds(settings: Any) -> None:

@@ -8,7 +8,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 from services.common.settings import LogFormat, LogLevel, check_bounds, setting
 from services.common.tls import ChannelSecurity, ServerTls
@@ -74,22 +74,26 @@ class EngineSettings:
     )
     policy: OrderName = setting("fcfs", "in which order requests are admitted: fcfs, priority or fair")
     priority_head_start: int = setting(
-        256, "priority: requests that each point of priority puts a request ahead of", at_least=0
+        256, "requests that each point of priority puts a request ahead of", at_least=0, only_with="priority"
     )
-    fairness_by: ClientKind = setting("tenant", "fair: between whom: tenant or adapter")
-    input_price: float = setting(1.0, "fair: what a token of input counts", at_least=0)
-    output_price: float = setting(2.0, "fair: what a token of output counts", at_least=0)
-    fairness_weights: tuple[str, ...] = setting((), "fair: shares, as tenant=2,other=1; 1 for those not named")
+    fairness_by: ClientKind = setting("tenant", "between whom: tenant or adapter", only_with="fair")
+    input_price: float = setting(1.0, "what a token of input counts", at_least=0, only_with="fair")
+    output_price: float = setting(2.0, "what a token of output counts", at_least=0, only_with="fair")
+    fairness_weights: tuple[str, ...] = setting(
+        (), "shares, as tenant=2,other=1; 1 for those not named", only_with="fair"
+    )
     fairness_headroom: float = setting(
         0.0625,
-        "fair: share of the places that is kept from clients which were served 1.3 times what others were lately",
+        "share of the places that is kept free of clients over their share: served 1.3 times what others were lately",
         at_least=0,
         below=1,
+        only_with="fair",
     )
     fairness_prompt_tokens: int = setting(
         512,
-        "fair: prompt tokens of a step with which such a client, if it has to wait, may join; 0: any",
+        "while a client over its share has to wait, its prompts join only steps of so many prompt tokens; 0: all",
         at_least=0,
+        only_with="fair",
     )
     latency_goal_seconds: float = setting(
         0.0, "drop at once whose first token cannot come in this time; 0: nobody", at_least=0
@@ -143,9 +147,8 @@ class EngineSettings:
 
     @property
     def without_effect(self) -> list[str]:
-        """Settings that were changed, but are another policy's than the one chosen: with its name their help begins."""
-        others = set(get_args(OrderName)) - {self.policy}
-        fields = [f for f in dataclasses.fields(self) if f.metadata["help"].partition(":")[0] in others]
+        """Settings that were changed, but are another policy's than the one chosen."""
+        fields = [f for f in dataclasses.fields(self) if f.metadata["only_with"] not in ("", self.policy)]
         return [field.name for field in fields if getattr(self, field.name) != field.default]
 
     @property

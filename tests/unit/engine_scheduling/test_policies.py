@@ -191,10 +191,20 @@ def test_clustering_holds_back_further_adapters_until_patience_ends() -> None:
     assert policy.may_run(b)
 
 
+def test_an_order_may_keep_sequences_from_running_too() -> None:
+    class Closed(Policy):
+        def may_run(self, sequence: Sequence) -> bool:
+            return False
+
+    closed, open_ = (Combination(order, AdapterClustering(2, 50.0, Clock())) for order in (Closed(), Policy()))
+    assert not closed.may_run(Arrivals(closed).come())
+    assert open_.may_run(Arrivals(open_).come())
+
+
 def test_clustered_batches_have_few_adapters_and_nobody_starves() -> None:
     clock = Clock()
     harness = Harness(num_pages=64, max_running=6, turns_stay=False)
-    harness.policy = AdapterClustering(2, 50.0, clock)
+    harness.policy = Combination(Policy(), AdapterClustering(2, 50.0, clock))
     harness.__post_init__()
     names = [f"a{i}" for i in range(6)]
     harness.adapters(**dict.fromkeys(names, 2))

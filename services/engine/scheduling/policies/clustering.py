@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 
-from services.engine.scheduling.policies.policy import Policy
+from services.engine.scheduling.policies.policy import Rule
 from services.engine.scheduling.sequence import Sequence, SequenceState
 
 
-class AdapterClustering(Policy):
+class AdapterClustering(Rule):
     """While `max_adapters` different adapters run, one that would add another is passed by.
 
     The limit is soft: a sequence that has waited `patience_seconds` is passed by no more. The base model alone does not

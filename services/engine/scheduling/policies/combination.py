@@ -1,4 +1,4 @@
-"""One order, and any of what may join it: early abort, clustering."""
+"""One order, and any rules that join it: headroom, early abort, clustering."""
 
 from __future__ import annotations
 
@@ -11,18 +11,17 @@ from services.engine.scheduling.policies.clustering import AdapterClustering
 from services.engine.scheduling.policies.early_abort import EarlyAbort
 from services.engine.scheduling.policies.fair import FairOrder
 from services.engine.scheduling.policies.headroom import Headroom
-from services.engine.scheduling.policies.policy import Drop, Policy
+from services.engine.scheduling.policies.policy import Drop, Policy, Rule
 from services.engine.scheduling.policies.priority import PriorityOrder
 from services.engine.scheduling.sequence import Sequence
 
 
 class Combination(Policy):
-    """`order` gives turns and groups; each of `others` may keep sequences from running, or drop them."""
+    """`order` gives turns and groups; it and each of `rules` may keep sequences from running, or drop them."""
 
-    def __init__(self, order: Policy, *others: Policy) -> None:
+    def __init__(self, order: Policy, *rules: Rule) -> None:
         self._order = order
-        self._others = others
-        self._all = (order, *others)
+        self._all: tuple[Rule, ...] = (order, *rules)
         self.fills_last_places = any(policy.fills_last_places for policy in self._all)
 
     def reorder(self) -> Iterable[tuple[Sequence, int]]:
@@ -31,15 +30,15 @@ class Combination(Policy):
 
     def may_run(self, sequence: Sequence) -> bool:
         """If nobody is against it."""
-        return all(policy.may_run(sequence) for policy in self._others)
+        return all(policy.may_run(sequence) for policy in self._all)
 
     def prompt_limit(self, sequence: Sequence, num_planned: int) -> int:
         """The least that anybody says."""
-        return min(policy.prompt_limit(sequence, num_planned) for policy in self._others)
+        return min(policy.prompt_limit(sequence, num_planned) for policy in self._all)
 
     def drops(self, waiting: Seq[Sequence], step_is_full: bool) -> list[Drop]:
-        """Whom any of the others drops."""
-        return [drop for policy in self._others for drop in policy.drops(waiting, step_is_full)]
+        """Whom any of them drops."""
+        return [drop for policy in self._all for drop in policy.drops(waiting, step_is_full)]
 
     def makes_room(self, newcomer: Sequence) -> Sequence | None:
         """As `order` says."""
@@ -77,7 +76,7 @@ class Combination(Policy):
     @property
     def num_passed_by(self) -> int:
         """By all together."""
-        return sum(policy.num_passed_by for policy in self._others)
+        return sum(policy.num_passed_by for policy in self._all)
 
     @property
     def service_spread(self) -> float:
@@ -96,16 +95,16 @@ def make_policy(
     ValueError if a figure in it is out of range.
     """
     order = _order(config)
-    others: list[Policy] = []
+    rules: list[Rule] = []
     if isinstance(order, FairOrder) and config.fairness_headroom:
         headroom = min(round(max_running * config.fairness_headroom), max_running - 1)
         prompt_tokens = config.fairness_prompt_tokens
-        others.append(Headroom(max_running, headroom, order, admission_batch, prompt_tokens))
+        rules.append(Headroom(max_running, headroom, order, admission_batch, prompt_tokens))
     if config.latency_goal_seconds:
-        others.append(EarlyAbort(config.latency_goal_seconds, clock, order.group))
+        rules.append(EarlyAbort(config.latency_goal_seconds, clock, order.group))
     if config.max_adapters_a_batch:
-        others.append(AdapterClustering(config.max_adapters_a_batch, config.clustering_patience_seconds, clock))
-    return Combination(order, *others) if others else order
+        rules.append(AdapterClustering(config.max_adapters_a_batch, config.clustering_patience_seconds, clock))
+    return Combination(order, *rules) if rules else order
 
 
 def _order(config: PolicyConfig) -> Policy:

@@ -12,7 +12,7 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Hashable
 from collections.abc import Sequence as Seq
 
-from services.engine.scheduling.policies.policy import Drop, Policy
+from services.engine.scheduling.policies.policy import Drop, Rule
 from services.engine.scheduling.sequence import Sequence
 
 TOO_LATE = "too_late"
@@ -42,7 +42,7 @@ class DecayingRate:
         return self._num_events / self._time if self._num_events and self._time else None
 
 
-class EarlyAbort(Policy):
+class EarlyAbort(Rule):
     """Drops waiting sequences whose first token would come later than `goal_seconds` after they came.
 
     Walking those that wait by turn, the n-th is expected to be admitted in n over the measured rate. If that is too

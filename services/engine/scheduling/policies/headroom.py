@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections import Counter
 
 from services.engine.scheduling.policies.fair import FairOrder
-from services.engine.scheduling.policies.policy import NO_LIMIT, Policy
+from services.engine.scheduling.policies.policy import NO_LIMIT, Rule
 from services.engine.scheduling.sequence import Sequence, SequenceState
 
 
-class Headroom(Policy):
+class Headroom(Rule):
     """Keeps clients that were served more than others from the last places, and their prompts from filling steps.
 
     *Places*: they fill those before the last ones. Once all of those were taken they wait until `batch` of them are

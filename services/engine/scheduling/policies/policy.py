@@ -1,4 +1,4 @@
-"""What a policy decides and what it is told. This one decides nothing: first come, first served.
+"""What a policy decides and what it is told. `Policy` itself decides nothing: first come, first served.
 
 The scheduler asks of waiting sequences in which order they take turns, whether one may begin to run now, and who is
 dropped, also for another that comes to a full queue; and of each prompt how much of it a step may have. Everything else
@@ -34,18 +34,17 @@ class Drop:
     retry_after_seconds: float
 
 
-class Policy:
-    """First come, first served. Others change single decisions. On the core's thread; no call blocks or raises."""
+class Rule:
+    """What may join any order: it keeps sequences from running, or drops them; this one does neither.
+
+    Others change single decisions. On the core's thread; no call blocks or raises.
+    """
 
     # Decisions.
 
     fills_last_places = False
     """Whether it says by `may_run` who gets the last places, and how many at a time; else the scheduler fills them
     several at a time, for whoever is next."""
-
-    def reorder(self) -> Iterable[tuple[Sequence, int]]:
-        """Waiting sequences that get another turn, asked before each step; no two sequences may share one."""
-        return ()
 
     def may_run(self, sequence: Sequence) -> bool:
         """Whether a sequence whose turn it is, and for which there is memory, runs now; else it is passed by."""
@@ -64,14 +63,6 @@ class Policy:
         `step_is_full`: they wait because the step has no room for more prompt tokens, not for places, pages or bytes.
         """
         return []
-
-    def makes_room(self, newcomer: Sequence) -> Sequence | None:
-        """Who of those that wait and have never run is given up for a newcomer to a full queue; None: nobody."""
-        return None
-
-    def group(self, sequence: Sequence) -> Hashable:
-        """Among which sequences it competes: one is dropped to make room only for another of its group."""
-        return None
 
     # What happens.
 
@@ -99,6 +90,22 @@ class Policy:
     def num_passed_by(self) -> int:
         """How often `may_run` said no."""
         return 0
+
+
+class Policy(Rule):
+    """All that the scheduler asks: a rule, and the order. This one is first come, first served."""
+
+    def reorder(self) -> Iterable[tuple[Sequence, int]]:
+        """Waiting sequences that get another turn, asked before each step; no two sequences may share one."""
+        return ()
+
+    def makes_room(self, newcomer: Sequence) -> Sequence | None:
+        """Who of those that wait and have never run is given up for a newcomer to a full queue; None: nobody."""
+        return None
+
+    def group(self, sequence: Sequence) -> Hashable:
+        """Among which sequences it competes: one is dropped to make room only for another of its group."""
+        return None
 
     @property
     def service_spread(self) -> float:
