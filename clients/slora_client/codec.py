@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import BinaryIO, Literal, TypeVar
 
+from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
 from slora.adapter_store.v1 import adapter_pb2, adapter_store_pb2
@@ -44,15 +45,22 @@ _STATES: dict[int, Literal["ready", "discovered"]] = {
     adapter_pb2.ADAPTER_STATE_DISCOVERED: "discovered",
 }
 
+_INTEGER_LIMITS = {
+    FieldDescriptor.CPPTYPE_UINT32: (0, 2**32 - 1),
+    FieldDescriptor.CPPTYPE_INT32: (-(2**31), 2**31 - 1),
+    FieldDescriptor.CPPTYPE_UINT64: (0, 2**64 - 1),
+    FieldDescriptor.CPPTYPE_INT64: (-(2**63), 2**63 - 1),
+}
+
 Progress = Callable[[int, int], None]
 
 
 def to_generate_request(model: str, prompt: Prompt, options: GenerationOptions) -> inference_pb2.GenerateRequest:
     """The request. Raises ValueError or TypeError, naming the option, for what cannot be put into one."""
     given = {key: value for key, value in options.items() if value is not None}
-    unknown = given.keys() - SAMPLING_OPTIONS - STOPPING_OPTIONS - REQUEST_OPTIONS
-    if unknown:
-        raise TypeError(f"unknown options: {', '.join(sorted(unknown))}")
+    known = SAMPLING_OPTIONS | STOPPING_OPTIONS | REQUEST_OPTIONS
+    if unknown := given.keys() - known:
+        raise TypeError(f"unknown options: {', '.join(sorted(unknown))}; there are {', '.join(sorted(known))}")
     sampling = {key: value for key, value in given.items() if key in SAMPLING_OPTIONS}
     stopping = {key: value for key, value in given.items() if key in STOPPING_OPTIONS}
     stop = stopping.pop("stop", ())
@@ -91,9 +99,17 @@ def _message(kind: type[M], fields: Mapping[str, object], options: Mapping[str, 
             try:
                 kind(**{name: value})
             except (TypeError, ValueError) as error:
-                what = f"{(options or {}).get(name, name)} cannot be {reprlib.repr(value)}: {error}"
+                what = f"{(options or {}).get(name, name)} cannot be {reprlib.repr(value)}: {_why(kind, name, error)}"
                 raise (TypeError if isinstance(error, TypeError) else ValueError)(what) from None
         raise
+
+
+def _why(kind: type[M], name: str, error: TypeError | ValueError) -> str:
+    """What protobuf says; for a number, or a list's, that its type cannot hold, what the type can."""
+    limits = _INTEGER_LIMITS.get(kind.DESCRIPTOR.fields_by_name[name].cpp_type)
+    if isinstance(error, TypeError) or limits is None:
+        return str(error)
+    return f"it is from {limits[0]} to {limits[1]}"
 
 
 class ChunkReader:

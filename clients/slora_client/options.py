@@ -18,7 +18,7 @@ SAMPLING_OPTIONS = frozenset(
     }
 )
 STOPPING_OPTIONS = frozenset({"max_tokens", "min_tokens", "stop", "stop_token_ids", "ignore_eos"})
-REQUEST_OPTIONS = frozenset({"num_logprobs", "request_id"})
+REQUEST_OPTIONS = frozenset({"num_logprobs", "request_id", "priority"})
 
 
 class GenerationOptions(TypedDict, total=False):
@@ -54,3 +54,5 @@ class GenerationOptions(TypedDict, total=False):
     """Return log-probabilities of the chosen token and of this many most likely ones, in [0, 20]. Default: none."""
     request_id: str | None
     """Appears in logs; at most 128 characters. Default: made by the gateway."""
+    priority: int | None
+    """Higher is sooner, where engines go by it; in [-10, 10], and no higher than one's tenant may. Default 0."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 
 from prometheus_client import REGISTRY
@@ -18,7 +19,7 @@ from services.adapter_store.exposure import check_exposure
 from services.adapter_store.stream_turns import StreamTurns
 from services.common import grpc_loop
 from services.common.grpc_server import GrpcServer
-from services.common.settings import UnusableSettingsError, parse_settings
+from services.common.settings import UnusableSettingsError, parse_settings, warn_of_unknown_variables
 from services.common.telemetry import configure_logging, serve_metrics
 from services.common.tracing import Tracing, open_tracing
 
@@ -65,6 +66,7 @@ def main() -> None:
     try:
         settings = parse_settings(AdapterStoreSettings, "adapter-store")
         configure_logging("adapter-store", settings.log_level, settings.log_format)
+        warn_of_unknown_variables(AdapterStoreSettings, "adapter-store", os.environ)
         base = load_base_model(settings.base_model_config, settings.base_model, settings.dtype)
         arena = Arena(settings.arena_bytes, settings.arena_dir, settings.arena_group_readable)
     except ValueError as error:

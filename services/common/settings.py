@@ -8,13 +8,20 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import difflib
+import logging
 import os
+import re
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
+logger = logging.getLogger(__name__)
+
 T = TypeVar("T")
+
+_SERVICE_LINK = re.compile(r"_(SERVICE_HOST|SERVICE_PORT|SERVICE_PORT_\w+|PORT|PORT_\d+_(TCP|UDP)\w*)$")
 
 _TRUE, _FALSE = {"1", "true", "yes", "on"}, {"0", "false", "no", "off"}
 
@@ -80,6 +87,27 @@ def check_settings(cls: type[T], program: str, options: Mapping[str, object], en
     return _parse(_RaisingParser(add_help=False, allow_abbrev=False), cls, program, argv, environ)
 
 
+def warn_of_unknown_variables(cls: type, program: str, environ: Mapping[str, str], *known: str) -> None:
+    """Logs which variables look like settings of `program` and are none, with what they may have been meant for.
+
+    They may be another version's, so they are no error. `known` are read elsewhere. What Kubernetes and Docker say of a
+    service by the same name is left out.
+    """
+    prefix = variable_name(program, "")
+    ours = [field.name.upper() for field in dataclasses.fields(cls)] + [name.removeprefix(prefix) for name in known]
+    for name in sorted(environ):
+        rest = name.removeprefix(prefix)
+        if rest == name or rest in ours or _SERVICE_LINK.search(name):
+            continue
+        (meant,) = difflib.get_close_matches(rest, ours, 1) or ("",)
+        logger.warning("no setting has the variable %s%s", name, f"; is it {prefix}{meant}?" if meant else "")
+
+
+def variable_name(program: str, name: str) -> str:
+    """How the setting `name` of `program` is called in the environment."""
+    return f"SLORA_{program}_{name}".replace("-", "_").upper()
+
+
 def option_name(name: str) -> str:
     """How the setting `name` is called on the command line."""
     return f"--{name.replace('_', '-')}"
@@ -119,7 +147,7 @@ def _add_argument(
     hint: Any,
     environ: Mapping[str, str],
 ) -> None:
-    variable = f"SLORA_{program}_{field.name}".replace("-", "_").upper()
+    variable = variable_name(program, field.name)
     convert = _converter(hint)
     default = field.default
     required = default is dataclasses.MISSING

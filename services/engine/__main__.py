@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import os
 import socket
 import sys
 import time
@@ -15,7 +16,7 @@ from slora.engine.v1 import engine_pb2_grpc
 
 from services.common import grpc_loop
 from services.common.grpc_server import GrpcServer
-from services.common.settings import UnusableSettingsError, check_peers, parse_settings
+from services.common.settings import UnusableSettingsError, check_peers, parse_settings, warn_of_unknown_variables
 from services.common.telemetry import configure_logging, serve_metrics
 from services.common.tracing import NO_TRACING, Tracing, open_tracing
 from services.engine.config import EngineSettings
@@ -40,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         logger.critical("the engine cannot start: %s", error)
         return USAGE_EXIT_CODE
     configure_logging("engine", settings.log_level, settings.log_format)
+    warn_of_unknown_variables(EngineSettings, "engine", os.environ)
     if settings.without_effect:
         logger.warning("no effect with policy %s: %s", settings.policy, ", ".join(settings.without_effect))
     try:

@@ -9,12 +9,12 @@ import sys
 from prometheus_client import REGISTRY
 
 from services.common import grpc_loop
-from services.common.settings import UnusableSettingsError, parse_settings
+from services.common.settings import UnusableSettingsError, parse_settings, warn_of_unknown_variables
 from services.common.telemetry import configure_logging, serve_metrics
 from services.common.tracing import Tracing, open_tracing
 from services.gateway.config import GatewaySettings
 from services.gateway.gateway import Gateway
-from services.gateway.tenancy.admin_key_source import read_admin_key
+from services.gateway.tenancy.admin_key_source import ADMIN_KEY_VARIABLE, read_admin_key
 
 logger = logging.getLogger("services.gateway")
 
@@ -44,6 +44,7 @@ def main() -> None:
     except ValueError as error:
         raise SystemExit(f"gateway: {error}") from None
     configure_logging("gateway", settings.log_level, settings.log_format)
+    warn_of_unknown_variables(GatewaySettings, "gateway", os.environ, ADMIN_KEY_VARIABLE)
     try:
         tracing = open_tracing("gateway", settings.otlp_endpoint, settings.trace_sample_ratio)
         grpc_loop.run(run(settings, admin_secret, tracing))

@@ -20,6 +20,7 @@ from slora_client.command.options import (
     GatewayOption,
     JsonOption,
     MaxTokensOption,
+    PriorityOption,
     SeedOption,
     StopOption,
     TemperatureOption,
@@ -67,13 +68,14 @@ def generate(
     seed: SeedOption = None,
     max_tokens: MaxTokensOption = None,
     stop: StopOption = None,
+    priority: PriorityOption = None,
 ) -> None:
     """Generate from a prompt and print the text as it comes."""
     text = sys.stdin.read() if prompt == "-" else prompt
     asked: Prompt = text
     if chat or system is not None:
         asked = [*_opening(system), ChatMessage("user", text)]
-    options = generation_options(temperature, top_p, top_k, seed, max_tokens, stop)
+    options = generation_options(temperature, top_p, top_k, seed, max_tokens, stop, priority)
     with speaker(gateway, api_key(), tls()) as speaking:
         speaking.say(model, asked, options, [])
     if sys.stdout.isatty():
@@ -91,13 +93,14 @@ def chat(
     seed: SeedOption = None,
     max_tokens: MaxTokensOption = None,
     stop: StopOption = None,
+    priority: PriorityOption = None,
 ) -> None:
     """Talk to a model. Ctrl-C stops an answer; `/clear` begins anew; Ctrl-D, or Ctrl-C at the prompt, leaves.
 
     Exits with 1 if lines come from a pipe and one of them was not answered.
     """
     with speaker(gateway, api_key(), tls()) as speaking:
-        options = generation_options(temperature, top_p, top_k, seed, max_tokens, stop)
+        options = generation_options(temperature, top_p, top_k, seed, max_tokens, stop, priority)
         conversation = Conversation(speaking, model, _opening(system), options)
         conversation.run()
     if conversation.has_failed and not sys.stdin.isatty():

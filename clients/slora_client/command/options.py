@@ -17,6 +17,7 @@ TopKOption = Annotated[int | None, typer.Option(help="keep the k likeliest token
 SeedOption = Annotated[int | None, typer.Option(min=0, help="makes sampling reproducible")]
 MaxTokensOption = Annotated[int | None, typer.Option(min=1, help="at most so many new tokens; default: as many as fit")]
 StopOption = Annotated[list[str] | None, typer.Option(help="end before this text; may be given several times")]
+PriorityOption = Annotated[int | None, typer.Option(min=-10, max=10, help="higher is sooner, where engines go by it")]
 JsonOption = Annotated[bool, typer.Option("--json", help="print JSON")]
 
 DEFAULT_GATEWAY = "localhost:50051"
@@ -65,6 +66,7 @@ def generation_options(
     seed: int | None,
     max_tokens: int | None,
     stop: list[str] | None,
+    priority: int | None,
 ) -> GenerationOptions:
     """These options as the client takes them."""
     return {
@@ -74,4 +76,5 @@ def generation_options(
         "seed": seed,
         "max_tokens": max_tokens,
         "stop": stop or None,
+        "priority": priority,
     }

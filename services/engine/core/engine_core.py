@@ -211,13 +211,13 @@ class EngineCore:
             load,
             tokens,
             failures,
-            news.loaded,
-            news.evicted,
-            told,
-            news.prefetched,
-            news.found,
-            news.admitted,
-            news.traced_loads,
+            loaded=news.loaded,
+            evicted=news.evicted,
+            loading=told,
+            prefetched=news.prefetched,
+            found=news.found,
+            admitted=news.admitted,
+            traced_loads=news.traced_loads,
         )
 
     def close(self) -> bool:

@@ -9,7 +9,15 @@ from dataclasses import dataclass
 import pytest
 
 from services.adapter_store.config import AdapterStoreSettings
-from services.common.settings import AddressError, LogLevel, check_bounds, check_peers, parse_settings, setting
+from services.common.settings import (
+    AddressError,
+    LogLevel,
+    check_bounds,
+    check_peers,
+    parse_settings,
+    setting,
+    warn_of_unknown_variables,
+)
 from services.engine.config import EngineSettings
 from services.gateway.config import GatewaySettings
 
@@ -50,6 +58,20 @@ def test_bad_settings_end_with_a_usage_message(
         parse_settings(Example, "p", arguments, environ)
     assert ended.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_variables_that_are_no_settings_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    environ = {
+        "SLORA_MY_PROGRAM_COUNT": "5", "SLORA_MY_PROGRAM_COUMT": "5", "SLORA_MY_PROGRAM_QZ": "",
+        "SLORA_MY_PROGRAM_KEY": "", "SLORA_OTHER_COUNT": "5", "SLORA_MY_PROGRAM": "localhost:1",
+        "SLORA_MY_PROGRAM_PORT": "tcp://10.0.0.1:80", "SLORA_MY_PROGRAM_PORT_80_TCP_ADDR": "10.0.0.1",
+        "SLORA_MY_PROGRAM_SERVICE_HOST": "10.0.0.1", "SLORA_MY_PROGRAM_SERVICE_PORT_GRPC": "80",
+    }  # fmt: skip
+    warn_of_unknown_variables(Example, "my-program", environ, "SLORA_MY_PROGRAM_KEY")
+    assert caplog.messages == [
+        "no setting has the variable SLORA_MY_PROGRAM_COUMT; is it SLORA_MY_PROGRAM_COUNT?",
+        "no setting has the variable SLORA_MY_PROGRAM_QZ",
+    ]
 
 
 def test_peers_are_given_by_host_and_port() -> None:

@@ -134,13 +134,14 @@ async def test_options_reach_the_gateway_and_what_is_left_out_does_not(gateway: 
         ignore_eos=True,
         num_logprobs=0,
         request_id="mine",
+        priority=-3,
         top_p=None,
         timeout=30,
     )
     await client.generate("base", "text", stop="one")
     await client.generate("base", "")
     first, second, third = gateway.requests
-    expected = inference_pb2.GenerateRequest(model="poet@2", num_logprobs=0, request_id="mine")
+    expected = inference_pb2.GenerateRequest(model="poet@2", num_logprobs=0, request_id="mine", priority=-3)
     expected.prompt.token_ids.ids.extend([1, 2, 3])
     expected.sampling.CopyFrom(generation_pb2.SamplingParameters(temperature=0.0, top_k=0, seed=2**64 - 1))
     stopping = generation_pb2.StoppingCriteria(
@@ -168,11 +169,13 @@ async def test_a_conversation_is_a_prompt(gateway: FakeGateway, client: Client) 
 
 
 async def test_what_cannot_be_sent_is_not(gateway: FakeGateway, client: Client) -> None:
-    with pytest.raises(ValueError, match=r"^max_tokens cannot be -1: "):
+    with pytest.raises(ValueError, match=r"^max_tokens cannot be -1: it is from 0 to 4294967295$"):
         await client.generate("base", "text", max_tokens=-1)
     with pytest.raises(TypeError, match=r"^stop cannot be "):
         await client.generate("base", "text", stop=[3])  # type: ignore[list-item]
-    with pytest.raises(TypeError, match="max_token"):
+    with pytest.raises(ValueError, match=r"^priority cannot be 2147483648: it is from -2147483648 to 2147483647$"):
+        await client.generate("base", "text", priority=2**31)
+    with pytest.raises(TypeError, match=r"^unknown options: max_token; there are .*, max_tokens, .*, priority, "):
         await client.generate("base", "text", max_token=1)
     with pytest.raises(TypeError, match=r"^prompt cannot be "):
         await client.generate("base", ["text"])

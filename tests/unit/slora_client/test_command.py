@@ -43,13 +43,15 @@ async def run(gateway: FakeGateway, *argv: object, text: str | None = None) -> R
 
 async def test_generate_prints_the_text_as_it_is(gateway: FakeGateway) -> None:
     gateway.responses = says("Ros", "es \x1b[31m")
-    result = await run(gateway, "generate", "poet", "Write:", "--temperature", 0, "--max-tokens", 9, "--stop", "a")
+    result = await run(
+        gateway, "generate", "poet", "Write:", "--temperature", 0, "--max-tokens", 9, "--stop", "a", "--priority", 2
+    )
     assert (result.exit_code, result.output) == (0, "Roses \x1b[31m")  # into a pipe
     (request,) = gateway.requests
     assert (request.model, request.prompt.text) == ("poet", "Write:")
     assert request.sampling.HasField("temperature")
     assert not request.sampling.HasField("top_p")
-    assert (request.stopping.max_tokens, list(request.stopping.stop_strings)) == (9, ["a"])
+    assert (request.stopping.max_tokens, list(request.stopping.stop_strings), request.priority) == (9, ["a"], 2)
 
 
 async def test_a_prompt_from_standard_input_and_a_message(gateway: FakeGateway) -> None:
