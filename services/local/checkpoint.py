@@ -47,7 +47,8 @@ def open_checkpoint(path: Path, needs_weights: bool = True) -> Checkpoint:
         ("tokenizer.json",) * 2,
     ):
         if not any(path.glob(needed)) and (needs_weights or needed != WEIGHTS):
-            raise BadInput(f"{path} is not a Hugging Face checkpoint: it has no {example}")
+            instead = " (to serve without: --engine-option random_weights=true)" if needed == WEIGHTS else ""
+            raise BadInput(f"{path} is not a Hugging Face checkpoint: it has no {example}{instead}")
     try:
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))
         model_type = str(config["model_type"])

@@ -25,6 +25,7 @@ _WHERE = (
     "--gateway or SLORA_GATEWAY (host:port) says where the gateway is, "
     "--store or SLORA_ADAPTER_STORE where the store is"
 )
+_WHERE_KEYS_ARE = " (slora takes it from SLORA_API_KEY; `slora tenants` and `slora keys` from SLORA_ADMIN_KEY)"
 _PIPE_WIDTH = 240  # a pipe has no width: whoever reads it wants whole lines
 
 
@@ -37,7 +38,9 @@ def console(stderr: bool = False) -> Console:
 def told(error: SloraRequestError) -> str:
     """The error in a line. What gRPC says by itself names no remedy: that line begins with how an address is given."""
     found = "" if error.reason else _NOT_OURS.get(error.code, "")
-    return f"{error.code}: {found}: {_WHERE} ({error.message})" if found else str(error)
+    if found:
+        return f"{error.code}: {found}: {_WHERE} ({error.message})"
+    return f"{error}{_WHERE_KEYS_ARE}" if error.code == "UNAUTHENTICATED" else str(error)
 
 
 def status_of(error: SloraRequestError) -> int:

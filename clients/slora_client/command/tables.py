@@ -126,11 +126,13 @@ def validation_summary(found: Validation) -> RenderableType:
         parts.append(table)
         stated = f"; its configuration names {fit.stated_base_model}" if fit.stated_base_model else ""
         parts.append(
-            Text(f"it changes layers up to {fit.min_layers - 1}; {fit.base_model} has {fit.base_layers} layers{stated}")
+            Text(f"the last layer that it changes is {fit.min_layers} of {fit.base_model}'s {fit.base_layers}{stated}")
         )
-        parts.append(Text(f"it {'fits' if fit.fits else 'does not fit'} the base model {fit.base_model}"))
+        parts.append(Text(f"its shapes {'fit' if fit.fits else 'do not fit'} the base model {fit.base_model}"))
     if found.is_valid:
         parts.append(Text(f"valid: rank {found.rank}, {bytes_text(found.packed_bytes)} packed, {found.digest}"))
+    else:
+        parts.append(Text("not valid: it is not served"))
     return Group(*parts)
 
 

@@ -72,8 +72,8 @@ def _random_weights(settings: EngineSettings, device: torch.device) -> RandomWei
         return None
     if not settings.served_name.startswith(NAME_PREFIX):
         raise ValueError(
-            f"random weights are served only under a name that says so: "
-            f"--base-model {NAME_PREFIX}-{settings.served_name}, not {settings.served_name}"
+            f"random weights are served only under a name that says so: not {settings.served_name}, but "
+            f"--base-model {NAME_PREFIX}-{settings.served_name}, or a directory of that name"
         )
     logger.warning("RANDOM WEIGHTS: %s reads no checkpoint, and its answers mean nothing", settings.served_name)
     return RandomWeights(device, load_model_config(Path(settings.checkpoint), settings.dtype).dtype)

@@ -284,7 +284,7 @@ class Frontend(CoreListener):
             self._metrics.core_deaths.inc()
             logger.error("the core is gone", extra={"reason": reason, "num_requests": len(self._generations)})
         error = SloraError(
-            Reason.ENGINE_CORE_DEAD, "the engine's core process died and is being started again; try another engine"
+            Reason.ENGINE_CORE_DEAD, "the engine's core process died and is being started again; send the request again"
         )
         self._end_all(error)
         self.state.end(error)

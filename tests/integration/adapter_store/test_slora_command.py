@@ -130,11 +130,11 @@ async def test_sync_tells_what_it_did(slora: Slora, make_adapter: MakeAdapter, s
 
 async def test_validate_says_what_is_wrong_and_what_it_fits(slora: Slora, make_adapter: MakeAdapter) -> None:
     good = (await slora("validate", str(make_adapter(1)))).stdout
-    assert "it fits the base model tiny" in good
+    assert "its shapes fit the base model tiny" in good
     assert "valid: rank 4" in good
     dora = await slora("validate", str(make_adapter(1, use_dora=True)), status=1)
     assert "wrong: ADAPTER_UNSUPPORTED" in dora.stdout
-    assert "it fits the base model tiny" in dora.stdout
+    assert "its shapes fit the base model tiny" in dora.stdout
     directory = make_adapter(1)
     weights = directory / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes().replace(b'"shape":[16,4]', b'"shape":[4,16]'))
