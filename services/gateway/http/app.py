@@ -89,6 +89,14 @@ async def _answer_error(request: Request, error: Exception) -> Response:
 async def _answer_http(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     known = HTTPStatus(error.status_code)
-    message = f"{request.method} {request.url.path}: {known.phrase.lower()}"
+    message = f"{request.method} {request.url.path}: {known.phrase.lower()}{_instead(request, error)}"
     code = known.phrase.lower().replace(" ", "_")
     return JSONResponse(ApiError(known, message, code).body(), error.status_code, headers=error.headers)
+
+
+def _instead(request: Request, error: HTTPException) -> str:
+    if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
+        return f"; it takes {(error.headers or {}).get('Allow', 'another method')}"
+    if error.status_code == HTTPStatus.NOT_FOUND:
+        return f"; there are {', '.join(route.path for route in request.app.routes)}"
+    return ""

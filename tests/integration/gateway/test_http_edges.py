@@ -197,6 +197,8 @@ async def test_paths_and_methods(fleet: Fleet) -> None:
         got, headers, body = await send(fleet, method, path, b"{}")
         assert (got, body["error"]["type"]) == (status, "invalid_request_error")
         assert ("allow" in headers) == (status == 405)
+        what_is_right = "; it takes " if status == 405 else "; there are /health, /v1/models, "
+        assert what_is_right in body["error"]["message"]
     assert fleet.value("http_responses_total", route="other", status="404") == 2
     assert fleet.value("http_responses_total", route="/v1/models", status="405") == 1
     await send(fleet, "GET", "/v1/models/made-up")
