@@ -10,7 +10,7 @@ from pathlib import Path
 from triton import knobs
 
 from benchmarks.gpu.bench_model import BenchModel
-from benchmarks.gpu.core_driver import request
+from benchmarks.gpu.core_driver import CoreDriver
 from benchmarks.gpu.synthetic import WHOLE, SyntheticAdapters, make_adapters, make_runner, settings_of
 from benchmarks.record import say
 from services.engine.config import EngineSettings
@@ -55,10 +55,12 @@ class Bench:
         config, device = self.runner.config, self.runner.adapter_device
         return make_adapters(config, setting, self.model.targets, number, device, self.partition)
 
-    def batch(self, draw: random.Random, adapters: tuple[Adapter, ...], size: int) -> list[Generate]:
+    def batch(
+        self, driver: CoreDriver, draw: random.Random, adapters: tuple[Adapter, ...], size: int
+    ) -> list[Generate]:
         """Requests of PROMPT and OUTPUT tokens, each with another adapter as far as there are any."""
         return [
-            request(self.prompt(draw, PROMPT), OUTPUT, adapters[i % len(adapters)] if adapters else None)
+            driver.request(self.prompt(draw, PROMPT), OUTPUT, adapters[i % len(adapters)] if adapters else None)
             for i in range(size)
         ]
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 from benchmarks.arena_store import running_arena_store
 from benchmarks.gpu.core_bench import PROMPT, Bench
-from benchmarks.gpu.core_driver import CoreDriver, CoreRun, request
+from benchmarks.gpu.core_driver import CoreDriver, CoreRun
 from benchmarks.gpu.synthetic import stored_adapters
 from benchmarks.record import Row
 from services.engine.adapters.mapped_arena import ArenaReader
@@ -58,7 +58,7 @@ def measure_store_load(bench: Bench, setting: str) -> Iterator[Row]:
             if arenas is not None:
                 label["direct"] = _await_pinned(bench, client, adapters)
                 # As a card that serves is: one that has idled is slow at first.
-                driver.run(bench.batch(random.Random(6), (), 32))
+                driver.run(bench.batch(driver, random.Random(6), (), 32))
                 yield bench.model.row("load", setting, "copy_gb_per_s", _copy_rate(bench, client, adapters[0]), **label)
             for known in (False, True):
                 times = _load_times(driver, adapters)
@@ -119,7 +119,7 @@ def measure_churn(bench: Bench, setting: str) -> Iterator[Row]:
     source = bench.source(setting, 1000)
     driver = CoreDriver(dataclasses.replace(bench.settings, max_adapters=100), bench.runner, source)
     draw = random.Random(5)
-    asks = [[request(bench.prompt(draw, PROMPT), LONG_OUTPUT) for _ in range(32)] for _ in range(3)]
+    asks = [[driver.request(bench.prompt(draw, PROMPT), LONG_OUTPUT) for _ in range(32)] for _ in range(3)]
     driver.run(asks[0])
     quiet = _step_times(driver.run(asks[1]), 32)
     adapters = itertools.cycle(source.adapters)
@@ -149,5 +149,4 @@ def measure_churn(bench: Bench, setting: str) -> Iterator[Row]:
 
 def _step_times(run: CoreRun, size: int) -> list[float]:
     """Seconds between the steps in which all `size` sequences had a token."""
-    full = [now for now, tokens in run.reports if tokens == size]
-    return [b - a for a, b in itertools.pairwise(full[2:])]
+    return [b - a for a, b in itertools.pairwise(run.times_of(size)[2:])]

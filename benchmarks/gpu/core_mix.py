@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Iterator
 
 from benchmarks.gpu.core_bench import Bench
-from benchmarks.gpu.core_driver import CoreDriver, request
+from benchmarks.gpu.core_driver import CoreDriver
 from benchmarks.record import Row
 from benchmarks.trace import draw_mix
 
@@ -20,7 +20,7 @@ def measure_mix(bench: Bench, setting: str, num_adapters: int, num_requests: int
     driver = CoreDriver(bench.settings, bench.runner, source)
     mix = draw_mix(num_requests, len(source.adapters), bench.runner.vocab_size, bench.model.lengths)
     asks = [
-        request(one.prompt_ids, one.num_outputs, None if one.adapter is None else source.adapters[one.adapter])
+        driver.request(one.prompt_ids, one.num_outputs, None if one.adapter is None else source.adapters[one.adapter])
         for one in mix
     ]
     run = driver.run(asks)

@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator, Mapping
 
 from benchmarks.gpu.core_bench import PROMPT, SETTINGS, Bench
-from benchmarks.gpu.core_driver import CoreDriver, CoreRun, request
+from benchmarks.gpu.core_driver import CoreDriver, CoreRun
 from benchmarks.gpu.synthetic import SyntheticAdapters
 from benchmarks.record import Row
 from services.engine.messages import Adapter, Generate
@@ -33,10 +33,10 @@ def decode_rows(
     """Settings in turns, the median of rounds."""
     draw = random.Random(1)
     for setting in SETTINGS:  # adapters become resident, kernels are compiled, clocks rise
-        driver.run(bench.batch(draw, sources[setting].adapters, max(sizes)))
+        driver.run(bench.batch(driver, draw, sources[setting].adapters, max(sizes)))
     times: dict[tuple[str, int], list[float]] = {}
     for _, setting, size in itertools.product(range(NUM_ROUNDS), SETTINGS, sizes):
-        run = driver.run(bench.batch(draw, sources[setting].adapters, size))
+        run = driver.run(bench.batch(driver, draw, sources[setting].adapters, size))
         times.setdefault((setting, size), []).append(_step_ms(run, size))
     for (setting, size), steps in times.items():
         labels = {"batch": size, "distinct": min(size, len(sources[setting].adapters))}
@@ -48,7 +48,7 @@ def decode_rows(
 
 def _step_ms(run: CoreRun, size: int) -> float:
     """Mean time of the steps in which all `size` sequences had a token."""
-    full = [now for now, tokens in run.reports if tokens == size]
+    full = run.times_of(size)
     return 1e3 * (full[-1] - full[2]) / (len(full) - 3)
 
 
@@ -57,9 +57,9 @@ def measure_idle_adapters(bench: Bench) -> Iterator[Row]:
     source = bench.source("S1", 1000)
     driver = CoreDriver(bench.settings, bench.runner, source)
     draw = random.Random(2)
-    driver.run([request(bench.prompt(draw, 8), 2, adapter) for adapter in source.adapters])
+    driver.run([driver.request(bench.prompt(draw, 8), 2, adapter) for adapter in source.adapters])
     for size in (1, 128):
-        run = driver.run(bench.batch(draw, (), size))
+        run = driver.run(bench.batch(driver, draw, (), size))
         mean = _step_ms(run, size)
         yield bench.model.row("decode", "base", "tpot_ms", mean, batch=size, distinct=0, adapters=1000)
     driver.close()
@@ -79,7 +79,7 @@ def prefill_rows(bench: Bench, driver: CoreDriver, sources: Mapping[str, Synthet
     seconds: dict[str, list[float]] = {setting: [] for setting in SETTINGS}
     for _, setting in itertools.product(range(NUM_ROUNDS + 1), SETTINGS):
         adapters = sources[setting].adapters
-        asks = [request(bench.prompt(draw, PROMPT), 1, adapters[i] if adapters else None) for i in range(128)]
+        asks = [driver.request(bench.prompt(draw, PROMPT), 1, adapters[i] if adapters else None) for i in range(128)]
         seconds[setting].append(driver.run(asks).seconds)
     for setting, values in seconds.items():
         labels = {"batch": 128, "distinct": len(sources[setting].adapters)}
@@ -95,7 +95,7 @@ def measure_mixed(bench: Bench) -> Iterator[Row]:
     for setting in SETTINGS:
         source = bench.source(setting, 128)
         driver = CoreDriver(bench.settings, bench.runner, source)
-        driver.run(bench.batch(draw, source.adapters, 128))  # adapters become resident
+        driver.run(bench.batch(driver, draw, source.adapters, 128))  # adapters become resident
         sizes = [size for size in MIXED_BATCHES if size < bench.settings.max_running]
         for size, length in itertools.product(sizes, MIXED_PROMPTS):
             values = _mixed_step_ms(bench, driver, draw, source.adapters, size, length)
@@ -116,7 +116,7 @@ def _mixed_step_ms(
         left.add(one.request_id)
         driver.core.handle(one)
 
-    for one in bench.batch(draw, adapters, size):
+    for one in bench.batch(driver, draw, adapters, size):
         join(one)
     while left:
         report = driver.step()
@@ -130,5 +130,5 @@ def _mixed_step_ms(
         if len(report.tokens) == size == len(left):
             full_steps += 1
             if full_steps % 4 == 0:
-                join(request(bench.prompt(draw, length), 1, draw.choice(adapters) if adapters else None))
+                join(driver.request(bench.prompt(draw, length), 1, draw.choice(adapters) if adapters else None))
     return values
