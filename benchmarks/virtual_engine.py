@@ -8,15 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import cast
 
-from benchmarks.step_model import (
-    RANKS,
-    StepModel,
-    StepWork,
-    adapter_bytes,
-    adapter_pages,
-    lora_bytes_read,
-    measured_model,
-)
+from benchmarks.adapter_ranks import RANKS
+from benchmarks.step_model import StepModel, StepWork, adapter_bytes, adapter_pages, lora_bytes_read, measured_model
 from benchmarks.trace import TraceRequest
 from services.engine.adapters.device import AdapterDevice
 from services.engine.adapters.load_job import Grant, LoadEnded, LoadEvent, LoadInstalled, LoadJob, LoadSized

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from triton import knobs
 
+from benchmarks.adapter_ranks import RANKS
 from benchmarks.gpu.bench_model import BenchModel
 from benchmarks.gpu.core_driver import CoreDriver
 from benchmarks.gpu.synthetic import WHOLE, SyntheticAdapters, make_adapters, make_runner, settings_of
@@ -22,7 +23,7 @@ from services.engine.model.partition import Partition
 PROMPT, OUTPUT = 256, 128
 """Tokens of a request, where lengths are not drawn."""
 
-SETTINGS = ("base", "S1", "S2")
+SETTINGS = tuple(RANKS)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from benchmarks.adapter_ranks import ranks_in_turn
 from kernels.gpu.adapter_tables import MAX_RANK, GpuAdapterTables, LoraGroup
 from kernels.gpu.planned_shrink import planned_shrink
 from kernels.gpu.row_expand import ExpandBlocks, planned_expand, row_expand
@@ -20,7 +21,6 @@ from kernels.gpu.row_shrink import ShrinkBlocks, num_splits_for, row_shrink, shr
 
 NUM_LAYERS, NUM_MODULES, TILE = 32, 7, 128
 DEVICE = torch.device("cuda")
-RANKS = {"S1": (8,), "S2": (64, 32, 16, 8)}
 # A graph takes turns with other adapters until it has read this much: several times the cache.
 MIN_BYTES_A_GRAPH = 256 << 20
 AnyShrinkBlocks = ShrinkBlocks | PlannedBlocks
@@ -72,7 +72,7 @@ class DecodeCase:
 
     def ranks(self, count: int) -> list[int]:
         """The ranks of `count` adapters."""
-        return [RANKS[self.mix][i % len(RANKS[self.mix])] for i in range(count)]
+        return ranks_in_turn(self.mix, count)
 
     def bytes_of(self, ranks: Sequence[int]) -> int:
         """What the kernels read of adapters with these ranks, in all layers."""
