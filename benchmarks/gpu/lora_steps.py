@@ -147,7 +147,7 @@ def time_graph(body: Callable[[], None], replays: int = 15) -> float:
     return float(statistics.median(times))
 
 
-class RowLora:
+class DecodeLora:
     """LoRA of decoded tokens: what a step launches."""
 
     def __init__(
@@ -195,7 +195,7 @@ class DecodeStep:
         self.slots = torch.arange(batch * rounds, dtype=torch.int32, device=DEVICE).view(rounds, batch)
         self.x = [random_tensor(batch, group.in_features) for group in groups]
         self.y = [random_tensor(batch, sum(group.out_features)) for group in groups]
-        self.lora = RowLora(tables, groups, batch, max(ranks))
+        self.lora = DecodeLora(tables, groups, batch, max(ranks))
 
     def time(
         self, shrink: AnyShrinkBlocks | None = None, expand: ExpandBlocks | None = None, parts: str = "both"
@@ -212,6 +212,11 @@ class DecodeStep:
 def random_tensor(*shape: int) -> torch.Tensor:
     """Normally distributed."""
     return torch.randn(*shape, dtype=torch.bfloat16, device=DEVICE)
+
+
+def print_time(name: str, ms: float, num_bytes: float) -> None:
+    """A line: milliseconds, and the rate at which these bytes were read in them."""
+    print(f"{name:64} {ms:8.3f} ms {num_bytes / ms / 1e9:6.2f} TB/s", flush=True)
 
 
 def pool_elems(case: DecodeCase) -> int:
