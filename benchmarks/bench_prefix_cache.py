@@ -29,7 +29,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.gpu.bench_model import BenchModel, accelerator_name, chosen_model, model_arguments
-from benchmarks.gpu.core_driver import CoreDriver, CoreRun, request
+from benchmarks.gpu.core_driver import CoreDriver, CoreRun
 from benchmarks.gpu.synthetic import SyntheticAdapters, make_adapters, make_runner, settings_of
 from benchmarks.record import RESULTS, Row, merge, record, say
 from benchmarks.trace import Lengths, draw_mix
@@ -117,9 +117,9 @@ def measure_ttft(bench: Bench) -> Iterator[Row]:
             pair, burst = (_alike(bench, draw, count) for count in (2, size.burst))
             for prefix_cache in (False, True) if number % 2 else (True, False):
                 driver = bench.driver(prefix_cache)  # one at a time: they have the same pool
-                driver.run([request(bench.tokens(draw, 16), 4, adapter)])
-                first, second = (timed(driver, [request(prompt, 4, adapter)])[1] for prompt in pair)
-                _, crowd = timed(driver, [request(prompt, 4, adapter) for prompt in burst])
+                driver.run([driver.request(bench.tokens(draw, 16), 4, adapter)])
+                first, second = (timed(driver, [driver.request(prompt, 4, adapter)])[1] for prompt in pair)
+                _, crowd = timed(driver, [driver.request(prompt, 4, adapter) for prompt in burst])
                 driver.close()
                 if number:
                     for name, value in (("first", first), ("second", second), ("burst", crowd)):
@@ -153,7 +153,7 @@ def measure_unshared(bench: Bench) -> Iterator[Row]:
             for prefix_cache in (False, True) if turn % 2 else (True, False):
                 driver = bench.driver(prefix_cache)
                 run = driver.run(
-                    [request(one.prompt_ids, one.num_outputs, _adapter(bench, one.adapter)) for one in mix]
+                    [driver.request(one.prompt_ids, one.num_outputs, _adapter(bench, one.adapter)) for one in mix]
                 )
                 found = run.load.num_prefix_found_tokens_total
                 driver.close()
@@ -191,7 +191,9 @@ def measure_zipf(bench: Bench) -> Iterator[Row]:
         seconds = {}
         for prefix_cache in (False, True):
             driver = bench.driver(prefix_cache, size.zipf_running)
-            run = driver.run([request(prompt, 16, adapter) for prompt, adapter in zip(prompts, adapters, strict=True)])
+            run = driver.run(
+                [driver.request(prompt, 16, adapter) for prompt, adapter in zip(prompts, adapters, strict=True)]
+            )
             driver.close()
             seconds[prefix_cache] = run.seconds
         ratios.append(seconds[False] / seconds[True])

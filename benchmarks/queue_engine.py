@@ -16,12 +16,8 @@ from dataclasses import dataclass, field
 
 from benchmarks.routing_trace import SizedRequest
 from benchmarks.step_model import StepModel, StepWork, adapter_bytes, adapter_pages, lora_bytes_read
-from benchmarks.virtual_engine import EngineShape
-
-LOOK_AHEAD = 32
-"""Adapters are loaded for so many of the first waiting requests, as the scheduler does."""
-
-TOKENS_PER_PAGE = 16
+from benchmarks.virtual_engine import TOKENS_PER_PAGE, EngineShape
+from services.engine.scheduling.admission import LOOK_AHEAD
 
 
 @dataclass(slots=True, eq=False)

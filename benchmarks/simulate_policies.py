@@ -14,8 +14,9 @@ import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
+from benchmarks.adapter_ranks import RANKS
 from benchmarks.command_line import parser_of
-from benchmarks.step_model import RANKS, StepModel, measured_model
+from benchmarks.step_model import StepModel, measured_model
 from benchmarks.trace import TraceShape, draw_mix, draw_trace
 from benchmarks.virtual_engine import Arrival, EngineShape, Outcome, VirtualEngine
 from services.engine.config import PolicyConfig

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,14 +27,12 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.adapter_ranks import RANKS, ranks_in_turn
 from benchmarks.record import RESULTS
 from kernels.gpu.adapter_tables import FEW_RANKS
 from kernels.gpu.segment_shrink import RUN_BLOCK_M
 from services.engine.execution.gpu.step_arrays import TOKENS_OF_RUN_BLOCK
 from services.engine.execution.gpu.step_graphs import CaptureSizes
-
-RANKS: Mapping[str, tuple[int, ...]] = {"base": (), "S1": (8,), "S2": (64, 32, 16, 8)}
-"""Ranks of the adapters of a setting, in turn."""
 
 RANK_BYTES = 2**21
 """Of an adapter of Llama-7B's q, k, v, o in bfloat16, for each of its ranks."""
@@ -211,7 +208,7 @@ def _mixed_work(setting: str, batch: int, prompt: int) -> StepWork:
 
 def _bytes_in_turn(setting: str, count: int) -> int:
     """Of so many adapters, whose ranks are the setting's in turn."""
-    return sum(adapter_bytes(rank) for rank in itertools.islice(itertools.cycle(RANKS[setting]), count))
+    return sum(map(adapter_bytes, ranks_in_turn(setting, count)))
 
 
 def _fit_prompt_steps(model: StepModel, rows: Sequence[Mapping[str, Any]], setting: str) -> StepModel:

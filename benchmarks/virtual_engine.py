@@ -8,21 +8,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import cast
 
-from benchmarks.step_model import (
-    RANKS,
-    StepModel,
-    StepWork,
-    adapter_bytes,
-    adapter_pages,
-    lora_bytes_read,
-    measured_model,
-)
+from benchmarks.adapter_ranks import RANKS
+from benchmarks.step_model import StepModel, StepWork, adapter_bytes, adapter_pages, lora_bytes_read, measured_model
 from benchmarks.trace import TraceRequest
 from services.engine.adapters.device import AdapterDevice
 from services.engine.adapters.load_job import Grant, LoadEnded, LoadEvent, LoadInstalled, LoadJob, LoadSized
 from services.engine.adapters.residency import Residency
 from services.engine.adapters.source import AdapterFetch
-from services.engine.config import PolicyConfig, SchedulerConfig
+from services.engine.config import EngineSettings, PolicyConfig, SchedulerConfig
 from services.engine.memory.page_allocator import PageAllocator
 from services.engine.messages import Adapter, Generate, Origin, SamplingParams, StopParams
 from services.engine.scheduling.policies.combination import make_policy
@@ -30,17 +23,23 @@ from services.engine.scheduling.scheduler import Scheduler
 from services.engine.step import BASE_SLOT, SampledToken, StepPlan
 
 MAX_MODEL_LEN = 2048
+TOKENS_PER_PAGE = EngineSettings.tokens_per_page
+
+_ON_ACCELERATOR = EngineSettings(checkpoint="", adapter_store=(), device="cuda").for_device()
 
 
 @dataclass(frozen=True)
 class EngineShape:
-    """An engine's limits, by default those of Llama-7B on one H200, and the ranks that its adapters have in turn."""
+    """An engine's limits, and the ranks that its adapters have in turn.
+
+    By default there are as many pages as beside Llama-7B on one H200, other limits are an accelerator's.
+    """
 
     num_pages: int = 14000
-    max_running: int = 256
-    max_step_tokens: int = 8192
-    admission_batch: int = 4
-    max_adapters: int = 1024
+    max_running: int = _ON_ACCELERATOR.max_running
+    max_step_tokens: int = _ON_ACCELERATOR.max_step_tokens
+    admission_batch: int = _ON_ACCELERATOR.admission_batch
+    max_adapters: int = _ON_ACCELERATOR.max_adapters
     ranks: tuple[int, ...] = RANKS["S1"]
     prefix_cache: bool = False
     popularity_half_life_seconds: float = 0.0
@@ -167,7 +166,7 @@ class VirtualEngine:
             max_step_tokens=shape.max_step_tokens,
             max_model_len=MAX_MODEL_LEN,
             max_waiting=1 << 30,
-            tokens_per_page=16,
+            tokens_per_page=TOKENS_PER_PAGE,
             eos_token_ids=frozenset(),
             admission_batch=shape.admission_batch,
             prefix_cache=shape.prefix_cache,

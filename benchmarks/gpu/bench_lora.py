@@ -9,7 +9,7 @@ the adapters' bytes a second.
 behind the projection, as two kernels and as one (ADR 34). *product*: norm, product and first half, by the library and
 by kernels of our own, apart and in one launch (ADR 35).
 
-    python -m benchmarks.gpu.bench_lora [--quick] [--only check decode sweep shared late product prefill]
+    python -m benchmarks.gpu.bench_lora [--quick] [--only decode sweep shared late product prefill]
 """
 
 from __future__ import annotations
@@ -20,33 +20,28 @@ from collections.abc import Callable, Sequence
 import torch
 
 from benchmarks.command_line import parser_of
+from benchmarks.gpu.lora_fusions import run_late, run_product
 from benchmarks.gpu.lora_steps import (
     DEVICE,
     LLAMA_3_8B,
     LLAMA_7B,
-    NUM_LAYERS,
-    TILE,
     AdapterPool,
     AnyShrinkBlocks,
     DecodeCase,
+    DecodeLora,
     DecodeStep,
     ModelShape,
-    RowLora,
     elems_a_rank,
     place_adapters,
     pool_elems,
+    print_time,
     random_tensor,
     time_graph,
 )
-from kernels.gpu.adapter_tables import MAX_RANK, GpuAdapterTables, LoraGroup
-from kernels.gpu.add_rms_norm import add_rms_norm
-from kernels.gpu.expand_add_rms_norm import expand_add_rms_norm
-from kernels.gpu.expand_rope_kv_write import Rotation, expand_rope_kv_write
-from kernels.gpu.rope_kv_write import rope_kv_write
-from kernels.gpu.row_expand import ExpandBlocks, planned_expand, row_expand
-from kernels.gpu.row_plan import PlannedBlocks, RowPlan, RowPlanner, as_they_come
-from kernels.gpu.row_product import row_product
-from kernels.gpu.row_shrink import ShrinkBlocks, ShrinkWork, num_splits_for, row_shrink, shrink_work
+from kernels.gpu.adapter_tables import GpuAdapterTables, LoraGroup
+from kernels.gpu.row_expand import ExpandBlocks
+from kernels.gpu.row_plan import PlannedBlocks
+from kernels.gpu.row_shrink import ShrinkBlocks
 from kernels.gpu.segment_expand import SegmentExpandBlocks, segment_expand
 from kernels.gpu.segment_shrink import (
     RUN_BLOCK_M,
@@ -56,12 +51,7 @@ from kernels.gpu.segment_shrink import (
     segment_shrink,
 )
 
-HEAD_DIM = 128
 PREFILL_TOKENS, SEGMENT_TOKENS, PREFILL_LAYERS = 8192, 256, 8
-
-
-def _line(name: str, ms: float, num_bytes: float) -> None:
-    print(f"{name:64} {ms:8.3f} ms {num_bytes / ms / 1e9:6.2f} TB/s", flush=True)
 
 
 def decode_cases(quick: bool) -> list[DecodeCase]:
@@ -74,7 +64,7 @@ def decode_cases(quick: bool) -> list[DecodeCase]:
 def run_decode(pool: AdapterPool, quick: bool) -> None:
     """Decode with the kernels' own choices."""
     for case in decode_cases(quick):
-        _line(f"decode {case.name}", DecodeStep(pool, case).time(), case.bytes_of(case.ranks(case.batch)))
+        print_time(f"decode {case.name}", DecodeStep(pool, case).time(), case.bytes_of(case.ranks(case.batch)))
 
 
 SHRINKS: list[AnyShrinkBlocks] = [ShrinkBlocks(32, 4), ShrinkBlocks(8, 2), PlannedBlocks(8, 2, 8, 128)]
@@ -88,11 +78,11 @@ def run_sweep(pool: AdapterPool, quick: bool) -> None:
         step, size, groups = DecodeStep(pool, case), case.bytes_of(case.ranks(batch)), LLAMA_7B.take("attn")
         size_a = size * sum(g.num_modules * g.in_features for g in groups) / elems_a_rank(groups)
         for parts, part_size in (("both", size), ("shrink", size_a), ("expand", size - size_a)):
-            _line(f"sweep {case.name} {parts}", step.time(parts=parts), part_size)
+            print_time(f"sweep {case.name} {parts}", step.time(parts=parts), part_size)
         for shrink in SHRINKS:
-            _line(f"sweep {case.name} both, shrink {_values(shrink)}", step.time(shrink), size)
+            print_time(f"sweep {case.name} both, shrink {_values(shrink)}", step.time(shrink), size)
         for expand in EXPANDS:
-            _line(f"sweep {case.name} both, expand {_values(expand)}", step.time(None, expand), size)
+            print_time(f"sweep {case.name} both, expand {_values(expand)}", step.time(None, expand), size)
 
 
 SHARED = ((256, 5), (256, 32), (256, 64), (256, 100), (96, 5), (64, 16))
@@ -109,10 +99,10 @@ def run_shared(pool: AdapterPool, quick: bool) -> None:
         slots = torch.arange(batch) * count // batch
         x = [random_tensor(batch, group.in_features) for group in groups]
         y = [random_tensor(batch, sum(group.out_features)) for group in groups]
-        rows, on_device = RowLora(tables, groups, batch, max(ranks)), slots.int().to(DEVICE)
+        lora, on_device = DecodeLora(tables, groups, batch, max(ranks)), slots.int().to(DEVICE)
         runs = _runs(slots.tolist(), layers, tables, groups, x, y, max(ranks))
-        for way, body in (("one by one", lambda: rows.launch(on_device, layers, x, y)), ("in runs", runs)):  # noqa: B023
-            _line(f"shared {case.name} of {count} adapters, {way}", time_graph(body), case.bytes_of(ranks))
+        for way, body in (("one by one", lambda: lora.launch(on_device, layers, x, y)), ("in runs", runs)):  # noqa: B023
+            print_time(f"shared {case.name} of {count} adapters, {way}", time_graph(body), case.bytes_of(ranks))
 
 
 def _runs(
@@ -133,146 +123,6 @@ def _runs(
                 segment_expand(u[g], plan, layer, pages, tables, group, y[g], totals[g], RUN_BLOCK_M, max_rank=max_rank)
 
     return body
-
-
-def run_late(pool: AdapterPool, quick: bool) -> None:
-    """Decode, second halves of q k v, o and down with the op behind each: as two kernels, and as one (ADR 34)."""
-    for mix, batch in itertools.product(("S1", "S2"), (128,) if quick else (1, 32, 64, 128)):
-        case = DecodeCase(LLAMA_7B, "all", mix, batch)
-        step = DecodeStep(pool, case)
-        for number in (0, 1, 3):
-            group = LLAMA_7B.groups[number]
-            num_bytes = 2 * NUM_LAYERS * sum(case.ranks(batch)) * sum(group.out_features)
-            second = SecondHalf(step, number)
-            for name, launch in (("apart", second.apart), ("as one", second.as_one)):
-                _line(f"late {case.name} module {group.first_module} {name}", second.time(launch), num_bytes)
-
-
-class SecondHalf:
-    """LoRA's second half of one group of a step, and the op behind the projection."""
-
-    def __init__(self, step: DecodeStep, number: int) -> None:
-        self._step, self._number, batch = step, number, step.case.batch
-        self._tables, self._max_rank = step.lora.tables, max(step.case.ranks(batch))
-        self._group, self._y = step.case.shape.groups[number], step.y[number]
-        splits = num_splits_for(batch, self._group, TILE)
-        self._u = torch.randn(splits, batch, 3 * MAX_RANK, device=DEVICE) * 0.01
-        size = self._group.out_features[0]
-        self._hidden, self._weight, self._out = (random_tensor(rows, size) for rows in (batch, 1, batch))
-        places = torch.arange(batch, dtype=torch.int32, device=DEVICE)
-        rope = torch.randn(batch, 2, HEAD_DIM // 2, device=DEVICE)
-        # Tokens' KV goes to the first pages.
-        self._rotation = Rotation(places, places, rope, None, 1e-5)
-
-    def time(self, launch: Callable[[torch.Tensor, RowPlan | None, int, torch.Tensor], None]) -> float:
-        """Milliseconds of 32 layers."""
-        planner = RowPlanner(self._tables, self._step.case.shape.groups, self._step.case.batch)
-
-        def body() -> None:
-            for slots in self._step.slots:
-                plan = planner.plan(slots) if planner.needs_plan(len(slots)) else None
-                for layer, pages in self._step.layers.items():
-                    # In the place of the product, which does not start early.
-                    self._y.add_(0)
-                    launch(slots, plan, layer, pages)
-
-        return time_graph(body) / len(self._step.slots)
-
-    def apart(self, slots: torch.Tensor, plan: RowPlan | None, layer: int, pages: torch.Tensor) -> None:
-        """Two kernels."""
-        tables, max_rank = self._tables, self._max_rank
-        if plan is None:
-            row_expand(self._u, slots, layer, pages, tables, self._group, self._y, max_rank)
-        else:
-            planned_expand(self._u, plan, layer, self._number, pages, self._y, max_rank)
-        if self._number == 0:
-            rope_kv_write(self._y, _kv_pages(pages), *self._rotation)
-        else:
-            add_rms_norm(self._hidden, self._y, self._weight, 1e-5, self._out)
-
-    def as_one(self, slots: torch.Tensor, plan: RowPlan | None, layer: int, pages: torch.Tensor) -> None:
-        """One."""
-        tables, group, u, y = self._tables, self._group, self._u, self._y
-        if self._number == 0:
-            tokens = as_they_come(slots) if plan is None else plan.token_order(layer, 0)
-            expand_rope_kv_write(u, tokens, layer, _kv_pages(pages), tables, group, y, self._rotation, self._max_rank)
-        else:
-            hidden, weight = self._hidden, self._weight
-            expand_add_rms_norm(u, slots, layer, pages, tables, group, hidden, y, weight, 1e-5, self._out)
-
-
-PRODUCT_LAYERS = 24  # more than the cache holds
-
-
-def run_product(pool: AdapterPool, quick: bool) -> None:
-    """Decode, all groups of Llama-7B at rank 8: microseconds a layer, by the bytes of the weight and of A."""
-    for batch, group in itertools.product((8,) if quick else (1, 2, 8, 16, 32), LLAMA_7B.groups):
-        case = DecodeCase(LLAMA_7B, "all", "S1", batch)
-        projection = Projection(DecodeStep(pool, case), LLAMA_7B.groups.index(group))
-        rows = sum(group.out_features) + sum(case.ranks(batch)) * group.num_modules
-        for name, launch in projection.ways.items():
-            ms = projection.time(launch)
-            what = f"product {case.name} module {group.first_module} {name}"
-            print(f"{what:64} {1e3 * ms:8.1f} us {2 * rows * group.in_features / ms / 1e9:6.2f} TB/s", flush=True)
-
-
-class Projection:
-    """A norm, the product of what it gives, and LoRA's first half of it."""
-
-    def __init__(self, step: DecodeStep, number: int) -> None:
-        self._step, batch = step, step.case.batch
-        self._group, self._max_rank = step.case.shape.groups[number], max(step.case.ranks(batch))
-        in_features, out_features = self._group.in_features, sum(self._group.out_features)
-        self._weights = [random_tensor(out_features, in_features) for _ in range(PRODUCT_LAYERS)]
-        self._hidden, self._x, self._gain = (random_tensor(rows, in_features) for rows in (batch, batch, 1))
-        self._y = random_tensor(batch, out_features)
-        self._u = torch.zeros(num_splits_for(batch, self._group, TILE), batch, 3 * MAX_RANK, device=DEVICE)
-        self.ways: dict[str, Callable[[int, torch.Tensor], None]] = {
-            "library": self._library,
-            "library, then shrink": self._library_and_shrink,
-            "own": self._own,
-            "own, then shrink": self._own_and_shrink,
-            "in one": self._in_one,
-        }
-
-    def time(self, launch: Callable[[int, torch.Tensor], None]) -> float:
-        """Milliseconds of a layer."""
-
-        def body() -> None:
-            for layer, weight in enumerate(self._weights):
-                add_rms_norm(self._hidden, None, self._gain[0], 1e-5, self._x)
-                launch(layer, weight)
-
-        return time_graph(body) / PRODUCT_LAYERS
-
-    def _library(self, layer: int, weight: torch.Tensor) -> None:
-        torch.mm(self._x, weight.t(), out=self._y)
-
-    def _library_and_shrink(self, layer: int, weight: torch.Tensor) -> None:
-        self._library(layer, weight)
-        self._shrink(layer)
-
-    def _own(self, layer: int, weight: torch.Tensor) -> None:
-        row_product(self._x, weight, out=self._y)
-
-    def _own_and_shrink(self, layer: int, weight: torch.Tensor) -> None:
-        self._own(layer, weight)
-        self._shrink(layer)
-
-    def _in_one(self, layer: int, weight: torch.Tensor) -> None:
-        row_product(self._x, weight, None, self._work(layer), self._y)
-
-    def _shrink(self, layer: int) -> None:
-        row_shrink(self._x, self._work(layer))
-
-    def _work(self, layer: int) -> ShrinkWork:
-        step, pages = self._step, self._step.layers[layer]
-        return shrink_work(step.slots[0], layer, pages, step.lora.tables, self._group, self._u, self._max_rank)
-
-
-def _kv_pages(pages: torch.Tensor) -> torch.Tensor:
-    """A layer's pages of adapters as pages of keys and values of heads of HEAD_DIM, 16 tokens each."""
-    return pages.view(len(pages), 2, -1, 16, HEAD_DIM)
 
 
 def run_prefill(pool: AdapterPool, quick: bool) -> None:
@@ -317,75 +167,17 @@ def _prefill_shape(pool: AdapterPool, shape: ModelShape, mix: str, sweep: bool) 
 
             name = f"prefill {shape.name:5} {mix} module {group.first_module} BLOCK_M={block_m}"
             shrink_ms, expand_ms = (time_graph(body, 7) / PREFILL_LAYERS for body in (shrinks, expands))
-            _line(f"{name} shrink {'' if shrink is None else _values(shrink)}", shrink_ms, a_bytes)
-            _line(f"{name} expand {'' if expand is None else _values(expand)}", expand_ms, b_bytes)
+            print_time(f"{name} shrink {'' if shrink is None else _values(shrink)}", shrink_ms, a_bytes)
+            print_time(f"{name} expand {'' if expand is None else _values(expand)}", expand_ms, b_bytes)
             if shrink is None:
                 ms, num_bytes = ms + shrink_ms + expand_ms, num_bytes + a_bytes + b_bytes
-    _line(f"prefill {shape.name:5} {mix} attn, one layer", ms, num_bytes)
+    print_time(f"prefill {shape.name:5} {mix} attn, one layer", ms, num_bytes)
 
 
 def _values(blocks: AnyShrinkBlocks | ExpandBlocks | SegmentShrinkBlocks | SegmentExpandBlocks) -> str:
     values = {name: getattr(blocks, name) for name in blocks.__dataclass_fields__ if name != "early"}
     kind = "planned " if isinstance(blocks, PlannedBlocks) else ""
     return kind + " ".join(f"{name.removeprefix('num_')}={value}" for name, value in values.items() if value)
-
-
-def run_check() -> None:
-    """Both paths against float32 on a small model of the same layout; raises AssertionError."""
-    torch.manual_seed(1)
-    group = LoraGroup(0, 512, (512, 256, 256))
-    ranks = [8, 64, 32, 16, 200, 1]
-    pages = torch.randn(1200, 8 * TILE, device=DEVICE).mul_(0.05).bfloat16()
-    tables = place_adapters(1200, 8 * TILE, [group], ranks)
-    slots = [3, -1, 0, 5, 4, 2, 1, 4] * 40
-    x, y = random_tensor(len(slots), 512), random_tensor(len(slots), 1024)
-    expected = torch.stack([_expected(pages, tables, group, *row) for row in zip(slots, x, y, strict=True)])
-    slot_tensor = torch.tensor(slots, dtype=torch.int32, device=DEVICE)
-    rows = RowLora(tables, [group, group], len(slots))
-    checks: list[tuple[int, AnyShrinkBlocks | None, ExpandBlocks | None]] = [(1, None, None), (8, None, None)]
-    checks += [(len(slots), None, expand) for expand in (None, *EXPANDS)]
-    checks += [(len(slots), shrink, None) for shrink in SHRINKS]
-    for batch, shrink, expand in checks:
-        out, other = y[:batch].clone(), y[:batch].clone()
-        # Each kernel starts early behind the one before, and u is used again.
-        rows.launch(slot_tensor[:batch], {5: pages}, [x, x], [other, out], shrink, expand)
-        names = ", ".join(_values(blocks) for blocks in (shrink, expand) if blocks) or "own blocks"
-        for result in (other, out):
-            _assert_close(f"rows, batch {batch}, {names}", result, expected)
-    order = sorted(range(len(slots)), key=slots.__getitem__)
-    bounds = {slot: [place for place, token in enumerate(order) if slots[token] == slot] for slot in set(slots)}
-    segments = [(places[0], places[-1] + 1, slot) for slot, places in bounds.items()]
-    out, x = y[order].clone(), x[order]
-    half = torch.full((1, len(slots), 600), float("nan"), device=DEVICE, dtype=torch.bfloat16)
-    plan = plan_segments(segments, 64, DEVICE)
-    segment_shrink(x, plan, 5, pages, tables, group, half, 600)
-    segment_expand(half, plan, 5, pages, tables, group, out, 600)
-    _assert_close("segments", out, expected[order])
-
-
-def _expected(
-    pages: torch.Tensor, tables: GpuAdapterTables, group: LoraGroup, slot: int, x: torch.Tensor, y: torch.Tensor
-) -> torch.Tensor:
-    """y plus what the adapter at `slot` adds to one token, in float32."""
-    out = y.to(torch.float32, copy=True)
-    if slot < 0:
-        return out
-    adapter = pages[tables.page_table[slot].long()].flatten().float()
-    column = 0
-    for module, size in enumerate(group.out_features):
-        rank, a, b = (int(table[slot, 5, module]) for table in (tables.rank, tables.lora_a_tile, tables.lora_b_tile))
-        lora_a = adapter[a * TILE :][: rank * group.in_features].view(rank, -1)
-        lora_b = adapter[b * TILE :][: rank * size].view(rank, -1)
-        out[column : column + size] += (lora_a @ x.float()) @ lora_b
-        column += size
-    return out
-
-
-def _assert_close(name: str, out: torch.Tensor, expected: torch.Tensor) -> None:
-    expected = expected[: len(out)]
-    error = float((out.float() - expected).norm() / expected.norm())
-    assert error < 4e-3, f"{name}: relative error {error}"
-    print(f"check {name}: relative error {error:.1e}", flush=True)
 
 
 def main() -> None:
@@ -396,11 +188,9 @@ def main() -> None:
         "decode": run_decode, "sweep": run_sweep, "shared": run_shared, "late": run_late, "product": run_product,
         "prefill": run_prefill,
     }  # fmt: skip
-    parser.add_argument("--only", nargs="*", choices=["check", *parts], default=["check", *parts])
+    parser.add_argument("--only", nargs="*", choices=[*parts], default=[*parts])
     options = parser.parse_args()
     print(torch.cuda.get_device_name(), torch.__version__, flush=True)
-    if "check" in options.only:
-        run_check()
     if chosen := [run for name, run in parts.items() if name in options.only]:
         cases = [
             *decode_cases(options.quick),

@@ -24,9 +24,10 @@ from typing import Any
 
 import msgspec
 
-from benchmarks.gpu.bench_engine import DECODE_BATCHES, SETTINGS, Bench, decode_rows, prefill_rows
 from benchmarks.gpu.bench_model import TINY, BenchModel, chosen_model, keep_rows, model_arguments
+from benchmarks.gpu.core_bench import SETTINGS, Bench
 from benchmarks.gpu.core_driver import CoreDriver
+from benchmarks.gpu.core_steps import DECODE_BATCHES, decode_rows, prefill_rows
 from benchmarks.gpu.synthetic import SyntheticAdapters, settings_of
 from benchmarks.record import Row, say
 from services.engine.config import EngineSettings

@@ -24,9 +24,11 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from benchmarks.gpu.bench_engine import MIX_REQUESTS, Bench, measure_mix
+from benchmarks.adapter_ranks import RANKS
 from benchmarks.gpu.bench_model import BenchModel, chosen_model, keep_rows, model_arguments
-from benchmarks.gpu.synthetic import RANKS, SHAPES, TARGETS
+from benchmarks.gpu.core_bench import Bench
+from benchmarks.gpu.core_mix import MIX_REQUESTS, measure_mix
+from benchmarks.gpu.synthetic import SHAPES, TARGETS
 from benchmarks.peft_baseline import BaselineRequest, run_mixed_batch
 from benchmarks.record import Row, say
 from benchmarks.trace import draw_mix

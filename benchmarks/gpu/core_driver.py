@@ -16,13 +16,6 @@ from services.engine.core.followers import Followers
 from services.engine.messages import Adapter, CoreLoad, Generate, SamplingParams, StepReport, StopParams
 
 GREEDY = SamplingParams(temperature=0.0)
-_ids = itertools.count(1)
-
-
-def request(prompt: Sequence[int], max_tokens: int, adapter: Adapter | None = None) -> Generate:
-    """A greedy request whose output is forced to its length."""
-    stop = StopParams(max_tokens=max_tokens, ignore_eos=True)
-    return Generate(next(_ids), list(prompt), GREEDY, stop, adapter)
 
 
 @dataclass
@@ -44,6 +37,10 @@ class CoreRun:
         """From the first request to the last token."""
         return self.ended - self.began
 
+    def times_of(self, num_tokens: int) -> list[float]:
+        """When each report with exactly `num_tokens` tokens came."""
+        return [now for now, tokens in self.reports if tokens == num_tokens]
+
 
 class CoreDriver:
     """One core over a runner; `close` gives the runner back, with every page free, and lets `followers` end."""
@@ -52,7 +49,13 @@ class CoreDriver:
         self, settings: EngineSettings, runner: Runner[Any], source: AdapterSource, followers: Followers | None = None
     ) -> None:
         self._news = threading.Event()
+        self._request_ids = itertools.count(1)
         self.core = EngineCore(settings, runner, source, self._news.set, followers)
+
+    def request(self, prompt: Sequence[int], max_tokens: int, adapter: Adapter | None = None) -> Generate:
+        """A greedy request to this core, whose output is forced to its length."""
+        stop = StopParams(max_tokens=max_tokens, ignore_eos=True)
+        return Generate(next(self._request_ids), list(prompt), GREEDY, stop, adapter)
 
     def run(
         self, requests: Sequence[Generate], on_report: Callable[[StepReport, float], None] | None = None

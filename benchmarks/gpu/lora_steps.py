@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from benchmarks.adapter_ranks import ranks_in_turn
 from kernels.gpu.adapter_tables import MAX_RANK, GpuAdapterTables, LoraGroup
 from kernels.gpu.planned_shrink import planned_shrink
 from kernels.gpu.row_expand import ExpandBlocks, planned_expand, row_expand
@@ -20,7 +21,6 @@ from kernels.gpu.row_shrink import ShrinkBlocks, num_splits_for, row_shrink, shr
 
 NUM_LAYERS, NUM_MODULES, TILE = 32, 7, 128
 DEVICE = torch.device("cuda")
-RANKS = {"S1": (8,), "S2": (64, 32, 16, 8)}
 # A graph takes turns with other adapters until it has read this much: several times the cache.
 MIN_BYTES_A_GRAPH = 256 << 20
 AnyShrinkBlocks = ShrinkBlocks | PlannedBlocks
@@ -72,7 +72,7 @@ class DecodeCase:
 
     def ranks(self, count: int) -> list[int]:
         """The ranks of `count` adapters."""
-        return [RANKS[self.mix][i % len(RANKS[self.mix])] for i in range(count)]
+        return ranks_in_turn(self.mix, count)
 
     def bytes_of(self, ranks: Sequence[int]) -> int:
         """What the kernels read of adapters with these ranks, in all layers."""
@@ -147,7 +147,7 @@ def time_graph(body: Callable[[], None], replays: int = 15) -> float:
     return float(statistics.median(times))
 
 
-class RowLora:
+class DecodeLora:
     """LoRA of decoded tokens: what a step launches."""
 
     def __init__(
@@ -195,7 +195,7 @@ class DecodeStep:
         self.slots = torch.arange(batch * rounds, dtype=torch.int32, device=DEVICE).view(rounds, batch)
         self.x = [random_tensor(batch, group.in_features) for group in groups]
         self.y = [random_tensor(batch, sum(group.out_features)) for group in groups]
-        self.lora = RowLora(tables, groups, batch, max(ranks))
+        self.lora = DecodeLora(tables, groups, batch, max(ranks))
 
     def time(
         self, shrink: AnyShrinkBlocks | None = None, expand: ExpandBlocks | None = None, parts: str = "both"
@@ -212,6 +212,11 @@ class DecodeStep:
 def random_tensor(*shape: int) -> torch.Tensor:
     """Normally distributed."""
     return torch.randn(*shape, dtype=torch.bfloat16, device=DEVICE)
+
+
+def print_time(name: str, ms: float, num_bytes: float) -> None:
+    """A line: milliseconds, and the rate at which these bytes were read in them."""
+    print(f"{name:64} {ms:8.3f} ms {num_bytes / ms / 1e9:6.2f} TB/s", flush=True)
 
 
 def pool_elems(case: DecodeCase) -> int:

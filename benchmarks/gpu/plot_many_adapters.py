@@ -11,7 +11,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from benchmarks.command_line import take_no_options
-from benchmarks.gpu.bench_engine import MIX_REQUESTS
+from benchmarks.gpu.core_mix import MIX_REQUESTS
 from benchmarks.record import RESULTS, ROOT, say
 
 PICTURE = ROOT / "docs" / "images" / "many_adapters.png"

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.adapter_ranks import RANKS, ranks_in_turn
 from benchmarks.arena_store import StoredAdapters
 from services.adapter_store.base_model import BaseModel
 from services.adapter_store.manifest import ElementType, PackedName
@@ -70,9 +71,6 @@ SHAPES: dict[str, dict[str, object]] = {
         "num_key_value_heads": 2,
     },
 }
-
-RANKS: dict[str, tuple[int, ...]] = {"S1": (8,), "S2": (64, 32, 16, 8)}
-"""Ranks that adapters of a setting have in turn (S-LoRA, section 7)."""
 
 WHOLE = Partition()
 
@@ -192,8 +190,7 @@ def make_adapters(
     for _, packed, _ in by_rank.values():
         device.register(packed, lambda: True)
     manifests, weights, adapters = {}, {}, []
-    for i in range(number):
-        rank = RANKS[setting][i % len(RANKS[setting])]
+    for i, rank in enumerate(ranks_in_turn(setting, number)):
         layout, packed, digest_of_bytes = by_rank[rank]
         name = f"{setting}-{targets}-{i}"
         digest = f"sha256:{hashlib.sha256(name.encode()).hexdigest()}"

@@ -11,8 +11,9 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from benchmarks.adapter_ranks import RANKS, ranks_in_turn
 from benchmarks.gpu.bench_model import BenchModel
-from benchmarks.gpu.synthetic import RANKS, TARGETS, served_name, write_config
+from benchmarks.gpu.synthetic import TARGETS, served_name, write_config
 from services.engine.model.config import load_model_config
 from services.engine.model.step_ops import module_groups
 
@@ -40,7 +41,7 @@ def write_adapters(parent: Path, checkpoint: Path, model: BenchModel, setting: s
     random = (torch.randn(most_elems + _SPARE_ELEMS) * 0.01).to(dtype)
     pool = memoryview(random.view(torch.uint8).numpy().data)
     names = []
-    for i, rank in zip(range(number), itertools.cycle(RANKS[setting]), strict=False):
+    for i, rank in enumerate(ranks_in_turn(setting, number)):
         name = f"{setting.lower()}-{i}"
         directory = parent / name
         directory.mkdir(parents=True)

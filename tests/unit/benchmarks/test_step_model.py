@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.adapter_ranks import RANKS
 from benchmarks.record import RESULTS
 from benchmarks.step_model import (
     CHURN_BATCH,
@@ -18,7 +19,6 @@ from benchmarks.step_model import (
     DECODE_CONTEXT,
     PREFILL_TOKENS,
     RANK_BYTES,
-    RANKS,
     WORKLOAD,
     StepModel,
     StepWork,
