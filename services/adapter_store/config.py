@@ -83,7 +83,9 @@ class AdapterStoreSettings:
     )
     replica_seconds: float = setting(3.0, "a replica that was silent for so long is no longer one", above=0)
     num_homes: int = setting(2, "replicas that hold an adapter", above=0)
-    pinned_share: float = setting(0.75, "most of the arena that pinned adapters may take, in (0, 1]", above=0)
+    pinned_share: float = setting(
+        0.75, "most of the arena that pinned adapters may take, in (0, 1]", above=0, at_most=1
+    )
     stall_seconds: float = setting(
         60.0, "a fetch or upload that stands still, or a lease that lasts, so long is ended", above=0
     )
@@ -91,7 +93,9 @@ class AdapterStoreSettings:
     log_level: LogLevel = setting("INFO", "DEBUG, INFO, WARNING or ERROR")
     log_format: LogFormat = setting("json", "json (an object a line) or text (for people)")
     otlp_endpoint: str = setting("", "http(s)://host:port of a collector of traces, OTLP over gRPC; empty: no traces")
-    trace_sample_ratio: float = setting(1.0, "share of traces kept that begin here; a caller's own are kept as it says")
+    trace_sample_ratio: float = setting(
+        1.0, "share of traces kept that begin here; a caller's own are kept as it says", at_least=0, at_most=1
+    )
 
     @property
     def server_tls(self) -> ServerTls:
@@ -104,8 +108,6 @@ class AdapterStoreSettings:
             raise ValueError(f"disk_cache_bytes is {self.disk_cache_bytes}; with a disk_cache_dir it must be above 0")
         if self.tenancy_redis and not self.service_tokens:
             raise ValueError("tenancy_redis without service_tokens: tenants alone could call, and no engine could load")
-        if self.pinned_share > 1:
-            raise ValueError(f"pinned_share is {self.pinned_share}; it must be at most 1")
         if self.sync_uri:
             try:
                 parse_source_uri(self.sync_uri)

@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import difflib
 import logging
+import math
 import os
 import re
 import types
@@ -22,6 +23,9 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _SERVICE_LINK = re.compile(r"_(SERVICE_HOST|SERVICE_PORT|SERVICE_PORT_\w+|PORT|PORT_\d+_(TCP|UDP)\w*)$")
+
+MOST_SECONDS = 10**9
+"""Thirty years: threads wait no longer than ten times that."""
 
 _TRUE, _FALSE = {"1", "true", "yes", "on"}, {"0", "false", "no", "off"}
 
@@ -45,25 +49,30 @@ def setting(
     at_least: float | None = None,
     above: float | None = None,
     below: float | None = None,
+    at_most: float | None = None,
     only_with: str = "",
 ) -> Any:
     """A dataclass field with its help text; without a default the setting is required. Bounds: see `check_bounds`.
 
     only_with: the value of another setting without which this one means nothing; its help begins with it.
     """
-    bounds = {"at_least": at_least, "above": above, "below": below}
+    bounds = {"at_least": at_least, "above": above, "below": below, "at_most": at_most}
     text = f"{only_with}: {help}" if only_with else help
     return dataclasses.field(default=default, metadata={"help": text, "only_with": only_with, **bounds})
 
 
 def check_bounds(settings: Any) -> None:
-    """Raises ValueError for a number of these settings that is not `at_least`, `above` or `below` what its field says.
+    """Raises ValueError for a number of these settings that is not within what its field says, or is not finite.
 
-    For `__post_init__`.
+    What is a number of seconds is at most `MOST_SECONDS`. For `__post_init__`.
     """
     for field in dataclasses.fields(settings):
         value, bounds = getattr(settings, field.name), field.metadata
-        least, above, below = bounds.get("at_least"), bounds.get("above"), bounds.get("below")
+        least, above, below, most = (bounds.get(name) for name in ("at_least", "above", "below", "at_most"))
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{field.name} is {value}; it must be a finite number")
+        if field.name.endswith("seconds") and value is not None:
+            most = MOST_SECONDS
         # Asked this way round: no number is none of it.
         if least is not None and not value >= least:
             raise ValueError(f"{field.name} is {value}; it must be at least {least}")
@@ -71,6 +80,8 @@ def check_bounds(settings: Any) -> None:
             raise ValueError(f"{field.name} is {value}; it must be above {above}")
         if below is not None and not value < below:
             raise ValueError(f"{field.name} is {value}; it must be below {below}")
+        if most is not None and not value <= most:
+            raise ValueError(f"{field.name} is {value}; it must be at most {most}")
 
 
 def parse_settings(

@@ -16,6 +16,12 @@ from services.common.tls import ChannelSecurity, ServerTls
 OrderName = Literal["fcfs", "priority", "fair"]
 ClientKind = Literal["tenant", "adapter"]
 
+HEAD_START_LIMIT = 2**40
+"""More requests than an engine sees; turns that are made of it stay below those that mean nobody (2**63)."""
+
+_PAGES_LIMIT = 2**31
+_PRICE_LIMIT = 1e9
+
 
 MAX_TP_SIZE = 64
 
@@ -47,7 +53,7 @@ class EngineSettings:
     pool_bytes: int = setting(
         0, "bytes of each process's pool; 0: 512 MiB on a CPU, what the weights leave on an accelerator", at_least=0
     )
-    num_pages: int = setting(0, "pages of the pool; 0: as many as pool_bytes holds", at_least=0)
+    num_pages: int = setting(0, "pages of the pool; 0: as many as pool_bytes holds", at_least=0, below=_PAGES_LIMIT)
     tokens_per_page: int = setting(16, "tokens whose K and V one page holds", above=0)
     prefix_cache: bool = setting(True, "keep KV of finished prompts and outputs, for those that begin alike")
     prefix_cache_across_tenants: bool = setting(
@@ -70,15 +76,21 @@ class EngineSettings:
     max_waiting: int = setting(
         4096,
         "most requests in the queue; further ones are refused, with fair the last of the client with most",
-        at_least=0,
+        at_least=1,
     )
     policy: OrderName = setting("fcfs", "in which order requests are admitted: fcfs, priority or fair")
     priority_head_start: int = setting(
-        256, "requests that each point of priority puts a request ahead of", at_least=0, only_with="priority"
+        256,
+        "requests that each point of priority puts a request ahead of",
+        at_least=0,
+        below=HEAD_START_LIMIT,
+        only_with="priority",
     )
     fairness_by: ClientKind = setting("tenant", "between whom: tenant or adapter", only_with="fair")
-    input_price: float = setting(1.0, "what a token of input counts", at_least=0, only_with="fair")
-    output_price: float = setting(2.0, "what a token of output counts", at_least=0, only_with="fair")
+    input_price: float = setting(1.0, "what a token of input counts", at_least=0, below=_PRICE_LIMIT, only_with="fair")
+    output_price: float = setting(
+        2.0, "what a token of output counts", at_least=0, below=_PRICE_LIMIT, only_with="fair"
+    )
     fairness_weights: tuple[str, ...] = setting(
         (), "shares, as tenant=2,other=1; 1 for those not named", only_with="fair"
     )
@@ -120,7 +132,9 @@ class EngineSettings:
     log_level: LogLevel = setting("INFO", "DEBUG, INFO, WARNING or ERROR")
     log_format: LogFormat = setting("json", "json (an object a line) or text (for people)")
     otlp_endpoint: str = setting("", "http(s)://host:port of a collector of traces, OTLP over gRPC; empty: no traces")
-    trace_sample_ratio: float = setting(1.0, "share of traces kept that begin here; a caller's own are kept as it says")
+    trace_sample_ratio: float = setting(
+        1.0, "share of traces kept that begin here; a caller's own are kept as it says", at_least=0, at_most=1
+    )
 
     def __post_init__(self) -> None:
         if not 1 <= self.tp_size <= MAX_TP_SIZE:

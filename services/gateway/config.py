@@ -80,7 +80,9 @@ class GatewaySettings:
     log_level: LogLevel = setting("INFO", "DEBUG, INFO, WARNING or ERROR")
     log_format: LogFormat = setting("json", "json (an object a line) or text (for people)")
     otlp_endpoint: str = setting("", "http(s)://host:port of a collector of traces, OTLP over gRPC; empty: no traces")
-    trace_sample_ratio: float = setting(1.0, "share of traces kept that begin here; a caller's own are kept as it says")
+    trace_sample_ratio: float = setting(
+        1.0, "share of traces kept that begin here; a caller's own are kept as it says", at_least=0, at_most=1
+    )
 
     def __post_init__(self) -> None:
         check_bounds(self)

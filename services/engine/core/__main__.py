@@ -13,7 +13,6 @@ import shutil
 import signal
 import socket
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -38,6 +37,7 @@ from services.engine.core.launch import (
 )
 from services.engine.core.loop import run_core
 from services.engine.core.parallel_runner import ParallelRunner
+from services.engine.core.rendezvous import rendezvous_directory
 from services.engine.execution.open_runner import join_group, open_runner
 
 if TYPE_CHECKING:
@@ -86,13 +86,13 @@ class _CannotLoad(Exception):  # noqa: N818 - a way out
 
 def _lead(settings: EngineSettings, sock: socket.socket) -> int:
     """Process 0 of several: starts the others, and does for all what a sole core does."""
-    with tempfile.TemporaryDirectory(prefix="slora-engine-", ignore_cleanup_errors=True) as directory:
+    with rendezvous_directory() as directory:
 
         def lost(reason: str, exit_code: int | None) -> None:
             shutil.rmtree(directory, ignore_errors=True)  # the end of `with` is not come to
             _end_at_once(reason, exit_code)
 
-        rendezvous = Path(directory) / "rendezvous"
+        rendezvous = directory / "rendezvous"
         started = [spawn_follower(settings, tp_rank, rendezvous) for tp_rank in range(1, settings.tp_size)]
         followers = Followers(started, lost, settings.step_timeout_seconds, settings.load_timeout_seconds)
         own = settings.for_process(0)

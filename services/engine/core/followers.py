@@ -30,6 +30,8 @@ from services.engine.core.follower_messages import (
 
 logger = logging.getLogger(__name__)
 
+_LONGEST_LOOK_SECONDS = 60.0
+
 EXIT_SECONDS = 1.0
 """How long the exit code of a process whose socket has closed is waited for: it belongs to the message."""
 
@@ -157,13 +159,31 @@ class Followers:
         self._on_lost(what, code)
 
     def _watch(self) -> None:
-        while not self._closing.wait(self._step_timeout_seconds / 8):
+        interval = min(self._step_timeout_seconds / 8, _LONGEST_LOOK_SECONDS)
+        watched = {"step": _Oldest(), "load": _Oldest()}
+        while not self._closing.wait(interval):
             # Looked at without a lock: copies are made at once, and what ends just now is not late.
             for what, limit, begun in (
                 ("step", self._step_timeout_seconds, list(self._begun)),
                 ("load", self._load_limit_seconds, list(self._loads_begun.values())),
             ):
-                if begun and time.monotonic() - begun[0] > limit:
+                # By looks, not by the clock: all processes may have been stopped together, and go on together.
+                if watched[what].looks_at(begun) * interval > limit:
                     why = f"a {what} is not done after {limit:g} s: one of {self.tp_size} processes hangs"
                     self._on_lost(why, None)
                     return
+
+
+class _Oldest:
+    """How often the same thing was seen to be the oldest that is under way."""
+
+    def __init__(self) -> None:
+        self._began: float | None = None
+        self._num_looks = 0
+
+    def looks_at(self, begun: list[float]) -> int:
+        """`begun`: when all that are under way were, the oldest first. How often the oldest was seen before."""
+        oldest = begun[0] if begun else None
+        self._num_looks = self._num_looks + 1 if oldest is not None and oldest == self._began else 0
+        self._began = oldest
+        return self._num_looks

@@ -48,7 +48,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as Seq
 
-from services.common.errors import SloraError
+from services.common.errors import Reason, SloraError
 from services.engine.adapters.residency import Residency
 from services.engine.config import SchedulerConfig
 from services.engine.memory.page_allocator import PageAllocator
@@ -262,7 +262,9 @@ class Scheduler:
                 continue
             sequence.num_pending -= 1
             if token.error is not None:
-                self.kv.distrust(sequence)
+                # Where the request forbids every token, its KV is as good as any.
+                if token.error.reason is not Reason.SAMPLING_INVALID:
+                    self.kv.distrust(sequence)
                 self.fail([sequence.request_id], not_drawn(token.error, sequence.request.adapter))
             else:
                 drawn[sequence] = token

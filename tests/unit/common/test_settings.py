@@ -94,6 +94,7 @@ class Bounded:
     seconds: float = setting(1.0, "how long", above=0)
     count: int = setting(0, "how many; 0: any", at_least=0)
     share: float = setting(0.5, "of what there is", at_least=0, below=1)
+    ratio: float = setting(1.0, "of what there is", at_least=0, at_most=1)
 
     def __post_init__(self) -> None:
         check_bounds(self)
@@ -103,7 +104,10 @@ class Bounded:
     ("option", "value", "message"),
     [
         ("--seconds", "0", "seconds is 0.0; it must be above 0"),
-        ("--seconds", "nan", "seconds is nan; it must be above 0"),
+        ("--seconds", "nan", "seconds is nan; it must be a finite number"),
+        ("--seconds", "inf", "seconds is inf; it must be a finite number"),
+        ("--seconds", "1e10", "seconds is 10000000000.0; it must be at most 1000000000"),
+        ("--ratio", "1.5", "ratio is 1.5; it must be at most 1"),
         ("--count", "-1", "count is -1; it must be at least 0"),
         ("--share", "1", "share is 1.0; it must be below 1"),
     ],
@@ -120,7 +124,7 @@ def test_every_number_has_a_bound(settings: type) -> None:
     hints = typing.get_type_hints(settings)
     numbers = [field for field in dataclasses.fields(settings) if hints[field.name] in (int, float)]
     checked_elsewhere = {
-        "tp_size", "trace_sample_ratio", "arena_bytes", "disk_cache_bytes",
+        "tp_size", "arena_bytes", "disk_cache_bytes",
     }  # fmt: skip
     assert len(numbers) > 10
     unbounded = {f.name for f in numbers if f.metadata["at_least"] is None and f.metadata["above"] is None}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable
 
 from services.common.priorities import MAX_PRIORITY, MIN_PRIORITY
+from services.engine.config import HEAD_START_LIMIT
 from services.engine.scheduling.policies.policy import Policy
 from services.engine.scheduling.sequence import Sequence
 
@@ -20,8 +21,8 @@ class PriorityOrder(Policy):
     """
 
     def __init__(self, head_start: int) -> None:
-        if head_start < 0:
-            raise ValueError(f"the head start is a number of requests, not {head_start}")
+        if not 0 <= head_start < HEAD_START_LIMIT:
+            raise ValueError(f"the head start is a number of requests below {HEAD_START_LIMIT}, not {head_start}")
         self._head_start = head_start
 
     def entered(self, sequence: Sequence) -> None:
