@@ -18,6 +18,7 @@ from services.engine.execution.parallel_step import ParallelTorchStep
 from services.engine.execution.pool_size import pool_config
 from services.engine.execution.sampler import sample_tokens
 from services.engine.execution.step_batch import StepBatchBuilder
+from services.engine.execution.step_layout import StepLimits
 from services.engine.execution.torch_step import TorchStep
 from services.engine.memory.pool import Pool
 from services.engine.model.checkpoint import Checkpoint, Weights
@@ -70,7 +71,10 @@ class ModelRunner:
         groups = module_groups(self.config, partition)
         self.adapter_device = PagedAdapterDevice(self._pool, groups, settings.max_adapters, partition)
         lora = LoraPlanner(self.adapter_device, groups, self._pool)
-        self._batches = StepBatchBuilder(self._part, self._pool, self.max_model_len, lora)
+        limits = StepLimits(
+            self.pool_config.num_pages, self.pool_config.tokens_per_page, self.max_model_len, self.vocab_size
+        )
+        self._batches = StepBatchBuilder(self._part.num_heads, self._pool, limits, lora)
         self._make_step: Callable[[ForwardBatch], StepOps]
         if partition.tp_size == 1:
             self._make_step = partial(TorchStep, self._part, self._pool, self._rope)

@@ -17,9 +17,9 @@ from kernels.gpu.row_product import row_product
 from services.engine.execution.gpu.adapter_device import GroupRanks
 from services.engine.execution.gpu.step_arrays import StepCuts
 from services.engine.execution.gpu.step_graphs import SizedStep
-from services.engine.execution.gpu.step_layout import StepLayout
 from services.engine.execution.gpu.step_shape import StepAdapters, StepShape
 from services.engine.execution.gpu.step_tensors import StepTensors
+from services.engine.execution.step_layout import StepLayout
 from services.engine.messages import SamplingParams
 from services.engine.model.step_ops import Group
 from services.engine.step import BASE_SLOT, PENDING_TOKEN, SampledToken, SampleRequest, ScheduledChunk, StepPlan
@@ -214,13 +214,13 @@ def test_a_step_planned_before_its_tokens_are_known(tmp_path: Path, rng: random.
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"token_ids": [1, VOCABULARY]}, "outside"),
-        ({"token_ids": [-2]}, "outside"),
+        ({"token_ids": [1, VOCABULARY]}, "outside the vocabulary"),
+        ({"token_ids": [-2]}, "outside the vocabulary"),
         ({"token_ids": [PENDING_TOKEN]}, "pending"),
         ({"token_ids": []}, "tokens 0 to 0"),
         ({"start": 15}, "1 pages cannot hold 18 tokens"),
-        ({"block_table": [400]}, "outside the pool"),
-        ({"block_table": [-1]}, "outside the pool"),
+        ({"block_table": [400]}, "leaves the pool"),
+        ({"block_table": [-1]}, "leaves the pool"),
         ({"start": 510, "block_table": list(range(40))}, "tokens 510 to 513 of 512"),
         ({"start": -1}, "tokens -1"),
         ({"adapter_slot": 3}, "no adapter is installed at slot 3"),

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from services.engine.execution.model_runner import ModelRunner
 from services.engine.messages import SamplingParams
-from services.engine.step import SampleRequest, ScheduledChunk, StepPlan
+from services.engine.step import PENDING_TOKEN, SampleRequest, ScheduledChunk, StepPlan
 from tests.fixtures.adapter_packer import pack_adapter
 from tests.fixtures.model_oracle import ModelOracle
 from tests.fixtures.runner_driver import GREEDY, DrivenSequence, RunnerDriver, make_runner
@@ -107,7 +107,8 @@ def chunk(**changes: Any) -> ScheduledChunk:
     ("changes", "message"),
     [
         ({"token_ids": [1, VOCABULARY]}, "outside the vocabulary"),
-        ({"token_ids": [-1]}, "outside the vocabulary"),
+        ({"token_ids": [-2]}, "outside the vocabulary"),
+        ({"token_ids": [PENDING_TOKEN]}, "its token is pending"),
         ({"token_ids": []}, "tokens 0 to 0"),
         ({"start": 15}, "1 pages cannot hold 18 tokens"),
         ({"block_table": [400]}, "leaves the pool"),

@@ -22,8 +22,8 @@ from services.engine.execution.gpu.step_arrays import (
     shifted_row,
 )
 from services.engine.execution.gpu.step_graphs import CaptureSizes, StepGraphs, capture_sizes
-from services.engine.execution.gpu.step_layout import Integers, StepLayout, StepLimits, lay_out
 from services.engine.execution.gpu.step_shape import StepAdapters, most_integers
+from services.engine.execution.step_layout import Integers, StepLayout, StepLimits, lay_out
 from services.engine.messages import SamplingParams
 from services.engine.model.step_ops import Group
 from services.engine.step import BASE_SLOT, SampleRequest, ScheduledChunk, StepPlan

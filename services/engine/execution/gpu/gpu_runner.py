@@ -34,13 +34,13 @@ from services.engine.execution.gpu.staging import PinnedRing, StepInputs
 from services.engine.execution.gpu.step_arrays import StepArrays, arrange, cut_step, shifted_row
 from services.engine.execution.gpu.step_branch import IN_ORDER, StepBranch
 from services.engine.execution.gpu.step_graphs import CaptureSizes, SizedStep, StepGraphs, capture_sizes
-from services.engine.execution.gpu.step_layout import StepLayout, StepLimits, lay_out
 from services.engine.execution.gpu.step_shape import StepAdapters, StepShape, most_integers
 from services.engine.execution.gpu.step_tensors import DeviceState, Segments, StepTensors
 from services.engine.execution.gpu.token_sampler import NOT_FINITE, Logprobs, SampleRow, TokenSampler
 from services.engine.execution.gpu.triton_step import TritonStep
 from services.engine.execution.pool_size import pool_config
 from services.engine.execution.sampler import not_finite, nothing_left
+from services.engine.execution.step_layout import StepLayout, StepLimits, lay_out
 from services.engine.memory.pool import Pool
 from services.engine.model.checkpoint import Checkpoint, Weights
 from services.engine.model.config import ModelConfig, load_model_config

@@ -15,8 +15,8 @@ import numpy as np
 
 from kernels.gpu.prefill_attention import cut_tiles
 from kernels.gpu.segment_shrink import DEFAULT_BLOCK_M, RUN_BLOCK_M, cut_blocks
-from services.engine.execution.gpu.step_layout import Integers, StepLayout
 from services.engine.execution.gpu.step_shape import StepShape
+from services.engine.execution.step_layout import Integers, StepLayout
 from services.engine.step import BASE_SLOT
 
 A = TypeVar("A")

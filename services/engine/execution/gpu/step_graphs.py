@@ -34,8 +34,8 @@ from kernels.gpu.prefill_attention import MAX_SPLIT_TOKENS
 from kernels.gpu.row_product import MAX_ROWS
 from kernels.gpu.segment_shrink import DEFAULT_BLOCK_M, plan_sizes
 from services.engine.execution.gpu.step_arrays import TOKENS_OF_RUN_BLOCK, StepCuts, own_shape
-from services.engine.execution.gpu.step_layout import StepLayout
 from services.engine.execution.gpu.step_shape import StepAdapters, StepShape
+from services.engine.execution.step_layout import StepLayout
 from services.engine.model.step_ops import Group
 
 logger = logging.getLogger(__name__)

@@ -31,7 +31,7 @@ class Segments:
 class StepTensors:
     """A step's integers on the device, int32. Decode tokens `[0, num_decode)` come first, then prefill chunks."""
 
-    # [num_tokens]; see services.engine.execution.gpu.step_layout. A slot of -1: padding, no such token.
+    # [num_tokens]; see services.engine.execution.step_layout. A slot of -1: padding, no such token.
     token_ids: torch.Tensor
     source: torch.Tensor
     positions: torch.Tensor
