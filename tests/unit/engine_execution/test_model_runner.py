@@ -165,7 +165,7 @@ def test_pages_full_of_nan_harm_nobody(checkpoint: Path, rng: random.Random) -> 
     """Whatever a page held before: KV is read only where this sequence wrote it."""
     for dtype in ("float32", "bfloat16"):
         runner = make_runner(checkpoint, dtype=dtype)
-        runner._pool.tensor.fill_(float("nan"))
+        runner._model.pool.tensor.fill_(float("nan"))
         sequences = [DrivenSequence(prompt_of(rng, n), 5, begins_at=n % 3) for n in (1, 5, 16, 40)]
         RunnerDriver(runner, rng).run(sequences)
         assert all(result.error is None for sequence in sequences for result in sequence.results)
