@@ -18,7 +18,7 @@ from kernels.gpu.row_plan import RowPlanner
 from services.engine.execution.gpu import device_state, row_lora, triton_step
 from services.engine.execution.gpu.row_lora import RowLora
 from services.engine.execution.gpu.step_branch import StepBranch
-from services.engine.execution.gpu.step_graphs import CaptureSizes, SizedStep
+from services.engine.execution.gpu.step_sizes import CaptureSizes, SizedStep
 from services.engine.execution.gpu.step_tensors import StepTensors
 from services.engine.execution.gpu.triton_step import TritonStep
 from services.engine.model.step_ops import StepOps
@@ -41,7 +41,7 @@ def test_captured_steps_equal_their_launches_one_by_one(
     adapters = {name: ADAPTERS[name] for name in names}
     batch = MixedBatch(tmp_path, rng, "llama", adapters, sizes=sizes, max_running=96)
     runner, num_steps = batch.driver.runner, Counter[tuple[int, int]]()
-    run, runner._graphs.may_run_together = runner._graphs.run, lambda *_: False
+    run, runner._sizes.may_run_together = runner._graphs.run, lambda *_: False
 
     def both(step: SizedStep) -> torch.Tensor:
         if step not in runner._graphs._graphs:

@@ -24,8 +24,9 @@ from services.engine.execution.gpu.device_state import make_device_state
 from services.engine.execution.gpu.parallel_triton_step import ParallelTritonStep
 from services.engine.execution.gpu.staging import PinnedRing, StepInputs
 from services.engine.execution.gpu.step_arrays import StepArrays, arrange, cut_step, shifted_row
-from services.engine.execution.gpu.step_graphs import CaptureSizes, SizedStep, StepGraphs, capture_sizes
+from services.engine.execution.gpu.step_graphs import StepGraphs
 from services.engine.execution.gpu.step_shape import StepAdapters, StepShape, most_integers
+from services.engine.execution.gpu.step_sizes import CaptureSizes, SizedStep, StepSizes, capture_sizes
 from services.engine.execution.gpu.step_tensors import Segments, StepTensors
 from services.engine.execution.gpu.token_sampler import NOT_FINITE, Logprobs, SampleRow, TokenSampler
 from services.engine.execution.gpu.triton_step import TritonStep
@@ -103,14 +104,15 @@ class GpuRunner:
         self._make_step: Callable[[StepTensors], StepOps] = partial(TritonStep, self._state)
         if tp_size > 1:
             self._make_step = partial(ParallelTritonStep, self._state, self._communicator)
-        self._graphs = StepGraphs(self._compute_sized, sizes, max_pages, self._tile_tokens, tp_size)
+        self._sizes = StepSizes(sizes, max_pages, self._tile_tokens, tp_size)
+        self._graphs = StepGraphs(self._compute_sized, tp_size)
         # By sequence: the row of `drawn` that the last step wrote for it.
         self._rows_drawn: dict[int, int] = {}
         if self._device.type == "cuda":
             with self._on_stream():
                 self._compile()
                 self.warm_up()
-                self._graphs.capture()
+                self._graphs.capture(self._sizes.captured_steps())
 
     def warm_up(self) -> None:
         """Computes a step of every size, and draws, for nothing: no kernel is compiled later.
@@ -122,7 +124,7 @@ class GpuRunner:
             self._sampler.warm_up(self.vocab_size, self.config.dtype)
 
     def _compute_every_size(self) -> None:
-        for step in self._graphs.all_steps():
+        for step in self._sizes.all_steps():
             self._compute_sized(step, _LAYERS_OF_WARM_UP)
 
     def _compile(self) -> None:
@@ -184,10 +186,10 @@ class GpuRunner:
         """The step's logits, their most likely tokens in `drawn`, and whose they are."""
         decodes = self._ranks(layout.adapter_slots.tolist())
         prompts = self._ranks(slot for _, _, slot in layout.segments)
-        may_run = self._graphs.may_run_together(layout.num_decode, _adapters(decodes).max_rank)
+        may_run = self._sizes.may_run_together(layout.num_decode, _adapters(decodes).max_rank)
         cuts = cut_step(layout, self._tile_tokens, may_run)
         joined = _adapters(map(GroupRanks.join, decodes, prompts), bool(cuts.run_blocks))
-        step = self._graphs.find(layout, cuts, joined)
+        step = self._sizes.find(layout, cuts, joined)
         self._inputs.send(arrange(layout, cuts, step.shape))
         logits = self._graphs.run(step)
         return logits, _sample_rows(layout, step.shape), [chunk.sequence_id for chunk, _ in layout.sampled]
