@@ -29,10 +29,9 @@ import numpy as np
 
 from benchmarks.adapter_ranks import RANKS, ranks_in_turn
 from benchmarks.record import RESULTS
-from kernels.gpu.adapter_tables import FEW_RANKS
 from kernels.gpu.segment_shrink import RUN_BLOCK_M
-from services.engine.execution.gpu.step_arrays import TOKENS_OF_RUN_BLOCK
-from services.engine.execution.gpu.step_graphs import CaptureSizes
+from services.engine.execution.gpu.step_arrays import most_run_blocks
+from services.engine.execution.gpu.step_sizes import may_run_together
 
 RANK_BYTES = 2**21
 """Of an adapter of Llama-7B's q, k, v, o in bfloat16, for each of its ranks."""
@@ -44,9 +43,6 @@ PAGE_BYTES = 2**23
 DECODE_CONTEXT, CHURN_CONTEXT = 256 + 128 / 2, 256 + 768 / 2
 CHURN_BATCH = 32
 PREFILL_TOKENS = 128 * 256
-
-RUNS_FROM = CaptureSizes(decode=()).runs_from
-"""Sequences that decode, from which on those of one adapter may be computed together."""
 
 Rows = Iterable[Mapping[str, Any]]
 
@@ -74,10 +70,9 @@ def lora_bytes_read(num_decodes: int, adapters: Sequence[tuple[int, int]]) -> in
 def runs_together(num_decodes: int, adapters: Sequence[tuple[int, int]]) -> bool:
     """Whether a runner computes sequences of one adapter together: its rule (ADR 32), by numbers instead of slots."""
     max_rank = max((size for size, _ in adapters), default=0) // RANK_BYTES
-    if num_decodes < RUNS_FROM or max_rank <= FEW_RANKS:
-        return False
     num_blocks = sum(-(-count // RUN_BLOCK_M) for _, count in adapters)
-    return num_blocks <= sum(count for _, count in adapters) // TOKENS_OF_RUN_BLOCK
+    most_blocks = most_run_blocks(sum(count for _, count in adapters))
+    return may_run_together(num_decodes, max_rank) and num_blocks <= most_blocks
 
 
 @dataclass(frozen=True, slots=True)

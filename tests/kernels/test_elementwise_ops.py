@@ -13,7 +13,7 @@ from kernels.rms_norm import rms_norm
 from kernels.rope import apply_rope
 from kernels.silu_mul import silu_mul
 from services.engine.model.config import RopeConfig
-from services.engine.model.rope import rope_frequencies, rope_table
+from services.engine.model.rope import rope_frequencies, signed_rope_table
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
 
@@ -54,7 +54,7 @@ def test_rope(rng: random.Random, head_dim: int, dtype: torch.dtype) -> None:
     heads = torch.randn(5, 7, head_dim).to(dtype)
     expected = reference.rope(heads[:, :4], positions, rope_frequencies(config, head_dim)[0])
     untouched = heads[:, 4:].clone()
-    cos, sin = rope_table(config, head_dim, 64, dtype)[positions].unsqueeze(2).unbind(1)
+    cos, sin = signed_rope_table(config, head_dim, 64, dtype)[positions].unsqueeze(2).unbind(1)
     apply_rope(heads[:, :4], cos, sin)
     tolerance = TOLERANCE[dtype] * 2
     torch.testing.assert_close(heads[:, :4].float(), expected, rtol=tolerance, atol=tolerance)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import torch
 
@@ -13,21 +11,16 @@ from services.engine.config import EngineSettings
 from services.engine.execution.adapter_device import PagedAdapterDevice
 from services.engine.execution.communicator import Communicator, SoleProcess
 from services.engine.execution.forward_batch import ForwardBatch
+from services.engine.execution.loaded_model import load_model
 from services.engine.execution.lora_batch import LoraPlanner
 from services.engine.execution.parallel_step import ParallelTorchStep
-from services.engine.execution.pool_size import pool_config
 from services.engine.execution.sampler import sample_tokens
 from services.engine.execution.step_batch import StepBatchBuilder
 from services.engine.execution.torch_step import TorchStep
-from services.engine.memory.pool import Pool
-from services.engine.model.checkpoint import Checkpoint, Weights
-from services.engine.model.config import load_model_config
-from services.engine.model.decoder import Decoder
-from services.engine.model.rope import rope_table
-from services.engine.model.step_ops import StepOps, module_groups
+from services.engine.model.checkpoint import Weights
+from services.engine.model.rope import signed_rope_table
+from services.engine.model.step_ops import StepOps
 from services.engine.step import SampledToken, StepPlan
-
-logger = logging.getLogger(__name__)
 
 
 class ModelRunner:
@@ -52,39 +45,21 @@ class ModelRunner:
         """
         if settings.num_threads > 0:
             torch.set_num_threads(settings.num_threads)
-        device = torch.device(settings.device)
-        directory = Path(settings.checkpoint)
-        self.config = load_model_config(directory, settings.dtype)
-        self.max_model_len = self.config.resolve_max_model_len(settings.max_model_len)
-        self.vocab_size = self.config.vocab_size
-        self.eos_token_ids = self.config.eos_token_ids
         communicator = communicator or SoleProcess()
-        partition = communicator.partition
-        self._part = partition.part_of(self.config)
-        self.pool_config = pool_config(self._part, settings, device, communicator)
-        weights = checkpoint or Checkpoint(directory, self.config.dtype)
-        self._decoder = Decoder(self.config, weights, device, partition)
-        head_dim, dtype = self.config.head_dim, self.config.dtype
-        self._rope = rope_table(self.config.rope, head_dim, self.max_model_len, dtype).to(device)
-        self._pool = Pool(self.pool_config, self.config.dtype, device)
-        groups = module_groups(self.config, partition)
-        self.adapter_device = PagedAdapterDevice(self._pool, groups, settings.max_adapters, partition)
-        lora = LoraPlanner(self.adapter_device, groups, self._pool)
-        self._batches = StepBatchBuilder(self._part, self._pool, self.max_model_len, lora)
-        self._make_step: Callable[[ForwardBatch], StepOps]
-        if partition.tp_size == 1:
-            self._make_step = partial(TorchStep, self._part, self._pool, self._rope)
-        else:
-            self._make_step = partial(ParallelTorchStep, self._part, self._pool, self._rope, communicator)
-        logger.info(
-            "loaded %s: %s in %s on %s, %d pages of %d tokens",
-            directory,
-            self.config.family,
-            self.config.dtype,
-            device,
-            self.pool_config.num_pages,
-            self.pool_config.tokens_per_page,
-        )
+        model = load_model(settings, checkpoint, communicator)
+        self._model, self.config = model, model.config
+        self.max_model_len = model.max_model_len
+        self.vocab_size = model.config.vocab_size
+        self.eos_token_ids = model.config.eos_token_ids
+        self.pool_config = model.pool.config
+        self.adapter_device = PagedAdapterDevice(model.pool, model.groups, settings.max_adapters, model.partition)
+        lora = LoraPlanner(self.adapter_device, model.groups, model.pool)
+        self._batches = StepBatchBuilder(model.part.num_heads, model.pool, model.step_limits, lora)
+        rope = signed_rope_table(model.config.rope, model.config.head_dim, model.max_model_len, model.config.dtype)
+        rope = rope.to(model.pool.device)
+        self._make_step: Callable[[ForwardBatch], StepOps] = partial(TorchStep, model.part, model.pool, rope)
+        if model.partition.tp_size > 1:
+            self._make_step = partial(ParallelTorchStep, model.part, model.pool, rope, communicator)
 
     @torch.inference_mode()
     def submit(self, plan: StepPlan) -> list[SampledToken]:
@@ -105,7 +80,7 @@ class ModelRunner:
         self._compute(plan)
 
     def _compute(self, plan: StepPlan) -> torch.Tensor:
-        return self._decoder.forward(self._make_step(self._batches.build(plan)))
+        return self._model.decoder.forward(self._make_step(self._batches.build(plan)))
 
     def collect(self, handle: list[SampledToken]) -> list[SampledToken]:
         """What `submit` returned: it has the outcome already."""

@@ -23,11 +23,19 @@ def rope_frequencies(config: RopeConfig, head_dim: int) -> tuple[torch.Tensor, f
     return plain, 1.0
 
 
-def rope_table(config: RopeConfig, head_dim: int, num_positions: int, dtype: torch.dtype) -> torch.Tensor:
-    """`[num_positions, 2, head_dim]`: cosines, then sines with the sign of the rotation (see kernels.rope)."""
+def half_rope_table(config: RopeConfig, head_dim: int, num_positions: int) -> torch.Tensor:
+    """`[num_positions, 2, head_dim / 2]`: cosines, then sines, of each pair of features; float32."""
     frequencies, factor = rope_frequencies(config, head_dim)
     angles = torch.arange(num_positions, dtype=torch.float32).unsqueeze(1) * frequencies
-    cos, sin = angles.cos() * factor, angles.sin() * factor
+    return torch.stack((angles.cos() * factor, angles.sin() * factor), dim=1)
+
+
+def signed_rope_table(config: RopeConfig, head_dim: int, num_positions: int, dtype: torch.dtype) -> torch.Tensor:
+    """`[num_positions, 2, head_dim]`: as `half_rope_table` for both halves of a head, sines with the rotation's sign.
+
+    As kernels.rope takes it.
+    """
+    cos, sin = half_rope_table(config, head_dim, num_positions).unbind(1)
     return torch.stack((torch.cat((cos, cos), dim=1), torch.cat((-sin, sin), dim=1)), dim=1).to(dtype)
 
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from benchmarks.adapter_ranks import RANKS
 from benchmarks.record import RESULTS
@@ -35,7 +34,7 @@ from benchmarks.trace import TraceRequest
 from benchmarks.virtual_engine import Arrival, EngineShape, VirtualEngine
 from services.engine.config import PolicyConfig
 from services.engine.execution.gpu.step_arrays import cut_runs
-from services.engine.execution.gpu.step_graphs import StepGraphs, capture_sizes
+from services.engine.execution.gpu.step_sizes import StepSizes, capture_sizes
 from services.engine.step import BASE_SLOT
 
 
@@ -173,7 +172,7 @@ def test_the_first_bytes_of_adapters_may_cost_nothing() -> None:
 
 
 def test_what_decodes_read_of_adapters_goes_by_the_runners_own_rule(rng: random.Random) -> None:
-    graphs = StepGraphs(lambda _: torch.empty(0), capture_sizes(256, 8192), max_pages=1, tile_tokens=64)
+    steps = StepSizes(capture_sizes(256, 8192), max_pages=1, tile_tokens=64)
     seen = set()
     for _ in range(300):
         most = rng.choice((2, 8, 40))
@@ -183,10 +182,10 @@ def test_what_decodes_read_of_adapters_goes_by_the_runners_own_rule(rng: random.
             slot for slot, (_, count) in enumerate(adapters) for _ in range(count)
         ]
         max_rank = max((size // RANK_BYTES for size, _ in adapters), default=0)
-        together = graphs.may_run_together(len(slots), max_rank) and bool(cut_runs(np.array(slots, dtype=np.int32)))
+        together = steps.may_run_together(len(slots), max_rank) and bool(cut_runs(np.array(slots, dtype=np.int32)))
         read = lora_bytes_read(len(slots), adapters)
         assert read == sum(size * (1 if together else count) for size, count in adapters)
-        seen.add((together, graphs.may_run_together(len(slots), max_rank)))
+        seen.add((together, steps.may_run_together(len(slots), max_rank)))
     assert seen == {(True, True), (False, False), (False, True)}, "the last: too few share one"
 
 

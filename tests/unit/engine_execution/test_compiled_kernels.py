@@ -120,13 +120,13 @@ def test_what_adapters_of_small_ranks_add_to_a_steps_launches(
         num_launches += 1
 
     monkeypatch.setattr(InterpretedFunction, "run", count)
-    graphs, by_groups = runner._graphs, dict[int, int]()
-    for step in graphs.captured_steps():
+    by_groups = dict[int, int]()
+    for step in runner._sizes.captured_steps():
         kind = step.adapters
         is_small = not kind.groups or kind.max_rank <= FEW_RANKS
         if step.shape.num_decode == 4 and not step.shape.num_prefill and is_small:
             num_launches = 0
-            graphs._compute(step)
+            runner._compute_sized(step)
             by_groups[len(kind.groups)] = num_launches
     attention, everything = (2, 5) if is_large else (3, 7)
     base, num_layers, plan = by_groups[0], runner.config.num_layers, int(is_large)

@@ -16,10 +16,10 @@ from kernels.gpu.adapter_tables import FEW_RANKS
 from kernels.gpu.row_product import row_product
 from services.engine.execution.gpu.adapter_device import GroupRanks
 from services.engine.execution.gpu.step_arrays import StepCuts
-from services.engine.execution.gpu.step_graphs import SizedStep
-from services.engine.execution.gpu.step_layout import StepLayout
 from services.engine.execution.gpu.step_shape import StepAdapters, StepShape
+from services.engine.execution.gpu.step_sizes import SizedStep
 from services.engine.execution.gpu.step_tensors import StepTensors
+from services.engine.execution.step_layout import StepLayout
 from services.engine.messages import SamplingParams
 from services.engine.model.step_ops import Group
 from services.engine.step import BASE_SLOT, PENDING_TOKEN, SampledToken, SampleRequest, ScheduledChunk, StepPlan
@@ -65,13 +65,13 @@ def test_tokens_that_share_an_adapter_say_what_peft_says(tmp_path: Path, rng: ra
     shared = {name: ADAPTERS[name] for name in ("mlp", "down, rank over its width", "patterns")}
     batch = MixedBatch(tmp_path, rng, "llama", shared)
     runner, in_runs = batch.driver.runner, Counter[bool]()
-    find = runner._graphs.find
+    find = runner._sizes.find
 
     def watched(layout: StepLayout, cuts: StepCuts, adapters: StepAdapters) -> SizedStep:
         in_runs[adapters.in_runs] += 1
         return find(layout, cuts, adapters)
 
-    runner._graphs.find = watched
+    runner._sizes.find = watched
     names = ["mlp"] * 7 + ["down, rank over its width"] * 5 + ["patterns", None]
     rng.shuffle(names)
     # Prompts of one token: all of them are decoded together from the first step on.
@@ -110,7 +110,7 @@ def test_small_ranks_say_what_peft_says(
     batch = MixedBatch(tmp_path, rng, family, {name: ADAPTERS[name] for name in small})
     runner, num_steps = batch.driver.runner, Counter[bool]()
     runner._state.row_planner._from_batch = plan_from
-    find = runner._graphs.find
+    find = runner._sizes.find
 
     def watched(layout: StepLayout, cuts: StepCuts, adapters: StepAdapters) -> SizedStep:
         step = find(layout, cuts, adapters)
@@ -119,7 +119,7 @@ def test_small_ranks_say_what_peft_says(
         num_steps[bool(layout.prefills)] += 1
         return step
 
-    runner._graphs.find = watched
+    runner._sizes.find = watched
     names: list[str | None] = [*small, None]
     rng.shuffle(names)
     # Prompts of one token are decoded together from the first step on; two others are computed beside them.
@@ -214,13 +214,13 @@ def test_a_step_planned_before_its_tokens_are_known(tmp_path: Path, rng: random.
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"token_ids": [1, VOCABULARY]}, "outside"),
-        ({"token_ids": [-2]}, "outside"),
+        ({"token_ids": [1, VOCABULARY]}, "outside the vocabulary"),
+        ({"token_ids": [-2]}, "outside the vocabulary"),
         ({"token_ids": [PENDING_TOKEN]}, "pending"),
         ({"token_ids": []}, "tokens 0 to 0"),
         ({"start": 15}, "1 pages cannot hold 18 tokens"),
-        ({"block_table": [400]}, "outside the pool"),
-        ({"block_table": [-1]}, "outside the pool"),
+        ({"block_table": [400]}, "leaves the pool"),
+        ({"block_table": [-1]}, "leaves the pool"),
         ({"start": 510, "block_table": list(range(40))}, "tokens 510 to 513 of 512"),
         ({"start": -1}, "tokens -1"),
         ({"adapter_slot": 3}, "no adapter is installed at slot 3"),

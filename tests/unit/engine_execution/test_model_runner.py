@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from services.engine.execution.model_runner import ModelRunner
 from services.engine.messages import SamplingParams
-from services.engine.step import SampleRequest, ScheduledChunk, StepPlan
+from services.engine.step import PENDING_TOKEN, SampleRequest, ScheduledChunk, StepPlan
 from tests.fixtures.adapter_packer import pack_adapter
 from tests.fixtures.model_oracle import ModelOracle
 from tests.fixtures.runner_driver import GREEDY, DrivenSequence, RunnerDriver, make_runner
@@ -107,7 +107,8 @@ def chunk(**changes: Any) -> ScheduledChunk:
     ("changes", "message"),
     [
         ({"token_ids": [1, VOCABULARY]}, "outside the vocabulary"),
-        ({"token_ids": [-1]}, "outside the vocabulary"),
+        ({"token_ids": [-2]}, "outside the vocabulary"),
+        ({"token_ids": [PENDING_TOKEN]}, "its token is pending"),
         ({"token_ids": []}, "tokens 0 to 0"),
         ({"start": 15}, "1 pages cannot hold 18 tokens"),
         ({"block_table": [400]}, "leaves the pool"),
@@ -164,7 +165,7 @@ def test_pages_full_of_nan_harm_nobody(checkpoint: Path, rng: random.Random) -> 
     """Whatever a page held before: KV is read only where this sequence wrote it."""
     for dtype in ("float32", "bfloat16"):
         runner = make_runner(checkpoint, dtype=dtype)
-        runner._pool.tensor.fill_(float("nan"))
+        runner._model.pool.tensor.fill_(float("nan"))
         sequences = [DrivenSequence(prompt_of(rng, n), 5, begins_at=n % 3) for n in (1, 5, 16, 40)]
         RunnerDriver(runner, rng).run(sequences)
         assert all(result.error is None for sequence in sequences for result in sequence.results)

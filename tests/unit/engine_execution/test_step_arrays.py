@@ -21,9 +21,9 @@ from services.engine.execution.gpu.step_arrays import (
     own_shape,
     shifted_row,
 )
-from services.engine.execution.gpu.step_graphs import CaptureSizes, StepGraphs, capture_sizes
-from services.engine.execution.gpu.step_layout import Integers, StepLayout, StepLimits, lay_out
 from services.engine.execution.gpu.step_shape import StepAdapters, most_integers
+from services.engine.execution.gpu.step_sizes import CaptureSizes, StepSizes, capture_sizes
+from services.engine.execution.step_layout import Integers, StepLayout, StepLimits, lay_out
 from services.engine.messages import SamplingParams
 from services.engine.model.step_ops import Group
 from services.engine.step import BASE_SLOT, SampleRequest, ScheduledChunk, StepPlan
@@ -44,8 +44,8 @@ def rng() -> random.Random:
     return random.Random(seed)
 
 
-def graphs(sizes: CaptureSizes = SIZES, tp_size: int = 1) -> StepGraphs:
-    return StepGraphs(lambda _: torch.empty(0), sizes, MAX_PAGES, TILE_TOKENS, tp_size)
+def step_sizes(sizes: CaptureSizes = SIZES, tp_size: int = 1) -> StepSizes:
+    return StepSizes(sizes, MAX_PAGES, TILE_TOKENS, tp_size)
 
 
 def draw_layout(rng: random.Random, num_decode: int, prompts: list[int]) -> StepLayout:
@@ -96,7 +96,7 @@ def test_in_a_captured_shape_every_token_is_found_again(rng: random.Random) -> N
         layout = draw_layout(rng, rng.randint(0, 2), [rng.randint(2, 5)]) if is_small else random_layout(rng)
         cuts = cut_step(layout, TILE_TOKENS, in_runs=layout.num_decode >= SIZES.runs_from)
         adapters = StepAdapters(ATTENTION, 20, in_runs=bool(cuts.run_blocks))
-        captured = graphs(tp_size=1 if cuts.run_blocks else rng.choice([1, 2])).find(layout, cuts, adapters)
+        captured = step_sizes(tp_size=1 if cuts.run_blocks else rng.choice([1, 2])).find(layout, cuts, adapters)
         shape = captured.shape
         arrays = arrange(layout, cuts, shape)
         assert [array.shape for array in arrays] == list(shape.arrays)
@@ -170,27 +170,29 @@ def test_tokens_are_computed_in_runs_where_enough_share_an_adapter(rng: random.R
 
 def test_who_runs_together(rng: random.Random) -> None:
     """Larger batches of larger ranks, and only within one process."""
-    assert graphs().may_run_together(4, FEW_RANKS + 1)
-    assert not graphs().may_run_together(3, FEW_RANKS + 1)
-    assert not graphs().may_run_together(4, FEW_RANKS)
-    assert not graphs(tp_size=2).may_run_together(4, FEW_RANKS + 1)
-    assert not any(step.adapters.in_runs or step.shape.num_run_blocks for step in graphs(tp_size=2).captured_steps())
-    captured = graphs().captured_steps()
+    assert step_sizes().may_run_together(4, FEW_RANKS + 1)
+    assert not step_sizes().may_run_together(3, FEW_RANKS + 1)
+    assert not step_sizes().may_run_together(4, FEW_RANKS)
+    assert not step_sizes(tp_size=2).may_run_together(4, FEW_RANKS + 1)
+    assert not any(
+        step.adapters.in_runs or step.shape.num_run_blocks for step in step_sizes(tp_size=2).captured_steps()
+    )
+    captured = step_sizes().captured_steps()
     assert all(not s.adapters.in_runs or s.shape.num_decode >= SIZES.runs_from for s in captured)
     for prompts in ([], [5]):
         for max_rank, bound in ((17, 64), (64, 64), (65, MAX_RANK)):
             asked = StepAdapters(frozenset({Group.QKV}), max_rank, in_runs=True)
-            step = graphs().find(*cut(draw_layout(rng, 5, prompts)), asked)
+            step = step_sizes().find(*cut(draw_layout(rng, 5, prompts)), asked)
             assert step in captured
             assert step.adapters == StepAdapters(ATTENTION, bound, in_runs=True)
             assert step.shape.num_run_blocks == step.shape.num_decode // TOKENS_OF_RUN_BLOCK
         # Tokens that decode may have small ranks, and prompts none at all.
-        step = graphs().find(*cut(draw_layout(rng, 5, prompts)), StepAdapters(ATTENTION, 3, in_runs=True))
+        step = step_sizes().find(*cut(draw_layout(rng, 5, prompts)), StepAdapters(ATTENTION, 3, in_runs=True))
         assert not step.adapters.in_runs
 
 
 def test_the_least_captured_step_that_holds_it(rng: random.Random) -> None:
-    held = graphs()
+    held = step_sizes()
 
     def found(num_decode: int, prompts: list[int]) -> tuple[int, int] | None:
         step = held.find(*cut(draw_layout(rng, num_decode, prompts)), NOTHING)
@@ -210,7 +212,7 @@ def test_the_least_captured_step_that_holds_it(rng: random.Random) -> None:
     assert found(0, [2, 2, 2, 2]) is None
     assert found(1, [2, 2, 2, 2]) is None
     assert all(step.shape.num_segment_slots == 0 for step in held.captured_steps())
-    shared = graphs(tp_size=2).find(*cut(draw_layout(rng, 1, [2])), NOTHING)
+    shared = step_sizes(tp_size=2).find(*cut(draw_layout(rng, 1, [2])), NOTHING)
     assert shared.shape.num_segment_slots == shared.shape.num_tokens
 
 
@@ -227,9 +229,9 @@ def test_the_least_captured_step_that_holds_it(rng: random.Random) -> None:
 def test_adapters_run_in_the_least_kind_that_holds_them(
     rng: random.Random, adapters: StepAdapters, held: StepAdapters
 ) -> None:
-    mixed = graphs().find(*cut(draw_layout(rng, 2, [3])), adapters)
+    mixed = step_sizes().find(*cut(draw_layout(rng, 2, [3])), adapters)
     assert mixed.adapters == held
-    decode = graphs().find(*cut(draw_layout(rng, 2, [])), adapters)
+    decode = step_sizes().find(*cut(draw_layout(rng, 2, [])), adapters)
     assert decode.adapters.groups == held.groups
     assert decode.adapters.max_rank == (FEW_RANKS if held.max_rank == FEW_RANKS else MAX_RANK)
 
@@ -240,7 +242,7 @@ def test_a_step_that_is_not_captured_has_one_of_few_sizes(rng: random.Random) ->
     for _ in range(50):
         layout = draw_layout(rng, rng.randint(0, 16), [rng.randint(17, 60) for _ in range(rng.randint(1, 5))])
         cuts = cut_step(layout, TILE_TOKENS, in_runs=layout.num_decode >= 4)
-        held = graphs(sizes, tp_size=1 if cuts.run_blocks else rng.choice([1, 2]))
+        held = step_sizes(sizes, tp_size=1 if cuts.run_blocks else rng.choice([1, 2]))
         step = held.find(layout, cuts, StepAdapters(ATTENTION, 20, in_runs=bool(cuts.run_blocks)))
         assert step not in held.captured_steps()
         shape = step.shape
@@ -273,7 +275,7 @@ def test_no_step_has_more_integers_than_there_is_room_for(rng: random.Random) ->
         layout = random_layout(rng)
         cuts = cut_step(layout, TILE_TOKENS, in_runs=layout.num_decode >= SIZES.runs_from)
         sizes = rng.choice([SIZES, CaptureSizes((1, 16), runs_from=4, open_blocks=(3, 6))])
-        padded = graphs(sizes).find(layout, cuts, StepAdapters(ATTENTION, 20, in_runs=bool(cuts.run_blocks)))
+        padded = step_sizes(sizes).find(layout, cuts, StepAdapters(ATTENTION, 20, in_runs=bool(cuts.run_blocks)))
         for shape in (padded.shape, own_shape(layout, cuts, has_segment_slots=True)):
             num_integers = sum(array.size for array in arrange(layout, cuts, shape))
             max_sequences = shape.num_decode + shape.num_chunks

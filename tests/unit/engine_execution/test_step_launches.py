@@ -15,10 +15,10 @@ import pytest
 import torch
 
 from kernels.gpu.row_plan import RowPlanner
-from services.engine.execution.gpu import gpu_runner, row_lora, triton_step
+from services.engine.execution.gpu import device_state, row_lora, triton_step
 from services.engine.execution.gpu.row_lora import RowLora
 from services.engine.execution.gpu.step_branch import StepBranch
-from services.engine.execution.gpu.step_graphs import CaptureSizes, SizedStep
+from services.engine.execution.gpu.step_sizes import CaptureSizes, SizedStep
 from services.engine.execution.gpu.step_tensors import StepTensors
 from services.engine.execution.gpu.triton_step import TritonStep
 from services.engine.model.step_ops import StepOps
@@ -36,12 +36,12 @@ def test_captured_steps_equal_their_launches_one_by_one(
     tmp_path: Path, rng: random.Random, plan_from: int, names: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In every bit, however often: launches on a branch, and those that start early, see what is written ahead."""
-    monkeypatch.setattr(gpu_runner, "RowPlanner", partial(RowPlanner, from_batch=plan_from))
+    monkeypatch.setattr(device_state, "RowPlanner", partial(RowPlanner, from_batch=plan_from))
     sizes = CaptureSizes((1, 8, 32, 64, 96), (8, 32), (64,), ((0, 32), (8, 24)), max_chunks=4)
     adapters = {name: ADAPTERS[name] for name in names}
     batch = MixedBatch(tmp_path, rng, "llama", adapters, sizes=sizes, max_running=96)
     runner, num_steps = batch.driver.runner, Counter[tuple[int, int]]()
-    run, runner._graphs.may_run_together = runner._graphs.run, lambda *_: False
+    run, runner._sizes.may_run_together = runner._graphs.run, lambda *_: False
 
     def both(step: SizedStep) -> torch.Tensor:
         if step not in runner._graphs._graphs:
@@ -111,7 +111,7 @@ def test_where_a_first_half_is_launched(
     monkeypatch.setattr(row_lora, "_MOST_BESIDE", most_beside)
     monkeypatch.setattr(triton_step, "base_product", noted("product", triton_step.base_product))
     monkeypatch.setattr(RowLora, "shrink", noted("first half", RowLora.shrink))
-    monkeypatch.setattr(gpu_runner, "StepBranch", Watched)
+    monkeypatch.setattr(device_state, "StepBranch", Watched)
     batch = MixedBatch(tmp_path, rng, "llama", {name: ADAPTERS[name]})
     prompts = [[rng.randrange(VOCABULARY)] for _ in range(count)]
     batch.driver.run([DrivenSequence(prompt, 1, batch.slots[name], ALL_LOGPROBS) for prompt in prompts])

@@ -9,44 +9,32 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import TypeVar
 
 import torch
 
-from kernels.gpu import device_limits
-from kernels.gpu.adapter_tables import MAX_RANK
-from kernels.gpu.attention_parts import AttentionParts
 from kernels.gpu.compile_ahead import compile_ahead
-from kernels.gpu.decode_attention import num_splits_for
 from kernels.gpu.pick_tokens import pick_tokens
-from kernels.gpu.prefill_attention import MAX_SPLIT_TOKENS, PrefillPlan, tile_tokens
-from kernels.gpu.prefill_attention import num_splits_for as num_prefill_splits
-from kernels.gpu.row_plan import RowPlanner
-from kernels.gpu.row_product import MAX_ROWS
-from kernels.gpu.row_shrink import num_splits_for as num_shrink_splits
+from kernels.gpu.prefill_attention import PrefillPlan
 from kernels.gpu.segment_shrink import RUN_BLOCK_M
 from services.engine.config import EngineSettings
 from services.engine.execution.communicator import Communicator, SoleProcess, Traffic
 from services.engine.execution.gpu.adapter_device import GpuAdapterDevice, GroupRanks
+from services.engine.execution.gpu.device_state import make_device_state
 from services.engine.execution.gpu.parallel_triton_step import ParallelTritonStep
 from services.engine.execution.gpu.staging import PinnedRing, StepInputs
 from services.engine.execution.gpu.step_arrays import StepArrays, arrange, cut_step, shifted_row
-from services.engine.execution.gpu.step_branch import IN_ORDER, StepBranch
-from services.engine.execution.gpu.step_graphs import CaptureSizes, SizedStep, StepGraphs, capture_sizes
-from services.engine.execution.gpu.step_layout import StepLayout, StepLimits, lay_out
+from services.engine.execution.gpu.step_graphs import StepGraphs
 from services.engine.execution.gpu.step_shape import StepAdapters, StepShape, most_integers
-from services.engine.execution.gpu.step_tensors import DeviceState, Segments, StepTensors
+from services.engine.execution.gpu.step_sizes import CaptureSizes, SizedStep, StepSizes, capture_sizes
+from services.engine.execution.gpu.step_tensors import Segments, StepTensors
 from services.engine.execution.gpu.token_sampler import NOT_FINITE, Logprobs, SampleRow, TokenSampler
 from services.engine.execution.gpu.triton_step import TritonStep
-from services.engine.execution.pool_size import pool_config
+from services.engine.execution.loaded_model import load_model
 from services.engine.execution.sampler import not_finite, nothing_left
-from services.engine.memory.pool import Pool
-from services.engine.model.checkpoint import Checkpoint, Weights
-from services.engine.model.config import ModelConfig, load_model_config
-from services.engine.model.decoder import Decoder
-from services.engine.model.rope import rope_frequencies
-from services.engine.model.step_ops import Group, StepOps, module_groups
+from services.engine.execution.step_layout import StepLayout, lay_out
+from services.engine.model.checkpoint import Weights
+from services.engine.model.step_ops import Group, StepOps
 from services.engine.step import BASE_SLOT, SampledToken, StepPlan
 
 logger = logging.getLogger(__name__)
@@ -94,47 +82,37 @@ class GpuRunner:
         if self._device.index is not None:
             torch.cuda.set_device(self._device)
         self._communicator = communicator or SoleProcess()
-        partition = self._communicator.partition
-        directory = Path(settings.checkpoint)
-        self.config = load_model_config(directory, settings.dtype)
-        self.max_model_len = self.config.resolve_max_model_len(settings.max_model_len)
-        self.vocab_size = self.config.vocab_size
-        self.eos_token_ids = self.config.eos_token_ids
-        weights = checkpoint or Checkpoint(directory, self.config.dtype)
-        self._part = partition.part_of(self.config)
-        self._decoder = Decoder(self.config, weights, self._device, partition)
-        self.pool_config = pool_config(self._part, settings, self._device, self._communicator)
-        groups = module_groups(self.config, partition)
-        pool = Pool(self.pool_config, self.config.dtype, self._device)
-        self.adapter_device = GpuAdapterDevice(pool, groups, settings.max_adapters, partition)
-        self.tile_elems = self.adapter_device.tables.tile_elems
-        self._limits = StepLimits(
-            self.pool_config.num_pages, self.pool_config.tokens_per_page, self.max_model_len, self.vocab_size
-        )
-        self._max_batch = settings.num_places
-        sizes = sizes or capture_sizes(self._max_batch, settings.max_step_tokens)
-        self._make_buffers(settings, pool, sizes)
+        model = load_model(settings, checkpoint, self._communicator)
+        self._decoder, self.config = model.decoder, model.config
+        self.max_model_len = model.max_model_len
+        self.vocab_size = model.config.vocab_size
+        self.eos_token_ids = model.config.eos_token_ids
+        self.pool_config = model.pool.config
+        self.adapter_device = GpuAdapterDevice(model.pool, model.groups, settings.max_adapters, model.partition)
+        self._limits = model.step_limits
+        max_batch, max_tokens = settings.num_places, settings.max_step_tokens + settings.num_places
+        sizes = sizes or capture_sizes(max_batch, settings.max_step_tokens)
+        self._state = make_device_state(model, self.adapter_device, max_batch, max_tokens, sizes.max_chunks)
+        self._tile_tokens = self._state.cuts.tile_tokens
+        max_pages = -(-self.max_model_len // self.pool_config.tokens_per_page)
+        most = most_integers(max_tokens, 2 * max_batch + sizes.max_chunks, max_pages, self._tile_tokens)
+        self._inputs = StepInputs(most, self._device)
+        self._results = PinnedRing(max_tokens, self._device)
+        self._sampler = TokenSampler(self._device)
         self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
+        tp_size = model.partition.tp_size
         self._make_step: Callable[[StepTensors], StepOps] = partial(TritonStep, self._state)
-        if partition.tp_size > 1:
+        if tp_size > 1:
             self._make_step = partial(ParallelTritonStep, self._state, self._communicator)
-        self._graphs = StepGraphs(self._compute_sized, sizes, self._max_pages, self._tile_tokens, partition.tp_size)
+        self._sizes = StepSizes(sizes, max_pages, self._tile_tokens, tp_size)
+        self._graphs = StepGraphs(self._compute_sized, tp_size)
         # By sequence: the row of `drawn` that the last step wrote for it.
         self._rows_drawn: dict[int, int] = {}
         if self._device.type == "cuda":
             with self._on_stream():
                 self._compile()
                 self.warm_up()
-                self._graphs.capture()
-        logger.info(
-            "loaded %s: %s in %s on %s, %d pages of %d tokens",
-            directory,
-            self.config.family,
-            self.config.dtype,
-            self._device,
-            self.pool_config.num_pages,
-            self.pool_config.tokens_per_page,
-        )
+                self._graphs.capture(self._sizes.captured_steps())
 
     def warm_up(self) -> None:
         """Computes a step of every size, and draws, for nothing: no kernel is compiled later.
@@ -146,7 +124,7 @@ class GpuRunner:
             self._sampler.warm_up(self.vocab_size, self.config.dtype)
 
     def _compute_every_size(self) -> None:
-        for step in self._graphs.all_steps():
+        for step in self._sizes.all_steps():
             self._compute_sized(step, _LAYERS_OF_WARM_UP)
 
     def _compile(self) -> None:
@@ -208,10 +186,10 @@ class GpuRunner:
         """The step's logits, their most likely tokens in `drawn`, and whose they are."""
         decodes = self._ranks(layout.adapter_slots.tolist())
         prompts = self._ranks(slot for _, _, slot in layout.segments)
-        may_run = self._graphs.may_run_together(layout.num_decode, _adapters(decodes).max_rank)
+        may_run = self._sizes.may_run_together(layout.num_decode, _adapters(decodes).max_rank)
         cuts = cut_step(layout, self._tile_tokens, may_run)
         joined = _adapters(map(GroupRanks.join, decodes, prompts), bool(cuts.run_blocks))
-        step = self._graphs.find(layout, cuts, joined)
+        step = self._sizes.find(layout, cuts, joined)
         self._inputs.send(arrange(layout, cuts, step.shape))
         logits = self._graphs.run(step)
         return logits, _sample_rows(layout, step.shape), [chunk.sequence_id for chunk, _ in layout.sampled]
@@ -261,7 +239,8 @@ class GpuRunner:
 
     def _tensors(self, shape: StepShape, adapters: StepAdapters, ranks: tuple[GroupRanks, ...]) -> StepTensors:
         arrays: StepArrays[torch.Tensor] = StepArrays(*self._inputs.views(shape.arrays))
-        mixed, splits = shape.num_prefill > 0, self._prefill_splits(shape.num_prefill)
+        mixed, cuts = shape.num_prefill > 0, self._state.cuts
+        prefill_splits = cuts.prefill_splits(shape.num_prefill)
         return StepTensors(
             token_ids=arrays.token_ids,
             source=arrays.source,
@@ -270,66 +249,16 @@ class GpuRunner:
             num_decode=shape.num_decode,
             block_tables=arrays.block_tables,
             context_lens=arrays.context_lens,
-            num_splits=num_splits_for(max(shape.num_decode, 1), self._part.num_kv_heads, self._num_sms),
+            num_splits=cuts.decode_splits(max(shape.num_decode, 1)),
             adapter_slots=arrays.adapter_slots,
             row_groups=adapters.groups if shape.num_rows else frozenset(),
             max_row_rank=adapters.max_rank,
             segment_slots=arrays.segment_slots if shape.num_segment_slots else None,
-            prefill=PrefillPlan(arrays.tiles, self._tile_tokens, splits) if mixed else None,
+            prefill=PrefillPlan(arrays.tiles, self._tile_tokens, prefill_splits) if mixed else None,
             segments=Segments(arrays.blocks, ranks) if shape.num_blocks else None,
             runs=Segments(arrays.run_blocks, ranks, RUN_BLOCK_M) if shape.num_run_blocks else None,
             logit_rows=arrays.logit_rows if mixed else None,
         )
-
-    def _prefill_splits(self, num_tokens: int) -> int:
-        part = self._part
-        return num_prefill_splits(num_tokens, part.num_heads, part.num_kv_heads, part.dtype, self._num_sms)
-
-    def _attention_parts(self, max_tokens: int, max_chunks: int) -> AttentionParts:
-        """Room for any step's attention: what decodes, or prompts, split over programs."""
-        part, batches = self._part, range(1, self._max_batch + 1)
-        decodes = max(size * num_splits_for(size, part.num_kv_heads, self._num_sms) for size in batches)
-        prompts = max(n * self._prefill_splits(n) for n in range(1, min(max_tokens, MAX_SPLIT_TOKENS) + 1))
-        tiles = MAX_SPLIT_TOKENS // self._tile_tokens + self._max_batch + max_chunks
-        rows, meetings = max(decodes, prompts) * part.num_heads, max(tiles, self._max_batch) * part.num_heads
-        return AttentionParts.make(rows, meetings, part.head_dim, self._device)
-
-    def _make_buffers(self, settings: EngineSettings, pool: Pool, sizes: CaptureSizes) -> None:
-        config, device, max_batch = self._part, self._device, self._max_batch
-        tokens_per_page = self.pool_config.tokens_per_page
-        self._max_pages = -(-self.max_model_len // tokens_per_page)
-        self._tile_tokens = tile_tokens(config.num_heads, config.num_kv_heads, config.dtype)
-        self._num_sms = device_limits.num_sms(device)
-        # Also of small steps, whose prompts' tokens are rows too.
-        batches = range(1, max(max_batch, MAX_ROWS) + 1)
-        adapters = self.adapter_device
-        tile = adapters.tables.tile_elems
-        rank_space = max(
-            size * num_shrink_splits(size, group, tile) * MAX_RANK * group.num_modules
-            for size in batches
-            for group in adapters.groups
-        )
-        max_tokens = settings.max_step_tokens + max_batch
-        self._state = DeviceState(
-            config=config,
-            pool=pool,
-            layers=pool.tensor.unbind(),
-            adapters=adapters,
-            rope=_rope_table(config, self.max_model_len).to(device),
-            drawn=torch.zeros(max_tokens, dtype=torch.int32, device=device),
-            resolved=torch.zeros(max_tokens, dtype=torch.int32, device=device),
-            attention=self._attention_parts(max_tokens, sizes.max_chunks),
-            attended=torch.zeros((max_tokens, config.num_heads, config.head_dim), dtype=config.dtype, device=device),
-            row_planner=RowPlanner(adapters.tables, adapters.groups, max_batch),
-            rank_space=torch.empty(rank_space, dtype=torch.float32, device=device),
-            # Of several processes each has its collectives beside the product.
-            side=StepBranch(device) if self._communicator.partition.tp_size == 1 else IN_ORDER,
-            logits=torch.empty((max_batch + sizes.max_chunks, self.vocab_size), dtype=config.dtype, device=device),
-        )
-        most = most_integers(max_tokens, 2 * max_batch + sizes.max_chunks, self._max_pages, self._tile_tokens)
-        self._inputs = StepInputs(most, device)
-        self._results = PinnedRing(max_tokens, device)
-        self._sampler = TokenSampler(device)
 
     def _on_stream(self) -> contextlib.AbstractContextManager[object]:
         return contextlib.nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
@@ -349,13 +278,6 @@ def _sample_rows(layout: StepLayout, shape: StepShape) -> list[SampleRow]:
         if chunk.sample is not None:
             rows.append(SampleRow(place if shape.num_prefill else row, row, chunk.sample))
     return rows
-
-
-def _rope_table(config: ModelConfig, num_positions: int) -> torch.Tensor:
-    """`[num_positions, 2, head_dim / 2]`: cosines, then sines; float32, since the kernel rotates in it."""
-    frequencies, factor = rope_frequencies(config.rope, config.head_dim)
-    angles = torch.arange(num_positions, dtype=torch.float32).unsqueeze(1) * frequencies
-    return torch.stack((angles.cos() * factor, angles.sin() * factor), dim=1)
 
 
 def _sampled_token(

@@ -17,7 +17,8 @@ from kernels.gpu.segment_expand import segment_expand
 from kernels.gpu.segment_shrink import segment_shrink
 from kernels.linear import linear
 from services.engine.execution.communicator import Communicator, Pending, Traffic
-from services.engine.execution.gpu.step_tensors import DeviceState, StepTensors
+from services.engine.execution.gpu.device_state import DeviceState
+from services.engine.execution.gpu.step_tensors import StepTensors
 from services.engine.execution.gpu.triton_step import TritonStep, base_product
 from services.engine.execution.parallel_step import SUMMED_GROUPS
 from services.engine.model.linear import Linear

@@ -20,8 +20,9 @@ from kernels.gpu.row_expand import planned_expand, row_expand
 from kernels.gpu.row_plan import DEFAULT_BLOCKS, RowPlan, TokenOrder, as_they_come
 from kernels.gpu.row_product import takes_shrink
 from kernels.gpu.row_shrink import ShrinkWork, num_splits_for, row_shrink, shrink_blocks, shrink_work
+from services.engine.execution.gpu.device_state import DeviceState
 from services.engine.execution.gpu.step_branch import IN_ORDER, StepBranch
-from services.engine.execution.gpu.step_tensors import DeviceState, StepTensors
+from services.engine.execution.gpu.step_tensors import StepTensors
 from services.engine.model.step_ops import Group
 
 # Rows of adapters. Llama-7B on one H200, all projections, a step of decodes with the first half behind the product (or

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from kernels.gpu.host_read import read_host
-from services.engine.execution.gpu.step_layout import Integers
+from services.engine.execution.step_layout import Integers
 
 _ALIGNED = 4  # int32s: kernels are compiled for pointers of 16 bytes
 _NUM_BUFFERS = 3  # one the device reads, one on its way, one being filled

@@ -15,8 +15,8 @@ import numpy as np
 
 from kernels.gpu.prefill_attention import cut_tiles
 from kernels.gpu.segment_shrink import DEFAULT_BLOCK_M, RUN_BLOCK_M, cut_blocks
-from services.engine.execution.gpu.step_layout import Integers, StepLayout
 from services.engine.execution.gpu.step_shape import StepShape
+from services.engine.execution.step_layout import Integers, StepLayout
 from services.engine.step import BASE_SLOT
 
 A = TypeVar("A")
@@ -72,12 +72,17 @@ def cut_step(layout: StepLayout, tile_tokens: int, in_runs: bool) -> StepCuts:
     return StepCuts(cut_tiles(layout.spans, tile_tokens), cut_blocks(layout.segments, DEFAULT_BLOCK_M), run_blocks)
 
 
+def most_run_blocks(num_tokens: int) -> int:
+    """The most blocks of one adapter into which so many decoded tokens with adapters may fall, that it pays."""
+    return num_tokens // TOKENS_OF_RUN_BLOCK
+
+
 def cut_runs(slots: Integers) -> Blocks:
     """Blocks of decoded tokens of one adapter; none where so few share one that it does not pay.
 
     slots `[num_decode]`: each token's adapter, those of one side by side.
     """
-    most = int((slots != BASE_SLOT).sum()) // TOKENS_OF_RUN_BLOCK
+    most = most_run_blocks(int((slots != BASE_SLOT).sum()))
     ends = [*(np.flatnonzero(np.diff(slots)) + 1).tolist(), len(slots)]
     if most == 0 or len(ends) > most + 1:
         return ()

@@ -18,8 +18,9 @@ from kernels.gpu.segment_expand import segment_expand
 from kernels.gpu.segment_shrink import num_segment_splits, segment_shrink
 from kernels.gpu.silu_mul import silu_mul
 from kernels.linear import linear_into
+from services.engine.execution.gpu.device_state import DeviceState
 from services.engine.execution.gpu.row_lora import RowLora
-from services.engine.execution.gpu.step_tensors import DeviceState, Segments, StepTensors
+from services.engine.execution.gpu.step_tensors import Segments, StepTensors
 from services.engine.model.linear import Linear
 from services.engine.model.step_ops import Group, QkNorm
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
@@ -12,6 +12,7 @@ import numpy.typing as npt
 from services.engine.step import PENDING_TOKEN, ScheduledChunk, StepPlan, adapter_segments
 
 Integers = npt.NDArray[np.int32]
+DecodeKey = Callable[[ScheduledChunk], int | tuple[int, int]]
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,10 @@ class StepLimits:
 
 @dataclass(frozen=True, slots=True)
 class StepLayout:
-    """Decode chunks first, by adapter; then prefill chunks, by adapter, so that an adapter's tokens are one run."""
+    """Decode chunks first, in an order of the device's; then prefill chunks, by adapter.
+
+    Of either kind an adapter's tokens are one run.
+    """
 
     decodes: list[ScheduledChunk]
     prefills: list[ScheduledChunk]
@@ -69,13 +73,21 @@ class StepLayout:
         return spans
 
 
-def lay_out(plan: StepPlan, rows_drawn: Mapping[int, int], limits: StepLimits) -> StepLayout:
+def by_adapter(chunk: ScheduledChunk) -> int:
+    """Sorts chunks by adapter, those without any first."""
+    return chunk.adapter_slot
+
+
+def lay_out(
+    plan: StepPlan, rows_drawn: Mapping[int, int], limits: StepLimits, decode_key: DecodeKey = by_adapter
+) -> StepLayout:
     """The arrays of `plan`; `rows_drawn` says where the step before drew each sequence's token.
 
-    Raises ValueError for a plan that leaves the pool, the vocabulary or the model's length.
+    decode_key: what decode chunks are sorted by; it keeps those of one adapter together. Raises ValueError for a plan
+    that leaves the pool, the vocabulary or the model's length.
     """
-    decodes = sorted((c for c in plan.chunks if len(c.token_ids) == 1), key=_adapter_slot)
-    prefills = sorted((c for c in plan.chunks if len(c.token_ids) != 1), key=_adapter_slot)
+    decodes = sorted((c for c in plan.chunks if len(c.token_ids) == 1), key=decode_key)
+    prefills = sorted((c for c in plan.chunks if len(c.token_ids) != 1), key=by_adapter)
     chunks = [*decodes, *prefills]
     for chunk in chunks:
         _check(chunk, limits)
@@ -104,10 +116,6 @@ def lay_out(plan: StepPlan, rows_drawn: Mapping[int, int], limits: StepLimits) -
     )
 
 
-def _adapter_slot(chunk: ScheduledChunk) -> int:
-    return chunk.adapter_slot
-
-
 def _check(chunk: ScheduledChunk, limits: StepLimits) -> None:
     end = chunk.start + len(chunk.token_ids)
     if not chunk.token_ids or chunk.start < 0 or end > limits.max_model_len:
@@ -129,7 +137,7 @@ def _sources(
             source[row] = drawn
     known = ids[source < 0]
     if known.size and (known.min() < 0 or known.max() >= limits.vocab_size):
-        raise ValueError(f"token ids lie in {known.min()} to {known.max()}, outside [0, {limits.vocab_size})")
+        raise ValueError(f"token ids lie in {known.min()} to {known.max()}, outside the vocabulary")
     return source
 
 
@@ -141,5 +149,6 @@ def _block_tables(chunks: Sequence[ScheduledChunk], ends: Integers, limits: Step
     used = (chunk.block_table[:count] for chunk, count in zip(chunks, num_pages.tolist(), strict=True))
     tables[filled] = np.fromiter(chain.from_iterable(used), np.int32, int(num_pages.sum()))
     if tables.min() < 0 or tables.max() >= limits.num_pages:
-        raise ValueError(f"a block table names a page outside the pool of {limits.num_pages}")
+        row = int(((tables < 0) | (tables >= limits.num_pages)).any(axis=1).argmax())
+        raise ValueError(f"sequence {chunks[row].sequence_id}: its block table leaves the pool")
     return tables
