@@ -19,8 +19,8 @@ ClientKind = Literal["tenant", "adapter"]
 HEAD_START_LIMIT = 2**40
 """More requests than an engine sees; turns that are made of it stay below those that mean nobody (2**63)."""
 
-_PAGES_LIMIT = 2**31
-_PRICE_LIMIT = 1e9
+_MOST_PAGES = 2**31
+_MOST_PRICE = 1e9
 
 
 MAX_TP_SIZE = 64
@@ -53,7 +53,7 @@ class EngineSettings:
     pool_bytes: int = setting(
         0, "bytes of each process's pool; 0: 512 MiB on a CPU, what the weights leave on an accelerator", at_least=0
     )
-    num_pages: int = setting(0, "pages of the pool; 0: as many as pool_bytes holds", at_least=0, below=_PAGES_LIMIT)
+    num_pages: int = setting(0, "pages of the pool; 0: as many as pool_bytes holds", at_least=0, below=_MOST_PAGES)
     tokens_per_page: int = setting(16, "tokens whose K and V one page holds", above=0)
     prefix_cache: bool = setting(True, "keep KV of finished prompts and outputs, for those that begin alike")
     prefix_cache_across_tenants: bool = setting(
@@ -87,10 +87,8 @@ class EngineSettings:
         only_with="priority",
     )
     fairness_by: ClientKind = setting("tenant", "between whom: tenant or adapter", only_with="fair")
-    input_price: float = setting(1.0, "what a token of input counts", at_least=0, below=_PRICE_LIMIT, only_with="fair")
-    output_price: float = setting(
-        2.0, "what a token of output counts", at_least=0, below=_PRICE_LIMIT, only_with="fair"
-    )
+    input_price: float = setting(1.0, "what a token of input counts", at_least=0, below=_MOST_PRICE, only_with="fair")
+    output_price: float = setting(2.0, "what a token of output counts", at_least=0, below=_MOST_PRICE, only_with="fair")
     fairness_weights: tuple[str, ...] = setting(
         (), "shares, as tenant=2,other=1; 1 for those not named", only_with="fair"
     )

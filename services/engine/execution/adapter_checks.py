@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -11,6 +12,22 @@ from services.common.errors import Reason, SloraError
 from services.engine.adapters.layout import MAX_RANK, AdapterLayout, LayerRun, ModulePlacement, TargetModule
 from services.engine.config import PoolConfig
 from services.engine.model.partition import WHOLE, Partition
+
+# Of what the adapter store packs for a model: the largest power of two that divides its rows, within these.
+_SMALLEST_TILE, _LARGEST_TILE = 16, 128
+
+
+def check_tiles(pool: PoolConfig, groups: Sequence[ModuleGroup]) -> None:
+    """Raises ValueError where pages hold no whole tiles, in which stores pack: no adapter could ever be loaded."""
+    sizes = [size for group in groups for size in (group.in_features, *group.out_features)]
+    tile = max(_SMALLEST_TILE, math.gcd(_LARGEST_TILE, *sizes))
+    if pool.page_elems % tile:
+        unit = tile // math.gcd(tile, pool.page_elems // pool.tokens_per_page)
+        right = -(-pool.tokens_per_page // unit) * unit
+        raise ValueError(
+            f"tokens_per_page is {pool.tokens_per_page}: a page of {pool.page_elems} elements a layer holds no whole "
+            f"tiles of {tile}, in which adapters of this model are packed; {right} is right"
+        )
 
 
 class AdapterChecks:

@@ -10,6 +10,7 @@ import torch
 
 from kernels.lora_plan import ModuleGroup
 from services.engine.config import EngineSettings
+from services.engine.execution.adapter_checks import check_tiles
 from services.engine.execution.communicator import Communicator
 from services.engine.execution.pool_size import pool_config
 from services.engine.execution.step_layout import StepLimits
@@ -54,9 +55,11 @@ def load_model(settings: EngineSettings, weights: Weights | None, communicator: 
     device, directory, partition = torch.device(settings.device), Path(settings.checkpoint), communicator.partition
     config = load_model_config(directory, settings.dtype)
     max_model_len = config.resolve_max_model_len(settings.max_model_len)
-    part = partition.part_of(config)
+    part, groups = partition.part_of(config), module_groups(config, partition)
     decoder = Decoder(config, weights or Checkpoint(directory, config.dtype), device, partition)
-    pool = Pool(pool_config(part, settings, device, communicator), config.dtype, device)
+    shape = pool_config(part, settings, device, communicator)
+    check_tiles(shape, groups)
+    pool = Pool(shape, config.dtype, device)
     logger.info(
         "loaded %s: %s in %s on %s, %d pages of %d tokens",
         directory,
@@ -66,4 +69,4 @@ def load_model(settings: EngineSettings, weights: Weights | None, communicator: 
         pool.config.num_pages,
         pool.config.tokens_per_page,
     )
-    return LoadedModel(config, part, partition, decoder, pool, module_groups(config, partition), max_model_len)
+    return LoadedModel(config, part, partition, decoder, pool, groups, max_model_len)

@@ -225,17 +225,26 @@ def test_a_load_of_which_one_process_says_nothing_is_noticed() -> None:
     world.core.close()
 
 
-def test_steps_and_loads_that_end_are_not_late(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processes_that_were_stopped_together_go_on_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As under `docker pause`: time has passed, in which nobody could do anything."""
     passed = 0.0
     monkeypatch.setattr(followers, "time", SimpleNamespace(monotonic=lambda: time.monotonic() + passed))
     world = World(step_timeout_seconds=4.0)
+    world.followers.step_begins()
+    passed = 1000.0
+    assert not world.is_lost.wait(1.2)
+    world.followers.step_ends()
+    assert world.core.close()
+
+
+def test_steps_and_loads_that_end_are_not_late() -> None:
+    world = World(step_timeout_seconds=2.0, load_timeout_seconds=1.0)
     world.add_adapter("good")
     world.add_adapter("bad", {"corrupt": True})
     for number, name in enumerate([None, "good", "bad", "good"]):
         world.run(ask(number, name))
     assert world.failures.keys() == {2}
-    passed = 1000.0  # it looks eight times in those 4 s
-    assert not world.is_lost.wait(1.2)
+    assert not world.is_lost.wait(4.0)
     assert world.core.close()
     assert world.process.wait(PATIENCE) == 0
     assert not world.lost

@@ -196,17 +196,19 @@ def test_what_a_failing_step_computed_is_not_shared() -> None:
     assert found(h, ask(2), ask(3)) == [0, 12]
 
 
-def test_kv_of_logits_that_make_no_sense_is_found_by_nobody() -> None:
+@pytest.mark.parametrize(("reason", "is_found"), [(Reason.INTERNAL, 0), (Reason.SAMPLING_INVALID, 12)])
+def test_kv_of_logits_that_make_no_sense_is_found_by_nobody(reason: Reason, is_found: int) -> None:
+    """Nobody's good KV is lost to others by what a request forbids itself."""
     h = sharing(num_pages=40)
     assert found(h, ask(1)) == [0]
     h.add(ask(2, max_tokens=3))
     plan = h.submit()
     assert plan is not None
     h.runner.collect(h.in_flight.pop()[1])
-    h.commit(plan, [SampledToken(2, -1, error=SloraError(Reason.INTERNAL, "not finite"))])
+    h.commit(plan, [SampledToken(2, -1, error=SloraError(reason, "no token"))])
     h.hear()
-    assert h.failures[2].reason == "INTERNAL"
-    assert found(h, ask(3), ask(4)) == [0, 12]
+    assert h.failures[2].reason == reason.name
+    assert found(h, ask(3), ask(4)) == [is_found, 12]
 
 
 def test_a_preempted_sequence_finds_its_own_pages_again() -> None:
