@@ -22,9 +22,9 @@ def rendezvous_directory() -> Iterator[Path]:
         directory = Path(name)
         # The kernel unlocks it when this process ends, however that comes. Nobody takes it for one that was left: it
         # has its name only once it is locked.
-        with (directory / f"new-{_LOCK}").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            Path(lock.name).rename(directory / _LOCK)
+        with (directory / f"new-{_LOCK}").open("w") as held:
+            fcntl.flock(held, fcntl.LOCK_EX)
+            Path(held.name).rename(directory / _LOCK)
             yield directory
 
 
