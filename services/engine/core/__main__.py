@@ -38,7 +38,7 @@ from services.engine.core.launch import (
 from services.engine.core.loop import run_core
 from services.engine.core.parallel_runner import ParallelRunner
 from services.engine.core.rendezvous import rendezvous_directory
-from services.engine.execution.open_runner import join_group, open_runner
+from services.engine.execution.open_runner import JOIN_SECONDS, join_group, open_runner
 
 if TYPE_CHECKING:
     from services.engine.execution.gpu.gpu_runner import GpuRunner
@@ -97,7 +97,7 @@ def _lead(settings: EngineSettings, sock: socket.socket) -> int:
         followers = Followers(started, lost, settings.step_timeout_seconds, settings.load_timeout_seconds)
         own = settings.for_process(0)
         runner, source = _open(own, 0, rendezvous)
-        followers.wait_until_ready()
+        followers.wait_until_ready(JOIN_SECONDS)
     return run_core(own, ParallelRunner(runner, followers), source, sock, followers)
 
 

@@ -87,10 +87,13 @@ class Followers:
         """Processes in all, process 0 included."""
         return len(self._started) + 1
 
-    def wait_until_ready(self) -> None:
-        """Blocks until every process has its part of the model."""
+    def wait_until_ready(self, timeout_seconds: float) -> None:
+        """Blocks until every process has its part of the model; one that takes longer than that each is lost."""
         for _ in self._started:
-            self._ready.acquire()
+            if not self._ready.acquire(timeout=timeout_seconds):
+                why = f"after {timeout_seconds:g} s not all of {self.tp_size} processes have their part of the model"
+                self._on_lost(why, None)
+                return
 
     def on_outcome(self, wake: Callable[[], None]) -> None:
         """`wake` is called, on another thread, when there are new `outcomes`."""

@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 JOIN_SECONDS = 900.0
-"""How long a process waits for the others to start and to load their part of the model."""
+"""How long a process waits for the others to start, and then, once it has its own part of the model, for theirs."""
 
 
 def join_group(settings: EngineSettings, tp_rank: int, rendezvous: Path) -> ProcessGroup:

@@ -97,7 +97,7 @@ class World:
         self.process = ThreadAsProcess(lambda: self._follow(settings, theirs))
         self.process.thread.start()
         self.followers = Followers([(self.process, ours)], self._on_lost, step_timeout_seconds, load_timeout_seconds)
-        self.followers.wait_until_ready()
+        self.followers.wait_until_ready(PATIENCE)
         runner: Any = ParallelRunner(self.runner, self.followers)
         self.core = EngineCore(settings, runner, self.sources[0], self.woken.set, self.followers)
         self.reports: list[StepReport] = []
@@ -203,6 +203,20 @@ def test_a_follower_that_fails_is_lost_with_its_exit_code(world: World) -> None:
     assert exit_code == FAULT_EXIT_CODE
     assert "process 1 of 2" in reason
     assert f"exit code {FAULT_EXIT_CODE}" in reason
+
+
+def test_a_follower_that_never_has_its_part_is_noticed() -> None:
+    lost: list[str] = []
+    ours, theirs = socket.socketpair()
+    hanging = threading.Event()
+    process = ThreadAsProcess(lambda: int(hanging.wait(PATIENCE)))
+    process.thread.start()
+    waiting = Followers([(process, ours)], lambda reason, code: lost.append(reason), 60.0, 60.0)
+    waiting.wait_until_ready(0.1)
+    assert lost == ["after 0.1 s not all of 2 processes have their part of the model"]
+    waiting.close()
+    theirs.close()
+    hanging.set()
 
 
 def test_a_step_that_does_not_end_is_noticed() -> None:

@@ -214,10 +214,10 @@ class GpuRunner:
         """Sends the step's tokens to the host, behind its log-probabilities."""
         if self._stream is None:
             return self._state.drawn[:num_rows].clone(), logprobs, None
-        buffer, _ = self._results.turn()
+        buffer, done = self._results.turn()
         buffer[:num_rows].copy_(self._state.drawn[:num_rows], non_blocking=True)
-        done = torch.cuda.Event()
-        done.record()
+        if done is not None:
+            done.record()
         return buffer[:num_rows], logprobs, done
 
     def _compute_sized(self, step: SizedStep, num_layers: int | None = None) -> torch.Tensor:
