@@ -36,7 +36,7 @@ from services.engine.core.follower import run_follower
 from services.engine.core.followers import Followers
 from services.engine.core.launch import SWITCH_SECONDS, settings_from_json
 from services.engine.core.parallel_runner import ParallelRunner
-from services.engine.execution.open_runner import join_group, open_runner
+from services.engine.execution.open_runner import JOIN_SECONDS, join_group, open_runner
 from services.engine.model.partition import Partition
 
 TINY_BATCHES = (1, 8)
@@ -57,7 +57,7 @@ def measure(model: BenchModel, tp_size: int) -> Iterator[Row]:
         runner: Runner[Any] = bench.runner
         if followers is not None:
             runner = ParallelRunner(runner, followers)
-            followers.wait_until_ready()
+            followers.wait_until_ready(JOIN_SECONDS)
         sources = all_sources(bench)
         driver = CoreDriver(bench.settings, runner, all_of(sources), followers)
         yield from decode_rows(bench, driver, sources, sizes)
