@@ -193,6 +193,7 @@ def test_a_device_copies_as_the_host_does(piece_bytes: int) -> None:
     """Also on a thread that has never used the device, and into layers more than 2 GiB apart."""
     num_layers, num_pages, page_elems, layer_elems = 3, 300_000, 4096, 9000
     pool = torch.zeros(num_layers, num_pages, page_elems, dtype=torch.int16, device="cuda")
+    torch.cuda.synchronize()  # copies, on another stream, would not wait for the zeros
     shape = PoolShape(num_layers, num_pages, 2 * page_elems)
     memory = memoryview(mmap.mmap(-1, 2 * num_layers * layer_elems))
     memory[:] = random.Random(2).randbytes(len(memory))
