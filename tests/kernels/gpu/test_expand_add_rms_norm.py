@@ -7,6 +7,7 @@ import random
 import pytest
 import torch
 
+from kernels.gpu import device_limits
 from kernels.gpu.adapter_tables import LoraGroup
 from kernels.gpu.add_rms_norm import add_rms_norm
 from kernels.gpu.expand_add_rms_norm import expand_add_rms_norm
@@ -47,9 +48,17 @@ def assert_near(out: torch.Tensor, expected: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("size", [80, 128, 1024])
 @pytest.mark.parametrize("ranks", [[1, 3, 8, 16], [17, 70]], ids=str)
+@pytest.mark.parametrize("num_sms", [BATCH - 1, BATCH])
 def test_sum_and_norm(
-    rng: random.Random, size: int, ranks: list[int], dtype: torch.dtype, device: torch.device
+    monkeypatch: pytest.MonkeyPatch,
+    rng: random.Random,
+    size: int,
+    ranks: list[int],
+    num_sms: int,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> None:
+    monkeypatch.setattr(device_limits, "num_sms", lambda device: num_sms)
     group = LoraGroup(3, 96, (size,))
     case, slots, u = random_rank_space(rng, group, ranks, dtype, device)
     hidden = (torch.randn(BATCH, size) * 3).to(dtype).to(device)
