@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from benchmarks.gpu.core_bench import Bench
 from benchmarks.gpu.core_driver import CoreDriver
@@ -33,19 +33,26 @@ def measure_mix(bench: Bench, setting: str, num_adapters: int, num_requests: int
 def measure_mixes(bench: Bench, mixes: str, num_requests: int) -> Iterator[Row]:
     """Several mixes, each a setting and a number of adapters: `base:0,S1:5`. The base is measured once more at the end.
 
-    A ratio is against the mean of both, so that a card that warms up favours neither.
+    Of a mix that is measured more than once, as the base is, the mean: a card that warms up then favours none.
     """
     for setting in ("base", "S2"):  # kernels are compiled, clocks rise
         for _ in measure_mix(bench, setting, 100 if setting != "base" else 0, num_requests // 2):
             pass
-    rows = []
+    runs: dict[tuple[str, int], list[list[Row]]] = {}
     for mix in (*mixes.split(","), "base:0"):
-        setting, _, number = mix.partition(":")
-        rows.append(list(measure_mix(bench, setting, int(number), num_requests)))
-    rates = [float(str(mine[0]["value"])) for mine in rows]
-    bases = [rate for rate, mine in zip(rates, rows, strict=True) if mine[0]["setting"] == "base"]
-    for rate, mine in zip(rates[:-1], rows[:-1], strict=True):
-        yield from mine
-        labels = {"adapters": mine[0]["adapters"], "requests": num_requests}
-        ratio = rate / statistics.mean(bases)
-        yield bench.model.row("paper_mix", str(mine[0]["setting"]), "requests_per_s_ratio", ratio, **labels)
+        setting, _, adapters = mix.partition(":")
+        run = list(measure_mix(bench, setting, int(adapters), num_requests))
+        runs.setdefault((setting, int(adapters)), []).append(run)
+    means = {mix: [_mean(same) for same in zip(*runs_of_it, strict=True)] for mix, runs_of_it in runs.items()}
+    base_rate = float(str(means["base", 0][0]["value"]))
+    for (setting, number), (rate, *others) in means.items():
+        yield from (rate, *others)
+        if setting != "base":
+            ratio = float(str(rate["value"])) / base_rate
+            labels = {"adapters": number, "requests": num_requests}
+            yield bench.model.row("paper_mix", setting, "requests_per_s_ratio", ratio, **labels)
+
+
+def _mean(same: Sequence[Row]) -> Row:
+    """Of rows that differ in nothing but their value."""
+    return same[0] | {"value": round(statistics.mean(float(str(row["value"])) for row in same), 4)}

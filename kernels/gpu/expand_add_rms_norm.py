@@ -25,8 +25,8 @@ from kernels.gpu.add_rms_norm import scaled
 from kernels.gpu.early_launch import has_early_launch
 from kernels.gpu.row_expand import add_rows, first_rows
 
-# Of a block of rows of B, of which two are under way: with 64 a thread's registers do not hold them. With 32 a program of
-# a wide model fills an SM, and more tokens than SMs would be taken in two turns; with 16 there is room for two. There, o
+# Of a block of rows of B, of which two are under way: with 64 a thread's registers do not hold them. With 32 one
+# program of a wide model fills an SM, and more tokens than SMs would be taken in two turns; with 16 two fit. There, o
 # of rank 8 with 32 and with 16: 128 tokens 0.175 and 0.182 ms, 192 0.282 and 0.211, 256 0.304 and 0.233.
 _ROW_ELEMS_A_THREAD, _OF_MANY_TOKENS = 32, 16
 
