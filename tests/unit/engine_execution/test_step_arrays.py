@@ -13,7 +13,6 @@ from kernels.gpu.row_product import MAX_ROWS
 from services.engine.execution.gpu.staging import StepInputs
 from services.engine.execution.gpu.step_arrays import (
     TOKENS_OF_RUN_BLOCK,
-    StepArrays,
     StepCuts,
     arrange,
     cut_runs,
@@ -21,7 +20,7 @@ from services.engine.execution.gpu.step_arrays import (
     own_shape,
     shifted_row,
 )
-from services.engine.execution.gpu.step_shape import StepAdapters, most_integers
+from services.engine.execution.gpu.step_shape import StepAdapters, StepArrays, StepShape, most_integers
 from services.engine.execution.gpu.step_sizes import CaptureSizes, StepSizes, capture_sizes
 from services.engine.execution.step_layout import Integers, StepLayout, StepLimits, lay_out
 from services.engine.messages import SamplingParams
@@ -74,11 +73,16 @@ def random_layout(rng: random.Random) -> StepLayout:
     return draw_layout(rng, rng.randint(0 if prompts else 1, 16), prompts)
 
 
+def shared_shape(layout: StepLayout, cuts: StepCuts) -> StepShape:
+    """Without padding, of several processes."""
+    return own_shape(layout, cuts)._replace(num_segment_slots=layout.num_tokens if layout.prefills else 0)
+
+
 def test_without_padding_arrays_are_the_layouts(rng: random.Random) -> None:
     for _ in range(20):
         layout = random_layout(rng)
         cuts = cut_step(layout, TILE_TOKENS, in_runs=layout.num_decode >= SIZES.runs_from)
-        shape = own_shape(layout, cuts, has_segment_slots=True)
+        shape = shared_shape(layout, cuts)
         arrays = arrange(layout, cuts, shape)
         assert [array.shape for array in arrays] == list(shape.arrays)
         for name in ("token_ids", "source", "positions", "slots", "adapter_slots", "block_tables"):
@@ -276,7 +280,7 @@ def test_no_step_has_more_integers_than_there_is_room_for(rng: random.Random) ->
         cuts = cut_step(layout, TILE_TOKENS, in_runs=layout.num_decode >= SIZES.runs_from)
         sizes = rng.choice([SIZES, CaptureSizes((1, 16), runs_from=4, open_blocks=(3, 6))])
         padded = step_sizes(sizes).find(layout, cuts, StepAdapters(ATTENTION, 20, in_runs=bool(cuts.run_blocks)))
-        for shape in (padded.shape, own_shape(layout, cuts, has_segment_slots=True)):
+        for shape in (padded.shape, shared_shape(layout, cuts)):
             num_integers = sum(array.size for array in arrange(layout, cuts, shape))
             max_sequences = shape.num_decode + shape.num_chunks
             assert num_integers <= most_integers(shape.num_tokens, max_sequences, shape.num_pages, TILE_TOKENS)

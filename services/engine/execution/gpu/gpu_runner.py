@@ -23,9 +23,9 @@ from services.engine.execution.gpu.adapter_device import GpuAdapterDevice, Group
 from services.engine.execution.gpu.device_state import make_device_state
 from services.engine.execution.gpu.parallel_triton_step import ParallelTritonStep
 from services.engine.execution.gpu.staging import PinnedRing, StepInputs
-from services.engine.execution.gpu.step_arrays import StepArrays, arrange, cut_step, shifted_row
+from services.engine.execution.gpu.step_arrays import arrange, cut_step, shifted_row
 from services.engine.execution.gpu.step_graphs import StepGraphs
-from services.engine.execution.gpu.step_shape import StepAdapters, StepShape, most_integers
+from services.engine.execution.gpu.step_shape import StepAdapters, StepArrays, StepShape, most_integers
 from services.engine.execution.gpu.step_sizes import CaptureSizes, SizedStep, StepSizes, capture_sizes
 from services.engine.execution.gpu.step_tensors import Segments, StepTensors
 from services.engine.execution.gpu.token_sampler import NOT_FINITE, Logprobs, SampleRow, TokenSampler

@@ -9,48 +9,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 
 from kernels.gpu.prefill_attention import cut_tiles
 from kernels.gpu.segment_shrink import DEFAULT_BLOCK_M, RUN_BLOCK_M, cut_blocks
-from services.engine.execution.gpu.step_shape import StepShape
+from services.engine.execution.gpu.step_shape import StepArrays, StepShape
 from services.engine.execution.step_layout import Integers, StepLayout
 from services.engine.step import BASE_SLOT
 
-A = TypeVar("A")
 Blocks = Sequence[tuple[int, int, int]]
 
 # Tokens that a block of one adapter's must have on average, that computing them together pays. 32 layers of Llama-7B's
 # attention on one H200, ranks 64 to 8, one by one and together: 256 tokens of 5 adapters 2.88 and 1.17 ms, of 32 2.63
 # and 1.50, of 64 2.89 and 2.23, of 100 3.25 and 3.09.
 TOKENS_OF_RUN_BLOCK = 4
-
-
-class StepArrays(NamedTuple, Generic[A]):
-    """int32, on the host or on the device, in the shapes that `StepShape.arrays` lists."""
-
-    # [num_tokens]: as in StepLayout.
-    token_ids: A
-    source: A
-    positions: A
-    slots: A
-    # [num_decode]: positions a sequence attends to, 0 for padding.
-    context_lens: A
-    # [num_rows]: a token's adapter.
-    adapter_slots: A
-    # [num_decode + num_chunks, num_pages]
-    block_tables: A
-    # [num_sampled]
-    logit_rows: A
-    # [num_tiles, 4] and [3, num_blocks]: see kernels.gpu.prefill_attention and segment_shrink.
-    tiles: A
-    blocks: A
-    # [num_segment_slots]
-    segment_slots: A
-    # [3, num_run_blocks]: as blocks, of tokens that decode.
-    run_blocks: A
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,9 +64,8 @@ def cut_runs(slots: Integers) -> Blocks:
     return blocks if len(blocks) <= most else ()
 
 
-def own_shape(layout: StepLayout, cuts: StepCuts, has_segment_slots: bool = False) -> StepShape:
-    """The shape without any padding."""
-    mixed = bool(layout.prefills)
+def own_shape(layout: StepLayout, cuts: StepCuts) -> StepShape:
+    """The shape without any padding, of one process alone."""
     return StepShape(
         num_decode=layout.num_decode,
         num_prefill=layout.num_tokens - layout.num_decode,
@@ -101,8 +73,7 @@ def own_shape(layout: StepLayout, cuts: StepCuts, has_segment_slots: bool = Fals
         num_pages=layout.block_tables.shape[1],
         num_tiles=len(cuts.tiles),
         num_blocks=len(cuts.blocks),
-        num_sampled=len(layout.sampled) if mixed else 0,
-        num_segment_slots=layout.num_tokens if mixed and has_segment_slots else 0,
+        num_sampled=len(layout.sampled) if layout.prefills else 0,
         num_run_blocks=len(cuts.run_blocks),
     )
 
@@ -119,15 +90,21 @@ def arrange(layout: StepLayout, cuts: StepCuts, shape: StepShape) -> StepArrays[
     width = layout.block_tables.shape[1]
     tables[:n, :width] = layout.block_tables[:n]
     tables[shape.num_decode : shape.num_decode + len(layout.prefills), :width] = layout.block_tables[n:]
+    token_ids, source, positions, slots = _token_fields(layout, shape)
+    tiles, blocks = _shifted_cuts(layout, cuts, shape)
     return StepArrays(
-        *_token_fields(layout, shape),
-        _padded(layout.positions[:n] + np.int32(1), shape.num_decode, 0),
-        _adapter_slots(layout, shape),
-        tables,
-        _logit_rows(layout, shape),
-        *_shifted_cuts(layout, cuts, shape),
-        _segment_slots(layout, shape),
-        _padded_blocks(cuts.run_blocks, shape.num_run_blocks),
+        token_ids=token_ids,
+        source=source,
+        positions=positions,
+        slots=slots,
+        context_lens=_padded(layout.positions[:n] + np.int32(1), shape.num_decode, 0),
+        adapter_slots=_adapter_slots(layout, shape),
+        block_tables=tables,
+        logit_rows=_logit_rows(layout, shape),
+        tiles=tiles,
+        blocks=blocks,
+        segment_slots=_segment_slots(layout, shape),
+        run_blocks=_padded_blocks(cuts.run_blocks, shape.num_run_blocks),
     )
 
 

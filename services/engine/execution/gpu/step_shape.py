@@ -7,11 +7,13 @@ shape finds its integers at the same place every time.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 from kernels.gpu.adapter_tables import MAX_RANK
 from kernels.gpu.segment_shrink import DEFAULT_BLOCK_M
 from services.engine.model.step_ops import Group
+
+A = TypeVar("A")
 
 
 class StepAdapters(NamedTuple):
@@ -28,8 +30,33 @@ class StepAdapters(NamedTuple):
         return self.groups <= held.groups and has_ranks and held.in_runs <= self.in_runs
 
 
+class StepArrays(NamedTuple, Generic[A]):
+    """A step's integers, int32, on the host or on the device; or something else of each of them, such as its shape."""
+
+    # [num_tokens]: as in StepLayout.
+    token_ids: A
+    source: A
+    positions: A
+    slots: A
+    # [num_decode]: positions a sequence attends to, 0 for padding.
+    context_lens: A
+    # [num_rows]: a token's adapter.
+    adapter_slots: A
+    # [num_decode + num_chunks, num_pages]
+    block_tables: A
+    # [num_sampled]
+    logit_rows: A
+    # [num_tiles, 4] and [3, num_blocks]: see kernels.gpu.prefill_attention and segment_shrink.
+    tiles: A
+    blocks: A
+    # [num_segment_slots]
+    segment_slots: A
+    # [3, num_run_blocks]: as blocks, of tokens that decode.
+    run_blocks: A
+
+
 class StepShape(NamedTuple):
-    """Sizes of a step's arrays; see services.engine.execution.gpu.step_arrays for what they hold."""
+    """Sizes of a step's arrays; services.engine.execution.gpu.step_arrays fills them."""
 
     # Sequences that decode, one token each; then tokens of prompts, and of how many sequences.
     num_decode: int
@@ -60,13 +87,23 @@ class StepShape(NamedTuple):
         return self.num_tokens if self.by_row else self.num_decode
 
     @property
-    def arrays(self) -> tuple[tuple[int, ...], ...]:
-        """The shapes of the step's arrays, in the order of `StepArrays`."""
-        tokens, decodes, rows = (self.num_tokens,), (self.num_decode,), (self.num_rows,)
-        tables = (self.num_decode + self.num_chunks, self.num_pages)
-        cuts = (self.num_tiles, 4), (3, self.num_blocks)
-        segments = (self.num_segment_slots,), (3, self.num_run_blocks)
-        return (*4 * (tokens,), decodes, rows, tables, (self.num_sampled,), *cuts, *segments)
+    def arrays(self) -> StepArrays[tuple[int, ...]]:
+        """The shape of each of the step's arrays."""
+        tokens = (self.num_tokens,)
+        return StepArrays(
+            token_ids=tokens,
+            source=tokens,
+            positions=tokens,
+            slots=tokens,
+            context_lens=(self.num_decode,),
+            adapter_slots=(self.num_rows,),
+            block_tables=(self.num_decode + self.num_chunks, self.num_pages),
+            logit_rows=(self.num_sampled,),
+            tiles=(self.num_tiles, 4),
+            blocks=(3, self.num_blocks),
+            segment_slots=(self.num_segment_slots,),
+            run_blocks=(3, self.num_run_blocks),
+        )
 
 
 def most_integers(max_tokens: int, max_sequences: int, max_pages: int, tile_tokens: int) -> int:
