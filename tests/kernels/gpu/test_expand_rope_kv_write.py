@@ -98,7 +98,7 @@ def random_step(
     return Step(case, slots, u, qkv, pages, kv_shape, rotation)
 
 
-@pytest.mark.parametrize("blocks", [None, ExpandBlocks(1, 8, 1), ExpandBlocks(4, 2, 2)], ids=str)
+@pytest.mark.parametrize("blocks", [None, ExpandBlocks(1, 8, 1), ExpandBlocks(4, 2, 2), ExpandBlocks(8, 4, 4)], ids=str)
 @pytest.mark.parametrize("planned", [False, True])
 @pytest.mark.parametrize("heads", [(4, 2, 16, 16), (3, 1, 32, 32), (6, 2, 16, 32)], ids=str)
 def test_one_kernel_does_what_two_do(

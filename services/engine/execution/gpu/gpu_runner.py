@@ -108,7 +108,9 @@ class GpuRunner:
         self._graphs = StepGraphs(self._compute_sized, tp_size)
         # By sequence: the row of `drawn` that the last step wrote for it.
         self._rows_drawn: dict[int, int] = {}
-        if self._device.type == "cuda":
+        if self._stream is not None:
+            # All that was made above is filled on the stream of this thread, which the runner's would not wait for.
+            self._stream.wait_stream(torch.cuda.current_stream(self._device))
             with self._on_stream():
                 self._compile()
                 self.warm_up()
